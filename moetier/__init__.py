@@ -3,7 +3,7 @@
 The public names are imported when they are first used, so that ``import moetier`` costs no torch:
 
     load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer)
-    Engine.of(model, most=...)                         computes several requests at a time: Request(ids, max_new_tokens)
+    Engine.of(model, max_sequences=...)                computes several requests at a time: Request(ids, max_new_tokens)
     GrammarCompiler(tokenizer).compile(Grammar...)     what an answer may be: a JSON schema, a regular expression, Lark
     register(ram=..., exact=..., daemon=...)           afterwards plain from_pretrained(DIR) works
 

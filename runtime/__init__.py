@@ -6,7 +6,7 @@ line, settings files and the daemon. ``device_names`` has a line for each device
 All threads that moetier starts, by their names, which for several threads end in a number:
 
     any process with a tier
-        moetier-loader      reads records into slots (``tiers.host.tier``)
+        moetier-loader      reads records into slots (``tiers.host.loaders``)
         moetier-timekeeper  ends requests of other processes whose time is over (``tiers.host.session``)
         moetier-learner     loads the most used experts, and saves which they are (``tiers.host.warmup``)
         moetier-promoter    copies predicted records to a GPU (``tiers.device.promoter``)
@@ -39,6 +39,8 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-metrics     answers requests for metrics (``daemon.metrics``)
     commands
         moetier-engine      computes the steps of all sequences (``engine.engine``)
+        moetier-pages       reads pages of keys and values from the disk (``engine.saved_pages``)
+        moetier-page-writer writes them (``engine.saved_pages``)
         moetier-masks       makes the masks of grammars (``engine.engine``)
         moetier-grammar     compiles a grammar (``engine.grammar``)
         moetier-watch       queries a daemon (``tools.top.watch``)
@@ -97,6 +99,8 @@ are taken, and the rule for the fields.
     commands
         Merging._turn           the merging of parameters, by one thread at a time (``checkpoint.recipe``)
         Engine._changed         the engine's sequences (``engine.engine``)
+        SavedPages._changed     turns to be written, and what was read and written (``engine.saved_pages``)
+        PageFolder._counting    the number of damaged files (``engine.page_folder``)
         GrammarCompiler._making the making of llguidance's tokenizer (``engine.grammar``)
         grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)
         Answer._lock            the end of an answer (``tools.serve.answers``)

@@ -162,6 +162,7 @@ class TierConfig(HostTierConfig):
         group=MEMORY,
         metavar="TOKENS",
         numbers=COUNT,
+        short="-c",
     )
     kv_cache: Size | None = option(
         None,
@@ -203,6 +204,7 @@ class TierConfig(HostTierConfig):
         group=MEMORY,
         metavar="N",
         numbers=Number(int, 1, _CPUS, f"Give 1 to {_CPUS}, the CPUs of this machine."),
+        short="-t",
     )
     exact: bool = option(
         False,

@@ -38,7 +38,7 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
-os.environ["XDG_DATA_HOME"] = "/nonexistent"  # nor is a model that somebody pulled
+os.environ["XDG_DATA_HOME"] = os.devnull  # nor is a model that has a name; no folder can be made there, even by root
 for name in [*os.environ]:  # nor is what somebody has set for the commands
     if name.startswith("MOETIER_"):
         del os.environ[name]

@@ -5,7 +5,7 @@ Those with a module in brackets are defined there, as only its package raises th
 MoetierError
 ├── StoreError                 the SSD tier
 │   ├── StoreFormatError       not a store that this version can read
-│   │   └── NotFoundError      no folder, file or pulled model of a name
+│   │   └── NotFoundError      no folder, file or model of a name
 │   ├── IncompleteStoreError   a store whose conversion was interrupted
 │   ├── MissingExpertError     a record that does not exist
 │   ├── ChecksumError          a record whose bytes are not those that were written
@@ -71,7 +71,7 @@ class StoreFormatError(StoreError):
 
 
 class NotFoundError(StoreFormatError):
-    """There is no folder, file or pulled model of the name that was given."""
+    """There is no folder, file or model of the name that was given."""
 
 
 class IncompleteStoreError(StoreError):

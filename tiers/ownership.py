@@ -29,6 +29,22 @@ def parent_fault(part: Path, status: os.stat_result) -> tuple[str, str] | None:
     return cause, "Use a folder whose parent folders belong to you or to root."
 
 
+def private_fault(folder: Path) -> tuple[str, str] | None:
+    """Return why other users could enter or replace a folder, and what to do about it; None if they can't.
+
+    Raises OSError if the folder can't be reached.
+    """
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{folder} is not a folder.", "Name another folder."
+    if status.st_uid != os.getuid():
+        return f"{folder} belongs to another user.", "Use a folder of your own."
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return f"{folder} is open to other users.", f"Close it: chmod 700 {folder}"
+    faults = (parent_fault(parent, parent.lstat()) for parent in folder.parents)
+    return next(filter(None, faults), None)
+
+
 def check_cache_folder(root: Path, top: Path) -> None:
     """Check that no other user can change what is in ``top``, a folder in the cache ``root``, or replace it.
 

@@ -27,35 +27,47 @@ from moetier.tools.cli.parser import (
 )
 from moetier.tools.cli.settings import LOG, Setting, Settings, is_anything_set, mentioned
 
-COMMANDS = {  # name of a command -> its line in --help
-    "plan": "estimate whether a model will run on this machine, and how fast, before downloading it",
-    "pull": "download a model, converting it file by file",
-    "list": "list the pulled models",
-    "rm": "remove pulled models",
-    "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
-    "link": "make checksums of a checkpoint that is used as it is, without a conversion",
-    "push": "copy a model directory to an object store, from which it can be used",
-    "mirror": "copy the experts to another disk, so that both disks are read at once",
-    "generate": "generate text from a prompt",
-    "chat": "chat with a model",
-    "serve": "serve a model over HTTP, with OpenAI's API",
-    "ray": "serve a model on a Ray cluster, with Ray Serve",
-    "verify": "check all weights against their checksums",
-    "inspect": "show what a model directory holds",
-    "quality": "measure the size, the error and the perplexity of quantised weights",
-    "synthetic": "make a model with the shapes of a large model and random weights",
-    "trace": "record which experts the routers choose and predict",
-    "replay": "simulate tiers on traces: hit ratios of policies, recall of predictions, bytes and speed",
-    "plot": "draw a trace, or the experts that a daemon holds",
-    "daemon": "hold the experts of models in memory for all processes of this machine",
-    "ps": "list your running daemons on this machine",
-    "stats": "show the counters of a daemon",
-    "top": "watch a daemon on a full screen",
-    "bench": "measure the disk, the kernels, decoding, prefill and conversion, each with its upper bound",
-    "doctor": "check this machine and, optionally, a model directory",
-    "config": "show the settings from the settings file and the environment",
-    "completion": "print a script for tab completion in a shell",
+GROUPS = {  # titles in --help -> names of commands -> their lines in --help; the first group has what most people need
+    "": {
+        "doctor": "check this machine and, optionally, a model directory",
+        "plan": "estimate whether a model will run on this machine, and how fast, before downloading it",
+        "pull": "download a model, converting it file by file",
+        "list": "list the models that were pulled, converted and linked",
+        "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
+        "generate": "generate text from a prompt",
+        "chat": "chat with a model",
+        "serve": "serve a model over HTTP, with OpenAI's API",
+        "daemon": "hold the experts of models in memory for all processes of this machine",
+    },
+    "look": {
+        "inspect": "show what a model directory holds",
+        "ps": "list your running daemons on this machine",
+        "stats": "show the counters of a daemon",
+        "top": "watch a daemon on a full screen",
+        "config": "show the settings from the settings file and the environment",
+    },
+    "measure": {
+        "bench": "measure the disk, the kernels, decoding, prefill and conversion, each with its upper bound",
+        "quality": "measure the size, the error and the perplexity of quantised weights",
+        "trace": "record which experts the routers choose and predict",
+        "replay": "simulate tiers on traces: hit ratios of policies, recall of predictions, bytes and speed",
+        "plot": "draw a trace, or the experts that a daemon holds",
+        "synthetic": "make a model with the shapes of a large model and random weights",
+    },
+    "maintain": {
+        "rm": "remove models",
+        "verify": "check all weights against their checksums",
+        "link": "make checksums of a checkpoint that is used as it is, without a conversion",
+        "mirror": "copy the experts to another disk, so that both disks are read at once",
+        "cache": "list or remove keys and values that servers keep on disk",
+        "completion": "print a script for tab completion in a shell",
+    },
+    "several machines": {
+        "push": "copy a model directory to an object store, from which it can be used",
+        "ray": "serve a model on a Ray cluster, with Ray Serve",
+    },
 }
+COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
 
 _log = logging.getLogger(__name__)
 _is_whole = threading.Event()  # set if nothing but ``command`` runs in this process
@@ -96,7 +108,7 @@ def build_parser() -> CommandParser:
         epilog=FIRST,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    add_commands(parser, COMMANDS, "moetier.tools.commands", "COMMAND")
+    add_commands(parser, GROUPS, "moetier.tools.commands", "COMMAND")
     return parser
 
 

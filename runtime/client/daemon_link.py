@@ -30,6 +30,7 @@ from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
 from moetier.tiers.layout import ExpertKey, TierSlot
+from moetier.tiers.threads import start_thread
 
 from .mapped_arena import MappedArena
 
@@ -98,8 +99,7 @@ class Link:
         self._error: MoetierError | None = None
         self._messages = 0  # number of messages received
         self.connections = 0  # number of connections made, with the first
-        self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("moetier-link", self._run, first)
         with closed_on_error(self):  # the error is a Ctrl-C
             self._tried.wait()  # so that prefetch requests that follow at once are not lost
 

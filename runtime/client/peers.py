@@ -25,6 +25,7 @@ from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, Refused
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share, ShareCounts
+from moetier.tiers.threads import start_thread
 
 from .remote import RemoteStore
 
@@ -195,9 +196,7 @@ class Peers:
     def _start_watcher(self) -> None:
         with self._state:
             if self._watcher is None and not self._closed:
-                watcher = threading.Thread(target=self._watch, name="moetier-peers", daemon=True)
-                watcher.start()
-                self._watcher = watcher
+                self._watcher = start_thread("moetier-peers", self._watch)
 
     def _watch(self) -> None:
         """Check peers that are away, at growing intervals, and resolve DNS names, until the store is closed."""

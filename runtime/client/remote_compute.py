@@ -144,7 +144,7 @@ class RemoteCompute:
             return True
 
     def free(self, parts: Iterable[_Part]) -> None:
-        """Wait for the outputs of ``parts`` no longer."""
+        """Note that the outputs of ``parts`` are not needed any more."""
         with self._lock:
             self._waiting.difference_update(parts)
 
@@ -253,7 +253,7 @@ class RemoteOutputs:
                 part.call.cancel()
 
     def _begin(self, part: _Part) -> None:
-        """Send the hidden states of a part. An error is raised when the answer is read."""
+        """Send the hidden states of a part to its daemon. If that fails, ``_read`` returns the error."""
         numbers = {token: number for number, token in enumerate(sorted(part.picked))}
         size = self._products.row_bytes
         activation = self._products.activation

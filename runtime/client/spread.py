@@ -139,10 +139,11 @@ class SpreadStore(Store):
 
         In a forked child only the store's descriptors are closed.
         """
-        if self._fork_guard.is_owner:
-            self.peers.close()
-        if self.local is not None:
-            self.local.close()
+        with contextlib.ExitStack() as closing:
+            if self.local is not None:
+                closing.callback(self.local.close)
+            if self._fork_guard.is_owner:
+                self.peers.close()
 
     def _read_from_peers(self, key: ExpertKey, buffer: memoryview) -> MoetierError | None:
         """Ask the daemons for a record, in the order of its key, until one gives it. Return None if one did.

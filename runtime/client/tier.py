@@ -236,11 +236,12 @@ class DaemonTier(Closeable):
 
         In a forked child, only the child's own mappings and descriptors are closed.
         """
-        if self._fork_guard.is_owner:
-            self._closed = True
-            self._link.close()
-        self._fallback.close()
-        self._arena.close()
+        with ExitStack() as closing:
+            closing.callback(self._arena.close)
+            closing.callback(self._fallback.close)
+            if self._fork_guard.is_owner:
+                self._closed = True
+                self._link.close()
 
     def _connected(self, control: ControlConnection) -> MappedArena:
         """Map the arena of a new connection. The old arena is unmapped when its last lease ends."""

@@ -242,7 +242,7 @@ class Clients:
         log_event(_log, "client", pid=pid, model=model.name)
         return welcome
 
-    def remove(self, session: str) -> None:
+    def unregister(self, session: str) -> None:
         """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
             client = self._clients.pop(session)

@@ -34,6 +34,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import SLOT_TIMEOUT
 from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.threads import start_thread
 
 from .leases import CallLeases, OpenCalls, no_caller, no_thread, timeout_of
 
@@ -210,8 +211,8 @@ class ComputeCalls:
         """
         array_name, activation, dtype = variant
         layout = self._manifest.layouts[array_name]
-        if not ExpertProducts.fit(layout, activation):
-            raise ProtocolError("The experts of this model are not computed by compiled code.", "Fetch records.")
+        if not ExpertProducts.can_compile(layout, activation):
+            raise ProtocolError(f"No code can be compiled for experts in {array_name}.", "Fetch their records instead.")
         self._products[variant] = None
 
         def work() -> None:
@@ -224,13 +225,11 @@ class ComputeCalls:
             with self._state:
                 self._products[variant] = products
 
-        compiler = threading.Thread(target=work, name="moetier-compiler")
         try:
-            compiler.start()
+            self._compilers.append(start_thread("moetier-compiler", work, daemon=False))
         except RuntimeError as error:  # the system gives no thread: the next call tries again
             del self._products[variant]
             raise no_thread(error) from None
-        self._compilers.append(compiler)
 
     def _compute(
         self, task: ComputeTask, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float

@@ -19,6 +19,7 @@ from pathlib import Path
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import PACKET_SECONDS, PROTOCOL, answer, check_peer, error_json, parse
 from moetier.tiers.errors import SAME_VERSION, MoetierError, ProtocolError, UnavailableError
+from moetier.tiers.threads import start_thread
 
 from .log import RateLimitedLog
 
@@ -44,7 +45,7 @@ class ControlServer:
     """Server of the control socket in a daemon's folder, with a thread for each connection.
 
     ``register(session, digest, pid)`` returns the answer to a client. If it raises a MoetierError, that is sent to the
-    client instead. ``register`` raises OSError if the process has no descriptor left. ``remove(session)`` is called
+    client instead. ``register`` raises OSError if the process has no descriptor left. ``unregister(session)`` is called
     when a client's connection has ended.
     """
 
@@ -53,13 +54,13 @@ class ControlServer:
         folder: Path,
         *,
         register: Callable[[str, str | None, int], Welcome],
-        remove: Callable[[str], None],
+        unregister: Callable[[str], None],
         max_clients: int,
         version: str,
     ) -> None:
         """Listen on the control socket, and replace a stale one. Raises OSError if the socket can't be created."""
         self._register = register
-        self._on_end = remove
+        self._unregister = unregister
         self._max_clients = max_clients
         self._version = version
         self._refusals = RateLimitedLog(_log, "client-refused")
@@ -76,8 +77,7 @@ class ControlServer:
             undo.callback(path.unlink, missing_ok=True)
             path.chmod(0o600)
             self._listener.listen(_BACKLOG)
-            self._thread = threading.Thread(target=self._accept, name="moetier-control", daemon=True)
-            self._thread.start()
+            self._thread = start_thread("moetier-control", self._accept)
             self._release = undo.pop_all().close
 
     def close(self) -> None:
@@ -111,9 +111,7 @@ class ControlServer:
                     if len(self._connections) >= self._max_clients + _OTHERS:
                         raise self._full()
                     self._connections[end] = False
-                thread = threading.Thread(target=self._serve, args=(end, pid), name="moetier-greeter", daemon=True)
-                thread.start()
-                self._threads.add(thread)
+                self._threads.add(start_thread("moetier-greeter", self._serve, end, pid))
             except MoetierError as error:
                 self._refuse(end, pid, error)
             except RuntimeError as error:
@@ -166,7 +164,7 @@ class ControlServer:
                 "Raise the daemon's limit of open files (ulimit -n).",
             ) from None
         try:
-            leaving.callback(self._on_end, session)
+            leaving.callback(self._unregister, session)
             reply = {
                 "session": session,
                 "model": welcome.model,

@@ -16,6 +16,7 @@ from moetier.tiers.options import Number, file_option, option, option_like, opti
 from moetier.tiers.source import LEASES, SLOT_TIMEOUT
 
 SEVERAL = Number(int, 1, 10_000)
+DRAIN = 10.0  # seconds
 WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
 REMOTE = "other hosts"  # title of a group of options
 
@@ -54,8 +55,8 @@ class DaemonConfig(HostTierConfig):
         numbers=WAIT,
     )
     drain: float = option(
-        10.0,
-        "time for running requests to finish at shutdown (default: 10)",
+        DRAIN,
+        f"time for running requests to finish at shutdown (default: {DRAIN:g})",
         metavar="SECONDS",
         numbers=WAIT,
     )

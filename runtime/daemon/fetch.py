@@ -17,6 +17,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import SLOT_TIMEOUT
+from moetier.tiers.threads import start_thread
 
 from .leases import STALL, CallLeases, OpenCalls, no_caller, timeout_of
 
@@ -50,9 +51,8 @@ class FetchCalls:
         self._leased: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._closed = False
         self._answered = 0  # calls answered in full
-        self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
         with closed_on_error(self._leases):
-            self._watcher.start()
+            self._watcher = start_thread("moetier-fetches", self._watch)
 
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield the requested bytes of a record as serialised pieces. The last repeats the request's checksum, if any.

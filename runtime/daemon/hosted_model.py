@@ -17,6 +17,7 @@ from moetier.tiers.host.warmup import Learner
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.trunk import check_sum
+from moetier.tiers.threads import start_thread
 
 from .fetch import FetchCalls
 from .leases import no_thread
@@ -86,9 +87,7 @@ class HostedModel:
             undo.callback(self._close_compute_calls)
             self.fetch_calls = FetchCalls(host, manifest, self.slots, timeout=timeout)
             undo.callback(self.fetch_calls.close)
-            trunk_check = threading.Thread(target=self._check_trunk, name="moetier-trunk", daemon=True)
-            trunk_check.start()
-            undo.callback(trunk_check.join)
+            undo.callback(start_thread("moetier-trunk", self._check_trunk).join)
             undo.callback(self._closing.set)
             self._release = undo.pop_all().close
 
@@ -100,12 +99,10 @@ class HostedModel:
         """
         with self._opening:
             if self._opener is None and not self._closing.is_set():
-                opener = threading.Thread(target=self._import_compiler, name="moetier-opener")
                 try:
-                    opener.start()
+                    self._opener = start_thread("moetier-opener", self._import_compiler, daemon=False)
                 except RuntimeError as error:
                     raise no_thread(error) from None
-                self._opener = opener  # only now, as a thread that did not start can't be joined
         if self._compute_calls is None:
             raise ExhaustedError("The daemon loads its compiler.", "Fetch records meanwhile.")
         if isinstance(self._compute_calls, MoetierError):

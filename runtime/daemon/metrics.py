@@ -32,6 +32,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.stats import TierStats
+from moetier.tiers.threads import start_thread
 
 CONNECTIONS = 64  # most connections to the HTTP server at once: each takes a thread and a descriptor
 
@@ -185,10 +186,9 @@ class MetricsServer:
             return [text]
 
         self._server.set_app(answer)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="moetier-metrics", daemon=True)
         with contextlib.ExitStack() as undo:
             undo.callback(self._server.server_close)
-            self._thread.start()
+            self._thread = start_thread("moetier-metrics", self._server.serve_forever)
             undo.pop_all()
         self.address = f"{host}:{self._server.server_port}"
 

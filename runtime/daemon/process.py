@@ -144,7 +144,7 @@ def _start(
     control = ControlServer(
         config.folder,
         register=clients.register,
-        remove=clients.remove,
+        unregister=clients.unregister,
         max_clients=config.max_clients,
         version=version("moetier"),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from moetier.runtime.wire.channel import SERVICE
 from moetier.runtime.wire.request import Request, decode_request
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import ArenaError, MoetierError
+from moetier.tiers.threads import start_thread
 
 from .clients import Clients
 from .log import RateLimitedLog
@@ -57,10 +57,7 @@ class Service(ExpertStoreServicer):
                 )
             with self._clients.stream(bearer_of(context.invocation_metadata()) or "") as call:
                 if context.add_callback(call.end):
-                    reader = threading.Thread(
-                        target=call.read, args=(request_iterator,), name="moetier-session", daemon=True
-                    )
-                    reader.start()
+                    start_thread("moetier-session", call.read, request_iterator)
                 else:  # the call has ended already
                     call.end()
                 yield from call.answers()

@@ -3,10 +3,12 @@
 - ``sequence``: a request, and the sequence of tokens that answers it.
 - ``prefix_tree``: keys and values of earlier tokens in pages, found by their token ids.
 - ``kv_cache``: the pages of each running sequence, within a budget; ``free_pages``: those that hold nothing.
+- ``saved_pages``: pages on disk, read before a sequence begins, and written after a turn; ``page_folder``: their names,
+  and which are removed; ``page_file``: one of them; ``page_binding``: what keys and values depend on.
 - ``scheduler``: chooses what the next step computes.
 - ``runner``: the interface of what computes a step; ``model_runner``: one sequence at a time, for any architecture;
   ``packed_runner``: tokens of several sequences in one forward pass; ``faster_way``: whether that is faster.
 - ``sampling``: chooses the next token of a sequence from its logits.
 - ``grammar``: what an answer may be; ``constraint``: leaves only the tokens that a grammar allows.
-- ``engine``: the loop of steps, on a thread of its own, and the streams of its answers.
+- ``engine``: the loop of steps, on a thread of its own; ``stream``: the tokens of an answer, as they are sampled.
 """

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection
-from concurrent.futures import Executor
-from functools import partial
+from concurrent.futures import Executor, Future
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import LogitsProcessor
 
 from .grammar import CompiledGrammar, Matcher
 
+QUICK_SECONDS = 0.0005  # a mask that takes longer is made while the model computes
+WEIGHT = 0.25  # of a mask's time in the mean
+
 
 class Constraint(LogitsProcessor):
-    """Logits processor of one sequence of the engine. Its masks are made while the model computes.
+    """Logits processor of one sequence of the engine.
 
+    Masks that take long are made on another thread, while the model computes. The first one is, too. Quick ones are
+    made when they are needed: the other thread would take a processor from the kernels, which costs more.
     A mask is made only after the one before was taken, so one thread at a time uses the matcher.
     """
 
     def __init__(self, grammar: CompiledGrammar) -> None:
         self._matcher = grammar.matcher()
+        self._token: int | None = None  # that was chosen last
+        self._mask: Future[Tensor] | None = None  # of the token after it; None: it is made when it is needed
+        self._seconds = math.inf  # that a mask takes: a mean in which late ones count more
 
     def begin(self, ends: Collection[int], executor: Executor) -> None:
         """Begin to make the mask of the first token, on threads of ``executor``. ``ends`` are the tokens of the end."""
@@ -31,31 +37,36 @@ class Constraint(LogitsProcessor):
         self._start()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores [1, vocabulary], of forbidden tokens -inf. Raises GrammarError if the grammar can't go on."""
-        return _masked(scores, self._taken())
+        """Set the scores of forbidden tokens, [1, vocabulary], to -inf. Raises GrammarError if no token is allowed."""
+        if self._mask is None or self._mask.cancel():  # other processes may use all CPUs
+            return _bounded(scores, self._make())
+        return _bounded(scores, self._mask.result())
 
     def advance(self, token: int) -> None:
-        """Begin to make the mask of the token after ``token``, which does not end the sequence."""
+        """Note ``token``, which was chosen and does not end the sequence."""
         self._start(token)
 
     @property
     def is_complete(self) -> bool:
         """Whether no text can follow the token that was chosen last."""
+        if self._mask is None:
+            self._mask = self._executor.submit(self._make)
         self._mask.exception()  # waits
         return self._matcher.is_complete
 
     def _start(self, token: int | None = None) -> None:
-        self._task = partial(self._make, token)
-        self._mask = self._executor.submit(self._task)
+        self._token = token
+        is_quick = self._seconds <= QUICK_SECONDS
+        self._mask = None if is_quick else self._executor.submit(self._make)
 
-    def _taken(self) -> Tensor:
-        """Return the mask. It is made here if the executor has not begun it: other processes may use all CPUs."""
-        return self._task() if self._mask.cancel() else self._mask.result()
-
-    def _make(self, token: int | None = None) -> Tensor:
-        if token is not None:
-            self._matcher.consume(token)
-        return self._matcher.forbidden(self._ends)
+    def _make(self) -> Tensor:
+        begin = time.thread_time()
+        if self._token is not None:
+            self._matcher.consume(self._token)
+        bounds = self._matcher.bounds(self._ends)
+        taken = time.thread_time() - begin
+        self._seconds = taken if self._seconds == math.inf else self._seconds + (taken - self._seconds) * WEIGHT
+        return bounds
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -81,22 +92,25 @@ class GrammarProcessor(LogitsProcessor):
             self._prompt = input_ids.shape[1]
         while len(self._rows) < len(input_ids):
             self._rows.append((self._grammar.matcher(), []))
-        answers = input_ids[:, self._prompt :].tolist()
-        return torch.cat([self._masked_row(row, answer, scores[row : row + 1]) for row, answer in enumerate(answers)])
+        scores = scores.clone()
+        for row, answer in enumerate(input_ids[:, self._prompt :].tolist()):
+            if not any(token in self._ends for token in answer):  # otherwise the row is padded
+                _bounded(scores[row : row + 1], self._bounds(row, answer))
+        return scores
 
-    def _masked_row(self, row: int, answer: list[int], scores: Tensor) -> Tensor:
-        if any(token in self._ends for token in answer):
-            return scores  # the row is padded
+    def _bounds(self, row: int, answer: list[int]) -> Tensor:
         matcher, matched = self._rows[row]
         if answer[: len(matched)] != matched:  # beams have changed places
             matcher, matched = self._rows[row] = self._grammar.matcher(), []
         for token in answer[len(matched) :]:
             matcher.consume(token)
             matched.append(token)
-        return _masked(scores, matcher.forbidden(self._ends))
+        return matcher.bounds(self._ends)
 
 
-def _masked(scores: Tensor, forbidden: Tensor) -> Tensor:
-    """Return scores [1, vocabulary], of forbidden tokens and of those that no tokenizer has -inf."""
-    mask = pad(forbidden, (0, scores.shape[-1] - len(forbidden)), value=True)
-    return scores.masked_fill(mask.to(scores.device), -math.inf)
+def _bounded(scores: Tensor, bounds: Tensor) -> Tensor:
+    """Limit scores, [1, vocabulary], by bounds [tokens]. Those of tokens that no tokenizer has become -inf."""
+    known = min(len(bounds), scores.shape[-1])
+    scores[:, :known].clamp_(max=bounds[:known].to(scores.device, scores.dtype))
+    scores[:, known:] = -math.inf
+    return scores

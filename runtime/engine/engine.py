@@ -1,4 +1,4 @@
-"""The loop of steps, on a thread of its own, and the streams of its answers."""
+"""The loop of steps, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from torch import Tensor
@@ -18,20 +18,23 @@ from torch import Tensor
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.context import longest_context
-from moetier.tiers.errors import MoetierError, UnsupportedModelError
+from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .packed_runner import PackedRunner, may_pack
+from .page_binding import binding_of
+from .page_folder import PageFolder, PageOptions
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself, scored
+from .saved_pages import SavedPages
 from .scheduler import Scheduler
-from .sequence import Finish, Request, Sampled, Sequence
+from .sequence import DeadlineError, Finish, Request, Sampled, Sequence
+from .stream import Stream
 
 PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
 LONGEST_TURN = 0.3  # seconds after which others are computed, unless their step takes longer itself
 SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
-POLL_SECONDS = 0.05  # a stream asks this often whether it is still wanted
 _log = logging.getLogger(__name__)
 
 
@@ -39,40 +42,19 @@ class EngineError(MoetierError):
     """The engine can't compute any more."""
 
 
-class Stream:
-    """The tokens of one sequence, as they are sampled."""
-
-    def __init__(self, sequence: Sequence, tokens: SimpleQueue[int | None]) -> None:
-        """``tokens`` gets the sequence's tokens, then None."""
-        self.sequence = sequence
-        self._tokens = tokens
-
-    def __iter__(self) -> Iterator[int]:
-        return self.tokens()
-
-    def tokens(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
-        """Yield the tokens. If ``should_stop`` returns True, or the iterator is closed, the rest is not computed.
-
-        The sequence has ended when the iterator ends. Raises the error with which the sequence has failed.
-        """
-        try:
-            while (token := self._next(should_stop)) is not None:
-                yield token
-        finally:
-            self.sequence.cancel()
-            while self.sequence.finish is None:
-                self._tokens.get()
-        if self.sequence.error is not None:
-            raise self.sequence.error
-
-    def _next(self, should_stop: Callable[[], bool]) -> int | None:
-        while True:
-            if should_stop():
-                self.sequence.cancel()
-            try:
-                return self._tokens.get(timeout=POLL_SECONDS)
-            except Empty:
-                continue
+def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str, bytes] | None) -> SavedPages | None:
+    """Return the pages of a model on disk; None if it has no pages to save. Raises ConfigError."""
+    if not runner.can_resume or runner.has_states:
+        _log.warning("The model keeps more than keys and values: nothing of it is kept in %s.", disk.folder)
+        return None
+    if model.device.type != "cpu":
+        raise ConfigError(
+            "Keys and values are in the memory of a device; only those in host memory can be kept on disk.",
+            "Leave out --kv-cache-dir.",
+        )
+    manifest = model.tiers.manifest
+    folder = PageFolder(disk, manifest.model, binding_of(model, manifest))
+    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys)
 
 
 class Engine:
@@ -82,26 +64,36 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, *, pages: int, most: int, chunk: int, context: int, later: int | None = None
+        self,
+        runner: Runner,
+        *,
+        pages: int,
+        max_sequences: int,
+        chunk: int,
+        context: int,
+        later: int | None = None,
+        saved: SavedPages | None = None,
     ) -> None:
         """Start the engine's thread.
 
         Args:
             runner: computes with a model.
             pages: number of pages for keys and values.
-            most: most sequences that run at a time.
+            max_sequences: most sequences that run at a time.
             chunk: most tokens of a prompt that are computed together.
             context: most tokens of a sequence.
             later: the same as ``chunk`` for tokens behind others, or beside other sequences; None: ``chunk``.
+            saved: pages on disk, which ``close`` closes.
         """
         self.context = min(context, PAGE_TOKENS * pages)
+        self.saved = saved
         self._runner = runner
         self._scheduler = Scheduler(
-            KVCache(pages, runner, keeps=runner.can_resume),
-            most=most,
+            KVCache(pages, runner, keeps=runner.can_resume, saved=saved),
+            max_sequences=max_sequences,
             chunk=chunk if runner.can_resume else context,
             later=min(chunk, later or chunk) if runner.can_resume else context,
-            block=runner.block,
+            prefill_block=runner.prefill_block,
             scored=SCORED if runner.can_resume else context,
         )
         self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
@@ -116,11 +108,28 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def of(cls, model: Any, *, most: int = 1, tokens: int = 0) -> Engine:
-        """Return an engine for ``most`` sequences at a time, with the pages for which the model's tiers leave memory.
+    def of(
+        cls,
+        model: Any,
+        *,
+        max_sequences: int = 1,
+        tokens: int = 0,
+        disk: PageOptions | None = None,
+        keys: Mapping[str, bytes] | None = None,
+    ) -> Engine:
+        """Return an engine with the pages for which the model's tiers leave memory.
 
-        There are pages for a sequence of ``tokens`` tokens in any case. Raises UnsupportedModelError if the model
-        generates text in another way than token by token.
+        There are pages for a sequence of ``tokens`` tokens in any case.
+
+        Args:
+            model: the model, with its tiers.
+            max_sequences: most sequences that run at a time.
+            tokens: tokens of the longest sequence, if that is known.
+            disk: where pages are kept on disk; None: nowhere.
+            keys: for each user of requests the digest of an API key: pages on disk are found with the same key only.
+
+        Raises UnsupportedModelError if the model generates text in another way than token by token, and ConfigError if
+        ``disk`` can't be used.
         """
         if generates_itself(model):
             raise UnsupportedModelError(
@@ -131,11 +140,13 @@ class Engine:
         context = max(tokens, min(limit for limit in limits if limit is not None))
         pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
+        chunk, later, runner = prefill.tokens, prefill.later, ModelRunner(model, pages)
         if prefill.in_blocks is not None and may_pack(model):
-            runner: Runner = PackedRunner(model, pages, chunk=prefill.later)
-            return cls(runner, pages=pages, most=most, chunk=prefill.in_blocks, context=context)
-        runner = ModelRunner(model, pages)
-        return cls(runner, pages=pages, most=most, chunk=prefill.tokens, context=context, later=prefill.later)
+            chunk, later, runner = prefill.in_blocks, None, PackedRunner(model, pages, chunk=prefill.later)
+        saved = None if disk is None else _saved(model, runner, disk, keys)
+        return cls(
+            runner, pages=pages, max_sequences=max_sequences, chunk=chunk, context=context, later=later, saved=saved
+        )
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -148,7 +159,7 @@ class Engine:
         return self._failure is None and not self._is_closed
 
     @property
-    def most_scored(self) -> int:
+    def max_scored(self) -> int:
         """Most tokens of a prompt that can be scored."""
         return self.context if self._runner.can_resume else min(SCORED, self.context)
 
@@ -165,8 +176,8 @@ class Engine:
             raise ValueError(f"{request.max_new_tokens} new tokens")
         if not 0 < len(request.ids) < self.context:
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
-        if request.scores_prompt and len(request.ids) > self.most_scored:
-            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.most_scored} can be scored")
+        if request.scores_prompt and len(request.ids) > self.max_scored:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.max_scored} can be scored")
         sequence = Sequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:
@@ -219,6 +230,8 @@ class Engine:
             self._changed.notify()
         self._thread.join()
         self._masks.shutdown(cancel_futures=True)
+        if self.saved is not None:
+            self.saved.close()
 
     def step(self) -> None:
         """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
@@ -233,8 +246,8 @@ class Engine:
     def _schedule(self) -> tuple[list[Task], list[Task]]:
         """Return the tasks of the next step: short ones, whose tokens must not wait, and long ones."""
         for sequence in self.sequences:
-            if sequence.is_cancelled and sequence not in self._beside:
-                self._end(sequence, Finish.CANCELLED)
+            if sequence.is_over and sequence not in self._beside:
+                self._end_early(sequence)
         try:
             while self._scheduler.begin_next():
                 pass
@@ -247,16 +260,16 @@ class Engine:
         return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
 
     def _is_long(self, task: Task) -> bool:
-        return self._runner.block is not None and task.tokens > self._runner.block
+        return self._runner.prefill_block is not None and task.tokens > self._runner.prefill_block
 
-    def _between(self, tasks: list[Task], share: float) -> None:
-        """Compute a step of other sequences if it is their turn, after a share of long ``tasks`` is done.
+    def _between(self, tasks: list[Task], done: float) -> None:
+        """Compute a step of other sequences if it is their turn. ``done``: fraction of long ``tasks`` that is computed.
 
         Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
         """
         for task in tasks:
-            task.sequence.underway = share * task.tokens
-        if self._is_closed or all(task.sequence.is_cancelled for task in tasks):
+            task.sequence.underway = done * task.tokens
+        if self._is_closed or all(task.sequence.is_over for task in tasks):
             raise Stopped
         began = time.monotonic()
         if began < self._next_turn:
@@ -289,45 +302,51 @@ class Engine:
             return
         if not tasks:
             return
-        prompts = [task.sequence for task in tasks if task.tokens > 1]
         try:
-            logits = self._runner.run(
-                tasks,
-                lambda: self._is_closed or any(sequence.is_cancelled for sequence in prompts),
-                partial(self._between, tasks),
-            )
+            outputs = self._compute(tasks)
         except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
-            self._run(
-                [task for task in tasks if task.tokens == 1 and not (self._is_closed or task.sequence.is_cancelled)]
-            )
-            return
+            self._run([task for task in tasks if task.tokens == 1 and not (self._is_closed or task.sequence.is_over)])
         except Exception as error:
             if len(tasks) == 1:
                 self._fail(tasks[0].sequence, error)
             else:
                 for task in tasks:
                     self._run([task])
-            return
+        else:
+            for task, output in zip(tasks, outputs, strict=True):
+                if not (self._is_long(task) and task.sequence.is_over):  # it may not have been computed
+                    self._advance(task, output)
+
+    def _compute(self, tasks: list[Task]) -> list[Tensor | None]:
+        """Return what the runner computes, which stops if a prompt among ``tasks`` is over."""
+        prompts = [task.sequence for task in tasks if task.tokens > 1]
+        try:
+            return self._runner.run(
+                tasks,
+                lambda: self._is_closed or any(sequence.is_over for sequence in prompts),
+                partial(self._between, tasks),
+            )
         finally:
             for sequence in prompts:
                 sequence.underway = 0.0
-        for task, output in zip(tasks, logits, strict=True):
-            if self._is_long(task) and task.sequence.is_cancelled:
-                continue  # it may not have been computed
-            scores, is_complete = task.scores, task.is_complete
-            self._scheduler.computed(task)
-            if output is not None:
-                try:
-                    if scores:
-                        self._score(task.sequence, task.begin, output)
-                    if is_complete:
-                        self._sample(task.sequence, output[-1] if scores else output)
-                except Exception as error:
-                    self._fail(task.sequence, error)
+
+    def _advance(self, task: Task, output: Tensor | None) -> None:
+        """Let a sequence go on after a computed task. ``output``: its logits, as ``Runner.run`` returns them."""
+        scores, is_complete = task.scores, task.is_complete
+        self._scheduler.computed(task)
+        if output is None:
+            return
+        try:
+            if scores:
+                self._score(task.sequence, task.begin, output)
+            if is_complete:
+                self._sample(task.sequence, output[-1] if scores else output)
+        except Exception as error:
+            self._fail(task.sequence, error)
 
     def _score(self, sequence: Sequence, begin: int, logits: Tensor) -> None:
         """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
-        tokens = sequence.request.ids[begin + 1 : begin + 1 + len(logits)]
+        tokens = sequence.ids[begin + 1 : min(begin + 1 + len(logits), len(sequence.request.ids))]
         scores = scored(logits[: len(tokens)], tokens, sequence.request.logprobs or 0)
         sequence.prompt_scores |= dict(enumerate(scores, begin + 1))
 
@@ -340,12 +359,24 @@ class Engine:
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)
 
+    def _end_early(self, sequence: Sequence) -> None:
+        """End a sequence that ``is_over``."""
+        if sequence.is_cancelled:
+            self._end(sequence, Finish.CANCELLED)
+            return
+        done = f"{sequence.new_tokens:,} of at most {sequence.request.max_new_tokens:,} tokens"
+        sequence.error = DeadlineError(
+            f"The deadline of a request has passed after {done} of its answer.",
+            "Ask for fewer tokens, send fewer requests at a time, or give it a later deadline.",
+        )
+        self._end(sequence, Finish.DEADLINE)
+
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         sequence.error = error
         self._end(sequence, Finish.FAILED)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
-        self._scheduler.remove(sequence)
+        self._scheduler.remove(sequence, is_turn=finish is not Finish.FAILED and sequence.new_tokens > 0)
         self._runner.end(sequence)
         self._samplers.pop(sequence, None)
         try:

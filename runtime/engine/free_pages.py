@@ -30,6 +30,14 @@ class FreePages:
             last = page
         return pages
 
+    def take_last(self, count: int) -> list[int]:
+        """Take ``count`` pages, of which there are enough: those with the highest numbers, consecutive or not."""
+        pages = [page for page, is_free in enumerate(self._is_free) if is_free][-count:]
+        for page in pages:
+            self._is_free[page] = False
+        self._count -= count
+        return pages
+
     def release(self, pages: Iterable[int]) -> None:
         """Let pages be taken again."""
         for page in pages:

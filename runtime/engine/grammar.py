@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moetier.tiers.errors import ConfigError, MoetierError
@@ -30,6 +32,7 @@ STACK_BYTES = 256 << 20  # llguidance compiles chains of references recursively,
 # white space between two tokens of JSON: models may otherwise write it without an end
 BLANKS = r"\x20|\r?\n[\x20\t]{0,40}"
 END = "<|moetier: the answer may end here|>"  # a token for llguidance only
+_LITERALS = re.compile(r'"(?:\\.?|[^"\\])*+(?:"|\Z)|//[^\n]*|/(?:\\.?|[^/\\])++(?:/|\Z)|#[^\n]*', re.DOTALL)  # of Lark
 SAID_LETTERS = 200  # of an error of llguidance, which may quote all of a grammar
 
 _stack_size = threading.Lock()  # held while new threads get larger stacks
@@ -81,7 +84,7 @@ class Grammar:
         """Return a grammar in llguidance's variant of Lark. ``@name`` in it stands for one of ``parts``."""
         assert not any(part.parts for part in (parts or {}).values())
         named = tuple((name, part.definition) for name, part in (parts or {}).items())
-        return cls(json.dumps({"lark_grammar": text}), named)
+        return cls(json.dumps({"lark_grammar": _LITERALS.sub(_without_percent, text)}), named)
 
     @property
     def text(self) -> str:
@@ -122,7 +125,7 @@ class GrammarCompiler:
         found = _on_large_stack(lambda: _llguidance().LLMatcher(tokenizer, text, log_level=0, limits=limits))
         own_end = self._source.eos_token_id
         compiled = CompiledGrammar(found, end, frozenset() if own_end is None else frozenset([own_end]))
-        compiled.matcher().forbidden({end})
+        compiled.matcher().bounds({end})
         return compiled
 
     def marks(self) -> dict[str, int]:
@@ -173,6 +176,7 @@ class Matcher:
         """``end`` is the id of END."""
         self._matcher = matcher
         self._end = end
+        self._bounds: Any = None  # numpy array, float32 [bytes, 8]
 
     @property
     def is_complete(self) -> bool:
@@ -184,25 +188,42 @@ class Matcher:
         self._matcher.consume_token(token)
         _check(self._matcher)
 
-    def forbidden(self, ends: Collection[int]) -> Tensor:
-        """Return for each token whether it may not come next, [tokens].
+    def bounds(self, ends: Collection[int]) -> Tensor:
+        """Return upper bounds of the tokens' scores, float32 [tokens]: inf for those that may come next, or -inf.
 
-        Tokens of ``ends``, which end the answer, may come where the answer may end, and nowhere else. Raises
-        GrammarError if no token may come, or llguidance has reached one of its limits.
+        Tokens of ``ends``, which end the answer, may come where the answer may end, and nowhere else. The tensor is
+        used again by the next call. Raises GrammarError if no token may come, or llguidance has reached one of its
+        limits.
         """
         import numpy as np
         import torch
 
-        bits = ~np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask = bytearray(self._matcher.compute_bitmask())
         _check(self._matcher)
-        forbidden = torch.from_numpy(np.unpackbits(bits, bitorder="little").view(np.bool_))
-        goes_on = bool(forbidden[self._end])
-        forbidden[self._end] = True
-        for end in ends:
-            forbidden[end] = goes_on
-        if forbidden.all():
+        may_end = mask[self._end // 8] >> self._end % 8 & 1
+        for token, is_allowed in (self._end, 0), *((end, may_end) for end in ends):
+            mask[token // 8] = mask[token // 8] & ~(1 << token % 8) | is_allowed << token % 8
+        bits = np.frombuffer(mask, np.uint8)
+        if not bits.any():
             raise GrammarError("The grammar allows none of the model's tokens here.", "Change the grammar.")
-        return forbidden
+        if self._bounds is None:
+            self._bounds = np.empty((len(bits), 8), np.float32)
+        np.take(_bounds_of_bytes(), bits, axis=0, out=self._bounds, mode="clip")
+        return torch.from_numpy(self._bounds.reshape(-1))
+
+
+@cache
+def _bounds_of_bytes() -> Any:
+    """Return the bounds of eight tokens for each byte of llguidance's masks, float32 [256, 8]."""
+    import numpy as np
+
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return np.where(bits, np.float32(np.inf), np.float32(-np.inf))
+
+
+def _without_percent(literal: re.Match[str]) -> str:
+    """Return a string, regular expression or comment of Lark, with %json written in another way: it is only text."""
+    return re.sub(r"\\.|%(?=json)", lambda part: r"\x25" if part[0] in ("%", r"\%") else part[0], literal[0])
 
 
 def _llguidance() -> Any:

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 from .free_pages import FreePages
-from .prefix_tree import Node, PrefixTree
+from .prefix_tree import Match, Node, PrefixTree
+from .saved_pages import Reading, SavedPage, SavedPages
 from .sequence import Sequence
 
+LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
+NOTHING = Match((), None, 0)
 
-class CopyablePages(Protocol):
-    """Memory of pages, by their numbers."""
+
+class SequenceMemory(Protocol):
+    """Memory of pages, by their numbers, and the states of sequences, if the model has any besides keys and values."""
+
+    has_states: bool
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
+
+    def state_pages(self, sequence: Sequence) -> int:
+        """Return how many pages the state behind a sequence's computed tokens takes; 0 if there is no such state."""
+
+    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Write the state of a sequence into pages."""
+
+    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Let a sequence that begins continue from the state in pages."""
 
 
 @dataclass(slots=True)
@@ -27,6 +46,8 @@ class _Held:
     node: Node
     shared: list[int]
     own: list[int] = field(default_factory=list)
+    saved: int = 0  # tokens behind which the last snapshot is
+    branch: int = 0  # the tree has full pages of so many tokens, with no snapshot behind them; 0: it has not
 
     @property
     def pages(self) -> list[int]:
@@ -34,13 +55,30 @@ class _Held:
         return self.shared + self.own
 
 
-class KVCache:
-    """Keys and values in pages. Each running sequence holds the pages of all its computed tokens."""
+@dataclass(slots=True)
+class _Fetch:
+    """Pages that are being read: those up to ``node`` are in the tree; ``pages`` are for those that are left."""
 
-    def __init__(self, pages: int, memory: CopyablePages, *, keeps: bool = True) -> None:
+    sequence: Sequence
+    node: Node
+    pages: list[int]
+    left: deque[SavedPage]
+    reading: Reading
+
+
+class KVCache:
+    """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
+
+    If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
+    SNAPSHOT_TOKENS, behind prompts and answers, and where a prompt has left the tokens of an earlier one.
+    """
+
+    def __init__(
+        self, pages: int, memory: SequenceMemory, *, keeps: bool = True, saved: SavedPages | None = None
+    ) -> None:
         """Use at most ``pages`` pages of ``memory``.
 
-        ``keeps``: whether a sequence may continue after pages of another one.
+        ``keeps``: whether a sequence may continue after pages of another one. ``saved``: pages on disk, if any are.
         """
         self.size = pages
         self._keeps = keeps
@@ -48,44 +86,120 @@ class KVCache:
         self._free = FreePages(pages)
         self._tree = PrefixTree()
         self._held: dict[Sequence, _Held] = {}
+        self._saved = saved if keeps else None
+        self._fetch: _Fetch | None = None  # what is being read for the sequence that waits first
 
-    def has_room(self, sequence: Sequence) -> bool:
+    def has_pages_for(self, sequence: Sequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
-        nodes = self._tree.match(sequence.request.user, _reusable(sequence)).nodes
-        pages = {page for held in self._held.values() for page in held.pages} | {node.page for node in nodes}
-        return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self.size - len(pages)
+        nodes = self._match(sequence)[0].nodes
+        return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self._obtainable(node.page for node in nodes)
+
+    def fetch(self, sequence: Sequence, seconds: float = 0.0) -> bool:
+        """Read pages on disk that have the first tokens of a sequence for which there is room, and that are not here.
+
+        Returns True once there are no more, and the sequence is to begin at once; False if they are not there after
+        ``seconds``. Pages are read for one sequence at a time. They may be taken from it, as they hold nothing yet.
+        """
+        if self._saved is None:
+            return True
+        if self._fetch is None or self._fetch.sequence is not sequence:
+            self._begin_fetch(self._saved, sequence)
+        deadline = time.monotonic() + seconds
+        while (fetch := self._fetch) is not None and fetch.left:
+            if (taken := fetch.reading.take(max(deadline - time.monotonic(), 0.0))) is None:
+                return False
+            saved = fetch.left.popleft()
+            if taken[0] is None or not self._saved.restore(saved, taken[0], fetch.pages[0]):
+                break
+            node, unneeded = self._tree.add(fetch.node, saved.tokens, fetch.pages.pop(0))
+            self._free.release(unneeded)
+            node.pins, fetch.node.pins, fetch.node = node.pins + 1, fetch.node.pins - 1, node
+        self.cancel_fetch()
+        return True
+
+    def _begin_fetch(self, saved: SavedPages, sequence: Sequence) -> None:
+        self.cancel_fetch()
+        user, ids = sequence.request.user, _reusable(sequence)
+        match = self._tree.match(user, ids)
+        if found := saved.find(user, ids, match.tokens):
+            node = match.nodes[-1] if match.nodes else self._tree.root(user)
+            node.pins += 1
+            pages = self._take(len(found), [node.page for node in match.nodes])
+            self._fetch = _Fetch(sequence, node, pages, deque(found[: len(pages)]), saved.read(found[: len(pages)]))
+
+    def cancel_fetch(self) -> None:
+        """Read no more pages, and release those that hold nothing."""
+        if (fetch := self._fetch) is not None and self._saved is not None:
+            self._fetch = None
+            self._saved.cancel(fetch.reading)
+            fetch.node.pins -= 1
+            self._free.release(fetch.pages)
 
     def begin(self, sequence: Sequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
-        At least one token is left to compute. A last page that is not full is taken over if all of it is equal and no
-        other sequence runs on from it. Of one that is only partly equal, the equal part is copied. If that raises an
+        At least one token is left to compute. A last page that is not full is taken over if all of it is equal, it has
+        no snapshots and no other sequence runs on from it. Of another one, the equal part is copied. If that raises an
         error, nothing has begun.
         """
         assert sequence not in self._held
-        match = self._tree.match(sequence.request.user, _reusable(sequence))
+        match, tokens = self._match(sequence)
+        if not self._begin_after(sequence, match):
+            self._begin_after(sequence, NOTHING)
+        held = self._held[sequence]
+        held.saved = sequence.computed
+        branch = tokens - tokens % PAGE_TOKENS
+        if branch - sequence.computed >= LEAST_TOKENS:
+            held.branch = branch
+
+    def _match(self, sequence: Sequence) -> tuple[Match, int]:
+        """Return the prefix after which a sequence can continue, and the length of the longest one that is kept."""
+        ids = _reusable(sequence)
+        if self._memory.has_states:
+            return self._tree.match_state(sequence.request.user, ids)
+        match = self._tree.match(sequence.request.user, ids)
+        return match, match.tokens
+
+    def _begin_after(self, sequence: Sequence, match: Match) -> bool:
+        """Let a sequence continue after a prefix. Returns False if its state is of no use, as a page is missing."""
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         held = _Held(node, [node.page for node in match.nodes])
         partial, shared = match.partial, match.shared
-        node.pins += 1
+        self._tree.pin(node)
         with ExitStack() as undo:
-            undo.callback(_unpin, node)
-            if partial is not None and not partial.is_full and not partial.pins and shared == len(partial.tokens):
-                self._tree.remove(partial)
-                held.own = [partial.page]
+            undo.callback(self._tree.unpin, node)
+            if match.snapshot is not None:  # from now on it may be evicted
+                self._memory.load_state(sequence, match.snapshot.pages)
+            if (
+                partial is not None
+                and not (partial.is_full or partial.pins or partial.snapshots)
+                and shared == len(partial.tokens)
+            ):
+                held.own = [self._tree.remove(partial)]
             elif partial is not None:
-                partial.pins += 1  # it stays while a page is found for the copy
-                undo.callback(_unpin, partial)
+                self._tree.pin(partial)  # it stays while a page is found for the copy
+                undo.callback(self._tree.unpin, partial)
                 held.own = self._take(1, held.pages)
                 undo.callback(self._free.release, held.own)
                 if held.own:
                     self._memory.copy_page(partial.page, held.own[0], shared)
+                elif match.snapshot is not None:
+                    return False
                 else:
                     shared = 0
-                partial.pins -= 1
+                self._tree.unpin(partial)
             undo.pop_all()  # the node stays pinned
         self._held[sequence] = held
-        sequence.computed = PAGE_TOKENS * len(held.shared) + shared
+        sequence.resume_at(PAGE_TOKENS * len(held.shared) + shared)
+        return True
+
+    def most_tokens(self, sequence: Sequence) -> int:
+        """Return how many of a sequence's next tokens may be computed before a snapshot is to be taken."""
+        if not self._memory.has_states:
+            return sequence.remaining
+        held, end = self._held[sequence], len(sequence.ids)
+        stops = SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch
+        return min(stop for stop in (*stops, end) if stop > sequence.computed) - sequence.computed
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
@@ -103,20 +217,33 @@ class KVCache:
         return self._held[sequence].pages
 
     def keep(self, sequence: Sequence) -> None:
-        """Let other sequences find the full pages of a sequence. Sets no other state of the sequence."""
+        """Let other sequences find the full pages of a sequence, and a snapshot if one is to be taken now.
+
+        Sets no other state of the sequence.
+        """
         held = self._held[sequence]
         while self._keeps and held.own and PAGE_TOKENS * (len(held.shared) + 1) <= sequence.computed:
             self._add(sequence, held, PAGE_TOKENS)
+        computed = sequence.computed
+        if computed % SNAPSHOT_TOKENS == 0 or computed in (held.branch, len(sequence.request.ids)):
+            self._take_snapshot(sequence, held)
 
-    def end(self, sequence: Sequence) -> None:
-        """Let other sequences find all pages of a sequence that has ended, and let them be evicted."""
+    def end(self, sequence: Sequence, *, is_turn: bool = False) -> None:
+        """Let other sequences find all pages of a sequence that has ended, and let them be evicted.
+
+        ``is_turn``: whether a request ends that has got an answer. Its pages are then written to the disk, if there is
+        a folder for them.
+        """
         self.keep(sequence)
+        self._take_snapshot(sequence, self._held[sequence])
         held = self._held.pop(sequence)
-        held.node.pins -= 1
+        self._tree.unpin(held.node)
         rest = sequence.computed - PAGE_TOKENS * len(held.shared)
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
         self._free.release(held.own)
+        if is_turn and self._saved is not None:
+            self._saved.save(sequence.request.user, held.node.path)
 
     def free_pages(self) -> int:
         """Return the number of pages that hold nothing."""
@@ -128,22 +255,48 @@ class KVCache:
         node, unneeded = self._tree.add(held.node, sequence.ids[begin : begin + count], page)
         self._free.release(unneeded)
         if pins:
-            node.pins += 1
-            held.node.pins -= 1
+            self._tree.pin(node)
+            self._tree.unpin(held.node)
         held.node = node
         held.shared.append(node.page)
 
+    def _take_snapshot(self, sequence: Sequence, held: _Held) -> None:
+        """Keep the state behind a sequence's computed tokens in the tree, if there is one and there is room."""
+        begin, end = PAGE_TOKENS * len(held.shared), sequence.computed
+        if not self._keeps or not self._memory.has_states or end - held.saved < LEAST_TOKENS:
+            return
+        count, copied = self._memory.state_pages(sequence), int(end > begin)
+        if not count or self._obtainable() < count + copied:
+            return
+        self._evict_for(count + copied)
+        node, tokens = held.node, PAGE_TOKENS
+        if copied:  # the sequence writes further tokens into its own page
+            (page,), tokens = self._free.take_last(1), end - begin
+            self._memory.copy_page(held.own[0], page, tokens)
+            node, unneeded = self._tree.add(held.node, sequence.ids[begin:end], page)
+            self._free.release(unneeded)
+        held.saved = end
+        if tokens not in node.snapshots:
+            pages = self._free.take_last(count)
+            self._memory.save_state(sequence, pages)
+            self._tree.add_snapshot(node, tokens, pages)
+
+    def _obtainable(self, kept: Iterable[int] = ()) -> int:
+        """Return the number of pages that are free or can be evicted, without those in ``kept``."""
+        return self.size - len({page for held in self._held.values() for page in held.pages}.union(kept))
+
     def _take(self, count: int, before: list[int]) -> list[int]:
         """Return ``count`` pages to follow those in ``before``, or none if there are fewer, even with evicted ones."""
+        return self._free.take(count, before[-1] if before else None) if self._evict_for(count) else []
+
+    def _evict_for(self, count: int) -> bool:
+        """Evict pages if fewer than ``count`` are free. Returns whether there are so many then."""
         if len(self._free) < count:
             self._free.release(self._tree.evict(count - len(self._free)))
-        if len(self._free) < count:
-            return []
-        return self._free.take(count, before[-1] if before else None)
-
-
-def _unpin(node: Node) -> None:
-    node.pins -= 1
+        if len(self._free) < count and self._fetch is not None:
+            self.cancel_fetch()
+            return self._evict_for(count)
+        return len(self._free) >= count
 
 
 def _reusable(sequence: Sequence) -> list[int]:

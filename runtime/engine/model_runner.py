@@ -1,26 +1,28 @@
 """Runner for any architecture: one sequence at a time through transformers' forward, with a cache in pages.
 
 A model that can't resume has a cache of its own for each sequence instead, which computes the whole prompt together.
+One with states besides keys and values resumes from a copy of them (``kv_cache``).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ManyOf
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory
-from moetier.runtime.model.context import can_resume
+from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory, StatePart
+from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.moe.experts import experts_modules
 
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, prepared
 from .sequence import Sequence
+
+ALIGNMENT = 8  # bytes: the size of the largest type
 
 
 class ModelRunner(Runner):
@@ -30,10 +32,11 @@ class ModelRunner(Runner):
         self._model = model
         self.can_resume = can_resume(model)
         self.computes_together = False
-        self.windows = windows_of(model) if self.can_resume else []
-        self._memory = PageMemory(pages)
-        self._cache = PagedCache(self._memory, self.windows)
+        self.has_states = self.can_resume and has_states(model)
+        self.memory = PageMemory(pages)
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
+        self._caches: dict[Sequence, PagedCache] = {}  # if the model can resume
+        self._state: dict[StatePart, Tensor] = {}  # of any sequence: types and shapes of a copy
 
     def sampler(self, sequence: Sequence) -> Sampler:
         """Return a sampler that chooses tokens as the model's ``generate()`` would."""
@@ -42,9 +45,9 @@ class ModelRunner(Runner):
 
     def run(
         self,
-        tasks: ManyOf[Task],
+        tasks: list[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
         """Compute one task through the model's forward. Return its logits [vocabulary] as Runner says."""
         (task,) = tasks
@@ -53,8 +56,7 @@ class ModelRunner(Runner):
             self._inputs[sequence], _ = prepared(self._model, sequence)
         inputs = self._inputs[sequence]
         if self.can_resume:
-            self._cache.move(task.pages, task.begin)
-            inputs[CACHE] = self._cache
+            inputs[CACHE] = self._cache_of(task)
         ids = torch.tensor([sequence.ids[task.begin : task.end]], device=self._model.device)
         try:
             with torch.no_grad(), stopping(self._model, should_stop if task.tokens > 1 else None):
@@ -71,21 +73,70 @@ class ModelRunner(Runner):
             inputs[CACHE] = outputs.get(CACHE)
         return [outputs.logits[0] if task.scores else outputs.logits[0, -1] if task.is_complete else None]
 
+    def _cache_of(self, task: Task) -> PagedCache:
+        """Return the cache of a task's sequence, with the tokens before the task. Its state must be there."""
+        cache = self._caches.get(task.sequence)
+        if cache is None or not task.begin:
+            assert not (task.begin and self.has_states), "the state of the sequence was lost"
+            cache = self._caches[task.sequence] = PagedCache(self.memory, cache_layers(self._model))
+        cache.move(task.pages, task.begin)
+        return cache
+
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence's cache."""
         self._inputs.pop(sequence, None)
+        self._caches.pop(sequence, None)
+
+    def state_pages(self, sequence: Sequence) -> int:
+        """Return how many pages the state of a sequence takes; 0 if it has none, as its last task was not computed."""
+        cache = self._caches.get(sequence)
+        if cache is None or cache.get_seq_length() != sequence.computed or not (state := cache.state()):
+            return 0
+        return -(-sum(_padded(part) for part in state.values()) // self.memory.page_bytes)
+
+    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Write the state of a sequence into pages, one tensor after the other."""
+        state = self._caches[sequence].state()
+        self._state = {place: torch.empty_like(part, device="meta") for place, part in state.items()}
+        numbers = torch.zeros(sum(map(_padded, state.values())), dtype=torch.uint8)
+        for part, place in zip(state.values(), self._places(), strict=True):
+            numbers[place] = part.contiguous().flatten().view(torch.uint8)
+        self.memory.save(pages, numbers)
+
+    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Let a sequence that begins continue from the state in pages."""
+        numbers = self.memory.load(pages, sum(map(_padded, self._state.values())))
+        cache = self._caches[sequence] = PagedCache(self.memory, cache_layers(self._model))
+        parts = zip(self._state.items(), self._places(), strict=True)
+        cache.set_state({where: numbers[at].view(part.dtype).view(part.shape) for (where, part), at in parts})
+
+    def _places(self) -> Iterator[slice]:
+        """Yield where the bytes of each tensor of a state are in its copy."""
+        begin = 0
+        for part in self._state.values():
+            yield slice(begin, begin + part.nbytes)
+            begin += _padded(part)
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the first ``tokens`` tokens of a page to another page."""
-        self._memory.copy_page(source, target, tokens)
+        self.memory.copy_page(source, target, tokens)
+
+
+def cache_layers(model: Any) -> list[Any]:
+    """Return transformers' layers of a cache for a model, without tokens."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
 
 def windows_of(model: Any) -> list[int | None]:
     """Return, for each layer of a model that can resume, most tokens that a token attends to; None: all."""
-    from transformers import DynamicCache
+    return [getattr(layer, "sliding_window", None) for layer in cache_layers(model)]
 
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return [getattr(layer, "sliding_window", None) for layer in cache.layers]
+
+def _padded(part: Tensor) -> int:
+    """Return the bytes of a tensor of a state in a copy: the next one begins where any type may."""
+    return -(-part.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _sliced(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ManyOf
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,13 +24,13 @@ from moetier.runtime.kernels.layer.masks import Band, band_mask
 from moetier.runtime.kernels.layer.packing import Part, packed
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.libraries.transformers_internals import attention_of
-from moetier.runtime.model.context import can_resume
+from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.experts import experts_modules, without_experts
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
 
 from .faster_way import FasterWay
-from .model_runner import ModelRunner, stopping
+from .model_runner import ModelRunner, stopping, windows_of
 from .runner import Stopped, Task
 from .sequence import Request, Sequence
 
@@ -42,26 +41,29 @@ OWN_ANGLES = ("dynamic", "longrope")  # rope types whose angles depend on the le
 class PackedRunner(ModelRunner):
     """Computes all tasks of a step together, where that is faster than by turns, and long ones in blocks."""
 
-    def __init__(self, model: Any, pages: int, *, chunk: int, packs: bool | None = None, block: int = BLOCK) -> None:
-        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of ``block`` tokens.
+    def __init__(
+        self, model: Any, pages: int, *, chunk: int, packs: bool | None = None, prefill_block: int = BLOCK
+    ) -> None:
+        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of ``prefill_block`` tokens.
 
         ``packs``: whether the model ``can_pack``; None: try it when several sequences or a long prompt come.
         """
         super().__init__(model, pages)
         self.computes_together = True
-        self._block = self.block = block
+        self.prefill_block: int = prefill_block
         self._chunk = chunk
         self._packs = packs
         self._ways = FasterWay()
+        self.windows = windows_of(model)
 
     def run(
         self,
-        tasks: ManyOf[Task],
+        tasks: list[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
         """Compute tasks in one forward pass, by turns, or in blocks. Return logits [vocabulary] as Runner says."""
-        is_long = any(task.tokens > self._block for task in tasks)
+        is_long = any(task.tokens > self.prefill_block for task in tasks)
         if len(tasks) == 1 and not is_long:
             return super().run(tasks, should_stop)
         if self._packs is None:
@@ -78,7 +80,7 @@ class PackedRunner(ModelRunner):
             lambda: self._by_turns(tasks, should_stop),
         )
 
-    def _by_turns(self, tasks: ManyOf[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+    def _by_turns(self, tasks: list[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
         chunks = [task.parts(self._chunk) for task in tasks]
         outputs = [[super(PackedRunner, self).run([part], should_stop)[0] for part in parts] for parts in chunks]
         return [
@@ -86,28 +88,28 @@ class PackedRunner(ModelRunner):
             for task, of_parts in zip(tasks, outputs, strict=True)
         ]
 
-    def _in_chunks(self, tasks: ManyOf[Task], between: Callable[[float], object]) -> list[Tensor | None]:
+    def _in_chunks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
         """Compute long tasks of a model that can't be packed, one after the other."""
         results: list[Tensor | None] = [None] * len(tasks)
         chunks = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self._chunk)]
         for done, (number, part) in enumerate(chunks):
             between(done / len(chunks))
-            if _is_wanted(part.sequence):
+            if _goes_on(part.sequence):
                 with contextlib.suppress(Stopped):
-                    (results[number],) = super().run([part], partial(_is_cancelled, part.sequence))
+                    (results[number],) = super().run([part], partial(_is_over, part.sequence))
         return results
 
-    def _in_blocks(self, tasks: ManyOf[Task], between: Callable[[float], object]) -> list[Tensor | None]:
+    def _in_blocks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
         """Compute tasks in blocks of tokens, and each layer's experts for all of them together."""
-        blocks = [part for task in tasks for part in task.parts(self._block)]
-        passes = [Pass(partial(self.run_together, [part], None), partial(_is_wanted, part.sequence)) for part in blocks]
+        blocks = [part for task in tasks for part in task.parts(self.prefill_block)]
+        passes = [Pass(partial(self.run_together, [part], None), partial(_goes_on, part.sequence)) for part in blocks]
         work = (len(experts_modules(self._model)) + 1) * len(blocks)
         with torch.no_grad():
             results = run_in_lockstep(passes, lambda done: between(done / work))
         last = {block.sequence: result for block, result in zip(blocks, results, strict=True)}
         return [None if (result := last[task.sequence]) is None else result[0] for task in tasks]
 
-    def run_together(self, tasks: ManyOf[Task], should_stop: Callable[[], bool] | None) -> list[Tensor | None]:
+    def run_together(self, tasks: list[Task], should_stop: Callable[[], bool] | None) -> list[Tensor | None]:
         """Compute tasks in one forward pass. Return logits [vocabulary] as Runner says."""
         ids = [token for task in tasks for token in task.sequence.ids[task.begin : task.end]]
         positions = [position for task in tasks for position in range(task.begin, task.end)]
@@ -115,7 +117,7 @@ class PackedRunner(ModelRunner):
         for task in tasks:
             total += task.tokens
             ends += range(total - (task.tokens if task.scores else int(task.is_complete)), total)
-        step, device = _Step(self._memory, self.windows, tasks), self._model.device
+        step, device = _Step(self.memory, self.windows, tasks), self._model.device
         with torch.no_grad(), stopping(self._model, should_stop if len(ids) > len(tasks) else None), packed(step):
             logits = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -132,18 +134,18 @@ class PackedRunner(ModelRunner):
         ]
 
 
-def _is_wanted(sequence: Sequence) -> bool:
-    return not sequence.is_cancelled
+def _goes_on(sequence: Sequence) -> bool:
+    return not sequence.is_over
 
 
-def _is_cancelled(sequence: Sequence) -> bool:
-    return sequence.is_cancelled
+def _is_over(sequence: Sequence) -> bool:
+    return sequence.is_over
 
 
 class _Step:
     """Pages of the tasks that are computed together."""
 
-    def __init__(self, memory: PageMemory, windows: list[int | None], tasks: ManyOf[Task]) -> None:
+    def __init__(self, memory: PageMemory, windows: list[int | None], tasks: list[Task]) -> None:
         self._memory = memory
         self._windows = windows
         self._tasks = tasks
@@ -212,6 +214,7 @@ def may_pack(model: Any) -> bool:
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return (
         can_resume(model)
+        and not has_states(model)
         and attention_of(model.config) in (NAME, WITH_SINKS)
         and {*(getattr(text, "layer_types", None) or ())} <= LAYER_TYPES
         and not any(part.get("rope_type") in OWN_ANGLES for part in ropes)
@@ -232,7 +235,7 @@ def _trial(model: Any, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield logits, model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
 
 
-def _is_near(logits: Tensor, wanted: Tensor, near: float) -> bool:
-    """Return whether logits [vocabulary] are nearly the wanted ones."""
-    largest, difference = wanted.float().abs().max(), (logits.float() - wanted.float()).abs().max()
-    return logits.shape == wanted.shape and bool(difference <= near * largest)
+def _is_near(logits: Tensor, expected: Tensor, near: float) -> bool:
+    """Return whether logits [vocabulary] are nearly the expected ones."""
+    largest, difference = expected.float().abs().max(), (logits.float() - expected.float()).abs().max()
+    return logits.shape == expected.shape and bool(difference <= near * largest)

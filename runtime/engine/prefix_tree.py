@@ -4,6 +4,9 @@ A page holds the keys and values of up to PAGE_TOKENS tokens in all layers. A no
 from the root has all tokens of the sequence up to there. So sequences that begin alike share pages. Only the last page
 of a sequence has fewer than PAGE_TOKENS tokens; it is a leaf.
 
+Some models have a state besides keys and values, from which a sequence continues. A snapshot is that state behind some
+of a node's tokens. It lies in pages too, and belongs to the node.
+
 As in SGLang's radix cache (Zheng et al. 2023, arXiv 2312.07104), but nodes are whole pages, so none is ever split.
 """
 
@@ -17,20 +20,38 @@ from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 
 @dataclass(eq=False, slots=True)
+class StateSnapshot:
+    """The state of a sequence behind some of its tokens."""
+
+    pages: list[int]  # numbers of the pages in which it lies
+    used: int  # time at which it was last matched or added
+
+
+@dataclass(eq=False, slots=True)
 class Node:
     """A page in the tree. The root of a tree has no page."""
 
     tokens: tuple[int, ...]  # token ids of the page
-    page: int  # number of the page; -1 in a root
+    page: int  # number of the page; -1 in a root, and once the node is no longer in the tree
     parent: Node | None
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)  # by their tokens
     pins: int = 0  # number of running sequences whose tokens continue after this node
     used: int = 0  # time at which the node was last matched or added
+    snapshots: dict[int, StateSnapshot] = field(default_factory=dict)  # by how many of its tokens they are behind
 
     @property
     def is_full(self) -> bool:
         """Whether further pages may follow: the node is a root, or its page has PAGE_TOKENS tokens."""
         return self.parent is None or len(self.tokens) == PAGE_TOKENS
+
+    @property
+    def path(self) -> list[Node]:
+        """The nodes from the root, which is left out, to this one."""
+        path, node = list[Node](), self
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +61,7 @@ class Match:
     nodes: tuple[Node, ...]  # full pages, from the first token on
     partial: Node | None  # page whose first ``shared`` tokens follow; None: no further token
     shared: int
+    snapshot: StateSnapshot | None = None  # the state behind the prefix, if it was asked for
 
     @property
     def tokens(self) -> int:
@@ -50,7 +72,7 @@ class Match:
 class PrefixTree:
     """Trees of pages, one for each name: requests under one name find no pages of another's.
 
-    A pinned node and its ancestors stay. All others may be evicted, the least recently used leaf first.
+    A pinned node and its ancestors stay. All others may be evicted, the least recently used leaf or snapshot first.
     """
 
     def __init__(self) -> None:
@@ -75,6 +97,36 @@ class PrefixTree:
         partial.used = self._time
         return Match(tuple(nodes), partial, shared)
 
+    def pin(self, node: Node) -> None:
+        """Keep a node and its ancestors until ``unpin`` is called as often as this."""
+        node.pins += 1
+
+    def unpin(self, node: Node) -> None:
+        """Undo one ``pin``."""
+        assert node.pins
+        node.pins -= 1
+
+    def match_state(self, name: str, ids: Sequence[int]) -> tuple[Match, int]:
+        """Return the longest prefix of ``ids`` behind which there is a snapshot; and the length of ``match``'s prefix.
+
+        Pages and snapshot of the prefix are noted as used.
+        """
+        match = self.match(name, ids)
+        last, begin = match.nodes[-1] if match.nodes else self.root(name), PAGE_TOKENS * len(match.nodes)
+        rest = ids[begin : begin + PAGE_TOKENS]
+        candidates = [(len(match.nodes), child, _common(child.tokens, rest)) for child in last.children.values()]
+        candidates += [(place, node, PAGE_TOKENS) for place, node in enumerate(match.nodes)]
+        places = [
+            (place, shared, node) for place, node, common in candidates for shared in node.snapshots if shared <= common
+        ]
+        if not places:
+            return Match((), None, 0), match.tokens
+        place, shared, node = max(places, key=lambda found: found[:2])
+        node.used = node.snapshots[shared].used = self._time
+        if shared == PAGE_TOKENS:
+            return Match((*match.nodes[:place], node), None, 0, node.snapshots[shared]), match.tokens
+        return Match(match.nodes[:place], node, shared, node.snapshots[shared]), match.tokens
+
     def root(self, name: str) -> Node:
         """Return the root of the tree ``name``, which is made if there is none."""
         return self._roots.setdefault(name, Node((), -1, None))
@@ -83,7 +135,8 @@ class PrefixTree:
         """Add a page after ``parent``, a full node. Return its node, and the pages that are not needed any more.
 
         If the tree has a page of these tokens already, the node stays, with ``page`` in its place unless a running
-        sequence uses it. A leaf that has only some of the first of these tokens is replaced.
+        sequence uses it. A leaf that has only some of the first of these tokens is replaced. The node gets its
+        snapshots.
         """
         assert parent.is_full, "a page follows one that is not full"
         self._time += 1
@@ -100,34 +153,53 @@ class PrefixTree:
             for length in range(1, len(key))
             if (child := parent.children.get(key[:length])) is not None and not child.pins
         ]
-        for child in replaced:
-            del parent.children[child.tokens]
         node = parent.children[key] = Node(key, page, parent, used=self._time)
-        return node, [child.page for child in replaced]
+        for child in replaced:
+            node.snapshots |= child.snapshots
+        return node, [self.remove(child) for child in replaced]
 
-    def remove(self, node: Node) -> None:
-        """Remove a leaf that is not pinned."""
+    def add_snapshot(self, node: Node, tokens: int, pages: list[int]) -> None:
+        """Add the state behind the first ``tokens`` tokens of a node, which has none yet, in ``pages``."""
+        assert tokens not in node.snapshots
+        node.snapshots[tokens] = StateSnapshot(pages, self._time)
+
+    def remove(self, node: Node) -> int:
+        """Remove a leaf that is not pinned, and return the number of its page."""
         assert _is_evictable(node)
         assert node.parent is not None
         del node.parent.children[node.tokens]
+        page, node.page = node.page, -1
+        return page
 
     def evict(self, count: int) -> list[int]:
-        """Remove up to ``count`` pages that are not pinned, and return their numbers."""
-        leaves = [(node.used, id(node), node) for node in self._nodes() if _is_evictable(node)]
-        heapq.heapify(leaves)
+        """Remove ``count`` pages that are not pinned, if there are so many, and return their numbers.
+
+        These are more if the last ones are those of a snapshot.
+        """
+        # leaves, and snapshots with the number of tokens before them
+        oldest = [(node.used, id(node), node, 0) for node in self._nodes() if _is_evictable(node)]
+        oldest += [
+            (state.used, id(state), node, tokens) for node in self._nodes() for tokens, state in node.snapshots.items()
+        ]
+        heapq.heapify(oldest)
         pages = list[int]()
-        while leaves and len(pages) < count:
-            _, _, node = heapq.heappop(leaves)
-            self.remove(node)
-            pages.append(node.page)
+        while oldest and len(pages) < count:
+            _, _, node, tokens = heapq.heappop(oldest)
+            if tokens:
+                pages += _remove_snapshot(node, tokens)
+                continue
+            pages.append(self.remove(node))
+            for behind in [*node.snapshots]:
+                pages += _remove_snapshot(node, behind)
             if node.parent is not None and _is_evictable(node.parent):
-                heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
+                heapq.heappush(oldest, (node.parent.used, id(node.parent), node.parent, 0))
         self._roots = {name: root for name, root in self._roots.items() if root.children or root.pins}
         return pages
 
     def pages(self) -> list[int]:
         """Return the numbers of all pages."""
-        return [node.page for node in self._nodes()]
+        states = [state for node in self._nodes() for state in node.snapshots.values()]
+        return [*(node.page for node in self._nodes()), *(page for state in states for page in state.pages)]
 
     def _nodes(self) -> Iterator[Node]:
         return (node for node in _below(*self._roots.values()) if node.parent is not None)
@@ -135,6 +207,12 @@ class PrefixTree:
 
 def _is_evictable(node: Node) -> bool:
     return node.parent is not None and not node.children and not node.pins
+
+
+def _remove_snapshot(node: Node, tokens: int) -> list[int]:
+    """Remove a snapshot, if the node still has it, and return its pages."""
+    state = node.snapshots.pop(tokens, None)
+    return [] if state is None else state.pages
 
 
 def _is_held(node: Node) -> bool:

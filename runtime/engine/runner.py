@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,11 +31,11 @@ class Task:
         """Whether these are the sequence's last tokens, so that the next one can be sampled."""
         return self.end == len(self.sequence.ids)
 
-    def parts(self, most: int) -> list[Task]:
-        """Return tasks of at most ``most`` tokens each, one after the other."""
+    def parts(self, max_tokens: int) -> list[Task]:
+        """Return tasks of at most ``max_tokens`` tokens each, one after the other."""
         return [
-            Task(self.sequence, begin, min(most, self.end - begin), self.pages)
-            for begin in range(self.begin, self.end, most)
+            Task(self.sequence, begin, min(max_tokens, self.end - begin), self.pages)
+            for begin in range(self.begin, self.end, max_tokens)
         ]
 
     @property
@@ -52,12 +51,15 @@ class Stopped(Exception):
 class Runner(ABC):
     """Computes the tasks of a step, and has the memory of pages.
 
-    A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers.
+    A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers. Some models have a
+    state of each sequence besides, which the runner keeps. A copy of it lies in pages as well.
     """
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
-    block: int | None = None  # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
+    has_states: bool = False  # whether a sequence that can resume has a state besides keys and values
+    # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
+    prefill_block: int | None = None
 
     @abstractmethod
     def sampler(self, sequence: Sequence) -> Sampler:
@@ -66,22 +68,23 @@ class Runner(ABC):
     @abstractmethod
     def run(
         self,
-        tasks: ManyOf[Task],
+        tasks: list[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
         """Compute tasks. Return, for each that is complete, the logits after its sequence's last token [vocabulary].
 
         For each task that ``scores``, return the logits after all of its tokens [tokens, vocabulary].
 
         Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
-        there. After Stopped or an error, the same tasks can be computed again.
+        there. After Stopped or an error, the same tasks can be computed again, unless the runner ``has_states``: then
+        the state of the sequence is lost.
 
         Args:
             tasks: several only if the runner ``computes_together``.
             should_stop: if it returns True between two layers, Stopped is raised. Not called for long tasks, of which
-                those whose sequence is cancelled are not computed further.
-            between: called with the share of the work that is done, between parts of long tasks. It may run other
+                those whose sequence ``is_over`` are not computed further.
+            between: called with the fraction of the work that is done, between parts of long tasks. It may run other
                 tasks, and raise an error, which ends these.
         """
 
@@ -92,3 +95,15 @@ class Runner(ABC):
     @abstractmethod
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
+
+    def state_pages(self, sequence: Sequence) -> int:
+        """Return how many pages the state behind a sequence's computed tokens takes; 0 if there is no such state."""
+        return 0
+
+    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Write the state of a sequence into pages."""
+        raise NotImplementedError
+
+    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
+        """Let a sequence that begins continue from the state in pages."""
+        raise NotImplementedError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as ManyOf
 from concurrent.futures import Executor
 from typing import Any
 
@@ -84,7 +83,7 @@ class Sampler:
         return Sampled(token) if self._logprobs is None else scored(logits[None], [token], self._logprobs)[0]
 
 
-def scored(logits: Tensor, tokens: ManyOf[int], top: int) -> list[Sampled]:
+def scored(logits: Tensor, tokens: list[int], top: int) -> list[Sampled]:
     """Return tokens with their log probabilities, and with those of the ``top`` most likely tokens in their places.
 
     ``logits`` is [tokens, vocabulary].

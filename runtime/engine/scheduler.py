@@ -2,57 +2,62 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Collection
 
 from .kv_cache import KVCache
 from .runner import Task
 from .sequence import Sequence
 
+FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one runs; then it may have been cancelled
 BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
 
 
 class Scheduler:
-    """Sequences that wait, in the order in which they came, and those that run. A running sequence holds pages."""
+    """Sequences that wait, and those that run. A running sequence holds pages.
+
+    Sequences wait in the order in which they came, but those whose deadlines are near go before others (``due``).
+    """
 
     def __init__(
         self,
         cache: KVCache,
         *,
-        most: int,
+        max_sequences: int,
         chunk: int,
         later: int | None = None,
         scored: int | None = None,
-        block: int | None = None,
+        prefill_block: int | None = None,
     ) -> None:
-        """Run at most ``most`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
+        """Run at most ``max_sequences`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
 
         Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory. Of a
         prompt that is scored, at most ``scored``, as each has logits for the whole vocabulary. Prompts of more than
-        ``block`` tokens are computed together, and short ones beside them. If it is None, prompts are computed one by
-        one.
+        ``prefill_block`` tokens are computed together, and short ones beside them. If it is None, prompts are computed
+        one by one.
         """
         self._cache = cache
-        self._most = most
-        self._chunk = max(chunk, block or 1)
+        self._max_sequences = max_sequences
+        self._chunk = max(chunk, prefill_block or 1)
         self._later = later or chunk
-        self._block = block
-        self._scored = min(scored or chunk, block or chunk)
+        self._prefill_block = prefill_block
+        self._scored = min(scored or chunk, prefill_block or chunk)
         self._step = 0
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # ascending by ``due``
         self.running: list[Sequence] = []  # in the order in which they began
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait behind all others."""
-        self.waiting.append(sequence)
+        """Let a sequence wait behind those that are due before it."""
+        insort(self.waiting, sequence, key=_due)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that has ended. Its pages may be found by others."""
+    def remove(self, sequence: Sequence, *, is_turn: bool = False) -> None:
+        """Remove a sequence that has ended. Its pages may be found by others, later too if it ``is_turn``."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._cache.end(sequence)
+            self._cache.end(sequence, is_turn=is_turn)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._cache.cancel_fetch()
 
     def begin_next(self) -> bool:
         """Begin the sequence that waits first, if there is room for it. If that raises an error, it still waits.
@@ -60,14 +65,20 @@ class Scheduler:
         Returns whether another one may begin in this step. If prompts are computed one by one, more of them would not
         be computed sooner, but would hold pages.
         """
-        if not self.waiting or len(self.running) >= self._most or not self._cache.has_room(self.waiting[0]):
+        if (
+            not self.waiting
+            or len(self.running) >= self._max_sequences
+            or not self._cache.has_pages_for(self.waiting[0])
+        ):
+            return False
+        if not self._cache.fetch(self.waiting[0], 0.0 if self.running else FETCH_SECONDS):
             return False
         sequence = self.waiting[0]  # it is in one of the two lists even if it can't begin
         self._cache.begin(sequence)
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         sequence.begin()
         self.running.append(sequence)
-        return self._block is not None
+        return self._prefill_block is not None
 
     def schedule(self, beside: Collection[Sequence] = ()) -> tuple[list[Task], list[Sequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
@@ -82,9 +93,9 @@ class Scheduler:
                 block is computed, unless it is long itself.
         """
         self._step += 1
-        wanted = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
+        chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
         tasks, stopped = list[Task](), list[Sequence]()
-        for sequence, tokens in wanted.items():
+        for sequence, tokens in chosen.items():
             if sequence in stopped:
                 continue
             while not self._cache.reserve(sequence, tokens):
@@ -92,7 +103,7 @@ class Scheduler:
                 last = next(other for other in reversed(self.running) if other not in beside)
                 self._cache.end(last)
                 self.running.remove(last)
-                self.waiting.appendleft(last)
+                self.add(last)
                 stopped.append(last)
                 if last is sequence:
                     break
@@ -103,37 +114,42 @@ class Scheduler:
     def _tokens(self, running: list[Sequence], *, is_beside: bool) -> dict[Sequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
-        if self._block is None:
+        if self._prefill_block is None:
             is_alone = len(self.running) == 1 and not self.running[0].computed
             left, chosen = self._chunk if is_alone else self._later, prompts[:1]
         else:
-            long = [sequence for sequence in prompts if self._most_of(sequence) > self._block]
+            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._prefill_block]
             short = [sequence for sequence in prompts if sequence not in long]
             left, chosen = self._chunk, short[:1] + long
             if is_beside:
                 # a block of a prompt that is not very long; the others wait for a step of their own
-                left = self._block
-                chosen = [sequence for sequence in prompts if self._most_of(sequence) <= BLOCKS_BESIDE * left][:1]
+                left = self._prefill_block
+                chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= BLOCKS_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
             if left >= min(
-                self._most_of(sequence), self._block or 1
+                self._max_tokens(sequence), self._prefill_block or 1
             ):  # few tokens would need as many experts as many do
                 sequence.last_step = self._step
-                tokens[sequence] = min(self._most_of(sequence), left)
+                tokens[sequence] = min(self._max_tokens(sequence), left)
                 left -= tokens[sequence]
         return {sequence: tokens[sequence] for sequence in running if sequence in tokens}
 
-    def _most_of(self, sequence: Sequence) -> int:
+    def _max_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a sequence a step computes at most."""
-        return min(sequence.remaining, self._scored) if sequence.request.scores_prompt else sequence.remaining
+        most = self._cache.most_tokens(sequence)
+        return min(most, self._scored) if sequence.request.scores_prompt else most
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""
-        task.sequence.computed += task.tokens
+        task.sequence.advance(task.tokens)
         self._cache.keep(task.sequence)
 
     @property
     def has_work(self) -> bool:
         """Whether there is a sequence."""
         return bool(self.running or self.waiting)
+
+
+def _due(sequence: Sequence) -> float:
+    return sequence.due

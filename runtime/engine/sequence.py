@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
+from moetier.tiers.errors import MoetierError
+
 from .grammar import CompiledGrammar
+
+PATIENCE = 60.0  # seconds after which a request without a deadline goes before new ones with a deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Request:
         grammar: what the answer may be, compiled for the model's tokenizer.
         logprobs: number of most likely tokens whose log probabilities come with each new token; None: not even its own.
         scores_prompt: whether to give log probabilities of the prompt's tokens, too. All of it is then computed.
+        deadline: time of ``time.monotonic()`` after which nothing more is computed for the request: it ends with a
+            DeadlineError. Of requests that wait, those whose deadlines are near begin first. None: no deadline.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +41,7 @@ class Request:
     grammar: CompiledGrammar | None = None
     logprobs: int | None = None
     scores_prompt: bool = False
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,12 @@ class Finish(enum.Enum):
     END = "end"  # the model has ended it
     LENGTH = "length"  # it has as many tokens as the request asked for, or the context has room for
     CANCELLED = "cancelled"
+    DEADLINE = "deadline"  # its deadline has passed
     FAILED = "failed"
+
+
+class DeadlineError(MoetierError):
+    """The deadline of a request has passed before its answer was complete."""
 
 
 class Sequence:
@@ -91,6 +103,8 @@ class Sequence:
         self.request = request
         self.ids = list(request.ids)
         self.prompt_scores: dict[int, Sampled] = {}  # by position in the prompt; all but the first if it is scored
+        arrived, deadline = monotonic(), request.deadline
+        self.due = arrived + PATIENCE if deadline is None else min(arrived + PATIENCE, deadline)  # order of waiting
         self.computed = 0
         self.cached = 0  # tokens of the prompt whose keys and values were there already when the sequence first began
         self.began: float | None = None  # time at which it first began; None while it waits
@@ -112,10 +126,18 @@ class Sequence:
         """Number of tokens to compute before the next token can be sampled."""
         return len(self.ids) - self.computed
 
+    def resume_at(self, position: int) -> None:
+        """Continue after the first ``position`` tokens, whose keys and values are there."""
+        self.computed = position
+
+    def advance(self, tokens: int) -> None:
+        """Note that the next ``tokens`` tokens were computed."""
+        self.computed += tokens
+
     def begin(self) -> None:
         """Note that the sequence begins to run, with its ``computed`` tokens. Only the first time has an effect."""
         if self.began is None:
-            self.cached, self.began = self.computed, time.monotonic()
+            self.cached, self.began = self.computed, monotonic()
 
     @property
     def progress(self) -> Progress:
@@ -125,12 +147,18 @@ class Sequence:
         new = done - self.cached
         if self.began is None or new <= 0:
             return Progress(done, total, None)
-        return Progress(done, total, (total - done) * (time.monotonic() - self.began) / new)
+        return Progress(done, total, (total - done) * (monotonic() - self.began) / new)
 
     def append(self, sampled: Sampled) -> None:
         """Append a sampled token, and pass it on."""
         self.ids.append(sampled.token)
         self._on_token(sampled)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the rest is not to be computed: it is cancelled, or its deadline has passed. Any thread may ask."""
+        deadline = self.request.deadline
+        return self.is_cancelled or (deadline is not None and monotonic() >= deadline)
 
     def cancel(self) -> None:
         """End the sequence soon. May be called on any thread, and after the end."""

@@ -99,9 +99,9 @@ class WordsTensor(AffineTensor):
 
         Raises ValueError if the columns of a run are in several groups.
         """
-        order = self._order()
-        first = order[::group]
-        if bool((order.view(-1, group) != first[:, None]).any()):
+        groups = self._column_groups()
+        first = groups[::group]
+        if bool((groups.view(-1, group) != first[:, None]).any()):
             raise ValueError(
                 f"{self.name} has groups of columns from all over the matrix (desc_act), but a record has a scale for "
                 "neighbouring columns"
@@ -122,10 +122,10 @@ class WordsTensor(AffineTensor):
 
     def weights(self) -> torch.Tensor:
         """Read and dequantise the matrix [rows, columns], in the type of its scales. Raises CheckpointError."""
-        levels, order = self._stored(), self._order()
-        return levels._replace(scales=levels.scales[:, order], zeros=levels.zeros[:, order]).weights()
+        levels, groups = self._stored(), self._column_groups()
+        return levels._replace(scales=levels.scales[:, groups], zeros=levels.zeros[:, groups]).weights()
 
-    def _order(self) -> torch.Tensor:
+    def _column_groups(self) -> torch.Tensor:
         """Return the group of each column, [columns]."""
         if self.order is None:
             return torch.arange(self.shape[1]) // self.per_group

@@ -6,7 +6,6 @@ LLVM takes as long to compile them as a third of the imports. It runs without th
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from moetier.tiers.headers.gguf import SUFFIX, read_gguf
 from moetier.tiers.layout import BLOCKS, Projection
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
+from moetier.tiers.threads import start_thread
 
 
 def compile_ahead(location: Path) -> None:
@@ -51,7 +51,7 @@ def compile_ahead(location: Path) -> None:
                 is_bf16 = read_json(location / "config.json").get("dtype") == "bfloat16"
                 _compile(read_manifest(store_folder(location)), torch.bfloat16 if is_bf16 else torch.float32)
 
-    threading.Thread(target=work, name="moetier-ahead").start()
+    start_thread("moetier-ahead", work, daemon=False)
 
 
 def _matrices(path: Path) -> set[Projection]:
@@ -81,7 +81,7 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
             rounding_kernel(processor, Rounding.of(p), FloatType.of(dtype))
     for layout in manifest.layouts.values() if manifest else ():
         activation = Activation()
-        if ExpertKernels.fit(layout, activation):
+        if ExpertKernels.can_compile(layout, activation):
             ExpertKernels(layout, activation, dtype, 0, processor)
     if manifest and (trunk := manifest.trunk_records) is not None:
         product_kernel(processor, PackedVariant(trunk.bits, trunk.group, trunk.pairs, FloatType.of(dtype)))

@@ -22,6 +22,7 @@ from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
+from .context import can_resume, has_states
 from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 
@@ -72,6 +73,7 @@ class Needs:
             page_bytes=kv_cache_bytes(model.config, PAGE_TOKENS, dtype=model.dtype),
             room=max(usable(available.bytes - trunk - scratch), 0),
             experts=manifest.stored_bytes,
+            has_snapshots=can_resume(model) and has_states(model),
         )
         return cls(trunk, kv, scratch, prefill_of(model, manifest, config, kernels, kv.context))
 
@@ -93,10 +95,15 @@ class Needs:
         smallest: int = 0,
         share: Fraction = DEFAULT_SHARE,
     ) -> Needs:
-        """Return the needs with fewer tokens computed together, if ``available`` has no room for all of them.
+        """Return the needs with as many tokens computed together as ``available`` memory allows.
 
-        They leave ``largest`` bytes for experts if possible; else those that the user's option ``asked`` gives, or what
-        ``share`` leaves of the memory that trunk and cache leave, but at least ``smallest``.
+        Args:
+            asked: bytes for experts that the user asks for; None for all but a ``share`` of the memory that trunk and
+                cache leave.
+            largest: bytes of all experts: never more are left for them.
+            available: the free memory.
+            smallest: least bytes for experts, unless ``asked`` says how many.
+            share: part of the memory for the tokens that are computed together.
         """
         room = self.room(available)
         experts = max(room - int(share * room), smallest) if asked is None or asked.bytes is None else asked.bytes

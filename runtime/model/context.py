@@ -8,6 +8,13 @@ from typing import Any
 from moetier.runtime.libraries.transformers_internals import can_use_dynamic_cache
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
+# transformers' layers of a cache: with keys and values of all tokens, and with a state besides or nothing
+_PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+_BOTH = {"LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
+_STATES = {"LinearAttentionLayer", *_BOTH}
+# their code computes several tokens behind others as if the recurrent state were 0
+_LOSES_STATE = {"jamba"}
+SNAPSHOT_TOKENS = 2048  # a copy of such a state is kept at each multiple of this many tokens
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
 _LEAST = 1 << 16  # least length of that prefix, in characters
 _GROWTH = 4  # each prefix is this many times as long as the one before
@@ -40,20 +47,36 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
 
 
 def can_resume(model: Any) -> bool:
-    """Return whether a model can resume in the middle of a prompt, from the states that it has kept of earlier tokens.
+    """Return whether a model can resume in the middle of a prompt, from what it has kept of earlier tokens.
 
-    That is certain only if the state of every layer is keys and values. Some models with other states can't resume.
+    That must be keys and values, and states that transformers' own layers of a cache have (``has_states``). At least
+    one layer must have keys and values.
     """
     if not can_use_dynamic_cache(model) or model.generation_config.use_cache is False:
         return False
-    from transformers import DynamicCache
-
-    plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
     config = model.config.get_text_config()
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    layers = _cache_layers(model)
+    known = _PLAIN if getattr(config, "kv_sharing_modes", None) else _PLAIN | _STATES | {"DummyLayer"}
     rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    return bool(layers) and not layers - plain and "longrope" not in types  # its angles depend on the chunk's length
+    return (
+        bool(layers & (_PLAIN | _BOTH))
+        and not layers - known
+        and config.model_type not in _LOSES_STATE
+        and "longrope" not in types  # its angles depend on the chunk's length
+    )
+
+
+def has_states(model: Any) -> bool:
+    """Return whether a model has a state of constant size besides keys and values: linear attention, a convolution."""
+    return bool(_cache_layers(model) & _STATES)
+
+
+def _cache_layers(model: Any) -> set[str]:
+    """Return the names of transformers' layers in a cache of a model."""
+    from transformers import DynamicCache
+
+    return {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
 
 
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:

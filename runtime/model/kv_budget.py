@@ -13,6 +13,7 @@ from .context import longest_context
 
 SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values by default
 LEAST_PAGES = 4  # so many there are by default, however little memory there is
+WITH_STATES = 4  # times as many as sequences need, if copies of other states than keys and values lie in pages too
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,20 @@ class KVBudget:
     page_bytes: int = 0  # of PAGE_TOKENS tokens in all layers
 
     @classmethod
-    def of(cls, config: Any, tier_config: TierConfig, *, page_bytes: int, room: int, experts: int) -> KVBudget:
+    def of(
+        cls,
+        config: Any,
+        tier_config: TierConfig,
+        *,
+        page_bytes: int,
+        room: int,
+        experts: int,
+        has_snapshots: bool = False,
+    ) -> KVBudget:
         """Return the budget that the options ask for.
 
         By default that is SHARE of ``room``, but enough for the option ``context``, and no more than the sequences that
-        are computed at a time can need.
+        are computed at a time can need, or WITH_STATES times as much.
 
         Args:
             config: the model's config in transformers.
@@ -36,6 +46,7 @@ class KVBudget:
             page_bytes: bytes of a page; 0 if the model keeps no keys and values.
             room: bytes that the trunk and scratch memory leave.
             experts: bytes of all experts.
+            has_snapshots: whether copies of states of the model lie in pages, besides keys and values.
         """
         longest = tier_config.context or longest_context(config)
         most = None if longest is None else -(-longest // PAGE_TOKENS)  # pages of a sequence
@@ -45,7 +56,8 @@ class KVBudget:
             pages = tier_config.kv_cache.of(room) // page_bytes
         else:
             pages = max(LEAST_PAGES, _default_bytes(tier_config.ram, room, experts) // page_bytes)
-            pages = pages if most is None else min(pages, tier_config.sequences * most)
+            if most is not None:
+                pages = min(pages, tier_config.sequences * most * (WITH_STATES if has_snapshots else 1))
             if tier_config.context is not None:
                 pages = max(pages, -(-tier_config.context // PAGE_TOKENS))
         pages = max(pages, 1)

@@ -24,7 +24,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import transformers
@@ -48,13 +48,26 @@ from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
 from .context import longest_context
-from .names import directory_at, is_address, model_directory
+from .names import directory_at, is_address, model_directory, note_use_of
 from .quantizer import LoadArguments, install, loading
 from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
 MISFIT = "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again."
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class LoadedModel(NamedTuple):
+    """Pair of a model and its tokenizer, which ``load`` returns. As a context manager, it closes the model's tiers."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.model.tiers.close()
 
 
 def load(
@@ -65,7 +78,7 @@ def load(
     store_cache: str | os.PathLike[str] | None = None,
     store_cache_size: str | int | None = None,
     **options: Unpack[LoadOptions],
-) -> tuple[Any, PreTrainedTokenizerBase | None]:
+) -> LoadedModel:
     """Load the model and the tokenizer of a model directory. The model's class is the one that its config.json names.
 
     The trunk is read at once, experts when they are first needed. Code in the directory is never run, and nothing
@@ -79,8 +92,8 @@ def load(
     model that can't divide a prompt, the number is that of the longest prompt that has room.
 
     Args:
-        directory: the folder of the model, a GGUF file, the name of a pulled model, or the address of a model in an
-            object store: s3://, gs://, az://, https:// or file://. The experts of a model at an address are fetched
+        directory: the folder of the model, a GGUF file, a name that `moetier list` shows, or the address of a model in
+            an object store: s3://, gs://, az://, https:// or file://. The experts of a model at an address are fetched
             when they are first needed.
         options: the options of ``TierConfig``, from the declarations of which this list is made when it is imported.
         dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one of these;
@@ -89,9 +102,9 @@ def load(
             because it has attention sinks, attention of single tokens on a CPU is computed by moetier's own function.
 
     Returns:
-        The model and its tokenizer (None if it has none). The tiers are ``model.tiers``: ``stats()`` returns their
-        counters, ``where`` says where the experts come from, and ``close()`` closes them, which also happens when the
-        model is garbage-collected.
+        The model and its tokenizer (None if it has none), as a pair. The tiers are ``model.tiers``: ``stats()`` returns
+        their counters, ``where`` says where the experts come from, and ``close()`` closes them. They are also closed at
+        the end of ``with load(...) as (model, tokenizer)``, and when the model is garbage-collected.
 
     Raises:
         MoetierError: an option, the directory or the machine can't be used.
@@ -101,12 +114,12 @@ def load(
         location = directory_at(name, *cache.values())
     else:
         location = model_directory(directory)
-    return _load(location, TierConfig.of(**options), _dtype(dtype), _attention(attn_implementation))
+    model = _load(location, TierConfig.of(**options), _dtype(dtype), _attention(attn_implementation))
+    note_use_of(location)
+    return model
 
 
-def _load(
-    location: Path, tier_config: TierConfig, dtype: str | torch.dtype, attention: str | None
-) -> tuple[Any, PreTrainedTokenizerBase | None]:
+def _load(location: Path, tier_config: TierConfig, dtype: str | torch.dtype, attention: str | None) -> LoadedModel:
     """Load the model and the tokenizer at ``location``, with checked options. Raises MoetierError."""
     config_json, model_class = _checked_config(location)
     device = chosen_device(tier_config.device)
@@ -135,7 +148,7 @@ def _load(
                 model.set_attn_implementation(attention)
             if tokenizer is not None:
                 check_tokenizer(model, tokenizer, location)
-    return model, tokenizer
+    return LoadedModel(model, tokenizer)
 
 
 def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
@@ -310,9 +323,9 @@ def _misfit(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _report_held_back() -> Iterator[None]:
-    """Hold transformers' report of a loaded model's weights back, and log it unless an exception says it better.
+    """Let transformers' report about the weights of a model be logged at the end, and not at all after an exception.
 
-    Reports that other threads log are not held back: those are about other models.
+    The exception says the same more clearly. Reports of other threads are logged at once: they are about other models.
     """
     held: list[logging.LogRecord] = []
     own = threading.get_ident()

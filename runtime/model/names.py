@@ -1,8 +1,8 @@
-"""Names of models: those of pulled models, and addresses in object stores. Each is resolved to a folder.
+"""Names of models, and addresses in object stores. Each is resolved to a folder, or to a GGUF file.
 
 ``moetier pull`` converts the hub's model ORG/NAME to a model directory: the folder ORG--NAME/TAG in
 ``$XDG_DATA_HOME/moetier/models`` (XDG Base Directory Specification 0.8). The name of the pulled model is ORG/NAME:TAG.
-An id on the hub never contains "--".
+An id on the hub never contains "--". Converted and linked models have names without a tag (``name_files``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from moetier.tiers.errors import ConfigError, NotFoundError, StoreFormatError
 from moetier.tiers.layout import Bits
 from moetier.tiers.redaction import redacted
 
+from .name_files import data_folder, note_use, registered
+
 if TYPE_CHECKING:
     from moetier.tiers.objects.cache_folder import Progress
 
@@ -30,13 +32,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # of an address, be it right 
 
 def models_folder() -> Path:
     """Return the folder of all pulled models. Raises ConfigError if the user has no home folder."""
-    folder = Path(os.environ.get("XDG_DATA_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore such a value
-        try:
-            folder = Path.home() / ".local" / "share"
-        except RuntimeError:
-            raise ConfigError("There is no home folder to keep models in.", "Set XDG_DATA_HOME to a folder.") from None
-    return folder / "moetier" / "models"
+    return data_folder() / "models"
 
 
 def tag_of(bits: Bits | Literal["native"], trunk_bits: Bits) -> str:
@@ -59,13 +55,21 @@ def pulled() -> dict[str, Path]:
     return {name: path for name, path in named.items() if NAME.fullmatch(name)}
 
 
+def all_named() -> dict[str, Path]:
+    """Return a dictionary from the names of all pulled, converted and linked models to their paths.
+
+    A pulled model may be incomplete; a converted or linked one may be gone.
+    """
+    return registered() | pulled()
+
+
 def model_directory(name: str | os.PathLike[str]) -> Path:
-    """Return the model directory for ``name``: the folder ``name`` if it exists, else that of a pulled model.
+    """Return the model directory for ``name``: the folder ``name`` if it exists, else that of the model so called.
 
     The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
     of a folder, which need not exist. An address means the folder that ``directory_at`` returns for it.
 
-    Raises NotFoundError if there is neither such a folder or GGUF file nor such a pulled model, StoreFormatError if
+    Raises NotFoundError if there is neither such a folder or GGUF file nor such a model, StoreFormatError if
     ``name`` has no tag and the model was pulled with several tags, or if an address is not that of an object store; and
     as ``directory_at``.
     """
@@ -82,7 +86,12 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     if not may_be_name(text) or folder.exists():
         return folder
     if (named := _named(text)) is None:
-        raise NotFoundError(f"There is no folder {folder.absolute()}, and no pulled model {text}.", _advice(text))
+        raise NotFoundError(f"There is no folder {folder.absolute()}, and no model called {text}.", _advice(text))
+    if not os.path.exists(named[1]):  # noqa: PTH110 - Path.exists may raise
+        raise NotFoundError(
+            f"{text} is the model in {named[1]}, which is gone.",
+            f"If it was moved, give its path; to forget the name: moetier rm {text}",
+        )
     return named[1]
 
 
@@ -126,25 +135,23 @@ def directory_at(
     return cache_folder.fetch(address, cache, limit, *([progress] if progress else []))
 
 
-def pulled_model(name: str) -> tuple[str, Path]:
-    """Return the full name, with its tag, and the folder of a pulled model.
+def named_model(name: str) -> tuple[str, Path]:
+    """Return the full name, with its tag, and the path of a pulled, converted or linked model.
 
     Raises NotFoundError if there is none, and StoreFormatError if ``name`` has no tag and the model was pulled with
     several tags.
     """
     if (named := _named(name)) is None:
-        raise NotFoundError(
-            f"There is no pulled model {name}.", "Run moetier list to see the names of all pulled models."
-        )
+        raise NotFoundError(f"There is no model called {name}.", "Run moetier list to see the names of all models.")
     return named
 
 
 def _named(name: str) -> tuple[str, Path] | None:
-    """Return the full name, with its tag, and the folder of a pulled model; None if there is none.
+    """Return the full name, with its tag, and the path of a named model; None if there is none.
 
     Raises StoreFormatError if ``name`` has no tag and the model was pulled with several tags.
     """
-    models = pulled()
+    models = all_named()
     if name in models:
         return name, models[name]
     widths = [model for model in models if model.rpartition(":")[0] == name]
@@ -156,11 +163,20 @@ def _named(name: str) -> tuple[str, Path] | None:
 
 
 def checkpoint_or_model(source: str) -> str:
-    """Return the model directory that ``source`` names, if it has a tag (NAME:TAG); otherwise ``source`` itself.
+    """Return the path of the model that ``source`` names: with a tag (NAME:TAG), or a converted or linked one.
 
-    This is for commands that also take an id on the hub, which has no tag.
+    Return ``source`` itself if it is no such name. This is for commands that also take an id on the hub, which has no
+    tag.
     """
-    return str(model_directory(source)) if ":" in source else source
+    is_name = ":" in source or source in registered()
+    return str(model_directory(source)) if is_name else source
+
+
+def note_use_of(model: Path) -> None:
+    """Note that a model is used now, if it has a name."""
+    path = model.resolve()
+    if (name := next((name for name, other in all_named().items() if other.resolve() == path), None)) is not None:
+        note_use(name)
 
 
 def name_of(folder: Path) -> str:
@@ -171,14 +187,14 @@ def name_of(folder: Path) -> str:
 
 
 def _advice(name: str) -> str:
-    names = list(pulled())
-    ids = dict.fromkeys(pulled_name.rpartition(":")[0] for pulled_name in names)
+    names = list(all_named())
+    ids = dict.fromkeys(tagged.rpartition(":")[0] for tagged in names if ":" in tagged)
     near = difflib.get_close_matches(name, [*names, *ids], n=3)
     ways = [f"`moetier list` has {', '.join(near)}"] if near else []
     if "/" in name:
         ways.append(f"pull it: moetier pull {shlex.join(pulling(name))}")
     if not ways:
-        ways.append("check the name: moetier list shows pulled models, and moetier convert makes model directories")
+        ways.append("check the name: moetier list shows all models, and moetier convert makes model directories")
     said = "; or ".join(ways)
     return said if near else f"{said[0].upper()}{said[1:]}"
 

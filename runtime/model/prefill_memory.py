@@ -6,6 +6,7 @@ compares them with measured peaks.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import GROUP_OUTPUTS, quick_activation
 from moetier.tiers.manifest import Block, Manifest
 
-from .context import can_resume
+from .context import SNAPSHOT_TOKENS, can_resume, has_states
 
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
@@ -82,8 +83,12 @@ class Prefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for all of the tokens."""
-        return self.bytes_of(self.tokens, is_whole=self.tokens >= self.context or not self.resumes)
+        """Bytes for all of the tokens. Where memory is not short, a prompt that fits can also be computed in blocks."""
+        is_whole = self.tokens >= self.context or not self.resumes
+        nbytes = self.bytes_of(self.tokens, is_whole=is_whole)
+        if is_whole and self.lockstep is not None and self.context > BLOCK:
+            nbytes = max(nbytes, self._in_blocks_bytes(self.tokens))
+        return nbytes
 
     @property
     def later(self) -> int:
@@ -95,10 +100,17 @@ class Prefill:
         """Most tokens of prompts that fit into the same bytes in blocks; None if they can't be computed so."""
         if self.lockstep is None:
             return None
-        block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
-        room = self.nbytes - self.lockstep.fixed - block.bytes_of(BLOCK, is_whole=False)
-        tokens = int(room / (SPARE * self.lockstep.states))
+        if self.context <= min(BLOCK, self.tokens):
+            return self.tokens  # each prompt is a single block
+        tokens = int((self.nbytes - self._in_blocks_bytes(0)) / (SPARE * self.lockstep.states))
         return tokens if tokens >= BLOCK else None
+
+    def _in_blocks_bytes(self, tokens: int) -> int:
+        """Return the bytes for computing ``tokens`` of prompts in blocks."""
+        assert self.lockstep is not None
+        block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
+        of_block = block.bytes_of(BLOCK, is_whole=False)
+        return self.lockstep.fixed + of_block + math.ceil(SPARE * self.lockstep.states * tokens)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
         """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""
@@ -115,7 +127,7 @@ class Prefill:
 
     def within(self, room: int) -> Prefill:
         """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least LEAST of them."""
-        return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens))
+        return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens - 1))
 
     def longest(self, room: int) -> int:
         """Return how many tokens of a prompt that is not divided fit into ``room`` bytes, up to the context."""
@@ -154,6 +166,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     )
     in_blocks = (
         resumes
+        and not has_states(model)
         and model.dtype in FLOATS  # compiled attention takes no others
         and (not is_eager or has_sinks)
         and len(modules) == len(manifest.blocks)
@@ -167,8 +180,9 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         states=text.hidden_size * (4 * size + 4) + 2 * angles * size + max(map(_choices, manifest.blocks)),
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
     )
+    tokens = min(context, config.prefill_chunk or DEFAULT_TOKENS)
     return Prefill(
-        tokens=min(context, config.prefill_chunk or DEFAULT_TOKENS),
+        tokens=min(tokens, SNAPSHOT_TOKENS) if resumes and has_states(model) else tokens,
         context=context,
         lockstep=lockstep if in_blocks else None,
         resumes=resumes,

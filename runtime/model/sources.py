@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import TierConfig
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address
+from moetier.tiers.disk_order import NO_ORDER, DiskOrder
 from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
@@ -41,6 +42,7 @@ class Origin:
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
     daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
+    order: DiskOrder = NO_ORDER  # when pages of keys and values may be read and written beside the records
     remote_compute: RemoteCompute | None = None  # computes experts at daemons of other hosts
 
 
@@ -114,4 +116,5 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
                 remote_compute = RemoteCompute(spread, host)
             # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(store.close)
-        return Origin(host, where, closing.pop_all().close, learner, store.shares, remote_compute=remote_compute)
+        close = closing.pop_all().close
+        return Origin(host, where, close, learner, store.shares, remote_compute=remote_compute, order=host)

@@ -152,17 +152,18 @@ class Tiers(Closeable):
 
     def close(self) -> None:
         """Detach from the model, and close the tiers. Idempotent; waits for loads that have begun."""
-        if self.speculation is not None:
-            self.speculation.detach()
-        self.hooks.close()
-        if self._trunk_files is not None:
-            self._trunk_files.close()
-        self.close_sources()
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.close_sources)
+            if self._trunk_files is not None:
+                closing.callback(self._trunk_files.close)
+            closing.callback(self.hooks.close)
+            if self.speculation is not None:
+                self.speculation.detach()
 
 
 def _close_sources(device_tier: HostViews | DeviceTier, origin: Origin) -> None:
-    device_tier.close()
-    origin.close()
+    with contextlib.closing(origin):
+        device_tier.close()
 
 
 def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -103,6 +104,10 @@ def _copy_mapped(model: nn.Module) -> None:
 
 def _mapped(model: nn.Module) -> Iterator[Tensor]:
     """Yield the model's parameters and buffers that are in mapped files."""
-    maps = [addresses for addresses, _ in mapped_files()]
-    tensors: Iterable[Tensor] = chain(model.parameters(), model.buffers())
-    return (tensor for tensor in tensors if any(tensor.data_ptr() in addresses for addresses in maps))
+    maps = [addresses for addresses, _ in mapped_files()]  # ascending, as the system lists them
+    starts = [addresses.start for addresses in maps]
+    for tensor in chain[Tensor](model.parameters(), model.buffers()):
+        address = tensor.data_ptr()
+        place = bisect_right(starts, address) - 1
+        if place >= 0 and address in maps[place]:
+            yield tensor

@@ -1,6 +1,6 @@
 """The quick way to compute a block: experts that are available together are computed in one call of compiled code.
 
-If all experts of a single token are resident, it takes no lease: compiled code looks the records up, and proves
+If all experts of a few tokens are resident, it takes no lease: compiled code looks the records up, and proves
 afterwards that none of them was replaced. The result does not depend on which experts are available together.
 
 Experts of many tokens are computed in groups, in ascending order, and each group's outputs are added to the tokens'
@@ -9,8 +9,10 @@ sums. So each expert is leased once for all tokens of a prompt, and the memory f
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import Activation
-from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels, RecordLookup
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
@@ -94,7 +96,7 @@ def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKern
 def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
     """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
     activation = activation_of(module) if kernels.processor is not None else None
-    return activation if activation is not None and ExpertKernels.fit(layout, activation) else None
+    return activation if activation is not None and ExpertKernels.can_compile(layout, activation) else None
 
 
 class Routed(NamedTuple):
@@ -115,6 +117,10 @@ def compute_grouped(
     given = [_checked(kernels, *part) for part in parts]
     (x, index, weights), dtype = given[0], parts[0].x.dtype
     if len(parts) == len(x) == 1 and (out := _one_token(kernels, tiered, x, index.tolist()[0], weights)) is not None:
+        yield out.to(dtype)
+        return
+    few = index.numel() <= BATCH_OUTPUTS and len(parts) == 1 and tiered.remote_compute is None
+    if few and (out := _few_tokens(kernels, tiered, x, index, weights)) is not None:
         yield out.to(dtype)
         return
     sums = _tokens(kernels, tiered, given, between)
@@ -150,11 +156,7 @@ def _one_token(
     residents = tiered.source.residents(tiered.block)
     token = kernels.one_token(len(experts), weights.dtype, has_residual=residual is not None)
     if residents is not None and token.find(experts, residents):
-        tiered.source.note_uses(tiered.block, experts)
-        if tiered.remote_compute is not None:
-            tiered.remote_compute.note_uses(tiered.block, experts)
-        if tiered.on_demand is not None:
-            tiered.on_demand(tiered.block, experts)
+        _note_uses(tiered, experts)
         if (out := token.compute(x, weights, residual)) is not None:
             return out
         tiered.source.take_back_uses(tiered.block, experts)
@@ -180,6 +182,49 @@ def _one_token(
     out = torch.empty_like(x)
     kernels.add_up(outputs, weights.reshape(-1), order, bounds, out)
     return out if residual is None else residual + out
+
+
+def _few_tokens(
+    kernels: ExpertKernels, tiered: TieredBlock, x: Tensor, index: Tensor, weights: Tensor
+) -> Tensor | None:
+    """Compute a few tokens, x [tokens, hidden], whose experts are all resident, without leases.
+
+    The numbers of outputs are sorted in Python, which takes less time than calling torch as often. Returns None if an
+    expert is not resident.
+    """
+    if (residents := tiered.source.residents(tiered.block)) is None:
+        return None
+    tokens, k = index.shape
+    chosen = index.reshape(-1).tolist()
+    by_expert = sorted(range(tokens * k), key=chosen.__getitem__)  # places of outputs, by expert and then by token
+    counts = Counter(chosen[place] for place in by_expert)  # ascending by expert
+    lookup = RecordLookup(kernels, len(counts))
+    if not counts or not lookup.find([*counts], residents):
+        return None
+    _note_uses(tiered, [*counts])
+    rows, order = [place // k for place in by_expert], list[list[int]]([] for _ in range(tokens))
+    for output, token in enumerate(rows):
+        order[token].append(output)
+    outputs = x.new_empty((len(rows), kernels.width))
+    of_outputs = x.index_select(0, torch.tensor(rows, device=CPU))
+    if not kernels.compute_found(of_outputs, lookup, [*counts.values()], outputs):
+        tiered.source.take_back_uses(tiered.block, [*counts])
+        # it was called already
+        return _tokens(kernels, replace(tiered, on_demand=None), [Routed(x, index, weights)], lambda: None)
+    out = torch.empty_like(x)
+    ordered = torch.tensor([*itertools.chain.from_iterable(order)], device=CPU)
+    bounds = torch.arange(0, tokens * k + 1, k, device=CPU)
+    kernels.add_up(outputs, weights.reshape(-1)[torch.tensor(by_expert, device=CPU)], ordered, bounds, out)
+    return out
+
+
+def _note_uses(tiered: TieredBlock, experts: Sequence[int]) -> None:
+    """Note that ``experts`` are demanded, and that all their records are in memory and used without leases."""
+    tiered.source.note_uses(tiered.block, experts)
+    if tiered.remote_compute is not None:
+        tiered.remote_compute.note_uses(tiered.block, experts)
+    if tiered.on_demand is not None:
+        tiered.on_demand(tiered.block, experts)
 
 
 def _tokens(

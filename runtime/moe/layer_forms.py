@@ -136,7 +136,7 @@ def _names_layer(kind: type) -> bool:
 
 
 class _Trial:
-    """A layer with random weights of its norms, its inputs, and its results for the last of them."""
+    """A copy of a layer whose norms have random weights, inputs of some tokens, and its results for the last token."""
 
     def __init__(self, layer: Any, parts: Parts, dtype: torch.dtype, angles: int, scale: float) -> None:
         """``dtype``: type of hidden states, cos and sin; ``angles``: width of cos and of sin.

@@ -91,7 +91,7 @@ class Recorder(Closeable):
                 column.rows += tokens
             elif column.rows != before + tokens:
                 raise UnsupportedModelError(
-                    f"{self._gates.blocks[block].path} got {column.rows - before} rows for {tokens} tokens.",
+                    f"{self._gates.blocks[block].path} got {column.rows - before} hidden states for {tokens} tokens.",
                     "Trace one sequence at a time, with a KV cache. A model must send each token through a block once.",
                 )
         self._offsets.append(before + tokens)

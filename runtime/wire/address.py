@@ -14,14 +14,13 @@ import json
 import os
 import re
 import socket
-import stat
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError, RefusedError, UnavailableError
 from moetier.tiers.options import file_option, option, options_of
-from moetier.tiers.ownership import parent_fault
+from moetier.tiers.ownership import private_fault
 from moetier.tiers.redaction import redacted
 
 DEFAULT_NAME = "default"
@@ -147,22 +146,14 @@ def check_folder(folder: Path) -> None:
 
     Raises RefusedError if the check fails, and FileNotFoundError if the folder does not exist.
     """
-    for part in (folder, *folder.parents):
-        try:
-            status = part.lstat()
-        except FileNotFoundError:
-            raise
-        except OSError as error:  # a parent is a file, or closed to this user
-            raise RefusedError(f"{folder} can't be reached: {error.strerror}.", "Use a folder of your own.") from None
-        if part == folder:
-            if not stat.S_ISDIR(status.st_mode):
-                raise RefusedError(f"{folder} is not a folder.", "Name the folder of a daemon.")
-            if status.st_uid != os.getuid():
-                raise RefusedError(f"{folder} belongs to another user.", "Use a folder of your own.")
-            if status.st_mode & 0o077:
-                raise RefusedError(f"{folder} is open to other users.", f"Close it: chmod 700 {folder}")
-        elif fault := parent_fault(part, status):
-            raise RefusedError(*fault)
+    try:
+        fault = private_fault(folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a parent is a file, or closed to this user
+        raise RefusedError(f"{folder} can't be reached: {error.strerror}.", "Use a folder of your own.") from None
+    if fault is not None:
+        raise RefusedError(*fault)
 
 
 def make_folder(folder: Path) -> None:

@@ -41,7 +41,7 @@ class Host:
         self.registered: list[tuple[str, str | None, int]] = []
         self.left: list[str] = []
         self.server = ControlServer(
-            folder, register=self.register, remove=self.left.append, version="1.2", **{"max_clients": 4, **options}
+            folder, register=self.register, unregister=self.left.append, version="1.2", **{"max_clients": 4, **options}
         )
 
     def register(self, session: str, digest: str | None, pid: int) -> Welcome:

@@ -42,6 +42,7 @@ def write() -> None:
     for stranger in set(GOLDEN.glob("*.txt")) - {file_of(name) for name in CASES}:
         stranger.unlink()
     os.environ["XDG_RUNTIME_DIR"], os.environ["MOETIER_CONFIG"] = "/nonexistent", os.devnull
+    os.environ["XDG_DATA_HOME"] = os.devnull
     with tempfile.TemporaryDirectory() as name, prepared(*MODULES) as scripts:
         model, source = Path(name) / "model", save_checkpoint(Path(name) / "source")
         convert(ASSETS, model)

@@ -47,7 +47,7 @@ def answering(
     from moetier.tools.serve.answers import AnswerService
 
     pages = parallel * -(-context // 64)
-    with Engine(ModelRunner(model, pages), pages=pages, most=parallel, chunk=chunk, context=context) as engine:
+    with Engine(ModelRunner(model, pages), pages=pages, max_sequences=parallel, chunk=chunk, context=context) as engine:
         engine._masks.submit(int).result()  # its thread is there now
         yield AnswerService(model, tokenizer, engine, keys)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from moetier.tiers.arena.directory import NO_ENTRY, Directory
 from moetier.tiers.cache.pool import SlotPool
-from moetier.tiers.host.demands import AsyncCaller, Demand, WaitingDemands
+from moetier.tiers.host.demands import AsyncCaller, Demand, LoadState
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import Loads
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.waiting import WaitingDemands
 from moetier.tiers.layout import ExpertKey
 
 
@@ -32,18 +34,19 @@ def _check_device(tier: Any) -> None:
 
 def check_ledger(ledger: Ledger) -> None:
     """Assert that slots, partitions, loads, demands and the directory agree."""
-    for pool in ledger.pools.values():
+    for pool in ledger.slots.pools.values():
         check_pool(pool)
-        assert ledger._pins(pool) == [pool.pins(slot) for slot in range(pool.slot_count)]
+        held = Counter(slot for demand in ledger._demands if demand.pool is pool for slot in demand.slots)
+        assert held == {slot: pins for slot, pins in enumerate(pool._pins) if pins}
         loading = {key for key, is_loading in pool.contents() if is_loading}
         assert loading == {load.key for load in ledger.loads if load.pool is pool}
         assert all(demand in ledger._demands and demand.is_idle and demand.pending for demand in pool.starved)
-    check_directory(ledger.directory, ledger._contents())
+    check_directory(ledger._directory, ledger.slots.contents())
     assert {load for demand in ledger._demands for load in demand.loads} <= set(ledger.loads)
     check_loads(ledger.loads)
     queue = ledger.prefetches
     followed = {*queue._outcomes._began, *queue._outcomes.unused, *queue._warmed}
-    assert all(key in queue._copied or ledger.pool_of[key.block].slot_of(key) is not None for key in followed)
+    assert all(key in queue._copied or ledger.slots.slot_of(key) is not None for key in followed)
     _check_waiting(ledger.waiting, ledger._demands)
 
 
@@ -53,7 +56,7 @@ def check_pool(pool: SlotPool) -> None:
     assert held == pool._slots
     assert sorted([*held.values(), *pool._free]) == list(range(pool.slot_count))
     assert pool._loading <= set(held.values())
-    pins = [pool.pins(slot) for slot in range(pool.slot_count)]
+    pins = pool._pins
     assert min(pins) >= 0
     assert not any(pins[slot] for slot in pool._free)
     placed = [(key, number) for number, policy in enumerate(pool._policies) for key in policy]
@@ -69,7 +72,7 @@ def check_loads(loads: Loads) -> None:
         assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
     queued = list(loads._queue)
     assert all(by_key[load.key] is load for load in queued)
-    assert {load.key for load in queued} == {load.key for load in loads if load.is_queued}
+    assert {load.key for load in queued} == {load.key for load in loads if load.state is LoadState.QUEUED}
 
 
 def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:

@@ -10,9 +10,10 @@ from two_layouts import two_layouts
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.host.demands import Demand, Notifier, Pool, ThreadCaller
+from moetier.tiers.host.demands import Demand, Pool, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
+from moetier.tiers.host.waiting import Notifier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
 
@@ -68,7 +69,7 @@ def ledger_of(
         loads_rest=loads_rest,
         clock=clock,
     )
-    return ledger, ledger.pools["small"]
+    return ledger, ledger.slots.pools["small"]
 
 
 def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:

@@ -26,7 +26,9 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
     server = local_server(clients, sessions=8)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()
-    control = ControlServer(folder, register=clients.register, remove=clients.remove, max_clients=8, version="test")
+    control = ControlServer(
+        folder, register=clients.register, unregister=clients.unregister, max_clients=8, version="test"
+    )
     try:
         yield folder
     finally:

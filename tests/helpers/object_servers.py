@@ -21,6 +21,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from moetier.tiers.objects.cache_folder import Advance
+
 ENDLESS_BYTES = 1 << 40
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
 
@@ -278,3 +280,9 @@ def _running(command: list[str], port: int, seconds: float = 30) -> Iterator[str
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def silent(_: int) -> Iterator[Advance]:
+    """The progress of a transfer, which nobody sees."""
+    yield lambda count: None

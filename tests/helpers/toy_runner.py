@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,19 @@ from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 VOCABULARY = 50
 
 
+SAVED: dict[bytes, tuple[int, ...]] = {}  # by their digests, which are what is written of them
+
+
+class ToyLayer(NamedTuple):
+    """What a token takes in a file."""
+
+    token_bytes: int
+
+
 class WrittenPages:
     """Memory of pages that has, in place of a token's keys and values, the ids of all tokens up to it."""
+
+    has_states = False
 
     def __init__(self) -> None:
         self.pages: dict[int, list[tuple[int, ...]]] = {}
@@ -31,15 +43,68 @@ class WrittenPages:
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         self.pages[target] = self.pages[source][:tokens]
 
+    layout = (ToyLayer(32),)
+
+    def save_page(self, page: int, tokens: int, data: memoryview) -> None:
+        for at, ids in enumerate(self.pages[page][:tokens]):
+            digest = hashlib.sha256(repr(ids).encode()).digest()
+            SAVED[digest] = ids
+            data[32 * at : 32 * (at + 1)] = digest
+
+    def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
+        assert len(data) == 32 * tokens
+        self.pages[page] = [SAVED[bytes(data[32 * at : 32 * (at + 1)])] for at in range(tokens)]
+        return bool(layout == [[32]])
+
+    def state_pages(self, sequence: engine.Sequence) -> int:
+        return 0
+
+    def save_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+        raise NotImplementedError
+
+    load_state = save_state
+
+
+class WrittenStates(WrittenPages):
+    """Memory with the states of sequences besides: the ids of all tokens up to there. A copy takes ``size`` pages."""
+
+    has_states = True
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__()
+        self.size = size
+        self.states: dict[engine.Sequence, tuple[int, ...]] = {}
+
+    def compute(self, pages: Sequence[int], sequence: engine.Sequence, end: int) -> None:
+        """Compute the tokens of a sequence up to ``end``, from its state."""
+        ids, begin = sequence.ids, sequence.computed
+        if begin:
+            assert self.states[sequence] == tuple(ids[:begin])
+        for at in range(begin):
+            assert self.pages[pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] == tuple(ids[: at + 1])
+        self.write(pages, ids, begin, end)
+        self.states[sequence] = tuple(ids[:end])
+
+    def state_pages(self, sequence: engine.Sequence) -> int:
+        return self.size if sequence in self.states else 0
+
+    def save_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+        assert len({*pages}) == self.size
+        for page in pages:
+            self.pages[page] = [self.states[sequence]]
+
+    def load_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+        (self.states[sequence],) = {tuple(self.pages[page][0]) for page in pages}
+
 
 class ToyRunner(WrittenPages, Runner):
     """Fails if a page has not what its sequence needs. A token is ``next_token`` of those before it."""
 
     can_resume = computes_together = True
 
-    def __init__(self, *, fails_after: int = 1 << 30, block: int | None = None) -> None:
+    def __init__(self, *, fails_after: int = 1 << 30, prefill_block: int | None = None) -> None:
         super().__init__()
-        self.block = block
+        self.prefill_block = prefill_block
         self.computed = 0  # tokens
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
@@ -51,15 +116,15 @@ class ToyRunner(WrittenPages, Runner):
         self,
         tasks: Sequence[Task],
         should_stop: Callable[[], bool],
-        between: Callable[[float], object] = lambda share: None,
+        between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
-        if self.block is None or all(task.tokens <= self.block for task in tasks):
+        if self.prefill_block is None or all(task.tokens <= self.prefill_block for task in tasks):
             return [self.compute(task, should_stop) for task in tasks]
-        blocks = [(number, block) for number, task in enumerate(tasks) for block in task.parts(self.block)]
+        blocks = [(number, block) for number, task in enumerate(tasks) for block in task.parts(self.prefill_block)]
         logits: list[Tensor | None] = [None] * len(tasks)
         for done, (number, block) in enumerate(blocks):
             between(done / len(blocks))
-            if not block.sequence.is_cancelled:
+            if not block.sequence.is_over:
                 logits[number] = self.compute(block, lambda: False)
         return logits
 

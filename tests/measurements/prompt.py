@@ -113,7 +113,7 @@ def main() -> None:
         prefill_chunk=arguments.prefill_chunk,
         sequences=most if arguments.waiting or arguments.beside else 1,
     )
-    with model.tiers, Engine.of(model, most=most) as engine:
+    with model.tiers, Engine.of(model, max_sequences=most) as engine:
         prompts = Prompts(model, engine)
         [*prompts.stream(prompts.ids(300), 4)]  # compiles
         print(f"{torch.get_num_threads()} threads, {[stats.slots for stats in model.tiers.stats()]} slots")

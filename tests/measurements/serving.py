@@ -50,7 +50,9 @@ def main() -> None:
     with model.tiers:
         for way, together in (("one by one", 1), ("together", most)):
             for requests in arguments.requests:
-                with moetier.Engine.of(model, most=together) as engine:  # another one has none of these prompts
+                with moetier.Engine.of(
+                    model, max_sequences=together
+                ) as engine:  # another one has none of these prompts
                     asyncio.run(answers(engine, prompts[-1:]))
                     before, start = model.tiers.stats()[0].misses, time.perf_counter()
                     tokens = asyncio.run(answers(engine, prompts[:requests]))

@@ -76,6 +76,18 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         assert (str(arguments.directory), arguments.prompt, arguments.ram) == ("DIR", "the prompt", "6GiB")
 
 
+@pytest.mark.parametrize("model", [["-m", "DIR"], ["--model", "DIR"], ["--model=DIR"], ["-mDIR"]])
+def test_short_options_are_those_of_llama_cpp(model: list[str]) -> None:
+    for words in (["generate", *model, "a prompt"], ["generate", "a prompt", "--ram", "6GiB", *model]):
+        arguments = build_parser().parse_args([*words, "-n", "5", "-t", "1", "-c", "99"])
+        assert (str(arguments.directory), arguments.prompt) == ("DIR", "a prompt")
+        assert (arguments.max_new_tokens, arguments.threads, arguments.context) == (5, 1, 99)
+    for command in ("chat", "serve"):
+        arguments = build_parser().parse_args([command, *model, "-t", "1", "-c", "99"])
+        assert (str(arguments.directory), arguments.threads, arguments.context) == ("DIR", 1, 99)
+    assert build_parser().parse_args(["generate", "DIR", "--", "-m"]).prompt == "-m"
+
+
 @pytest.mark.parametrize(
     ("words", "cause", "fix"),
     [
@@ -96,7 +108,10 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         (["plan", "SRC", "--bits", "few"], "--bits: 'few' is not of the form N,...", "--help"),
         (["generate", "DIR", "to", "be"], "generate takes no further argument, but there is 'be'.", "quotes"),
         (["generate", "DIR", "-n", "x"], "-n/--max-new-tokens: 'x' is not a whole number.", "moetier generate --help"),
-        (["generate", "DIR", "to", "-t", "4"], "generate has no option -t.", "moetier generate --help"),
+        (["generate", "DIR", "to", "-t", "0"], "-t/--threads: 0 is out of range.", "the CPUs of this machine"),
+        (["generate", "-m"], "-m/--model needs a value.", "moetier generate --help"),
+        (["generate", "-m", "DIR", "to", "be"], "generate takes no further argument, but there is 'be'.", "quotes"),
+        (["chat", "DIR", "-m", "OTHER"], "chat takes no further argument, but there is 'DIR'.", "quotes"),
         (["serve", "DIR", "-n", "4"], "serve has no option -n.", "moetier serve --help"),
         (["generate", "DIR", "a\udcff"], "PROMPT: The value is not UTF-8 text.", "iconv"),
         (["chat", "DIR", "--system", "a\udcff"], "--system: The value is not UTF-8 text.", "iconv"),

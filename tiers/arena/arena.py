@@ -27,6 +27,7 @@ from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Residents
 from moetier.tiers.store.checksum import crc32c, stored_checksum
+from moetier.tiers.threads import start_thread
 
 from .directory import ArenaHeader, Directory
 from .layout import WORD, ArenaLayout
@@ -67,10 +68,8 @@ class Arena:
             os.close(descriptor)
             raise
         if first < layout.nbytes:
-            allocator = threading.Thread(target=arena._allocate_all, name="moetier-arena", daemon=True)
             with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
-                allocator.start()
-                arena._allocator = allocator
+                arena._allocator = start_thread("moetier-arena", arena._allocate_all)
         return arena
 
     @classmethod

@@ -111,10 +111,6 @@ class SlotPool:
         """Return whether the slot is READY and not pinned."""
         return not self._pins[slot] and self._keys[slot] is not None and slot not in self._loading
 
-    def pins(self, slot: PoolSlot) -> int:
-        """Return the number of pins on the slot, claims included."""
-        return self._pins[slot]
-
     @property
     def ready(self) -> int:
         """The number of READY slots."""

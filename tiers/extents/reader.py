@@ -30,7 +30,7 @@ from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
-from moetier.tiers.store.reader import Read, as_bytes, read_in_pieces, run_reads
+from moetier.tiers.store.reader import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 from moetier.tiers.store.scrubbable import Problem
 from moetier.tiers.store.shard import read_at, try_direct
 from moetier.tiers.store.unchanged import Unchanged
@@ -312,17 +312,11 @@ class ExtentStore(DirectoryStore):
         """Return the names of all files that have parts of a record."""
         return " or ".join(sorted({str(self.paths[extent.shard]) for extent in self.table.extents(key)}))
 
-    def _read_part(
-        self, extents: list[Extent], start: int, part: memoryview, payload: memoryview, piece: int, crc: int
-    ) -> int:
+    def _read_part(self, extents: list[Extent], part: RecordPart, crc: int) -> int:
         """Read a part of a record. See ``ReadPart``."""
         reads = [
-            Read(
-                self._pool,
-                partial(self._assemble, extents, start + at, part[at : at + piece]),
-                payload[at : at + piece],
-            )
-            for at in range(0, len(part), piece)
+            Read(self._pool, partial(self._assemble, extents, at, memory), payload)
+            for at, memory, payload in part.pieces()
         ]
         return run_reads(reads, crc)
 

@@ -152,7 +152,8 @@ class ExtentTable:
             manifest = Manifest.from_json(fields["manifest"].value, where)
             checksums = _decoded(fields["record_checksums"])
             if len(checksums) not in (0, CHECKSUM_BYTES * manifest.record_count):
-                raise ValueError(f"record_checksums has {len(checksums):,} bytes")
+                expected = f"0 or {CHECKSUM_BYTES * manifest.record_count:,}"
+                raise ValueError(f"record_checksums has {len(checksums):,} bytes, not {expected}")
             shards = tuple(map(_shard, fields["shards"].items(MAX_SHARDS)))
             values = fields["blocks"].items(len(manifest.blocks))
             if len(values) != len(manifest.blocks):

@@ -144,7 +144,7 @@ def _check_places(entries: dict[str, GgufEntry], start: int, alignment: int, siz
         if (entry.begin - start) % alignment:
             raise ValueError(f"{shown(name)} begins at {entry.begin - start:,}, no multiple of {alignment}")
         if entry.begin + entry.nbytes > size:
-            raise ValueError(f"{shown(name)} ends at byte {entry.begin + entry.nbytes:,}, and the file at {size:,}")
+            raise ValueError(f"{shown(name)} ends at {entry.begin + entry.nbytes:,}, but the file has {size:,} bytes")
     ordered = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes))
     for (name, entry), (after, following) in pairwise(ordered):
         if entry.begin + entry.nbytes > following.begin:
@@ -162,7 +162,7 @@ class _Cursor:
         self.values = 0  # number of values of all arrays so far
 
     def need(self, count: int) -> None:
-        """Read on until ``count`` bytes follow the present place. Raises ValueError if there are fewer."""
+        """Read more of the file, until ``count`` bytes follow the present place. Raises ValueError if it has fewer."""
         end = self.at + count
         if end > self.most:
             raise ValueError(f"it is truncated, or its header has more than {MAX_HEADER_BYTES:,} bytes")

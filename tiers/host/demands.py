@@ -1,24 +1,22 @@
-"""Demands, the queues in which they wait, and what they refer to: pools of slots, loads, callers and events.
+"""Demands, and what they refer to: pools of slots, loads, callers and events.
 
-These classes refer to one another, so they are in one module. Callers of their methods hold the host tier's lock.
-``Notifier`` wakes the threads that can go on after a transition.
+These classes refer to one another, so they are in one module. Callers of their methods hold the host tier's lock. A
+demand changes its own fields, in its methods. Only the module ``loads`` changes a load. Other code reads these fields.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from enum import Enum
 from typing import ClassVar
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
-from moetier.tiers.errors import ExhaustedError
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
-from moetier.tiers.locks import Monitor
 
 
 class Pool(SlotPool):
@@ -31,6 +29,22 @@ class Pool(SlotPool):
         self.starved: deque[Demand] = deque()  # demands that hold no slot and wait for one, in order of arrival
 
 
+class Purpose(Enum):
+    """The reason why a load was begun."""
+
+    DEMAND = "a demand"
+    PREFETCH = "a prefetch request"
+    WARMUP = "the warm-up"
+
+
+class LoadState(Enum):
+    """How far a load has come."""
+
+    QUEUED = "no loader has taken it"
+    TAKEN = "a loader reads the record"  # a load of a prefetch is begun by the loader that reads it
+    CANCELLED = "the record is not needed any more, and no loader has taken the load"
+
+
 @dataclass(eq=False, slots=True)
 class Load:
     """The load of a record into a slot, and the demands that wait for the record."""
@@ -38,18 +52,20 @@ class Load:
     pool: Pool
     key: ExpertKey
     slot: PoolSlot
-    is_prefetch: bool  # the load was begun for a prefetch request or for the warm-up, not for a demand
-    is_warmup: bool  # the load was begun for the warm-up
-    # a loader reads the record; a prefetch is begun by the loader that reads it, so this is true at once
-    is_taken: bool
-    is_cancelled: bool = False  # the record is not needed any more, and no loader has taken the load
+    purpose: Purpose = Purpose.DEMAND
+    state: LoadState = LoadState.QUEUED
     has_yielded: bool = False  # the read has paused while records were read for demands
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
 
     @property
-    def is_queued(self) -> bool:
-        """True until a loader takes the load, or the load is cancelled."""
-        return not (self.is_taken or self.is_cancelled)
+    def is_prefetch(self) -> bool:
+        """True if the load was begun for a prefetch request or for the warm-up, not for a demand."""
+        return self.purpose is not Purpose.DEMAND
+
+    @property
+    def is_for_demands(self) -> bool:
+        """True if the load was begun for a demand, or a demand waits for it."""
+        return bool(self.waiters) or not self.is_prefetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,139 +209,71 @@ class Demand:
         """Number of slots that the demand holds or claims."""
         return len(self.loads) + len(self.ready) + len(self.leased)
 
+    def begin(self, keys: Iterable[ExpertKey], *, is_scan: bool) -> None:
+        """Begin with all ``keys`` pending."""
+        self.is_scan = is_scan
+        self.pending.update(dict.fromkeys(keys))
 
-class Notifier:
-    """Wakes threads that can go on after a transition."""
+    def hold(self, key: ExpertKey, slot: PoolSlot, *, is_hit: bool = False) -> None:
+        """Note that a READY slot was pinned for the demand. ``is_hit``: it was READY when the demand came."""
+        self.ready.append(slot)
+        self.hits += is_hit
+        self.pending.pop(key, None)
 
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-        # The queues are SimpleQueues because a finalizer may put an item into them, at any time, in any thread.
-        self.loaders: SimpleQueue[None] = SimpleQueue()  # each item wakes one loader, which reads all there is to read
-        self.timekeeper: SimpleQueue[None] = SimpleQueue()  # an item makes the timekeeper look at the deadlines again
+    def wait_for(self, load: Load) -> None:
+        """Wait for a load, whose slot is pinned for the demand."""
+        self.loads.append(load)
+        self.pending.pop(load.key, None)
 
-    def wake_callers(self) -> None:
-        """Wake all callers that sleep, and all loaders that have paused, and ``serve_asynchronous``."""
-        self._monitor.wake()
+    def complete(self, load: Load) -> None:
+        """Note that the record of a load has arrived in its slot."""
+        self.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
+        self.loads.remove(load)
 
-    def serve_asynchronous(self) -> None:
-        """Let ``Ledger.serve`` run after this transition."""
-        self._monitor.mark()
+    def lose(self, load: Load, error: BaseException) -> None:
+        """Fail with ``error``, because the record of a load will not arrive."""
+        self.loads.remove(load)
+        self.fail(error)
 
-    def wake_loader(self) -> None:
-        """Wake one loader, because there is a record to read."""
-        self.loaders.put(None)
+    def look_up_again(self, load: Load) -> None:
+        """Make the key of a load pending, unless its record has arrived, because a transition was interrupted."""
+        if load.slot not in self.ready:
+            self.pending[load.key] = None
+        self.loads.remove(load)
 
-    def wake_timekeeper(self) -> None:
-        """Wake the timekeeper, because there is a new deadline."""
-        self.timekeeper.put(None)
+    def fail(self, error: BaseException) -> None:
+        """Fail with ``error``, unless the demand has failed with another error before."""
+        self.error = self.error or (error.fresh() if isinstance(error, MoetierError) else error)
 
+    def lease(self, limit: int) -> list[PoolSlot]:
+        """Lease up to ``limit`` of the slots that are ready, and return these slots."""
+        slots: list[PoolSlot] = []
+        while self.ready and len(slots) < limit:
+            slot = self.ready.popleft()
+            self.leased[slot] = None
+            slots.append(slot)
+        self.hits = max(self.hits - len(slots), 0)
+        return slots
 
-class WaitingDemands:
-    """Queues of demands that wait: for a slot, or to be served. Also the deadlines of asynchronous demands.
+    def release(self, slots: Collection[PoolSlot | None]) -> list[PoolSlot]:
+        """End the leases of ``slots``, and return those of them that were leased."""
+        ended = [slot for slot in slots if slot in self.leased]
+        for slot in ended:
+            del self.leased[slot]
+        return ended
 
-    A demand of an asynchronous caller is an *asynchronous demand*.
-    """
+    def clear(self) -> tuple[list[PoolSlot], list[Load]]:
+        """Let go of all slots and loads, and return them. The slots are still pinned."""
+        slots, loads = self.slots, list(self.loads)
+        for keys_or_slots in (self.pending, self.leased, self.ready, self.loads):
+            keys_or_slots.clear()
+        return slots, loads
 
-    def __init__(self, notifier: Notifier, clock: Callable[[], float]) -> None:
-        """``clock`` returns the time in seconds."""
-        self._notifier = notifier
-        self._clock = clock
-        self._rechecks: dict[Demand, None] = {}  # asynchronous demands that are to be served, since they may go on
-        self._deadlines: dict[Demand, float] = {}  # from each asynchronous demand without a slot to when it fails
+    def begin_wait(self, now: float) -> None:
+        """Note that the caller waits without a lease. ``now`` is the time in seconds."""
+        self.waits_since = self.waits_since or now
 
-    # -- starved demands ----------------------------------------------------------------------------------------------
-
-    def wait_for_slot(self, demand: Demand) -> None:
-        """Queue a starved demand in its pool's FIFO queue. A demand is starved if it needs a slot and holds none."""
-        caller, starved = demand.caller, demand.pool.starved
-        if caller.is_asynchronous and demand not in self._deadlines:
-            self._deadlines[demand] = self._clock() + demand.timeout
-            self._notifier.wake_timekeeper()
-        if demand not in starved and not caller.is_full:
-            starved.append(demand)
-
-    def stop_waiting(self, demand: Demand) -> None:
-        """Remove a demand from its pool's queue of starved demands, if it is in the queue."""
-        starved = demand.pool.starved
-        if demand in starved:
-            starved.remove(demand)
-            self._notifier.wake_callers()  # the next demand in the queue may find a slot too
-            self._notifier.wake_loader()  # prefetches that have yielded to the demand may go on
-
-    # -- asynchronous demands -----------------------------------------------------------------------------------------
-
-    def recheck(self, demand: Demand) -> None:
-        """Mark an asynchronous demand to be served again, because it may be able to go on. No effect on others."""
-        if demand.caller.is_asynchronous:
-            self._rechecks[demand] = None
-            self._notifier.serve_asynchronous()
-
-    def take_recheck(self) -> Demand | None:
-        """Take the first demand that ``recheck`` has marked, and return it. Return None if no demand is marked."""
-        if (demand := next(iter(self._rechecks), None)) is not None:
-            del self._rechecks[demand]
-        return demand
-
-    def note_taken(self, demand: Demand) -> None:
-        """Note that a demand holds or claims one more slot."""
-        self.stop_waiting(demand)
-        self._deadlines.pop(demand, None)
-        if demand.caller.is_full:  # its starved demands may not take slots, so they must not keep other demands waiting
-            for other in demand.caller.open_demands():
-                self.stop_waiting(other)
-
-    def note_released(self, demand: Demand, slots: int) -> None:
-        """Note that a demand no longer holds or claims ``slots`` slots. Its caller's other demands may then go on."""
-        if demand.caller.was_full(slots):
-            # Demands without a slot are served first, in the order of their deadlines. Otherwise a demand for many keys
-            # would keep the caller's other demands waiting.
-            waiting = [other for other in demand.caller.open_demands() if other.pending]
-            for other in sorted(waiting, key=lambda other: self._deadlines.get(other, math.inf)):
-                self.recheck(other)
-            self._notifier.wake_callers()
-
-    def expire(self) -> float | None:
-        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
-        now = self._clock()
-        for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
-            del self._deadlines[demand]
-            demand.error = _exhausted(demand)
-            self.recheck(demand)
-        return min(self._deadlines.values(), default=None)
-
-    def remove(self, demand: Demand) -> None:
-        """Remove a demand that has ended from all queues."""
-        if demand.pool.starved:
-            self.stop_waiting(demand)
-        self._rechecks.pop(demand, None)
-        self._deadlines.pop(demand, None)
-
-    # -- repair -------------------------------------------------------------------------------------------------------
-
-    def repair(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
-        """Make the queues agree with ``demands`` after an interrupted transition, and let all callers go on."""
-        for pool in pools:
-            waiting = [demand for demand in pool.starved if demand in demands and demand.pending and demand.is_idle]
-            pool.starved.clear()
-            pool.starved.extend(dict.fromkeys(waiting))
-        for demand in list(self._deadlines):
-            if demand not in demands or not (demand.pending and demand.is_idle):
-                del self._deadlines[demand]
-        self._rechecks.clear()
-        for demand in demands:
-            demand.caller.register(demand)
-            self.recheck(demand)
-        self._notifier.wake_callers()
-
-
-def _exhausted(demand: Demand) -> ExhaustedError:
-    caller = demand.caller
-    if isinstance(caller, AsyncCaller) and caller.is_full:
-        return ExhaustedError(
-            f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
-            "Release leases in the client, or start the daemon with more --leases.",
-        )
-    return ExhaustedError(
-        f"All slots of the host tier are leased, and none became free for {demand.timeout:g} seconds.",
-        "Try again, give the daemon more memory (--ram), or run fewer clients at the same time.",
-    )
+    def end_wait(self, now: float) -> float | None:
+        """Note that the caller gets a lease. Return how long it has waited, in seconds; None if it did not wait."""
+        since, self.waits_since = self.waits_since, None
+        return None if since is None else now - since

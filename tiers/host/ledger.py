@@ -20,28 +20,29 @@ that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An 
 leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
 that does not return its slots can't block other callers.
 
-The tier calls two parts itself: ``loads``, for its loaders, and ``uses``.
+The tier calls three parts itself: ``slots``, ``loads`` for its loaders, and ``uses``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.cache.budget import partitions_of
-from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import Lookup, snapshot
 from moetier.tiers.errors import MoetierError, StoreError
-from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
-from .demands import AsyncCaller, Caller, Demand, Failed, Granted, Notifier, Pool, WaitingDemands
+from .demands import AsyncCaller, Caller, Demand, Failed, Granted
 from .loads import LoadLimits, Loads
 from .prefetch import PrefetchQueue
+from .slots import HostSlots
 from .uses import Uses
+from .waiting import Notifier, WaitingDemands
 
 
 class Ledger:
@@ -71,18 +72,14 @@ class Ledger:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = manifest
-        self.directory = directory
         self.counters = TierCounters("host")
-        self.pools: dict[str, Pool] = {}  # from the name of a zarr array to its pool, in the order of the pools' slots
-        for region, first in zip(layout.regions, layout.first_slots, strict=True):
-            partitions = partitions_of(region.slots, manifest.members[region.array])
-            self.pools[region.array] = Pool(partitions, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
-        self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # for each block, the pool of its records
+        self.slots = HostSlots(manifest, layout, policy)
         self.prefetches = PrefetchQueue(self.counters, clock)
-        self.uses = Uses(self.pool_of, self.counters, self.prefetches)
+        self.uses = Uses(self.slots.pool_of, self.counters, self.prefetches)
         self.waiting = WaitingDemands(notifier, clock)
-        rest = {self.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
+        rest = {self.slots.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
         self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits, rest)
+        self._directory = directory
         self._notifier = notifier
         self._clock = clock
         self._demands: set[Demand] = set()
@@ -100,17 +97,13 @@ class Ledger:
 
     def stats(self) -> TierStats:
         """Return a snapshot of the counters and of the state of the slots."""
-        return snapshot(self.counters, self.pools.values())
-
-    def is_ready(self, key: ExpertKey) -> bool:
-        """Return whether the record of ``key`` is READY."""
-        return self.pool_of[key.block].is_ready(key)
+        return snapshot(self.counters, self.slots.pools.values())
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
     def demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
         """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
-        return Demand(self.pool_of[block], block, caller, number, timeout)
+        return Demand(self.slots.pool_of[block], block, caller, number, timeout)
 
     def begin(self, demand: Demand, keys: Sequence[ExpertKey], wanted: int = 0) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
@@ -125,20 +118,14 @@ class Ledger:
         if not wanted:
             self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        self.uses.counts.update(distinct.keys())
-        demand.is_scan = max(len(distinct), wanted) > pool.quota(demand.block)
+        demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.quota(demand.block))
         hits = []
         for key in distinct:
-            slot = None if caller.is_full else pool.pin_ready(key)
-            if slot is None:
-                demand.pending[key] = None
-                continue
-            demand.ready.append(slot)
-            hits.append(key)
-            self.waiting.note_taken(demand)
-        demand.hits = len(hits)
-        self.counters.count_lookups(hits=len(hits), misses=len(demand.pending))
-        self.prefetches.note_uses(hits)
+            if not caller.is_full and (slot := pool.pin_ready(key)) is not None:
+                demand.hold(key, slot, is_hit=True)
+                hits.append(key)
+                self.waiting.note_taken(demand)
+        self.uses.note_demand(hits, demand.pending)
         if demand.pending:
             self._take_slots(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
@@ -156,17 +143,17 @@ class Ledger:
         if demand.error is not None:
             return [], True
         if demand.pending:
-            self.advance(demand)
+            self._advance(demand)
         is_last = not (demand.pending or demand.loads)
         if not (demand.ready or is_last):
-            demand.waits_since = demand.waits_since or self._clock()
+            demand.begin_wait(self._clock())
             return None
         self._end_wait(demand)
         if demand.is_scan:  # one lease at a time, because the demand needs its slots for further records
             is_last = is_last and len(demand.ready) <= 1
-        return self.lease(demand, 1 if demand.is_scan else len(demand.ready)), is_last
+        return demand.lease(1 if demand.is_scan else len(demand.ready)), is_last
 
-    def advance(self, demand: Demand) -> None:
+    def _advance(self, demand: Demand) -> None:
         """Serve the demand's pending keys, as long as slots are available.
 
         If the record of a key is READY, its slot is pinned for the demand. Otherwise the demand joins the load of the
@@ -174,26 +161,13 @@ class Ledger:
         """
         demand.pool.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
 
-    def lease(self, demand: Demand, most: int = 1) -> list[PoolSlot]:
-        """Lease up to ``most`` of the slots that are ready for the demand, and return these slots."""
-        slots: list[PoolSlot] = []
-        while demand.ready and len(slots) < most:
-            slot = demand.ready.popleft()
-            demand.leased[slot] = None
-            slots.append(slot)
-        demand.hits = max(demand.hits - len(slots), 0)
-        return slots
-
     def release(self, demand: Demand, keys: Iterable[ExpertKey] | None = None) -> None:
         """End the demand's leases of ``keys``, or all of its leases if ``keys`` is None.
 
         Keys that the demand has not leased are ignored.
         """
         slots = demand.leased if keys is None else dict.fromkeys(demand.pool.slot_of(key) for key in keys)
-        ended = [slot for slot in slots if slot in demand.leased]
-        for slot in ended:
-            del demand.leased[slot]
-        if ended:
+        if ended := demand.release(slots):
             self._unpin(demand, ended)
         self.waiting.recheck(demand)
 
@@ -205,22 +179,18 @@ class Ledger:
         no caller needs.
         """
         self.waiting.remove(demand)
-        demand.pending.clear()
-        loads = list(demand.loads)
-        slots = demand.slots
-        demand.leased.clear()
-        demand.ready.clear()
-        demand.loads.clear()
+        slots, loads = demand.clear()
         self._unpin(demand, slots)
         for load in loads:
             self.loads.withdraw(demand, load)
         demand.caller.deregister(demand)
         self._demands.discard(demand)
 
-    def end_all(self, caller: Caller) -> None:
-        """End all demands of ``caller``."""
+    def end_caller(self, caller: Caller) -> None:
+        """End all demands of ``caller``, and cancel its prefetch requests, if it is asynchronous."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
+        self.prefetches.cancel(caller)
 
     def lease_for_copy(self, demand: Demand, key: ExpertKey) -> PoolSlot | None:
         """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
@@ -232,7 +202,8 @@ class Ledger:
         slot = None if demand.pool.starved else demand.pool.pin_ready(key)
         if slot is not None:
             self._demands.add(demand)
-            demand.leased[slot] = None
+            demand.hold(key, slot)
+            demand.lease(1)
             self.prefetches.note_copy(key)
         return slot
 
@@ -241,14 +212,14 @@ class Ledger:
         if self.closed_by is None:
             self.fault = error
             self.close(error)
-            self.directory.retire()
+            self._directory.retire()
 
     def close(self, error: MoetierError) -> None:
         """Close the ledger: fail all demands with ``error``, and begin no more loads."""
         self.loads.close(error)
         for demand in self._demands:
             if demand.caller.is_asynchronous:
-                demand.error = demand.error or error.fresh()
+                demand.fail(error)
                 self.waiting.recheck(demand)
         self._notifier.wake_callers()
 
@@ -261,17 +232,13 @@ class Ledger:
         is already READY. Raises the same errors as ``begin``.
         """
         self.check_open()
-        if self.prefetches.replace(self.pool_of[block], block, keys, caller):
+        if self.prefetches.replace(self.slots.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
-
-    def quotas(self) -> list[int]:
-        """Return for each block the quota of its partition, in slots."""
-        return [pool.quota(block) for block, pool in enumerate(self.pool_of)]
 
     def warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
         """Queue records for the warm-up: ``wanted`` has keys for each block. Raises the same errors as ``begin``."""
         self.check_open()
-        for pool, keys in zip(self.pool_of, wanted, strict=True):
+        for pool, keys in zip(self.slots.pool_of, wanted, strict=True):
             self.loads.warm(pool, keys)
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
@@ -285,8 +252,7 @@ class Ledger:
             while (demand := self.waiting.take_recheck()) is not None:
                 self._deliver(demand)
             # if the first starved demand of a pool is not asynchronous, its thread was woken and advances it
-            firsts = [pool.starved[0] for pool in self.pools.values() if pool.starved]
-            firsts = [demand for demand in firsts if demand.caller.is_asynchronous]
+            firsts = [demand for demand in self.slots.starved() if demand.caller.is_asynchronous]
             for demand in firsts:
                 self._deliver(demand)
             if all(demand.is_idle for demand in firsts):
@@ -301,7 +267,7 @@ class Ledger:
         caller = demand.caller
         assert isinstance(caller, AsyncCaller)
         if demand.error is None and demand.pending:
-            self.advance(demand)
+            self._advance(demand)
         if demand.error is not None:
             self.end(demand)
             caller.deliver(Failed(demand.number, demand.error))
@@ -309,28 +275,22 @@ class Ledger:
         if demand.ready:
             self._end_wait(demand)
         while demand.ready:
-            (slot,) = self.lease(demand)
+            (slot,) = demand.lease(1)
             number = demand.pool.number(slot)
-            caller.deliver(Granted(demand.number, demand.pool.key(slot), number, self.directory.generation(number)))
+            caller.deliver(Granted(demand.number, demand.pool.key(slot), number, self._directory.generation(number)))
         if demand.is_over:
             self.end(demand)
         elif not demand.leased:
-            demand.waits_since = demand.waits_since or self._clock()
+            demand.begin_wait(self._clock())
 
     def _end_wait(self, demand: Demand) -> None:
-        if demand.waits_since is not None:
-            self.counters.count_wait(self._clock() - demand.waits_since)
-            demand.waits_since = None
-
-    def end_caller(self, caller: AsyncCaller) -> None:
-        """End all demands of an asynchronous caller, and cancel its prefetch requests."""
-        self.end_all(caller)
-        self.prefetches.cancel(caller)
+        if (seconds := demand.end_wait(self._clock())) is not None:
+            self.counters.count_wait(seconds)
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _take_slots(self, demand: Demand) -> list[ExpertKey]:
-        """Take slots for pending keys, as ``advance`` does. Return these keys; the caller touches them in the pool."""
+        """Take slots for pending keys, as ``_advance`` does. Return these keys; the caller touches them in the pool."""
         served, may_load = list[ExpertKey](), True
         for key in list(demand.pending):
             if demand.caller.is_full:
@@ -340,7 +300,7 @@ class Ledger:
                     self.counters.count(joined=1)
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
-                    demand.ready.append(slot)
+                    demand.hold(key, slot)
                     self.prefetches.note_uses((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
@@ -349,7 +309,6 @@ class Ledger:
                     may_load = may_load and self.loads.begin_for(demand, key)
                     if not may_load:
                         continue
-            del demand.pending[key]
             served.append(key)
             self.waiting.note_taken(demand)
         if demand.pending and demand.is_idle:
@@ -364,14 +323,6 @@ class Ledger:
             self._notifier.wake_callers()
         self.waiting.note_released(demand, len(slots))
 
-    def recover(self, kept: Mapping[TierSlot, ExpertKey]) -> int:
-        """Make slots READY that hold intact records of a reclaimed arena, by their keys. Return their number."""
-        for number, key in kept.items():
-            pool = self.pool_of[key.block]
-            pool.begin_fill(pool.slot(number), key)
-            pool.complete_fill(pool.slot(number))
-        return len(kept)
-
     # -- repair -------------------------------------------------------------------------------------------------------
 
     def repair(self) -> None:
@@ -381,21 +332,7 @@ class Ledger:
         requests are removed.
         """
         self.loads.repair(self._demands)
-        for pool in self.pools.values():
-            pool.repair(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
-        self.directory.repair(self._contents())
-        self.prefetches.repair(lambda key: self.pool_of[key.block].slot_of(key))
-        self.waiting.repair(self._demands, self.pools.values())
-
-    def _pins(self, pool: Pool) -> list[int]:
-        """Return for each slot of a pool the number of demands that hold or claim the slot."""
-        pins = [0] * pool.slot_count
-        for demand in self._demands:
-            if demand.pool is pool:
-                for slot in demand.slots:
-                    pins[slot] += 1
-        return pins
-
-    def _contents(self) -> list[tuple[ExpertKey | None, bool]]:
-        """Return for each slot of the tier its key (None if the slot is EMPTY) and whether the slot is LOADING."""
-        return [content for pool in self.pools.values() for content in pool.contents()]
+        self.slots.repair(self._demands, self.loads)
+        self._directory.repair(self.slots.contents())
+        self.prefetches.repair(self.slots.slot_of)
+        self.waiting.repair(self._demands, self.slots.pools.values())

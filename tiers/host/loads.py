@@ -1,7 +1,9 @@
 """Loads: the records that are being read into slots, and the record that a loader reads next.
 
 This module is a part of the ledger: callers hold the tier's lock, and it does no I/O. Demands are served first. While
-no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up.
+no record is being read for a demand, records are read for prefetch requests, and after these for the warm-up. Pages of
+keys and values, which others read and write on the same disk, come between: behind demands, before prefetches; and they
+are written while nothing is read (``tiers.disk_order``).
 
 A load goes through ``begin``, ``take`` by a loader, and ``complete`` or ``fail``. It ends early in ``withdraw``, if no
 loader has taken it and no demand waits for it, and in ``may_continue``, if it is a prefetch that is no longer wanted.
@@ -22,8 +24,9 @@ from moetier.tiers.manifest import Block
 from moetier.tiers.source import interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Notifier, Pool, WaitingDemands
+from .demands import Demand, Load, LoadState, Pool, Purpose
 from .prefetch import PrefetchQueue
+from .waiting import Notifier, WaitingDemands
 
 
 class LoadLimits(NamedTuple):
@@ -57,7 +60,7 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Load]:
         """Yield the loads that no loader has taken. A load that several callers wait for is yielded once for each."""
-        return (load for queue in self._queues.values() for load in queue if load.is_queued)
+        return (load for queue in self._queues.values() for load in queue if load.state is LoadState.QUEUED)
 
     def add(self, caller: Hashable, load: Load) -> None:
         """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
@@ -76,8 +79,9 @@ class FairQueue:
         for caller, queue in self._queues.items():
             while queue:
                 load = queue.popleft()
-                if load.is_queued:  # it may have been taken for another caller, which waits for the same record
-                    load.is_taken = True
+                # it may have been taken for another caller, which waits for the same record
+                if load.state is LoadState.QUEUED:
+                    load.state = LoadState.TAKEN
                     self._queues.move_to_end(caller)
                     return load
         return None
@@ -120,6 +124,7 @@ class Loads:
         self._limits = limits
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
+        self._pages = 0  # reads of pages that are in progress or wait for reads for demands
 
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
@@ -130,7 +135,7 @@ class Loads:
         """Begin the load of a record for a demand, which waits for it. Return False if it may not begin one now."""
         if not self._may_begin(demand) or (slot := self._choose(demand)) is None:
             return False
-        self.begin(demand.pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
+        self.begin(demand.pool, key, slot, is_scan=demand.is_scan)
         self.join(demand, key)
         self._notifier.wake_loader()
         self.load_rest(demand.pool)
@@ -157,21 +162,21 @@ class Loads:
         pool: Pool,
         key: ExpertKey,
         slot: PoolSlot,
+        purpose: Purpose = Purpose.DEMAND,
         *,
-        is_prefetch: bool,
         is_scan: bool = False,
-        is_warmup: bool = False,
     ) -> Load:
         """Begin the load of a record into a slot that is EMPTY or evictable, and return the load."""
-        if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)) is not None:
+        load = Load(pool, key, slot, purpose)
+        if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=load.is_prefetch)) is not None:
             self._counters.count(evictions=1)
             self._prefetches.evict(evicted)
-        self._prefetches.evict_copy(key)  # the record is needed again, so the tier above no longer has its copy
+        self._prefetches.forget_copy(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(pool.number(slot), evicted)
-        load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
-        if is_prefetch:
-            self._prefetches.begin(key, is_warmup=is_warmup)
+        if load.is_prefetch:
+            load.state = LoadState.TAKEN  # by the loader that calls this
+            self._prefetches.begin(key, purpose)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -184,8 +189,8 @@ class Loads:
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
         load.waiters.append(demand)
-        demand.loads.append(load)
-        if not load.is_taken:
+        demand.wait_for(load)
+        if load.state is LoadState.QUEUED:
             self._queue.add(demand.caller, load)
 
     def withdraw(self, demand: Demand, load: Load) -> None:
@@ -196,8 +201,8 @@ class Loads:
         load.waiters.remove(demand)
         if load.waiters:
             return
-        if not load.is_taken:
-            load.is_cancelled = True
+        if load.state is LoadState.QUEUED:
+            load.state = LoadState.CANCELLED
             self._abort(load)
         if not self._is_for_demands:  # prefetches that yielded to the load may go on
             self._notifier.wake_callers()
@@ -211,10 +216,10 @@ class Loads:
         self.wake_loaders_for_prefetches()
 
     def load_rest(self, pool: Pool) -> None:
-        """Read the other records of a pool with room for all, as the warm-up does, once half of its slots are taken.
+        """Queue all other records of a pool for the warm-up, if it has a slot for each and half of them are taken.
 
-        After so many demands, the others will soon be needed, too. If a model is hardly used, only demands are read; of
-        any other, at most as much again.
+        After so many demands, the other records will soon be needed, too. So of a model that is hardly used, only what
+        demands need is read; of any other, at most twice as much.
         """
         if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.slot_count:
             blocks = self._rest.pop(pool)
@@ -225,17 +230,17 @@ class Loads:
     def may_continue(self, load: Load) -> bool | None:
         """Decide whether the read of a prefetch goes on.
 
-        Returns True if the read goes on, None while it has to yield to reads for demands, and False if the load is
-        cancelled. A load is cancelled if its record is no longer requested, or if the load is for the warm-up and a
-        demand is starved. The decision and the cancellation are in one transition, so no demand can join the load in
-        between.
+        Returns True if the read goes on, None while it has to yield to reads for demands or of pages, and False if the
+        load is cancelled. A load is cancelled if its record is no longer requested, or if the load is for the warm-up
+        and a demand is starved. The decision and the cancellation are in one transition, so no demand can join the load
+        in between.
         """
         if load.waiters:
             return True
-        if self.closed_by is None and self._is_for_demands:
+        if self.closed_by is None and (self._is_for_demands or self._pages):
             load.has_yielded = True
             return None
-        if load.is_warmup:
+        if load.purpose is Purpose.WARMUP:
             is_wanted = self.closed_by is None and not load.pool.starved
         else:
             is_wanted = self._prefetches.is_requested(load.key)
@@ -247,25 +252,48 @@ class Loads:
     def _begin_prefetch(self) -> Load | None:
         """Begin the load of the next prefetch, and return it.
 
-        Returns None if there is no prefetch, if a record is being read for a demand, or if enough prefetches are being
-        read.
+        Returns None if there is no prefetch, if a record is being read for a demand, if pages are read, or if enough
+        prefetches are being read.
         """
-        if self._is_for_demands or self._prefetching >= self._limits.prefetches:
+        if self._is_for_demands or self._pages or self._prefetching >= self._limits.prefetches:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
-        return self.begin(read.pool, read.key, read.slot, is_prefetch=True, is_warmup=read.is_warmup)
+        return self.begin(*read)
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        if (unbegun := self._prefetches.unbegun) and not self._is_for_demands:
+        if (unbegun := self._prefetches.unbegun) and not (self._is_for_demands or self._pages):
             for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
+
+    # -- pages of keys and values -------------------------------------------------------------------------------------
+
+    def announce_page(self) -> None:
+        """Note that a page is to be read: no prefetch begins from now on."""
+        self._pages += 1
+
+    def may_read_page(self, is_late: bool) -> bool | None:
+        """Return True if an announced page may be read now, None while it has to wait for reads for demands.
+
+        It does not wait if it ``is_late``.
+        """
+        return True if is_late or self.closed_by is not None or not self._is_for_demands else None
+
+    def end_page(self) -> None:
+        """Note that an announced page was read, or will not be."""
+        self._pages -= 1
+        self._notifier.wake_callers()
+        self.wake_loaders_for_prefetches()
+
+    def may_write(self) -> bool | None:
+        """Return True if a page may be written now, None while anything is read."""
+        return True if self.closed_by is not None or not (self._loads or self._pages) else None
 
     @property
     def _is_for_demands(self) -> bool:
         """True if a load for a demand is in progress or waits for a loader."""
-        return any(load.waiters or not load.is_prefetch for load in self._loads.values())
+        return any(load.is_for_demands for load in self._loads.values())
 
     @property
     def _prefetching(self) -> int:
@@ -285,18 +313,17 @@ class Loads:
         """End a load whose record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded:
             self._counters.count_load(seconds)
-        self._counters.count_fill(load.pool.slot_bytes, is_warmup=load.is_warmup)
+        self._counters.count_fill(load.pool.slot_bytes, is_warmup=load.purpose is Purpose.WARMUP)
         del self._loads[load.key]
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.pool.number(load.slot), load.key)
         if load.is_prefetch:
             self._prefetches.complete(load.key)
         for demand in load.waiters:
-            demand.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
-            demand.loads.remove(load)
+            demand.complete(load)
             self._waiting.recheck(demand)
         self._notifier.wake_callers()
-        if load.waiters or not load.is_prefetch:
+        if load.is_for_demands:
             self.wake_loaders_for_prefetches()  # this may have been the last read for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
@@ -310,8 +337,7 @@ class Loads:
         self._counters.count(failures=self.closed_by is None)
         self._abort(load)
         for demand in load.waiters:
-            demand.loads.remove(load)
-            demand.error = demand.error or (error.fresh() if isinstance(error, MoetierError) else error)
+            demand.lose(load, error)
             self._waiting.note_released(demand, 1)
             self._waiting.recheck(demand)
         self._notifier.wake_callers()
@@ -339,15 +365,15 @@ class Loads:
         """
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
-                if load.slot not in demand.ready:  # ``complete`` was interrupted; the demand looks the record up again
-                    demand.pending[load.key] = None
-                demand.loads.remove(load)
+                demand.look_up_again(load)  # ``complete`` was interrupted
         self._queue.clear()
         for load in list(self._loads.values()):
             load.waiters = [demand for demand in demands if load in demand.loads]
-            if not load.is_taken and not load.waiters:
+            if load.state is LoadState.TAKEN:
+                continue
+            if not load.waiters:
                 del self._loads[load.key]
-            elif not load.is_taken:
+            else:
                 for demand in load.waiters:
                     self._queue.add(demand.caller, load)
                 self._notifier.wake_loader()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
-from .demands import AsyncCaller, Caller, Pool
+from .demands import Caller, Pool, Purpose
 
 
 class NextRead(NamedTuple):
@@ -21,7 +21,7 @@ class NextRead(NamedTuple):
     pool: Pool
     key: ExpertKey
     slot: PoolSlot
-    is_warmup: bool  # the record is read for the warm-up, not for a prefetch request
+    purpose: Purpose  # the record is read for a prefetch request or for the warm-up
 
 
 class BlockRequests(NamedTuple):
@@ -71,7 +71,7 @@ class PrefetchQueue:
         blocks[block] = BlockRequests(pool, requested, lacking)
         return bool(lacking)
 
-    def cancel(self, caller: AsyncCaller) -> None:
+    def cancel(self, caller: Caller) -> None:
         """Cancel all requests of a caller."""
         requests = self._requests.pop(caller, {}).values()
         self._counters.count(cancelled=sum([len(request.unbegun) for request in requests]))
@@ -111,12 +111,12 @@ class PrefetchQueue:
                 if (slot := self._slot_for(pool, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.count(prefetched=1)
-                    return NextRead(pool, key, slot, is_warmup=False)
+                    return NextRead(pool, key, slot, Purpose.PREFETCH)
                 self._counters.count(cancelled=1)
         while self._warmup:
             pool, key = self._warmup.popleft()
             if pool.slot_of(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
-                return NextRead(pool, key, slot, is_warmup=True)
+                return NextRead(pool, key, slot, Purpose.WARMUP)
         return None
 
     def _take_requests(self) -> Iterator[tuple[Caller | None, Pool, ExpertKey]]:
@@ -138,9 +138,9 @@ class PrefetchQueue:
 
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
-    def begin(self, key: ExpertKey, *, is_warmup: bool) -> None:
+    def begin(self, key: ExpertKey, purpose: Purpose) -> None:
         """Note that the read of a record begins, for the warm-up or for a request."""
-        if is_warmup:
+        if purpose is Purpose.WARMUP:
             self._warmed.add(key)
         else:
             self._outcomes.begin(key)
@@ -170,9 +170,9 @@ class PrefetchQueue:
     def evict(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
         if key not in self._copied:
-            self.evict_copy(key)
+            self.forget_copy(key)
 
-    def evict_copy(self, key: ExpertKey) -> None:
+    def forget_copy(self, key: ExpertKey) -> None:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
         self._copied.discard(key)
         self._warmed.discard(key)

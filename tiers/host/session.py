@@ -10,12 +10,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
+from moetier.tiers.threads import start_thread
 
 from .demands import AsyncCaller, Event
 from .ledger import Ledger
@@ -150,29 +150,30 @@ class Timekeeper:
     """A thread that fails asynchronous demands at their deadlines."""
 
     def __init__(
-        self, monitor: Monitor, alarm: SimpleQueue[None], run_or_condemn: Callable[[Callable[[], None]], None]
+        self,
+        monitor: Monitor,
+        ledger: Ledger,
+        alarm: SimpleQueue[None],
+        run_or_condemn: Callable[[Callable[[], None]], None],
     ) -> None:
         """``alarm``: an item makes the thread look at the deadlines again. ``run_or_condemn`` runs the thread."""
         self._monitor = monitor
+        self._ledger = ledger
         self._alarm = alarm
         self._run_or_condemn = run_or_condemn
         self._closed = False
         self._thread: threading.Thread | None = None
 
     @transition
-    def start(self, ledger: Ledger) -> None:
+    def start(self) -> None:
         """Start the thread, and serve asynchronous demands from now on. Idempotent.
 
         Raises ClosedError if the tier was closed, StoreError if it was condemned.
         """
-        ledger.check_open()
+        self._ledger.check_open()
         if self._thread is None:
-            thread = threading.Thread(
-                target=self._run_or_condemn, args=(partial(self._run, ledger),), name="moetier-timekeeper", daemon=True
-            )
-            thread.start()
-            self._thread = thread
-            self._monitor.run_after_mark(ledger.serve)
+            self._thread = start_thread("moetier-timekeeper", self._run_or_condemn, self._run)
+            self._monitor.run_after_mark(self._ledger.serve)
 
     def close(self) -> None:
         """End the thread. Idempotent."""
@@ -181,13 +182,13 @@ class Timekeeper:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, ledger: Ledger) -> None:
+    def _run(self) -> None:
         deadline: float | None = None
         while not self._closed:
             with contextlib.suppress(Empty):
                 self._alarm.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
-            deadline = self._expire(ledger)
+            deadline = self._expire()
 
     @transition
-    def _expire(self, ledger: Ledger) -> float | None:
-        return ledger.expire()
+    def _expire(self) -> float | None:
+        return self._ledger.expire()

@@ -1,4 +1,4 @@
-"""HostTier: a cache of records in shared memory. A few threads, the loaders, read records into it.
+"""HostTier: a cache of records in shared memory.
 
 The ledger decides, in transitions (``tiers.locks``), which records are read and evicted. Loaders read without the lock.
 """
@@ -9,10 +9,8 @@ import contextlib
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from moetier.tiers.arena.arena import Arena, recover
@@ -24,17 +22,20 @@ from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
 from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
-from moetier.tiers.store.base import Store
+from moetier.tiers.store.base import Pause, Store
 
-from .demands import Demand, Event, Load, Notifier, ThreadCaller
+from .demands import Demand, Event, Load, ThreadCaller
 from .ledger import Ledger
+from .loaders import Loaders
 from .loads import LoadLimits
 from .session import Session, Timekeeper
+from .waiting import Notifier
 
 # leases that are available together, and whether they are the last of the demand
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
+PAGE_PATIENCE = 0.1  # seconds after which a page is read even while records are read for demands
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class HostTier(Closeable):
         """
         host = cls(store, loads_rest=store.is_local, **options)
         store.on_fault(host.condemn)
-        store.on_recovery(host.count_failure)
+        store.on_recovery(host._count_failure)
         return host
 
     def __init__(
@@ -91,8 +92,6 @@ class HostTier(Closeable):
         self._store = store
         self._monitor = Monitor(lambda: self._ledger.repair())
         self._notifier = Notifier(self._monitor)
-        self._timekeeper = Timekeeper(self._monitor, self._notifier.timekeeper, self._run_or_condemn)
-        self._loaders: list[threading.Thread] = []
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
@@ -110,17 +109,31 @@ class HostTier(Closeable):
                 policy=policy,
                 loads_rest=loads_rest,
             )
-            self._loads, self._uses = self._ledger.loads, self._ledger.uses
+            self._uses = self._ledger.uses
+            self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
+            self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
             undo.callback(self.close)
             if arena is not None:
-                self.recovered = self._ledger.recover(recover(arena, self.manifest, loaders))
-            for number in range(loaders):
-                # daemon threads, so that a tier that is never closed does not keep the interpreter from ending
-                run = partial(self._run_or_condemn, self._run_loader)
-                loader = threading.Thread(target=run, name=f"moetier-loader-{number}", daemon=True)
-                loader.start()
-                self._loaders.append(loader)
+                kept = recover(arena, self.manifest, loaders)
+                self._ledger.slots.recover(kept)
+                self.recovered = len(kept)
+            self._loaders.start(loaders)
             undo.pop_all()
+
+    def _read(self, load: Load, pause: Pause | None) -> None:
+        """Read the record of a load into its slot, in a loader."""
+        slot = load.pool.number(load.slot)
+        self._arena.allocate(slot)
+        self._store.read_into(load.key, self._slots[slot], pause)
+
+    def _run_or_condemn(self, run: Callable[[], None]) -> None:
+        """Call ``run`` in a thread of the tier. If it raises, condemn the tier, as callers would wait for ever."""
+        try:
+            run()
+        except BaseException as error:
+            _log.exception("A thread of the host tier has failed.")
+            cause = f"A thread that serves the experts of {self.manifest.model} has failed ({type(error).__name__})."
+            self.condemn(StoreError(cause, "See the log, and report this bug. Load the model again."))
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +192,7 @@ class HostTier(Closeable):
     @transition
     def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
-        self._ledger.end_all(ThreadCaller(threading.get_ident()))
+        self._ledger.end_caller(ThreadCaller(threading.get_ident()))
 
     @contextlib.contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
@@ -224,7 +237,7 @@ class HostTier(Closeable):
     @transition
     def uses(self) -> dict[ExpertKey, int]:
         """Return a dictionary from each key to the number of its uses."""
-        return dict(self._uses.counts)
+        return self._uses.counts()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_read`` says which slots they take.
@@ -245,70 +258,43 @@ class HostTier(Closeable):
         prefetch requests go first. The warm-up evicts no record, and does not read a record that already has a slot.
         Returns at once.
         """
-        self._warm([hottest(block, quota) for block, quota in enumerate(self._ledger.quotas())])
+        self._warm([hottest(block, quota) for block, quota in enumerate(self._ledger.slots.quotas())])
 
     @transition
     def _warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
         self._ledger.warm(wanted)
 
-    # -- loaders ------------------------------------------------------------------------------------------------------
+    # -- pages of keys and values --------------------------------------------------------------------------------------
 
-    def _run_or_condemn(self, run: Callable[[], None]) -> None:
-        """Call ``run`` in a thread of the tier. If it raises, condemn the tier, as callers would wait for ever."""
+    @contextlib.contextmanager
+    def reading_page(self) -> Iterator[None]:
+        """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
+        self._announce_page()
         try:
-            run()
-        except BaseException as error:
-            _log.exception("A thread of the host tier has failed.")
-            cause = f"A thread that serves the experts of {self.manifest.model} has failed ({type(error).__name__})."
-            self.condemn(StoreError(cause, "See the log, and report this bug. Load the model again."))
+            self._may_read_page(time.monotonic() + PAGE_PATIENCE)
+            yield
+        finally:
+            self._end_page()
 
-    def _run_loader(self) -> None:
-        while self._ledger.closed_by is None:
-            self._notifier.loaders.get()
-            while (load := self._take_load()) is not None:
-                self._read(load)
-
-    def _read(self, load: Load) -> None:
-        """Read the record of a load into its slot. If the read fails, all demands that wait for it get the error."""
-        slot = load.pool.number(load.slot)
-        # a read may pause only if there is a second loader, which reads for demands during the pause
-        pause = partial(self._pause, load) if load.is_prefetch and len(self._loaders) > 1 else None
-        began = time.monotonic()
-        try:
-            self._arena.allocate(slot)
-            self._store.read_into(load.key, self._slots[slot], pause)
-            self._complete_load(load, time.monotonic() - began)
-        except _CancelledError:
-            pass
-        except BaseException as error:  # any exception, because the demands that wait for the record must get it
-            traceback.clear_frames(error.__traceback__)  # the frames would keep the slot's memory
-            self._fail_load(load, error)
-
-    def _pause(self, load: Load) -> bool:
-        """Sleep while the read of a prefetch has to yield to demands. Return whether it may have to yield again.
-
-        Once a demand waits for the prefetched record, the read need not yield any more. Raises _CancelledError if the
-        load was cancelled.
-        """
-        if not self._may_continue(load):
-            raise _CancelledError
-        return not load.waiters
+    def wait_to_write(self) -> None:
+        """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
+        self._may_write()
 
     @transition
-    def _take_load(self) -> Load | None:
-        return self._loads.take()
-
-    @transition
-    def _complete_load(self, load: Load, seconds: float) -> None:
-        self._loads.complete(load, seconds)
-
-    @transition
-    def _fail_load(self, load: Load, error: BaseException) -> None:
-        self._loads.fail(load, error)
+    def _announce_page(self) -> None:
+        self._ledger.loads.announce_page()
 
     @waiting
-    def _may_continue(self, load: Load) -> bool | None:
-        return self._loads.may_continue(load)
+    def _may_read_page(self, late: float) -> bool | None:
+        return self._ledger.loads.may_read_page(is_late=time.monotonic() > late)
+
+    @posted
+    def _end_page(self) -> None:
+        self._ledger.loads.end_page()
+
+    @waiting
+    def _may_write(self) -> bool | None:
+        return self._ledger.loads.may_write()
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""
@@ -321,7 +307,7 @@ class HostTier(Closeable):
         This takes no lock, so the result may be out of date when the caller gets it.
         """
         self._monitor.fork_guard.check()
-        is_ready = self._ledger.is_ready
+        is_ready = self._ledger.slots.is_ready
         return [key for key in keys if not is_ready(key)]
 
     # -- other processes, statistics, the end --------------------------------------------------------------------------
@@ -340,7 +326,7 @@ class HostTier(Closeable):
             ClosedError: the tier was closed.
             StoreError: the tier was condemned (see ``condemn``).
         """
-        self._timekeeper.start(self._ledger)  # before there are requests, in case the thread can't be started
+        self._timekeeper.start()  # before there are requests, in case the thread can't be started
         return Session(deliver, self._monitor, self._ledger, leases=leases, timeout=timeout)
 
     def export(self) -> int:
@@ -361,7 +347,7 @@ class HostTier(Closeable):
         return self._ledger.stats()
 
     @transition
-    def count_failure(self) -> None:
+    def _count_failure(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
         self._ledger.counters.count(failures=1)
 
@@ -384,17 +370,14 @@ class HostTier(Closeable):
         Callers that sleep in ``acquire`` wake up and get ClosedError. The record of a lease stays readable as long as
         the lease object exists. In a forked child, this only closes the child's mappings and file descriptors.
         """
-        if self._monitor.fork_guard.is_owner:
-            self._close_ledger()
-            for _ in self._loaders:
-                self._notifier.wake_loader()
-            for loader in self._loaders:
-                loader.join()
-            self._timekeeper.close()
-        self._slots.clear()
-        self._records.clear()
-        self._residents.clear()
-        self._arena.close()
+        with contextlib.closing(self._arena):
+            if self._monitor.fork_guard.is_owner:
+                self._close_ledger()
+                self._loaders.close()
+                self._timekeeper.close()
+            self._slots.clear()
+            self._records.clear()
+            self._residents.clear()
 
     @transition
     def _close_ledger(self) -> None:
@@ -403,7 +386,3 @@ class HostTier(Closeable):
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()
         self._ledger.check_open()
-
-
-class _CancelledError(Exception):
-    """Ends the read of a load that was cancelled."""

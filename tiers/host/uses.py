@@ -7,7 +7,7 @@ tier above. Callers hold the host tier's lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
@@ -29,14 +29,24 @@ class Uses:
         self._pool_of = pool_of
         self._counters = counters
         self._prefetches = prefetches
-        self.counts = Counter[ExpertKey]()  # number of uses of each key; ``Ledger.begin`` adds those by demands
+        self._counts = Counter[ExpertKey]()
+
+    def counts(self) -> dict[ExpertKey, int]:
+        """Return a dictionary from each key to the number of its uses."""
+        return dict(self._counts)
+
+    def note_demand(self, hits: Collection[ExpertKey], misses: Collection[ExpertKey]) -> None:
+        """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
+        self._counts.update([*hits, *misses])
+        self._counters.count_lookups(hits=len(hits), misses=len(misses))
+        self._prefetches.note_uses(hits)
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Note a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
         pool = self._pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self._prefetches.replace(pool, block, (), None)
-        self.counts.update(keys)
+        self._counts.update(keys)
         self._counters.count_lookups(hits=len(keys))
         cached = [key for key in keys if pool.is_ready(key)]  # others were evicted since
         self._prefetches.note_uses(cached)
@@ -49,7 +59,7 @@ class Uses:
     def note_client_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""
         self._counters.count_lookups(hits=len(keys))
-        self.counts.update(keys)
+        self._counts.update(keys)
         for key in keys:
             pool = self._pool_of[key.block]
             if pool.slot_of(key) is not None:
@@ -59,4 +69,4 @@ class Uses:
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses of copies in the tier above. They are hits of that tier, not of this one."""
         self._prefetches.note_uses(keys)
-        self.counts.update(keys)
+        self._counts.update(keys)

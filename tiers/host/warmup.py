@@ -24,6 +24,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.store.atomic import make_folders, write_durably
 from moetier.tiers.store.folder import user_cache
+from moetier.tiers.threads import start_thread
 
 from .tier import HostTier
 
@@ -82,8 +83,7 @@ class Learner:
         self._every = every
         self._ending = threading.Event()
         self._saved = host.uses()
-        self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("moetier-learner", self._run)
 
     def close(self) -> None:
         """Save the counts, and end the thread. The tier may be closed before or after. Idempotent.

@@ -108,7 +108,10 @@ class CachedStore(WrapperStore):
         self._closed = False
         self._lock = threading.Lock()  # guards: ``_objects``, ``_closed``, ``_fetched``, ``_from_cache``
         self._fetched, self._from_cache = ShareCounts(), ShareCounts()
-        self._access_times: AccessTimes | None = times
+        self._cached = times
+        self._files = contextlib.ExitStack()  # closes what each process has to close, a fork too
+        self._files.callback(times.close)
+        self._files.callback(store.close)
         # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_full``. Notified when records are durable
         self._room = threading.Condition()
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
@@ -153,11 +156,6 @@ class CachedStore(WrapperStore):
     def _count(self, counts: ShareCounts, nbytes: int) -> None:
         with self._lock:
             counts.count(records=1, bytes=nbytes)
-
-    @property
-    def _cached(self) -> AccessTimes:
-        assert self._access_times is not None, "closed"
-        return self._access_times
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
         """Read a record from the cache, or fetch it.
@@ -370,17 +368,14 @@ class CachedStore(WrapperStore):
 
     def close(self) -> None:
         """Wait for reads in progress and for records to become durable, then close all."""
-        if self._fork_guard.is_owner:
-            with self._lock:
-                self._closed = True
-            if self._objects is not None:
-                self._objects.close()
-            self._use.close()
-            self._writer.shutdown()
-        self.store.close()
-        times, self._access_times = self._access_times, None
-        if times is not None:
-            times.close()
+        with self._files, contextlib.ExitStack() as ending:
+            if self._fork_guard.is_owner:
+                with self._lock:
+                    self._closed = True
+                ending.callback(self._writer.shutdown)
+                ending.callback(self._use.close)
+                if self._objects is not None:
+                    self._objects.close()
 
 
 def _log_error(stored: Future[None]) -> None:

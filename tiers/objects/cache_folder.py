@@ -175,10 +175,10 @@ def _write_cache(folder: Path, address: str, limit: int | None) -> None:
 
 @contextlib.contextmanager
 def _fetching(address: str) -> Iterator[tuple[Objects, ThreadPoolExecutor]]:
-    """Yield the objects at an address, and threads in which to call them.
+    """Yield the objects at an address, and a pool of threads that fetch them.
 
-    These threads, and those that obstore starts in them, block all signals. A daemon must handle signals in one thread
-    only, and it fetches before it has blocked them in its other threads.
+    The threads of the pool, and those that obstore starts in them, block all signals, as signals of a daemon must reach
+    its main thread, which blocks them only later.
     """
     pool = ThreadPoolExecutor(
         READS,

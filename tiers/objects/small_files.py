@@ -76,7 +76,7 @@ def fetch_small(
         sizes = {name: entry.bytes for name, entry in manifest.files.items()}
         if strangers := [name for name in sizes if not is_small(name) and name not in required]:
             raise StoreFormatError(
-                f"The manifest at {objects.where} has the file {strangers[0]}, which is no small file of a model.",
+                f"The manifest at {objects.where} has the file {strangers[0]}, which is not one that models have.",
                 DAMAGED,
             )
     else:

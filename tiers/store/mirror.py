@@ -25,7 +25,7 @@ from moetier.tiers.manifest import Manifest
 
 from .base import DirectoryStore, Pause, WrapperStore
 from .folder import MIRRORS, has_store, is_cache, read_json, read_manifest, store_folder
-from .reader import ExpertStore, Read, as_bytes, read_in_pieces, run_reads
+from .reader import ExpertStore, Read, RecordPart, as_bytes, read_in_pieces, run_reads
 
 LEAST_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
 MEMORY = 1.0  # seconds of reading over which the rate of a disk is averaged
@@ -170,29 +170,20 @@ class MirroredStore(WrapperStore):
 
     def close(self) -> None:
         """Wait for the reads in progress, and close all copies."""
-        self._use.close()
-        for copy in self._copies:
-            copy.store.close()
+        with contextlib.ExitStack() as closing:
+            for copy in self._copies:
+                closing.callback(copy.store.close)
+            self._use.close()
 
-    def _read_part(
-        self,
-        key: ExpertKey,
-        used: set[_Copy],
-        start: int,
-        part: memoryview,
-        payload: memoryview,
-        piece: int,
-        crc: int,
-    ) -> int:
+    def _read_part(self, key: ExpertKey, used: set[_Copy], part: RecordPart, crc: int) -> int:
         """Read a part of a record, and add the copies from which it was read to ``used``. See ``ReadPart``."""
-        with self._queued(key, len(part)) as shares:
+        with self._queued(key, len(part.memory)) as shares:
             used.update(copy for copy, _ in shares)
             reads, first = [], 0
             for copy, length in shares:
-                for begin in range(first, first + length, piece):
-                    end = min(begin + piece, first + length)
-                    read = partial(self._read, copy, key, start + begin, part[begin:end])
-                    reads.append(Read(copy.store.threads, read, payload[begin:end]))
+                for at, memory, payload in part.pieces(first, first + length):
+                    read = partial(self._read, copy, key, at, memory)
+                    reads.append(Read(copy.store.threads, read, payload))
                 first += length
             return run_reads(reads, crc)
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import interruptible_bytes
+from moetier.tiers.threads import start_thread
 
 from .atomic import read_errors
 from .base import DirectoryStore, Pause
@@ -41,13 +42,28 @@ from .shard import (
 DIGEST_SECONDS = 0.1  # seconds for which ``open`` waits for the check: enough for a quick disk or a small store
 DIGEST_SHARE = 0.1  # share of the time that the check spends reading, once it runs in the background
 
-ReadPart = Callable[[int, memoryview, memoryview, int, int], int]
-"""Type of a function that reads a part of a record.
 
-Its arguments are: the offset of the part in the record; the memory for the part; the same memory without the record's
-checksum, if the part includes that; the largest size of a single read; the CRC-32C of the record before the part. It
-returns the CRC-32C of the record up to the end of the part.
-"""
+class RecordPart(NamedTuple):
+    """A part of a record, which is read in pieces."""
+
+    start: int  # offset of the part in the record
+    memory: memoryview  # for the part
+    payload: memoryview  # the same memory, without the record's checksum if the part includes that
+    piece_bytes: int  # largest size of a single read
+
+    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, memoryview, memoryview]]:
+        """Yield the pieces of the bytes from ``first`` to ``end`` of the part.
+
+        For each, yields its offset in the record, its memory, and that memory without the record's checksum.
+        """
+        end = len(self.memory) if end is None else end
+        for at in range(first, end, self.piece_bytes):
+            stop = min(at + self.piece_bytes, end)
+            yield self.start + at, self.memory[at:stop], self.payload[at:stop]
+
+
+# reads a part; takes the CRC-32C of the record before the part, and returns that of the record up to the part's end
+ReadPart = Callable[[RecordPart, int], int]
 
 
 class Read(NamedTuple):
@@ -162,14 +178,12 @@ class ExpertStore(DirectoryStore):
         """
         if self.manifest.record_checksums:
             return
-        check = threading.Thread(target=self._compare_digest, name="moetier-digest", daemon=True)
         try:
-            check.start()
+            self._digest_check = start_thread("moetier-digest", self._compare_digest)
         except RuntimeError as error:
             raise StoreReadError(
                 f"The digest of {self.manifest.model} can't be checked: {error}.", "End other processes, and try again."
             ) from error
-        self._digest_check = check
         self._digest_check.join(DIGEST_SECONDS)
         if self._fault.done():
             raise self._fault.result()
@@ -291,15 +305,11 @@ class ExpertStore(DirectoryStore):
         shard = self.shards[block]
         return shard, expert * shard.file.slot_bytes
 
-    def _read_part(
-        self, shard: OpenShard, record: int, start: int, part: memoryview, payload: memoryview, piece: int, crc: int
-    ) -> int:
+    def _read_part(self, shard: OpenShard, record: int, part: RecordPart, crc: int) -> int:
         """Read a part of the record that begins at the offset ``record`` of a shard. See ``ReadPart``."""
         reads = [
-            Read(
-                self.threads, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece]
-            )
-            for at in range(0, len(part), piece)
+            Read(self.threads, partial(shard.read, record + at, memory), payload)
+            for at, memory, payload in part.pieces()
         ]
         return run_reads(reads, crc)
 
@@ -310,14 +320,16 @@ def read_in_pieces(view: memoryview, pause: Pause | None, read_part: ReadPart) -
     ``pause`` is called between two parts, as ``Store.read_into`` specifies. If it is None, there is one part.
     """
     payload = view[:-CHECKSUM_BYTES]
-    start, most, crc = 0, interruptible_bytes(len(view)), 0
+    start, part_bytes, crc = 0, interruptible_bytes(len(view)), 0
     while pause is not None and start < len(view):
-        stop = start + most
-        crc = read_part(start, view[start:stop], payload[start:stop], most, crc)
+        stop = start + part_bytes
+        crc = read_part(RecordPart(start, view[start:stop], payload[start:stop], part_bytes), crc)
         start = stop
         if start < len(view) and not pause():
             pause = None  # read the rest in one part
-    return read_part(start, view[start:], payload[start:], READ_PIECE_BYTES, crc) if start < len(view) else crc
+    if start < len(view):
+        crc = read_part(RecordPart(start, view[start:], payload[start:], READ_PIECE_BYTES), crc)
+    return crc
 
 
 def run_reads(reads: Sequence[Read], crc: int) -> int:

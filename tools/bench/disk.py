@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
 from moetier.tiers.options import SECONDS
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import add_directory
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.reads import GB, NO_FIO, RandomReads, fio_version, read_rate
 
@@ -23,7 +23,7 @@ EXAMPLES = ("moetier bench disk ./mixtral-4bit",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier bench disk`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    add_directory(parser)
     parser.add_argument(
         "--seconds", type=SECONDS, default=3.0, metavar="S", help="seconds per run (default: %(default)s)"
     )

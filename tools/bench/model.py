@@ -16,7 +16,7 @@ from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import LOADERS
 from moetier.tools.cli.arguments import add_option, size
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import add_directory
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.products import UNCACHED_BYTES
 from moetier.tools.rates.reads import DISK_SECONDS, GB, NO_FIO, RandomReads, fio_version
@@ -35,7 +35,7 @@ TABLE = (
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `moetier bench decode` and `moetier bench prefill` share."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    add_directory(parser)
     parser.add_argument(
         "--ram",
         type=size,

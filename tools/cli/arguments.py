@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moetier.runtime.config import MEMORY, OF_HOST_TIER, TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
+from moetier.tiers.layout import BITS, Bits
 from moetier.tiers.options import Option
 
 from .parser import checked
@@ -27,6 +28,16 @@ SPECULATION = _in_groups("speculation")  # only commands for generating text hav
 def numbers(text: str) -> list[int]:
     """Parse whole numbers that are separated by commas. Raises ValueError for any other text."""
     return [int(part) for part in text.split(",")]
+
+
+def add_bits(parser: argparse.ArgumentParser, trunk: Sequence[Bits]) -> None:
+    """Add ``--bits``, by default all that experts may have, and ``--trunk-bits``, by default those of ``trunk``."""
+    for name, what, default in (
+        ("--bits", "expert weight", BITS),
+        ("--trunk-bits", "weight of everything else", trunk),
+    ):
+        text = f"bits per {what} (default: {','.join(map(str, default))})"
+        parser.add_argument(name, type=numbers, metavar="N,...", help=text)
 
 
 @dataclass(frozen=True, slots=True)

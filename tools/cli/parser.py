@@ -58,6 +58,19 @@ class HelpFormatter(argparse.HelpFormatter):
         if isinstance(action, argparse._SubParsersAction):  # argparse does not count the indentation of commands
             self._action_max_length += self._indent_increment
 
+    def _format_action(self, action: argparse.Action) -> str:
+        """Format an argument. Commands are listed in their groups, below the titles of these."""
+        groups = getattr(action, "groups", {})
+        if not groups:
+            return super()._format_action(action)
+        subparsers: Any = action
+        lines = {
+            command.dest: super(HelpFormatter, self)._format_action(command) for command in subparsers._choices_actions
+        }
+        return "\n".join(
+            (title and f"{title}:\n") + "".join(lines[name] for name in commands) for title, commands in groups.items()
+        )
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """Keep the line breaks of a text that has several lines, such as the examples; wrap any other text."""
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -111,9 +124,11 @@ class CommandParser(argparse.ArgumentParser):
                 self.exit()
             return parsed, more
         self._check_options(words)
+        if any(isinstance(action, ModelOption) for action in self._actions):
+            words = with_model_first(words)
         self._inside = True
         try:
-            parsed, more = self.parse_known_intermixed_args(args, namespace)
+            parsed, more = self.parse_known_intermixed_args(words, namespace)
         finally:
             self._inside = False
         if more:
@@ -170,13 +185,18 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"moetier: {redacted(cause)}\n  {advice}{self.prog} --help shows the usage.\n")
 
 
-def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, str], package: str, metavar: str) -> None:
-    """Add ``commands``, a dictionary from the name of a command to its line in --help.
+def add_commands(
+    parser: argparse.ArgumentParser, groups: Mapping[str, Mapping[str, str]], package: str, metavar: str
+) -> None:
+    """Add the commands of ``groups``: dictionaries from the name of a command to its line in --help, by their titles.
 
     ``package`` has a module for each command. ``metavar`` stands for the command in the usage.
     """
     subparsers = parser.add_subparsers(dest=metavar.lower(), metavar=metavar, prog=parser.prog)
-    for name, line in commands.items():
+    if len(groups) > 1:
+        parser._positionals.title = "commands"
+        subparsers.groups = groups  # type: ignore[attr-defined]  # for HelpFormatter
+    for name, line in ((name, line) for commands in groups.values() for name, line in commands.items()):
         description = f"{line[0].upper()}{line[1:]}."
         subparsers.add_parser(name, help=line, description=description, module=f"{package}.{name}")
 
@@ -207,9 +227,19 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 
 # help of an argument that names a directory
 DIRECTORY = (
-    "a model directory, the name of a pulled model, the folder of a checkpoint, a GGUF file, or an address in an "
+    "a model directory, a name that moetier list shows, the folder of a checkpoint, a GGUF file, or an address in an "
     "object store: s3://bucket/model"
 )
+
+
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """Add the argument ``directory`` of commands that use a model."""
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object") -> None:
+    """Add the flag ``--json``, with which a command prints ``what``."""
+    parser.add_argument("--json", action="store_true", help=f"print {what}")
 
 
 def check_utf8(text: str, name: str) -> str:
@@ -275,6 +305,42 @@ def source(text: str) -> str:
     return text
 
 
+class ModelOption(argparse.Action):
+    """The option -m, in place of the argument DIR. ``with_model_first`` removes it before the words are parsed."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        raise AssertionError("-m was not removed")
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument DIR, a model, and the option -m, which other programs have in its place."""
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    help = "the model, in place of DIR"
+    parser.add_argument(
+        "-m",
+        "--model",
+        action=ModelOption,
+        dest="directory",
+        default=argparse.SUPPRESS,
+        type=directory,
+        metavar="DIR",
+        help=help,
+    )
+
+
+def with_model_first(words: Iterable[str]) -> list[str]:
+    """Return the words of a command line with the value of -m (or --model) as the first argument: DIR."""
+    before = list(takewhile("--".__ne__, words))
+    rest = [*words][len(before) :]
+    for at, word in enumerate(before):
+        name, equals, value = word.partition("=")
+        if word in ("-m", "--model") and at + 1 < len(before):
+            return [before[at + 1], *before[:at], *before[at + 2 :], *rest]
+        if (name == "--model" and equals) or (word.startswith("-m") and not word.startswith("--") and len(word) > 2):
+            return [value if equals and name == "--model" else word[2:], *before[:at], *before[at + 1 :], *rest]
+    return [*before, *rest]
+
+
 def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
     """Return a dictionary from the names of a parser's commands to their parsers, which may have no arguments yet."""
     actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
@@ -318,7 +384,7 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """Return the arguments that may be names of pulled models: a dictionary from attribute name to argparse type."""
+    """Return the arguments that may be names of models: a dictionary from attribute name to argparse type."""
     return {action.dest: action.type for action in parser._actions if action.type in (directory, source)}
 
 
@@ -333,10 +399,10 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return ``arguments`` with names of pulled models, and addresses of models, replaced by the models' folders.
+    """Return ``arguments`` with names and addresses of models replaced by the models' folders.
 
     The trunk of a model at an address is fetched, unless ``arguments.outline`` is true: then only headers are. Raises
-    StoreFormatError if there is no pulled model of that name, and as ``directory_at``.
+    StoreFormatError if there is no model of that name, and as ``directory_at``.
     """
     from moetier.runtime.model.names import checkpoint_or_model, directory_at, is_address, model_directory
 

@@ -18,4 +18,4 @@ EXAMPLES = ("moetier bench disk ./mixtral-4bit", "moetier bench decode --help")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands of `moetier bench`."""
-    add_commands(parser, NOUNS, "moetier.tools.bench", "WHAT")
+    add_commands(parser, {"": NOUNS}, "moetier.tools.bench", "WHAT")

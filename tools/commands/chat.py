@@ -19,7 +19,7 @@ from moetier.tools.cli.arguments import (
 from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.parser import DIRECTORY, directory, show_first, utf8
+from moetier.tools.cli.parser import add_json, add_model_argument, show_first, utf8
 
 EXAMPLES = (
     "moetier chat ./mixtral-4bit --ram 6GiB",
@@ -31,7 +31,7 @@ ROOM = 4  # a prompt leaves 1/ROOM of the context to the answer, or --max-new-to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier chat`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    add_model_argument(parser)
     parser.add_argument(
         "--system", type=utf8, metavar="TEXT", help="system prompt: instructions that precede the conversation"
     )
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="report each answer's tokens, speed and hits on standard error (default: only if that is a terminal)",
     )
-    parser.add_argument("--json", action="store_true", help="print each answer, and /stats, as one line of JSON")
+    add_json(parser, "each answer, and /stats, as one line of JSON")
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moetier.tools.cli.parser import examples
+from moetier.tools.cli.parser import add_json, examples
 
 if TYPE_CHECKING:
     from moetier.tools.cli.settings import Setting, Settings
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         help="show all settings of COMMAND (default: general settings, and for each command those that differ)",
     )
-    show.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(show)
 
 
 def _command(text: str) -> str:

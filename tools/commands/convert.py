@@ -13,11 +13,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moetier.tools.cli.arguments import add_options
-from moetier.tools.cli.parser import checked, local_folder
+from moetier.tools.cli.parser import add_json, checked, local_folder
 from moetier.tools.convert.options import CONVERT_OPTIONS, Options
 
 if TYPE_CHECKING:
-    from moetier.tools.convert.conversion import ConversionReport
+    from moetier.tools.convert.conversion_report import ConversionReport
 
 EXAMPLES = (
     "moetier convert ./Mixtral-8x7B-v0.1 ./mixtral-4bit",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `moetier convert` and `moetier pull` share."""
     add_options(parser, CONVERT_OPTIONS.values())
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    add_json(parser, "one JSON object on standard output")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,10 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     Raises UsageError, CheckpointError, TargetError or ConfigError.
     """
     options = options_of(arguments)
+    from moetier.runtime.model.name_files import register_name
     from moetier.tools.convert.convert import convert
 
     def work() -> ConversionReport:
-        return convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
+        report = convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
+        if (name := register_name(arguments.target)) is not None:
+            print(f"Every command takes it by the name {name}: moetier generate {name} ...", file=sys.stderr)
+        return report
 
     return report_of(work, arguments.json)
 

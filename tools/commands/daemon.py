@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=directory,
         nargs="+",
         metavar="DIR",
-        help="model directories, names of pulled models, folders of checkpoints, GGUF files, or addresses in an object "
-        "store",
+        help="model directories, names that moetier list shows, folders of checkpoints, GGUF files, or addresses in "
+        "an object store",
     )
     add_options(parser, DAEMON_OPTIONS.values())
 
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, and return 0. Raises UsageError, or MoetierError if the daemon can't start."""
     from moetier.runtime.daemon.entry import serve
     from moetier.runtime.daemon.log import log_to_stderr
+    from moetier.runtime.model.names import note_use_of
     from moetier.tiers.errors import ConfigError
 
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
@@ -52,5 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = DaemonConfig.of(
             tuple(arguments.directories), **{name: getattr(arguments, name) for name in DAEMON_OPTIONS}
         )
+    for directory_of_model in arguments.directories:
+        note_use_of(directory_of_model)
     log_to_stderr()
     return serve(config)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.tools.cli.parser import DIRECTORY, WIDTH, directory
+from moetier.tools.cli.parser import DIRECTORY, WIDTH, add_json, directory
 
 if TYPE_CHECKING:
     from moetier.tools.doctor.machine import Finding
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print a block for a bug report, with the home folder as ~"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from moetier.tools.cli.arguments import (
 from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.parser import DIRECTORY, check_utf8, directory, show_first, utf8
+from moetier.tools.cli.parser import add_json, add_model_argument, check_utf8, show_first, utf8
 from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, details, run_json, summary
 
@@ -36,11 +36,11 @@ AT_FIRST = 1 << 20  # characters of standard input that are read before loading;
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier generate`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    add_model_argument(parser)
     parser.add_argument(
         "prompt", nargs="?", type=utf8, metavar="PROMPT", help="the text to continue (default: standard input)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
+    add_json(parser, "one JSON object: text, timing and tiers")
     parser.add_argument("--verbose", action="store_true", help="report all counters, not only the main figures")
     add_decoding_arguments(parser, new_tokens=256)
     add_prefill_argument(parser)

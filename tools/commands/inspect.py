@@ -11,7 +11,7 @@ from typing import Any
 
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.failure import EXIT_ERROR, plain
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import add_directory, add_json
 from moetier.tools.doctor.survey import NO_TOKENIZER, survey
 
 EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3B:4bit --json")
@@ -19,8 +19,8 @@ EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier inspect`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_directory(parser)
+    add_json(parser)
     parser.set_defaults(outline=True)
 
 

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the checkpoint once, and write the table. Raises MoetierError."""
     from moetier.runtime.checkpoint.containers import open_source
     from moetier.runtime.checkpoint.model_config import is_checkpoint
+    from moetier.runtime.model.name_files import register_name
     from moetier.runtime.stores.checkpoint_store import CheckpointStore, make_table
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
@@ -66,3 +67,5 @@ def run(arguments: argparse.Namespace) -> None:
         f"{path}: {table.manifest.record_count:,} experts in {files} file{'s' * (files > 1)}, {format_bytes(total)} "
         f"read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)"
     )
+    if (name := register_name(folder)) is not None:
+        print(f"Every command takes it by the name {name}: moetier generate {name} ...")

@@ -13,7 +13,7 @@ EXAMPLES = ("moetier mirror ./mixtral-4bit /mnt/second/mixtral-4bit",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moetier mirror`."""
     parser.add_argument(
-        "directory", type=directory, metavar="DIR", help="a model directory, or the name of a pulled model"
+        "directory", type=directory, metavar="DIR", help="a model directory, or a name that moetier list shows"
     )
     parser.add_argument("target", type=local_folder, metavar="FOLDER", help="folder of the copy, on another disk")
 

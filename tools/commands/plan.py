@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import CACHE, TIER_OPTIONS, format_bytes
-from moetier.tools.cli.arguments import add_option, add_prefill_argument, numbers
+from moetier.tiers.layout import TRUNK_BITS
+from moetier.tools.cli.arguments import add_bits, add_option, add_prefill_argument
 from moetier.tools.cli.failure import plain
-from moetier.tools.cli.parser import source
+from moetier.tools.cli.parser import add_json, source
 from moetier.tools.cli.report import table
 
 RESOURCES = (
@@ -37,13 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=source,
         metavar="SRC",
         help="a checkpoint's folder, which needs only config.json and the index of its weights; the checkpoint's id on "
-        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a pulled model (ID:TAG); or "
-        "an address in an object store",
+        "the Hugging Face hub (no weights are downloaded); a GGUF file; a model directory; a name that moetier list "
+        "shows; or an address in an object store",
     )
-    parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
-    parser.add_argument(
-        "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
-    )
+    add_bits(parser, TRUNK_BITS)
     ram = replace(TIER_OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
     for option in (ram, *(TIER_OPTIONS[name] for name in RESOURCES[1:])):
         add_option(parser, option)
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "moetier pull puts models)",
     )
     parser.add_argument("--disk", type=float, metavar="GB/S", help="speed of the disk, instead of measuring it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     parser.set_defaults(outline=True)
 
 

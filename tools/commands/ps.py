@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.failure import plain
+from moetier.tools.cli.parser import add_json
 from moetier.tools.cli.report import format_seconds, table
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ EXAMPLES = ("moetier ps",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier ps`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    add_json(parser, "one JSON array")
 
 
 def run(arguments: argparse.Namespace) -> None:

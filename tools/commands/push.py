@@ -16,7 +16,7 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moetier push`."""
     parser.add_argument(
-        "directory", type=directory, metavar="DIR", help="a model directory, or the name of a pulled model"
+        "directory", type=directory, metavar="DIR", help="a model directory, or a name that moetier list shows"
     )
     parser.add_argument(
         "address", metavar="ADDRESS", help="where to: s3://BUCKET/NAME, gs://, az://CONTAINER/NAME or file://"

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.layout import TRUNK_BITS
 from moetier.tiers.options import MOST, Number
-from moetier.tools.cli.arguments import add_resource_arguments, asked, numbers, resources_of
-from moetier.tools.cli.parser import UsageError, checked, source
+from moetier.tools.cli.arguments import add_bits, add_resource_arguments, asked, numbers, resources_of
+from moetier.tools.cli.parser import UsageError, add_json, checked, source
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
@@ -52,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of tokens to measure from the beginning of each text (default: %(default)s)",
     )
-    parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
-    parser.add_argument(
-        "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16)"
-    )
+    add_bits(parser, TRUNK_BITS[:1])
     parser.add_argument(
         "--group-size",
         type=numbers,
@@ -67,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", type=_methods, metavar="NAME,...", help="hqq, rounding, or both (default: hqq)")
     parser.add_argument("--fast", action="store_true", help="the same as --method rounding, as in moetier convert")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     add_resource_arguments(parser)
 
 

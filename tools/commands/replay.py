@@ -12,7 +12,7 @@ from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.options import TINY, Number
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
-from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.parser import UsageError, add_json
 
 EXAMPLES = (
     "moetier replay trace.npz",
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=MILLISECONDS,
         default=0.0,
         metavar="MS",
-        help="time to compute a token if all experts are in memory (default: 0)",
+        help="time to compute a token if all experts are in memory (default: %(default)g)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,14 @@
-"""``moetier rm NAME...``: remove pulled models, complete or not.
+"""``moetier rm NAME...``: remove models, complete or not, and forget names whose models are gone.
 
-If a removal is interrupted, `moetier list` still shows the model, and a second `moetier rm` completes the removal.
+If a removal is interrupted, `moetier list` still shows the model, and a second `moetier rm` completes the removal. A
+linked checkpoint is the user's: only its name is forgotten.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -18,33 +20,55 @@ EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier rm`."""
     parser.add_argument("names", nargs="+", metavar="NAME", help="a name that moetier list shows")
-    parser.add_argument("--yes", action="store_true", help="do not ask; without a terminal, rm never asks")
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        help="do not ask. Without a terminal, rm never asks, and removes converted models only with this option",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Remove the models.
 
-    Raises StoreFormatError for an unknown name, and TargetError if a model is in use. In both cases nothing is removed.
-    If a model comes into use later, while the user is asked about it, TargetError is raised after the models before it
-    were removed.
+    Raises StoreFormatError for an unknown name, UsageError for a converted model without --yes and a terminal, and
+    TargetError if a model is in use. In all cases nothing is removed. If a model comes into use later, while the user
+    is asked about it, TargetError is raised after the models before it were removed.
     """
     from moetier.runtime.config import format_bytes
-    from moetier.runtime.model.names import pulled_model
+    from moetier.runtime.model.name_files import forget_name
+    from moetier.runtime.model.names import named_model
+    from moetier.tiers.store.folder import GROUP
     from moetier.tools.convert.model_files import disk_bytes
 
-    models = dict(pulled_model(name) for name in arguments.names)
+    models = dict(named_model(name) for name in arguments.names)
+    removed = {name: folder for name, folder in models.items() if _is_pulled(folder) or (folder / GROUP).is_dir()}
+    for name, folder in removed.items():
+        _check(name, folder, arguments.yes)
     for name, folder in models.items():
-        _check(name, folder)
-    for name, folder in models.items():
+        if name not in removed:
+            forget_name(name)
+            gone = "" if os.path.exists(folder) else ", which is gone"  # noqa: PTH110 - Path.exists may raise
+            print(f"{name}: forgotten; nothing was removed of {plain(str(folder))}{gone}")
+            continue
         size, mirrors = format_bytes(disk_bytes(folder)), _mirrors(folder)
+        place = "" if _is_pulled(folder) else f" in {plain(str(folder))}"
         if not arguments.yes and sys.stdin.isatty():
-            print(f"Remove {name} ({size})? [y/N] ", end="", file=sys.stderr, flush=True)
+            print(f"Remove {name}{place} ({size})? [y/N] ", end="", file=sys.stderr, flush=True)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 continue
-        _remove(name, folder)
+        kept = _remove(name, folder)
+        forget_name(name)
         print(f"{name}: removed, {size}")
+        for path in kept:
+            print(f"{plain(str(path))}: not of moetier, and not removed")
         for mirror in mirrors:
             print(f"{plain(str(mirror))}: mirror of {name}, which is not removed")
+
+
+def _is_pulled(folder: Path) -> bool:
+    from moetier.runtime.model.names import models_folder
+
+    return folder.parent.parent == models_folder()
 
 
 def _mirrors(folder: Path) -> list[Path]:
@@ -57,25 +81,36 @@ def _mirrors(folder: Path) -> list[Path]:
         return []
 
 
-def _check(name: str, folder: Path) -> None:
-    """Check that a model may be removed. Raises TargetError if it is outside of ``models_folder()``, or is in use."""
+def _check(name: str, folder: Path, is_sure: bool) -> None:
+    """Check that a model may be removed. Raises TargetError if a link leads to it, or if it is in use."""
     from moetier.runtime.model.names import models_folder
     from moetier.tiers.errors import TargetError
+    from moetier.tiers.store.folder import GROUP
+    from moetier.tools.cli.parser import UsageError
     from moetier.tools.convert.model_files import check_unused
 
-    root = models_folder().resolve()
-    if folder.resolve() != root / folder.parent.name / folder.name:
-        raise TargetError(
-            f"{folder} leads through a link to {folder.resolve()}: moetier removes nothing outside of {root}.",
-            "Remove the link and the folder yourself.",
-        )
+    real = folder.resolve()
+    if _is_pulled(folder):
+        root = models_folder().resolve()
+        if real != root / folder.parent.name / folder.name:
+            raise TargetError(
+                f"{folder} leads through a link to {real}: moetier removes nothing outside of {root}.",
+                "Remove the link and the folder yourself.",
+            )
+    elif real != folder or (folder / GROUP).is_symlink():
+        raise TargetError(f"{folder} leads through a link.", "Remove the link and the folder yourself.")
+    elif not is_sure and not sys.stdin.isatty():
+        raise UsageError(f"{name} is the folder {folder}, which rm removes only if it is told so.", "Give --yes.")
     check_unused(name, folder)
 
 
-def _remove(name: str, folder: Path) -> None:
-    """Remove a model's folder without following links. Raises TargetError if it is in use."""
+def _remove(name: str, folder: Path) -> list[Path]:
+    """Remove a model's folder without following links. Return the files in it that are not moetier's, which stay.
+
+    In the folder of pulled models no others are kept. Raises TargetError if the model is in use.
+    """
     from moetier.tiers.store.folder import GROUP, replacement_folder
-    from moetier.tools.convert.model_files import check_unused, delete, empty, locked
+    from moetier.tools.convert.model_files import check_unused, delete, delete_empty_folders, empty, locked
 
     # first, as a conversion that writes to this folder would put a new model in the place of the removed one
     if replacement_folder(folder).exists():
@@ -85,15 +120,27 @@ def _remove(name: str, folder: Path) -> None:
         finish_replacement(folder)
         discard(folder)
     store = folder / GROUP
+    kept: list[Path] = []
     linked = store.is_symlink()  # needs no lock, as no conversion writes through a link
     with contextlib.nullcontext() if linked else locked(name, folder):
         check_unused(name, folder)  # again: answering the question may have taken long
-        others = [path for path in folder.iterdir() if path != store]
+        if _is_pulled(folder):
+            others = [path for path in folder.iterdir() if path != store]
+        else:
+            from moetier.tools.convert.target import files_of_users, outside_store
+
+            others, kept = outside_store(folder), files_of_users(folder)
         if linked:
             for path in others:
                 delete(path)
         else:
             empty(folder, others)
-        delete(folder)
-    with contextlib.suppress(OSError):  # raised if the folder still has conversions of the model to other bits
-        folder.parent.rmdir()
+        if kept:
+            delete(store)
+            delete_empty_folders(folder)
+        else:
+            delete(folder)
+    if _is_pulled(folder):
+        with contextlib.suppress(OSError):  # raised if the folder still has conversions of the model to other bits
+            folder.parent.rmdir()
+    return kept

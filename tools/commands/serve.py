@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
-from moetier.tools.cli.parser import DIRECTORY, directory, show_first
+from moetier.tools.cli.parser import add_model_argument, show_first
 from moetier.tools.serve.keys import KEY, keys_of
-from moetier.tools.serve.options import add_serving_arguments, check_packages, served_name
+from moetier.tools.serve.options import DAY, add_serving_arguments, check_packages, served_name
+
+if TYPE_CHECKING:
+    from moetier.runtime.engine.saved_pages import SavedPages
+    from moetier.runtime.model.kv_budget import KVBudget
 
 EXAMPLES = (
     "moetier serve ./mixtral-4bit --ram 6GiB --port 8080",
@@ -17,12 +23,13 @@ EXAMPLES = (
 )
 
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any free port.")
+TOLD = 8_000  # tokens of a prompt for which the line at the start says what --kv-cache-dir reads
 SPARE_CONNECTIONS = 128  # connections for health checks, metrics, and clients between two requests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier serve`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    add_model_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (default: %(default)s)"
     )
@@ -61,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         with serving(arguments.directory, resources, arguments, name=name, keys=keys) as (app, service):
             tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
+            print(disk_line(service.disk, tiers.kv), flush=True)
             Server(
                 app,
                 connections=arguments.parallel + arguments.queue + SPARE_CONNECTIONS,
@@ -70,3 +78,28 @@ def run(arguments: argparse.Namespace) -> None:
                 ),
                 ending=service.cut,
             ).serve_until_told(bound)
+        if service.disk is not None:  # it is closed now, and counts no more
+            print(traffic_line(service.disk), flush=True)
+
+
+def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:
+    """Return how long keys and values are kept, and how to keep them longer."""
+    if disk is not None:
+        options = disk.options
+        days = options.seconds / DAY
+        return f"keys and values are kept in {options.folder}: at most {format_bytes(options.size)}, for {days:g} days"
+    text = "keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: prompts that begin alike"
+    from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+
+    tokens = min(TOLD, kv.context)
+    if not kv.page_bytes:
+        return text
+    nbytes = format_bytes(tokens // PAGE_TOKENS * kv.page_bytes)
+    return f"{text} are then read after a restart ({nbytes} for {tokens:,} tokens), and not computed again"
+
+
+def traffic_line(disk: SavedPages) -> str:
+    """Return what was read and written of keys and values."""
+    traffic = disk.traffic()
+    read, written = format_bytes(traffic.read_bytes), format_bytes(traffic.written_bytes)
+    return f"keys and values: {written} written to {disk.options.folder}, {read} read from there"

@@ -12,7 +12,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_credentials, credentials
 from moetier.tools.cli.failure import plain
-from moetier.tools.cli.parser import checked
+from moetier.tools.cli.parser import add_json, checked
 
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help='the daemon\'s name, folder or HOST:PORT (default: the only daemon that runs here, or "default")',
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object; with --watch, one in each line")
+    add_json(parser, "one JSON object; with --watch, one in each line")
     parser.add_argument(
         "--watch",
         type=INTERVAL,

@@ -12,7 +12,7 @@ from moetier.runtime.config import TIER_OPTIONS, format_bytes
 from moetier.runtime.generation.decoding import DECODING
 from moetier.tiers.options import COUNT
 from moetier.tools.cli.arguments import add_option
-from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.parser import UsageError, add_json
 from moetier.tools.synthetic.checkpoint import (
     GEOMETRIES,
     ROUTINGS,
@@ -22,7 +22,7 @@ from moetier.tools.synthetic.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from moetier.tools.convert.conversion import ConversionReport
+    from moetier.tools.convert.conversion_report import ConversionReport
 
 EXAMPLES = (
     "moetier synthetic build/mixtral-4L --store build/mixtral-4L-4bit",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
     )
     add_option(parser, TIER_OPTIONS["threads"])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

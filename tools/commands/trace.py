@@ -13,7 +13,7 @@ from moetier.tiers.errors import TargetError, TargetExistsError
 from moetier.tiers.options import MOST, Number
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import add_directory, add_json
 from moetier.tools.cli.report import table
 from moetier.tools.traces.recording import read_prompts, record
 
@@ -26,7 +26,7 @@ EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier trace`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    add_directory(parser)
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of layers ahead for which predictions of the routers are recorded (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object that describes the trace")
+    add_json(parser, "one JSON object that describes the trace")
     add_decoding_arguments(parser, new_tokens=128)
     add_resource_arguments(parser)
 

@@ -7,7 +7,7 @@ import json
 import sys
 
 from moetier.tools.cli.failure import EXIT_ERROR
-from moetier.tools.cli.parser import DIRECTORY, directory
+from moetier.tools.cli.parser import add_directory, add_json
 from moetier.tools.doctor.survey import NO_TOKENIZER
 
 EXAMPLES = ("moetier verify ./mixtral-4bit",)
@@ -15,8 +15,8 @@ EXAMPLES = ("moetier verify ./mixtral-4bit",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier verify`."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_directory(parser)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -60,6 +60,14 @@ def delete(path: Path) -> None:
         path.unlink()
 
 
+def delete_empty_folders(folder: Path) -> None:
+    """Remove the folders below ``folder`` in which no files are."""
+    folders = (path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
+    for path in sorted(folders, reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
 def check_unused(name: str, folder: Path) -> None:
     """Raise TargetError if another process uses the model in ``folder``. The error calls the model ``name``."""
     if users := users_of(folder):

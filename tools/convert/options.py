@@ -26,8 +26,8 @@ class Options:
 
     bits: Bits | Literal["native"] | None = option(
         None,
-        "bits per expert weight; native: keep weights as the checkpoint stores them (default: 4; convert takes native "
-        "if they are quantised to fewer than 8 bits, or by HQQ, AWQ or GPTQ)",
+        f"bits per expert weight; native: keep weights as the checkpoint stores them (default: {DEFAULT_BITS}; convert "
+        "takes native if they are quantised to fewer than 8 bits, or by HQQ, AWQ or GPTQ)",
         types=int | str | None,
         choices=(*BITS, NATIVE),
         resumes=True,

@@ -34,8 +34,9 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.mirror import read_mirrors
 
-from .conversion import Conversion, ConversionReport
-from .model_files import delete, locked
+from .conversion import Conversion
+from .conversion_report import ConversionReport
+from .model_files import delete, delete_empty_folders, locked
 from .target import copied_files, files_of_users, is_ours, remove
 
 FIRST = (
@@ -88,9 +89,7 @@ def _remove_replaced(place: Path) -> list[Path]:
     if is_ours(old):
         remove(old)
         delete(old / GROUP)
-    for path in sorted((path for path in old.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
-        if not any(path.iterdir()):
-            path.rmdir()
+    delete_empty_folders(old)
     if not any(old.iterdir()):
         old.rmdir()
     sync_folder(place)

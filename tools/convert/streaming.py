@@ -44,6 +44,7 @@ from moetier.tiers.errors import CheckpointError
 from moetier.tiers.fields import some
 from moetier.tiers.layout import PAGE_BYTES
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
+from moetier.tiers.threads import start_thread
 from moetier.tools.cli.progress import ByteProgress
 
 from .conversion_plan import Stage
@@ -167,7 +168,7 @@ class Download:
                 future.set_exception(error)
 
         # a daemon thread: the process can end without waiting for it
-        threading.Thread(target=fetch, name="moetier-download", daemon=True).start()
+        start_thread("moetier-download", fetch)
 
     def _fetch(self, path: Path, quiet: bool) -> None:
         """Make the file readable at ``path``: download it unless it is on this machine, check it, and link to it.

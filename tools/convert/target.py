@@ -276,9 +276,10 @@ def _beside_store(folder: Path) -> Iterator[Path]:
 
 
 def freed_bytes(folder: Path) -> int:
-    """Return how many bytes of the disk ``remove`` frees, without those of downloaded files.
+    """Return how many bytes of the disk ``remove`` frees.
 
-    A file that is downloaded already is not counted as needed, so it must not be counted as freed either.
+    Downloaded files, which have a second name, do not count: the forecast of the space that is needed leaves them out,
+    too.
     """
     statuses = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
     return sum(512 * file.st_blocks for file in statuses if file.st_nlink == 1)  # else another name keeps the data

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moetier.runtime.config import format_bytes
 from moetier.runtime.wire.address import Address, runtime_folder
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.threads import start_thread
 
 NAMESPACE = "moetier"  # Ray's namespace of the actors
 POLL = 0.5  # seconds between two looks of a replica at a daemon that starts
@@ -52,7 +53,7 @@ class DaemonActor:
         self._held_until = time.monotonic() + LINGER
         self._fault: str | None = None  # why the daemon could not start; "" if it is ready, None while it starts
         self._actor = ray.get_runtime_context().current_actor
-        threading.Thread(target=self._supervise, name="moetier-daemon", daemon=True).start()
+        start_thread("moetier-daemon", self._supervise)
 
     def hold(self) -> bool:
         """Keep the daemon for LINGER more seconds, and return whether it is ready.
@@ -178,7 +179,7 @@ def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
             f"Ray has had no memory for the daemon on this node for {MEMORY_WAIT:.0f} s: others have reserved it.",
             "If the application runs with other options, end it first (serve shutdown); or give a smaller --ram.",
         ) from None
-    threading.Thread(target=beat, name="moetier-hold", daemon=True).start()
+    start_thread("moetier-hold", beat)
     return folder
 
 

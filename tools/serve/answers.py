@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
@@ -43,6 +44,7 @@ class Job:
     opening: str = ""  # what the chat template has added to them, which begins the answer
     echo: str | None = None  # text of the prompt, if the answer begins with it
     is_silent: bool = False  # whether the token that must be generated is no part of the answer
+    counts_prompt: bool = True  # whether its prompt is counted; of several answers to one prompt, the first one's is
 
 
 class Answer:
@@ -58,7 +60,8 @@ class Answer:
         self.job: Job | None = job  # None after the end: this frees the prompt while a queue still holds the answer
         self.new_tokens = 0
         self.sequence: TokenSequence | None = None  # None until the engine has it
-        self._prompt_tokens = len(job.request.ids)
+        self._prompt_tokens = len(job.request.ids) if job.counts_prompt else 0
+        self._counts_prompt = job.counts_prompt
         self._service = service
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
         self._parser = job.parser
@@ -114,8 +117,8 @@ class Answer:
 
     @property
     def kept_tokens(self) -> int:
-        """Prompt tokens whose keys and values were there already."""
-        return 0 if self.sequence is None else self.sequence.cached
+        """Counted prompt tokens whose keys and values were there already."""
+        return self.sequence.cached if self.sequence is not None and self._counts_prompt else 0
 
     def say(self) -> str:
         """Return how far the computation is, for a client that waits."""
@@ -148,7 +151,7 @@ class Answer:
     def finish(self, sequence: TokenSequence) -> None:
         """End the answer as its sequence has ended."""
         match sequence.finish:
-            case Finish.FAILED:
+            case Finish.FAILED | Finish.DEADLINE:
                 assert sequence.error is not None
                 self.fail(sequence.error)
             case Finish.CANCELLED:  # by the engine, as an answer that its client has left has ended
@@ -270,7 +273,7 @@ class AnswerService:
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
-        self.most_scored = engine.most_scored
+        self.most_scored = engine.max_scored
         self.bytes_of = TokenBytes(tokenizer)
         self.tally = Tally([""] if keys is None else keys.names)
         self._engine = engine
@@ -305,8 +308,14 @@ class AnswerService:
             raise
         if answer.ended:  # before the engine's sequence was known
             answer.sequence.cancel()
-        self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
+        if job.counts_prompt:
+            self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
         return answer
+
+    @property
+    def disk(self) -> SavedPages | None:
+        """Keys and values on disk; None: they are kept in memory only."""
+        return self._engine.saved
 
     def prompt_tokens_left(self) -> tuple[int, float]:
         """Return how many prompt tokens of all answers are not computed yet, and the seconds until they are."""

@@ -100,7 +100,10 @@ def _post_routes(
 
 def _plain_routes(name: str, service: AnswerService) -> Iterator[Route]:
     """Yield the routes of requests without a body."""
-    registry = registry_of(ServeCollector(name, service.model.tiers.stats, service.tally, service.prompt_tokens_left))
+    disk = None if service.disk is None else service.disk.traffic
+    registry = registry_of(
+        ServeCollector(name, service.model.tiers.stats, service.tally, service.prompt_tokens_left, disk)
+    )
     card = card_of(name, int(time.time()))
 
     def models(_: Request) -> Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 
 from .answers import Answer, AnswerService, Job
 from .prompts import Prompts
@@ -17,7 +16,7 @@ AT_ONCE = 8  # answers of one request that are submitted at a time, so that othe
 class Choices:
     """Answers to one or several prompts, several to each.
 
-    The first answer to a prompt computes it; the others begin with its keys and values. They count no prompt tokens.
+    The first answer to a prompt computes it; the others begin with its keys and values.
     """
 
     def __init__(self, service: AnswerService, prompts: Prompts, jobs: Sequence[Sequence[Job]]) -> None:
@@ -102,8 +101,6 @@ class Choices:
             answer = self._submit(job) if number else self._answers[0]
             async for event in self._noted(answer, job):
                 begun.set()
-                if waits and isinstance(event, End):
-                    event = replace(event, usage=replace(event.usage, prompt=0, cached=0))
                 self._queue.put_nowait((number, event))
 
     def _submit(self, job: Job) -> Answer:

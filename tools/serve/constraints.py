@@ -15,6 +15,7 @@ from .call_syntax import syntax_of
 from .protocols.query import AnswerFormat, ChatPrompt
 from .protocols.refusal import Refusal
 
+MOST_TRIED = 128  # functions whose schemas are compiled one by one, in up to a tenth of a second each
 _log = logging.getLogger(__name__)
 
 
@@ -77,8 +78,8 @@ class Constraints:
         if functions:
             try:
                 return self._compiler.compile(written(functions))
-            except GrammarError:
-                functions = [self._known(function) for function in functions]
+            except GrammarError as error:
+                functions = self._known(functions, error)
         try:
             return self._compiler.compile(written(functions))
         except GrammarError as error:
@@ -87,7 +88,25 @@ class Constraints:
                 return None
             raise _refusal("tools" if form is None else form.field, error) from None
 
-    def _known(self, function: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _known(self, functions: Sequence[Mapping[str, Any]], error: GrammarError) -> list[Mapping[str, Any]]:
+        """Return functions without the schemas that can't be compiled. ``error`` is that of all together.
+
+        Of very many functions, only strict ones keep their schemas. Raises Refusal if a strict one can't, or if there
+        are very many.
+        """
+        if len(functions) <= MOST_TRIED:
+            return [self._known_one(function) for function in functions]
+        if sum(1 for function in functions if function.get("strict")) > MOST_TRIED:
+            message = (
+                f"tools: more than {MOST_TRIED} functions are strict, and can't be compiled together: {error.cause}"
+            )
+            raise Refusal(400, message, param="tools")
+        return [
+            self._known_one(function) if function.get("strict") else {**function, "parameters": ANY_OBJECT}
+            for function in functions
+        ]
+
+    def _known_one(self, function: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a function, without its schema if that can't be compiled. Raises Refusal if it is strict."""
         try:
             self._compiler.compile(arguments_of(function))

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class Keys:
     def only(cls, key: str) -> Keys:
         """Return the keys of a server that has a single one."""
         return cls({"": Key("", digest_of(key.encode()))})
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
 
     @property
     def names(self) -> list[str]:

@@ -6,12 +6,14 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moetier.runtime.daemon.metrics import tier_metrics
+from moetier.runtime.engine.saved_pages import Traffic
 from moetier.tiers.stats import TierStats
 
 OUTCOMES = ("answered", "cancelled", "failed")
@@ -41,6 +43,14 @@ DEFAULT = "default"  # label of the key "": Prometheus takes an empty label for 
 LEFT = (  # names and help texts of the metrics of what is left to compute
     ("prompt_tokens_left", "Tokens of prompts under way that are not computed yet."),
     ("prompt_seconds_left", "Seconds until the prompts that have begun are computed, at their speeds so far."),
+)
+
+
+DISK = (  # of each field of Traffic
+    ("disk_read_bytes", "Bytes of keys and values that were read from the disk."),
+    ("disk_written_bytes", "Bytes of keys and values that were written to the disk."),
+    ("disk_pages", "Pages of keys and values that were read from the disk and used."),
+    ("disk_damaged_files", "Files of keys and values that were damaged, so that these were computed again."),
 )
 
 
@@ -125,12 +135,18 @@ class ServeCollector(Collector):
         stats: Callable[[], list[TierStats]],
         tally: Tally,
         left: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
+        disk: Callable[[], Traffic] | None = None,
     ) -> None:
-        """``left`` returns how many prompt tokens are not computed yet, and the seconds until they are."""
+        """Make the collector.
+
+        ``left`` returns how many prompt tokens are not computed yet, and the seconds until they are; ``disk`` what was
+        read and written of keys and values on disk, if any are kept there.
+        """
         self._model = model
         self._stats = stats
         self._tally = tally
         self._left = left
+        self._disk = disk
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
@@ -153,3 +169,8 @@ class ServeCollector(Collector):
             gauge = GaugeMetricFamily(f"moetier_serve_{name}", meaning, labels=["model"])
             gauge.add_metric([self._model], value)
             yield gauge
+        if self._disk is not None:
+            for (name, meaning), value in zip(DISK, astuple(self._disk()), strict=True):
+                counter = CounterMetricFamily(f"moetier_serve_{name}", meaning, labels=["model"])
+                counter.add_metric([self._model], value)
+                yield counter

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
+from moetier.runtime.config import Size
+from moetier.runtime.engine.page_folder import PageOptions, open_folder
 from moetier.runtime.model import names as models
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import COUNT, MOST, Number
-from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments
+from moetier.tiers.options import COUNT, MOST, TINY, Number
+from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments, size
 
 from .keys import KEY
 
 QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
+DAY = 86_400.0  # seconds
+DAYS = Number(float, TINY, 36_500)
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 
 
@@ -59,8 +64,44 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of requests that may wait; further ones are refused with status 429 (default: %(default)s)",
     )
+    add_disk_arguments(parser)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
+
+
+def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of keys and values on disk."""
+    parser.add_argument(
+        "--kv-cache-dir",
+        type=lambda text: Path(text).absolute(),
+        metavar="FOLDER",
+        help="folder in which keys and values of answered requests are kept: for prompts that begin alike after a "
+        "restart, or when memory has no room for all. They reveal what was said. Only this user may have access to the "
+        "folder (default: they are kept in memory only)",
+    )
+    parser.add_argument(
+        "--kv-cache-disk",
+        type=size,
+        default="32GiB",
+        metavar="SIZE",
+        help="most bytes in that folder, for all models; or a share of its disk, such as 10%% (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache-ttl",
+        type=DAYS,
+        default=7.0,
+        metavar="DAYS",
+        help="remove keys and values there that were not used for so many days (default: %(default)g)",
+    )
+
+
+def disk_of(arguments: argparse.Namespace) -> PageOptions | None:
+    """Return where keys and values are kept on disk; None: nowhere. Raises ConfigError if there can be no folder."""
+    if (folder := arguments.kv_cache_dir) is None:
+        return None
+    open_folder(folder)
+    total = shutil.disk_usage(folder).total
+    return PageOptions(folder, Size.parse(arguments.kv_cache_disk).of(total), DAY * arguments.kv_cache_ttl)
 
 
 def pattern(text: str) -> str:

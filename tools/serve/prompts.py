@@ -124,6 +124,7 @@ class Prompts:
                 opening=opening,
                 echo=(prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)) if query.echo else None,
                 is_silent=query.max_tokens == 0,
+                counts_prompt=number == 0,
             )
             for number in range(query.choices)
         ]

@@ -119,6 +119,7 @@ class Turns:
             if not turns:
                 break
             parts, dropped = _split(messages, render, turns)
+            dropped = dropped or _wrong(parts, render(_restored(messages, turns)), [*turns])
             if not dropped:
                 return _joined(parts, tokenizer, most, options)
             turns = {place: turn for place, turn in turns.items() if place not in dropped}
@@ -168,6 +169,32 @@ def _split(
             parts += [head[:start], turn.ids]
             rest = tail.removeprefix(turn.end)
     return [*parts, rest], dropped
+
+
+def _restored(messages: Sequence[Message], turns: Mapping[int, Turn]) -> list[Message]:
+    """Return messages with the text and the reasoning that clients have left out of the answers ``turns``."""
+    restored = [*messages]
+    for place, turn in turns.items():
+        reasoning = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
+        restored[place] = {**messages[place], "content": turn.content, **reasoning}
+    return restored
+
+
+def _wrong(parts: Sequence[str | array[int]], text: str, places: Sequence[int]) -> list[int]:
+    """Return the place of the first answer behind which a prompt is not as in ``text``, as the template renders it.
+
+    A template may render results of tools by the calls before them, which the answer's mark has not. ``parts`` are
+    those of ``_split``, and ``places`` those of the answers in them. Returns nothing if all is right.
+    """
+    at = 0
+    for number, part in enumerate(parts[::2]):  # texts, between which the answers are
+        assert isinstance(part, str)
+        is_last = number == len(places)
+        at = (len(text) - len(part) if text.endswith(part) else -1) if is_last else text.find(part, at)
+        if at < 0:
+            return [places[max(0, number - 1)]]
+        at += len(part)
+    return []
 
 
 def _start(head: str, turn: Turn, reasoning: str) -> int | None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.loading import loaded
 
+from .options import disk_of
+
 if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
     from .answers import AnswerService
     from .keys import Keys
@@ -48,7 +50,8 @@ def serving(
                 f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
                 "Add a tokenizer.json to the model directory.",
             )
-        with Engine.of(model, most=arguments.parallel) as engine:
+        roots = {key.name: key.digest for key in keys or ()}
+        with Engine.of(model, max_sequences=arguments.parallel, disk=disk_of(arguments), keys=roots) as engine:
             service = AnswerService(model, tokenizer, engine, keys)
             try:
                 gc.collect()

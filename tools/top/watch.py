@@ -10,6 +10,7 @@ from moetier.proto.expert_store_pb2 import DescribeReply, StatsReply
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.probe import DaemonProbe, probe
 from moetier.tiers.errors import MoetierError
+from moetier.tiers.threads import start_thread
 
 REPLY_SECONDS = 2.0  # longest wait for a reply, in seconds; ``end`` may take as long
 RETRY = 1.0  # longest time, in seconds, until a daemon that can't be reached is tried again
@@ -51,8 +52,7 @@ class Watch:
     def begin(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
         """Start the thread. It calls ``tell`` with the result or the error of each query. Must be called only once."""
         assert self._thread is None
-        self._thread = threading.Thread(target=self._run, args=(address, tell), name="moetier-watch", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("moetier-watch", self._run, address, tell)
 
     def change(self, *, interval: float | None = None, paused: bool | None = None) -> None:
         """Set the interval in seconds, pause the thread, or let it continue, with immediate effect."""

@@ -7,6 +7,7 @@ experts arrive, or on the number of threads; and experts can be computed a few a
 
 from __future__ import annotations
 
+import itertools
 import threading
 from array import array
 from collections.abc import Sequence
@@ -65,6 +66,23 @@ class ExpertKernels(ExpertProducts):
         """
         self.compute_at(x.data_ptr(), len(x), jobs, places, outputs.data_ptr(), _scratch)
 
+    def compute_found(self, x: Tensor, lookup: RecordLookup, counts: Sequence[int], outputs: Tensor) -> bool:
+        """Compute the experts that ``lookup`` has found, for rows of x, and write row after row to ``outputs``.
+
+        Returns whether none of their records was replaced meanwhile; otherwise the outputs may be wrong.
+
+        Args:
+            x: [rows, hidden]: the rows of the first expert, then those of the second, and so on.
+            lookup: the records.
+            counts: for each expert its number of rows.
+            outputs: [rows, hidden], in the type of x.
+        """
+        ends = [*itertools.accumulate(counts)]
+        lookup.jobs[1::JOB], lookup.jobs[2::JOB] = array("q", (0, *ends[:-1])), array("q", counts)
+        self.compute(x, lookup.jobs, array("q", range(len(x))), outputs)
+        run_all([lookup.proof])
+        return lookup.is_proved
+
     def add_up(
         self, outputs: Tensor, weights: Tensor, rows: Tensor, bounds: Tensor, sums: Tensor, *, is_part: bool = False
     ) -> None:
@@ -112,6 +130,35 @@ class ExpertKernels(ExpertProducts):
         return KernelTask(kernel, array("q", (0, 1, outputs, 0, rows, bounds, 0, self._down.rows, 0)), threads)
 
 
+class RecordLookup:
+    """Records of a block's experts, found without leases. One thread uses it.
+
+    After a computation with the records, ``proof`` shows whether none of them was replaced meanwhile.
+    """
+
+    def __init__(self, kernels: ExpertKernels, count: int) -> None:
+        """Look up ``count`` experts at a time."""
+        self.jobs, self._slots, self._generations = (array("q", bytes(8 * count * n)) for n in (JOB, 1, 1))
+        addresses = [numbers.buffer_info()[0] for numbers in (self.jobs, self._slots, self._generations)]
+        self._count = count
+        self._find = kernels._find
+        self._context = array("q", (0, count, *[0] * 8, *addresses))
+        self.proof = KernelTask(kernels._prove, array("q", (0, count, 0, *addresses[1:])), 1)
+
+    def find(self, experts: Sequence[int], residents: Residents) -> bool:
+        """Look experts up, and write a job of one row for each into ``jobs``. Return whether all are resident."""
+        wanted, context = array("q", experts), self._context
+        context[0], context[2], context[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
+        self.proof.context[2] = residents.generations
+        self._find.call_locked(context.buffer_info()[0])
+        return context[0] == self._count
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether ``proof``, which has run, has found all records unchanged."""
+        return self.proof.context[0] == self._count
+
+
 class OneToken:
     """Experts of one token, if all of them are resident. One thread uses it, and no two tokens at the same time.
 
@@ -122,32 +169,22 @@ class OneToken:
         """``signature``: number of experts, type of the weights, whether there is a residual, number of threads."""
         self.signature = signature
         self._top_k, weight_dtype, has_residual, _ = signature
-        self._find = kernels._find
         starts = kernels._starts(1, self._top_k, has_outputs=False)
         self.nbytes = starts[-1]
         self.scratch = _scratch.take(self.nbytes)
-        self._jobs, self._slots, self._generations = (
-            array("q", bytes(8 * self._top_k * numbers)) for numbers in (JOB, 1, 1)
-        )
-        addresses = [numbers.buffer_info()[0] for numbers in (self._jobs, self._slots, self._generations)]
-        self._lookup = array("q", (0, self._top_k, *[0] * 8, *addresses))
-        self._proof = array("q", (0, self._top_k, 0, *addresses[1:]))
+        self._lookup = RecordLookup(kernels, self._top_k)
         outputs = self.scratch + starts[4]
-        tasks = kernels._tasks(1, self._jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
+        tasks = kernels._tasks(1, self._lookup.jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
         self._order, bounds = array("q", bytes(8 * self._top_k)), array("q", (0, self._top_k))
         rows, bound = (numbers.buffer_info()[0] for numbers in (self._order, bounds))
         adding = kernels._adding(weight_dtype, outputs, rows, bound, 1, has_residual=has_residual)._replace(kept=bounds)
         self._x, self._sums = tasks[0].context, adding.context
-        self._program = Program([*tasks, adding, KernelTask(kernels._prove, self._proof, 1)])
+        self._program = Program([*tasks, adding, self._lookup.proof])
 
     def find(self, experts: Sequence[int], residents: Residents) -> bool:
         """Look up the experts of a token. Return whether all their records are resident."""
-        wanted, lookup = array("q", experts), self._lookup
-        lookup[0], lookup[2], lookup[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
-        self._proof[2] = residents.generations
         self._order[:] = array("q", sorted(range(self._top_k), key=experts.__getitem__))
-        self._find.call_locked(lookup.buffer_info()[0])
-        return lookup[0] == self._top_k
+        return self._lookup.find(experts, residents)
 
     def compute(self, x: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor | None:
         """Compute a token, x [1, hidden] with weights [1, top_k], with the records that ``find`` has found.
@@ -160,4 +197,4 @@ class OneToken:
         if residual is not None:
             self._sums[RESIDUAL] = residual.data_ptr()
         self._program.run()
-        return out if self._proof[0] == self._top_k else None
+        return out if self._lookup.is_proved else None

@@ -33,7 +33,7 @@ class ExpertProducts:
     """Compiled functions for experts of one layout, with hidden states of one type. Thread-safe."""
 
     @staticmethod
-    def fit(layout: RecordLayout, activation: Activation) -> bool:
+    def can_compile(layout: RecordLayout, activation: Activation) -> bool:
         """Return whether compiled code can compute experts of a layout with an activation."""
         projections = {p.name: p for p in layout.projections}
         up, down = projections.get(_first(activation)), projections.get("down_proj")
@@ -52,8 +52,8 @@ class ExpertProducts:
     def __init__(
         self, layout: RecordLayout, activation: Activation, dtype: Dtype, processor: Processor | None = None
     ) -> None:
-        """``dtype`` is the type of hidden states, as ``FloatType.of`` takes it. The layout must ``fit``."""
-        assert self.fit(layout, activation)
+        """``dtype`` is the type of hidden states, as ``FloatType.of`` takes it. ``can_compile`` must be true."""
+        assert self.can_compile(layout, activation)
         self.activation, self._activation_numbers = activation, activation.numbers
         self.floats = FloatType.of(dtype)
         self._processor = processor or this_processor()

@@ -317,7 +317,7 @@ class Emitter:
         self.store(value if dtype.itemsize == FP32.itemsize else self.narrow(value, value.type.count), pointer, offset)
 
     def exp(self, x: Value) -> Value:
-        """Emit e^x of an fp32 vector for x <= 0, with a relative error of about 1e-7. Below -87 it is 0.
+        """Emit e^x of an fp32 vector for x <= 0, with a relative error of up to (2 - x) * 1e-7. Below -87 it is 0.
 
         The bits are the same on every processor, as no operations are fused.
         """

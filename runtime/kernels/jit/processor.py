@@ -84,6 +84,10 @@ class Processor:
         self.has_stream_prefetch = self._cpu["cpu"] in ("znver4", "znver5")
         self._owners: list[Any] = []  # objects that keep the compiled code in memory
 
+    def __str__(self) -> str:
+        """LLVM's name of the processor, and those of its features."""
+        return f"{self._cpu['cpu']} {self._cpu['features']}"
+
     def function(self, module: ir.Module, name: str, *arguments: Any) -> Callable[..., None]:
         """Compile the function ``name`` of ``module`` as ``compile`` does, and return a Python function that calls it.
 

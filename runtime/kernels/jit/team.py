@@ -27,6 +27,7 @@ import numpy as np
 from llvmlite import ir
 
 from moetier.runtime.machine.threads import usable_cpus
+from moetier.tiers.threads import start_thread
 
 from .emitter import once
 from .openmp import end_threads
@@ -197,14 +198,8 @@ class Team:
             try:
                 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FATAL)
                 while len(self._workers) < workers:
-                    self._workers.append(
-                        threading.Thread(
-                            target=self._serve, name=f"moetier-kernels-{len(self._workers) + 1}", daemon=True
-                        )
-                    )
-                    self._workers[-1].start()
+                    self._workers.append(start_thread(f"moetier-kernels-{len(self._workers) + 1}", self._serve))
             except RuntimeError:  # the system gives no more threads
-                self._workers.pop()
                 self._most = len(self._workers)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)

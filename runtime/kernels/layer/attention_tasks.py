@@ -177,6 +177,10 @@ class AttentionTasks:
         norms: list[Any],
         sinks: Tensor | None,
     ) -> None:
+        """Make the tasks. ``matrices`` and ``biases`` are those of the projections q, k, v and o.
+
+        ``norms`` are those of queries and keys, or none.
+        """
         self._variant, self._threads, self._itemsize = variant, threads, dtype.itemsize
         self._room: CacheMemory | None = None
         self._tables = [array("q"), array("q")]  # addresses of the pieces of keys, and of values

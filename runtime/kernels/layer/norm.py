@@ -116,7 +116,7 @@ def float_bits(number: float) -> int:
 def _trial(module: Any) -> tuple[Scale, str] | None:
     """Compare a module with ``rms_norm`` on a few numbers; return its scale and its name for eps if they agree.
 
-    That is tried in bf16 too, because ways differ in rounding.
+    Numbers in bf16 are tried too, as modules differ in where they round.
     """
     if len(inspect.signature(type(module).forward).parameters) != 2:  # a norm with a gate is another function
         return None

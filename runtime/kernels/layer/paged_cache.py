@@ -4,20 +4,51 @@ A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence
 numbers lie next to one another, as the tokens of one tensor. So what computes with a sequence whose pages are
 consecutive reads them where they are, the compiled layers of one token too. Those of other sequences are copied for
 each step.
+
+Layers with a state of constant size (linear attention, Mamba, convolutions) are transformers' own, which keep it for
+one sequence. ``state`` and ``set_state`` copy it, and a PageMemory holds such copies, as bytes, in pages.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from .growing_cache import CacheMemory, memory_of
 
 PAGE_TOKENS = 64  # tokens
+
+
+class LayerShape(NamedTuple):
+    """Keys and values of a layer: its number, their type, and heads and widths of both."""
+
+    layer: int
+    dtype: str
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type. Raises AttributeError if torch has none of that name."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Heads and width of keys, and of values."""
+        return (self.key_heads, self.key_width), (self.value_heads, self.value_width)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values."""
+        return self.torch_dtype.itemsize * sum(heads * width for heads, width in self.parts)
 
 
 class PageMemory:
@@ -31,10 +62,7 @@ class PageMemory:
     def write(self, layer: int, pages: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [1, heads, tokens, width] of the tokens from ``begin`` on into a sequence's pages."""
         if layer not in self._layers:
-            size = self._pages * PAGE_TOKENS
-            self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
-                part.new_empty((1, part.shape[1], size, part.shape[3])) for part in (keys, values)
-            )
+            self._allocate(layer, keys, values)
         at, end = begin, begin + keys.shape[2]
         while at < end:
             count = min(PAGE_TOKENS - at % PAGE_TOKENS, end - at)
@@ -63,9 +91,102 @@ class PageMemory:
             for memory in layer:
                 memory.narrow(2, PAGE_TOKENS * target, tokens).copy_(memory.narrow(2, PAGE_TOKENS * source, tokens))
 
+    @property
+    def layout(self) -> list[LayerShape]:
+        """What a page consists of: the parts that ``save_page`` writes, in order."""
+        return [
+            LayerShape(layer, str(keys.dtype).removeprefix("torch."), *keys.shape[1::2], *values.shape[1::2])
+            for layer, (keys, values) in sorted(self._layers.items())
+        ]
+
+    def save_page(self, page: int, tokens: int, data: memoryview) -> None:
+        """Write the keys and values of the first ``tokens`` tokens of a page into ``data``, layer after layer.
+
+        May be called on any thread. If another thread writes the page meanwhile, the result is of no use.
+        """
+        at = 0
+        for _, layer in sorted(self._layers.items()):
+            for memory in layer:
+                part = _bytes_of(memory, page, tokens)
+                np.copyto(np.frombuffer(data, np.uint8, part.size, at).reshape(part.shape), part)
+                at += part.size
+
+    def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
+        """Write into a page what ``save_page`` has written. Return False if that does not fit this memory.
+
+        ``layout`` is that of the memory from which the page was saved, as JSON has it.
+        """
+        try:
+            shapes = [LayerShape(*given) for given in layout]
+            if len(data) != tokens * sum(shape.token_bytes for shape in shapes):
+                return False
+        except (TypeError, AttributeError):
+            return False
+        if not {*self.layout} <= {*shapes}:
+            return False
+        at = 0
+        for shape in shapes:
+            if shape.layer not in self._layers:
+                self._allocate(shape.layer, *(torch.empty(1, n, 0, w, dtype=shape.torch_dtype) for n, w in shape.parts))
+            for memory in self._layers[shape.layer]:
+                part = _bytes_of(memory, page, tokens)
+                np.copyto(part, np.frombuffer(data, np.uint8, part.size, at).reshape(part.shape))
+                at += part.size
+        return True
+
+    def _allocate(self, layer: int, *like: Tensor) -> None:
+        """Allocate the memory of a layer, for keys and values that are like the given ones, [1, heads, any, width]."""
+        size = self._pages * PAGE_TOKENS
+        self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
+            part.new_empty((1, part.shape[1], size, part.shape[3])) for part in like
+        )
+
     def room(self, layer: int) -> CacheMemory | None:
         """Return the memory of all pages in a layer, as compiled code needs it; None if it can't be read so."""
         return memory_of(*self._layers[layer]) if layer in self._layers else None
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in all layers that have been written."""
+        return sum(part.nbytes for part in self._bytes_of(0))
+
+    def save(self, pages: list[int], numbers: Tensor) -> None:
+        """Write bytes, uint8 [size], into pages, in place of keys and values."""
+        for part, piece in self._pieces(pages, numbers.numel()):
+            if (missing := part.numel() - len(numbers[piece])) > 0:
+                part.copy_(torch.nn.functional.pad(numbers[piece], (0, missing)).view(part.shape))
+            else:
+                part.copy_(numbers[piece].view(part.shape))
+
+    def load(self, pages: list[int], size: int) -> Tensor:
+        """Return the first ``size`` bytes that ``save`` has written into pages, uint8 [size]."""
+        numbers = torch.empty(size, dtype=torch.uint8)
+        for part, piece in self._pieces(pages, size):
+            target = numbers[piece]
+            target.copy_(part.flatten()[: len(target)])
+        return numbers
+
+    def _pieces(self, pages: list[int], size: int) -> Iterator[tuple[Tensor, slice]]:
+        """Yield the memory of pages, uint8 [heads, PAGE_TOKENS, bytes], and which of ``size`` bytes lie there."""
+        at = 0
+        for page in pages:
+            for part in self._bytes_of(page):
+                if at < size:
+                    yield part, slice(at, min(at + part.numel(), size))
+                at += part.numel()
+
+    def _bytes_of(self, page: int) -> Iterator[Tensor]:
+        for layer in self._layers.values():
+            for memory in layer:
+                yield memory[0].narrow(1, PAGE_TOKENS * page, PAGE_TOKENS).view(torch.uint8)
+
+
+def _bytes_of(memory: Tensor, page: int, tokens: int) -> Any:
+    """Return an array u8 [heads, tokens, bytes] on the first tokens of a page.
+
+    numpy copies it on the calling thread alone; torch might start a team of threads for it.
+    """
+    return memory[0].view(torch.uint8).numpy()[:, PAGE_TOKENS * page : PAGE_TOKENS * page + tokens]
 
 
 def are_consecutive(pages: list[int]) -> bool:
@@ -76,18 +197,44 @@ def are_consecutive(pages: list[int]) -> bool:
 class PagedCache(Cache):
     """Cache of the sequence that is computed: ``move`` says which. Nothing but its layers has to be updated."""
 
-    def __init__(self, memory: PageMemory, windows: list[int | None]) -> None:
-        """``windows``: for each layer, most tokens that a token attends to, itself included; None: all."""
+    def __init__(self, memory: PageMemory, layers: Sequence[Any]) -> None:
+        """``layers``: transformers' layers of a cache without tokens. Those with keys and values are replaced."""
         self.pages: list[int] = []
         self.is_consecutive = True
-        self._paged = [PagedLayer(self, memory, *layer) for layer in enumerate(windows)]
-        super().__init__(layers=[*self._paged])
+        replaced = [_paged(self, memory, *layer) for layer in enumerate(layers)]
+        self._paged = [layer for layer in replaced if isinstance(layer, PagedLayer)]
+        super().__init__(layers=replaced)
 
     def move(self, pages: list[int], computed: int) -> None:
         """Continue the sequence that has these pages after its first ``computed`` tokens."""
         self.pages, self.is_consecutive = pages, are_consecutive(pages)
         for layer in self._paged:
             layer.end, layer.is_initialized = computed, computed > 0
+
+    def state(self) -> dict[StatePart, Tensor]:
+        """Return the state besides keys and values: the tensors that the layers keep, of any shapes [1, ...]."""
+        return {
+            StatePart(place, number, is_recurrent): part
+            for place, layer in enumerate(self.layers)
+            if isinstance(layer, LinearAttentionCacheLayerMixin)
+            for number in range(layer.number_of_states)
+            for is_recurrent, part in enumerate((layer.conv_states[number], layer.recurrent_states[number]))
+            if part is not None
+        }
+
+    def set_state(self, state: dict[StatePart, Tensor]) -> None:
+        """Let the layers of a cache without tokens continue from a state, tensors [1, ...]."""
+        for (place, number, is_recurrent), part in state.items():
+            update = self.update_recurrent_state if is_recurrent else self.update_conv_state
+            update(part, place, number)
+
+
+class StatePart(NamedTuple):
+    """Place of a tensor in the state of a sequence."""
+
+    layer: int
+    number: int  # of several such tensors in the layer
+    is_recurrent: int  # 1: a recurrent state; 0: the last inputs of a convolution
 
 
 class PagedLayer(DynamicLayer):
@@ -137,3 +284,23 @@ class PagedLayer(DynamicLayer):
     def extend(self) -> None:
         """Take over a token whose key and value were written into the memory that ``room`` has returned."""
         self.end += 1
+
+
+class PagedStateLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override] # as transformers' own are
+    """Layer of a PagedCache that has a state besides keys and values."""
+
+    is_compileable = False
+
+    def __init__(self, *given: Any, number_of_states: int) -> None:
+        """Make a layer without tokens; ``given`` are the arguments of PagedLayer."""
+        PagedLayer.__init__(self, *given)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+
+def _paged(cache: PagedCache, memory: PageMemory, number: int, layer: Any) -> Any:
+    """Return the layer of a PagedCache in place of transformers' layer; the latter if it has no keys and values."""
+    has_keys, has_states = (isinstance(layer, base) for base in (DynamicLayer, LinearAttentionCacheLayerMixin))
+    if not has_keys:
+        return layer
+    given = cache, memory, number, getattr(layer, "sliding_window", None)
+    return PagedStateLayer(*given, number_of_states=layer.number_of_states) if has_states else PagedLayer(*given)

@@ -97,7 +97,7 @@ class _Router(Emitter):
             self._group_keys = at.gep(self._keys, [score_bytes])
             self._picked = at.gep(self._group_keys, [score_bytes])
             self._score()
-            self._order()
+            self._make_keys()
             if code.best_of_group:
                 self._drop_groups(groups, best_groups)
             self._choose()
@@ -110,7 +110,7 @@ class _Router(Emitter):
         self.store(value, pointer, self.at.mul(index, self.number(4)))
 
     def _ordered(self, bits: Value) -> Value:
-        """Emit the bits of an fp32 number, i32, as a key, or a key as the bits."""
+        """Emit the i32 key of an fp32 number from its bits, or the bits from the key. Keys order as numbers do."""
         at = self.at
         sign = at.and_(at.ashr(bits, ir.Constant(I32, 31)), ir.Constant(I32, 0x7FFFFFFF))
         return at.xor(bits, sign)
@@ -134,8 +134,8 @@ class _Router(Emitter):
                 value = self._number(self._scores, i, vector(F32, LANES))
                 self._keep(self.times_sigmoid(self.floats(1.0), value), self._scores, i)
 
-    def _order(self) -> None:
-        """Emit the keys of all experts, of the scores with the correction."""
+    def _make_keys(self) -> None:
+        """Emit a key for each expert: an i32 that has the order of the scores, with the correction added to them."""
         at, n, dtype = self.at, self.number, self._code.correction_dtype
         with self.loop(n(0), self._experts) as expert:
             value = self._number(self._scores, expert, vector(F32, 1))
@@ -173,9 +173,10 @@ class _Router(Emitter):
                 self._keep(ir.Constant(I32, _LEAST), self._keys, expert)
 
     def _index_of(self, keys: Value, count: Value, order: str, start: int) -> Value:
-        """Emit the search for a key that is before all others in an order; return its index.
+        """Emit the search for the largest key, if ``order`` is ">", or the smallest, if it is "<="; return its index.
 
-        ``start`` is the key with which the search begins. Keys that are equal: with ">" the first, with "<=" the last.
+        Of equal keys, the largest is the first of them, and the smallest the last. ``start`` is a key that is not
+        before any other.
         """
         at, n = self.at, self.number
         at.store(ir.Constant(I32, start), self._key)

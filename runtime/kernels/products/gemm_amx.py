@@ -62,9 +62,10 @@ class AmxTile(TileEmitter):
 
     @contextlib.contextmanager
     def _blocks(self) -> Iterator[tuple[Value, Value]]:
-        """Emit a loop over blocks of ``_height`` rows of x. Yields a block's first new row, and its first row.
+        """Emit a loop over the rows of x in blocks of ``_height``. Yields two row numbers of each block.
 
-        They differ if too few rows are left for the last block, which begins with rows of the block before.
+        The first is that of the first row that no block had before, the second that of the block's first row. They
+        differ only in the last block: it has ``_height`` rows, too, and so repeats rows if fewer are left.
         """
         with self.loop(self.number(0), self._rows, HEIGHT) as row:
             yield row, self._least(row, self.at.sub(self._rows, self._height))

@@ -155,7 +155,7 @@ def bias_kernel(dtype: torch.dtype) -> Kernel:
 
 
 class _Product:
-    """The product of one row with a matrix, which is made once for each thread."""
+    """Compiled product of one row with a matrix. Each thread that computes makes one, and uses it again."""
 
     def __init__(self, matrix: RowMatrix, signature: tuple[torch.dtype, int]) -> None:
         """``signature``: type of x, number of threads."""

@@ -98,7 +98,7 @@ def test_a_client_is_known_until_its_connection_ends(clients: Clients) -> None:
     with streaming(clients, "a") as stream:
         (stats,) = clients.stats()
         assert (stats.clients, stats.sessions) == (1, 1)
-        clients.remove("a")
+        clients.unregister("a")
         assert isinstance(stream.answer(), RefusedError)
     assert not clients.knows("a")
     with pytest.raises(RefusedError), streaming(clients, "a"):

@@ -178,7 +178,7 @@ BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
     ({"activation": pb.Activation()}, ProtocolError, "is unknown"),
     ({"activation": pb.Activation(function="silu", alpha=math.nan, limit=1.0)}, ProtocolError, "not finite"),
     ({"activation": pb.Activation(function="silu", alpha=1.0, limit=-1.0)}, ProtocolError, "above 0"),
-    ({"activation": pb.Activation(function="silu", alpha=1.0, limit=1.0)}, ProtocolError, "not computed"),  # no gate
+    ({"activation": pb.Activation(function="silu", alpha=1.0, limit=1.0)}, ProtocolError, "No code can be"),  # no gate
     ({"counts": [1], "picked": [1]}, ProtocolError, "not among"),
     ({"counts": [1], "picked": [2**32 - 1]}, ProtocolError, "not among"),
     ({"counts": [0], "picked": []}, ProtocolError, "no token"),

@@ -250,7 +250,9 @@ def test_a_client_whose_answer_can_not_be_made_is_removed_and_the_arena_closed(f
         registered.append(session)
         return Welcome("acme", {"records": object()}, os.open(arena, os.O_RDONLY | os.O_CLOEXEC))  # type: ignore[dict-item]
 
-    with contextlib.closing(ControlServer(folder, register=register, remove=left.append, max_clients=4, version="1")):
+    with contextlib.closing(
+        ControlServer(folder, register=register, unregister=left.append, max_clients=4, version="1")
+    ):
         with pytest.raises(UnavailableError):
             ControlConnection.open(folder, DIGEST)
         wait_until(lambda: left == registered != [])

@@ -21,7 +21,7 @@ from toy_runner import ToyRunner, answer_alone, next_token
 from moetier.runtime.engine.engine import SCORED, Engine, EngineError
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.engine.sequence import Finish, Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -47,8 +47,8 @@ def tokens_of(engine: Engine, ids: list[int], most: int = 20, **options: object)
 def test_company_changes_no_answer(
     requests: list[tuple[list[int], int, int | None]], pages: int, most: int, chunk: int, block: int | None
 ) -> None:
-    runner = ToyRunner(block=block)
-    with Engine(runner, pages=pages, most=most, chunk=chunk, context=1000) as engine:
+    runner = ToyRunner(prefill_block=block)
+    with Engine(runner, pages=pages, max_sequences=most, chunk=chunk, context=1000) as engine:
         streams = [engine.stream(Request(tuple(ids), tokens)) for ids, tokens, _ in requests]
         for stream, (ids, tokens, cancelled_after) in zip(streams, requests, strict=True):
             answer, expected = list[int](), answer_alone(ids, tokens, engine.context)
@@ -65,7 +65,7 @@ def test_company_changes_no_answer(
 
 def test_a_turn_computes_only_what_is_new() -> None:
     runner = ToyRunner()
-    with Engine(runner, pages=20, most=2, chunk=64, context=1000) as engine:
+    with Engine(runner, pages=20, max_sequences=2, chunk=64, context=1000) as engine:
         first = tokens_of(engine, [*range(1, 300)], 40)
         before = runner.computed
         stream = engine.stream(Request((*range(1, 300), *first, 5, 6), 1))
@@ -79,7 +79,7 @@ def test_a_turn_computes_only_what_is_new() -> None:
 def test_scores_of_a_prompt_are_the_same_whatever_waits_for_pages(pages: int) -> None:
     """All of it is computed, though another request had the same prompt."""
     runner, ids = ToyRunner(), [at % 49 + 1 for at in range(149)]
-    with Engine(runner, pages=pages, most=3, chunk=64, context=1000) as engine:
+    with Engine(runner, pages=pages, max_sequences=3, chunk=64, context=1000) as engine:
         tokens_of(engine, ids, 1)
         before = runner.computed
         streams = [engine.stream(Request(tuple(ids), 30, logprobs=1, scores_prompt=True)) for _ in range(3)]
@@ -95,7 +95,7 @@ def test_a_model_that_can_not_resume_scores_only_short_prompts() -> None:
     """It computes a prompt in one piece, and each token has logits for the whole vocabulary."""
     runner = ToyRunner()
     runner.can_resume = False
-    with Engine(runner, pages=20, most=1, chunk=64, context=1000) as engine:
+    with Engine(runner, pages=20, max_sequences=1, chunk=64, context=1000) as engine:
         assert tokens_of(engine, [5] * SCORED, 1, scores_prompt=True)
         with pytest.raises(ValueError, match="can be scored"):
             tokens_of(engine, [5] * (SCORED + 1), 1, scores_prompt=True)
@@ -109,7 +109,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
             arrived.wait(20)
             return super().run(*given)  # type: ignore[arg-type]
 
-    with Engine(Begun(), pages=40, most=3, chunk=64, context=2000) as engine:
+    with Engine(Begun(), pages=40, max_sequences=3, chunk=64, context=2000) as engine:
         sequences = [
             engine.submit(Request((1,) * tokens, 1), lambda _: None, lambda sequence: ended.append(len(sequence.ids)))
             for tokens in (1000, 100)
@@ -120,7 +120,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 
 
 def test_an_error_ends_only_its_sequence() -> None:
-    with Engine(ToyRunner(fails_after=70), pages=20, most=3, chunk=64, context=1000) as engine:
+    with Engine(ToyRunner(fails_after=70), pages=20, max_sequences=3, chunk=64, context=1000) as engine:
         streams = [engine.stream(Request(tuple(ids), 5)) for ids in ([1] * 100, [2] * 20)]
         assert [*streams[1]] == answer_alone([2] * 20, 5, 1000)
         with pytest.raises(OSError, match="a disk failed"):
@@ -135,7 +135,7 @@ def test_a_sequence_that_can_not_begin_ends_alone() -> None:
         def copy_page(self, source: int, target: int, tokens: int) -> None:
             raise MemoryError("no memory for a copy")
 
-    with Engine(NoCopies(), pages=8, most=2, chunk=64, context=1000) as engine:
+    with Engine(NoCopies(), pages=8, max_sequences=2, chunk=64, context=1000) as engine:
         expected = answer_alone(PROMPTS[0], 20, engine.context)
         assert tokens_of(engine, PROMPTS[0]) == expected
         with pytest.raises(MemoryError, match="no memory for a copy"):
@@ -145,7 +145,7 @@ def test_a_sequence_that_can_not_begin_ends_alone() -> None:
 
 
 def test_an_error_while_a_token_is_sampled_ends_only_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(ToyRunner(), pages=20, most=2, chunk=64, context=1000) as engine:
+    with Engine(ToyRunner(), pages=20, max_sequences=2, chunk=64, context=1000) as engine:
         other = engine.stream(Request((5, 6, 7), 30))
 
         def refuse(_: Sampled) -> None:
@@ -172,7 +172,7 @@ def test_prompts_that_are_cancelled_do_not_stop_other_sequences() -> None:
         return compute(task, should_stop)
 
     runner.compute = cancelled  # type: ignore[method-assign]
-    with Engine(runner, pages=20, most=2, chunk=64, context=1000) as engine:
+    with Engine(runner, pages=20, max_sequences=2, chunk=64, context=1000) as engine:
         first = engine.stream(Request((*ids,), 40))
         prompts = [engine.submit(Request((8,) * 30, 5), lambda _: None, lambda _: None) for _ in range(10)]
         assert [*first] == answer_alone(ids, 40, 1000)
@@ -182,13 +182,16 @@ def test_prompts_that_are_cancelled_do_not_stop_other_sequences() -> None:
 
 @pytest.mark.parametrize("most", [0, -5])
 def test_no_tokens_are_refused(most: int) -> None:
-    with Engine(ToyRunner(), pages=4, most=1, chunk=64, context=100) as engine, pytest.raises(ValueError, match="new"):
+    with (
+        Engine(ToyRunner(), pages=4, max_sequences=1, chunk=64, context=100) as engine,
+        pytest.raises(ValueError, match="new"),
+    ):
         engine.stream(Request((5,), most))
 
 
 def test_a_thread_that_fails_fails_all_and_refuses_further_requests() -> None:
     runner = ToyRunner()
-    with Engine(runner, pages=20, most=3, chunk=64, context=1000) as engine:
+    with Engine(runner, pages=20, max_sequences=3, chunk=64, context=1000) as engine:
         runner.sampler = lambda _: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
         with pytest.raises(SystemExit):
             tokens_of(engine, [1])
@@ -206,7 +209,7 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
             may.wait(20)
             return super().run(*given)  # type: ignore[arg-type]
 
-    engine = Engine(Slow(), pages=8, most=1, chunk=64, context=1000)
+    engine = Engine(Slow(), pages=8, max_sequences=1, chunk=64, context=1000)
     streams = [engine.stream(Request((1, 2, 3), 100)) for _ in range(3)]
     assert entered.wait(20)
     run_all([engine.close, may.set])
@@ -216,7 +219,7 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
 @pytest.mark.parametrize("ids", [(), (1,) * (2 * PAGE_TOKENS)])
 def test_a_prompt_that_does_not_fit_is_refused(ids: tuple[int, ...]) -> None:
     with (
-        Engine(ToyRunner(), pages=2, most=1, chunk=64, context=1000) as engine,
+        Engine(ToyRunner(), pages=2, max_sequences=1, chunk=64, context=1000) as engine,
         pytest.raises(ValueError, match="prompt of"),
     ):
         engine.stream(Request(ids, 1))
@@ -226,7 +229,7 @@ def test_a_prompt_that_does_not_fit_is_refused(ids: tuple[int, ...]) -> None:
 def test_many_requests_leave_nothing_but_pages(count: int) -> None:
     """Some are cancelled, and there are pages for a few at a time."""
     random_, runner, pages = random.Random(0), ToyRunner(), 30
-    with Engine(runner, pages=pages, most=6, chunk=64, context=2000) as engine:
+    with Engine(runner, pages=pages, max_sequences=6, chunk=64, context=2000) as engine:
 
         def run(requests: int) -> None:
             streams = []
@@ -270,7 +273,7 @@ def test_tokens_come_in_an_event_loop() -> None:
             await ask(engine, [8] * 200)
         return await asyncio.gather(*(ask(engine, ids) for ids in PROMPTS))
 
-    with Engine(ToyRunner(fails_after=180), pages=30, most=3, chunk=64, context=1000) as engine:
+    with Engine(ToyRunner(fails_after=180), pages=30, max_sequences=3, chunk=64, context=1000) as engine:
         assert asyncio.run(ask_all(engine)) == [answer_alone(ids, 20, 1000) for ids in PROMPTS]
         wait_until(lambda: not engine.sequences)
 
@@ -285,7 +288,7 @@ def test_progress_tells_tokens_and_time() -> None:
                 may.wait(20)
             return super().run(*given)  # type: ignore[arg-type]
 
-    with Engine(Slow(), pages=20, most=1, chunk=64, context=1000) as engine:
+    with Engine(Slow(), pages=20, max_sequences=1, chunk=64, context=1000) as engine:
         stream = engine.stream(Request((5,) * 192, 1))
         assert entered.wait(20)
         progress = stream.sequence.progress
@@ -301,7 +304,7 @@ class Endless(ToyRunner):
     """Notes when a block of a long prompt is computed. No token ends a sequence."""
 
     def __init__(self) -> None:
-        super().__init__(block=8)
+        super().__init__(prefill_block=8)
         self.events = list[str]()
 
     def sampler(self, sequence: Sequence) -> Sampler:
@@ -316,7 +319,7 @@ class Endless(ToyRunner):
 
 def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
     runner = Endless()
-    with Engine(runner, pages=40, most=4, chunk=2000, context=2000) as engine:
+    with Engine(runner, pages=40, max_sequences=4, chunk=2000, context=2000) as engine:
         engine.submit(Request((5,), 1500), lambda _: runner.events.append("token"), lambda _: None)
         long = engine.submit(Request((1,) * 800, 1), lambda _: None, lambda _: None)
         wait_until(lambda: "block of 1" in runner.events)
@@ -332,7 +335,7 @@ def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
 
 def test_a_prompt_of_some_blocks_does_not_wait_for_a_long_one() -> None:
     runner = Endless()
-    with Engine(runner, pages=60, most=4, chunk=2000, context=2000) as engine:
+    with Engine(runner, pages=60, max_sequences=4, chunk=2000, context=2000) as engine:
         long = engine.submit(Request((1,) * 1500, 1), lambda _: None, lambda _: None)
         wait_until(lambda: "block of 1" in runner.events)
         assert len(tokens_of(engine, [7] * 30, 3)) == 3
@@ -343,7 +346,7 @@ def test_a_prompt_of_some_blocks_does_not_wait_for_a_long_one() -> None:
 
 def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() -> None:
     runner = Endless()
-    with Engine(runner, pages=60, most=4, chunk=4000, context=2000) as engine:
+    with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=2000) as engine:
         blocker = engine.submit(Request((5,), 1500), lambda _: time.sleep(0.002), lambda _: None)
         long = [engine.submit(Request((n,) * 700, 1), lambda _: None, lambda _: None) for n in (1, 2, 3)]
         wait_until(lambda: "block of 2" in runner.events)
@@ -358,9 +361,65 @@ def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() ->
 
 def test_an_engine_is_closed_while_a_long_prompt_is_computed() -> None:
     runner, ended = Endless(), threading.Event()
-    with Engine(runner, pages=60, most=4, chunk=4000, context=4000) as engine:
+    with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=4000) as engine:
         long = engine.submit(Request((1,) * 3000, 1), lambda _: None, lambda _: ended.set())
         wait_until(lambda: "block of 1" in runner.events)
     assert ended.is_set()
     assert long.finish is Finish.CANCELLED
+    assert runner.events.count("block of 1") < 375
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time for deadlines, which only the test changes."""
+    now = [1000.0]
+    monkeypatch.setattr("moetier.runtime.engine.sequence.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_request_whose_deadline_has_passed_computes_nothing() -> None:
+    runner = ToyRunner()
+    with Engine(runner, pages=8, max_sequences=1, chunk=64, context=100) as engine:
+        late = engine.stream(Request((5, 6), 10, deadline=time.monotonic()))
+        with pytest.raises(DeadlineError, match="after 0 of at most 10 tokens"):
+            list(late)
+        assert late.sequence.finish is Finish.DEADLINE
+        assert runner.computed == 0
+        assert tokens_of(engine, [5, 6]) == answer_alone([5, 6], 20, 100)
+
+
+def test_an_answer_ends_at_its_deadline_and_others_go_on(clock: list[float]) -> None:
+    with Engine(ToyRunner(), pages=40, max_sequences=2, chunk=64, context=1000) as engine:
+        ids = next(ids for token in range(10, 50) if len(answer_alone(ids := [token] * 20, 40, 1000)) == 40)
+        other = engine.stream(Request(tuple(ids), 40))
+
+        def pass_deadline(_: Sampled) -> None:
+            clock[0] += 4.0
+
+        ended = threading.Event()
+        limited = engine.submit(Request(tuple(ids), 40, deadline=1010.0), pass_deadline, lambda _: ended.set())
+        assert ended.wait(PATIENCE)
+        assert [*other] == answer_alone(ids, 40, 1000)
+    assert limited.finish is Finish.DEADLINE
+    assert limited.ids[20:] == answer_alone(ids, 3, 1000)
+    assert "3 of at most 40 tokens" in str(limited.error)
+
+
+def test_a_long_prompt_stops_at_its_deadline(clock: list[float]) -> None:
+    """Between two blocks; in an event loop the error is raised, too."""
+    runner = Endless()
+
+    async def ask(engine: Engine) -> None:
+        with pytest.raises(DeadlineError):
+            async for _ in engine.stream_async(Request((1,) * 3000, 1, deadline=1001.0)):
+                pass
+
+    with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=4000) as engine:
+        thread = threading.Thread(target=lambda: asyncio.run(ask(engine)))
+        thread.start()
+        wait_until(lambda: "block of 1" in runner.events)
+        clock[0] = 1001.0
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert not engine.sequences
     assert runner.events.count("block of 1") < 375

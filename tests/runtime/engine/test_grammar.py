@@ -16,10 +16,11 @@ import torch
 pytest.importorskip("llguidance", reason='pip install ".[serve]"')
 
 import moetier
+from moetier.runtime.engine import constraint
 from moetier.runtime.engine import grammar as grammars
 from moetier.runtime.engine.constraint import GrammarProcessor
 from moetier.runtime.engine.engine import Engine
-from moetier.runtime.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarError
+from moetier.runtime.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarError, Matcher
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.tiers.errors import ConfigError
 
@@ -78,7 +79,7 @@ def test_answers_are_as_their_grammars_say_and_company_changes_none(
         for seed in range(2)
         for kind, grammar in kinds.items()
     ]
-    with Engine.of(model, most=4) as engine:
+    with Engine.of(model, max_sequences=4) as engine:
         streams = [engine.stream(request) for _, request in asked]
         answers = [[*stream] for stream in streams]
         alone = [[*engine.stream(request)] for _, request in asked]
@@ -95,6 +96,19 @@ def test_answers_are_as_their_grammars_say_and_company_changes_none(
                 assert re.fullmatch(CODE, text)
             case _:
                 assert re.fullmatch(r"(\()+[a-z]{1,5}\)(,[a-z]{1,5}\))*", text)
+
+
+def test_answers_are_the_same_on_whichever_thread_masks_are_made(
+    loaded: tuple[Any, Any], compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    grammar, answers = compiler.compile(Grammar.json_schema(PERSON)), list[list[int]]()
+    for most in (0.0, 60.0):
+        monkeypatch.setattr(constraint, "QUICK_SECONDS", most)
+        with Engine.of(model) as engine:
+            answers.append([*engine.stream(Request((5, 6), 200, SAMPLED, seed=4, grammar=grammar))])
+    assert answers[0] == answers[1]
+    assert is_person(tokenizer.decode(answers[0][:-1]))
 
 
 def test_generate_has_the_same_answer(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
@@ -122,11 +136,17 @@ def test_rows_and_beams_of_generate(loaded: tuple[Any, Any], compiler: GrammarCo
             assert re.fullmatch(CODE, tokenizer.decode(row, skip_special_tokens=True))
 
 
+def allowed_by(matcher: Matcher, ends: frozenset[int]) -> list[int]:
+    """Return the tokens that may come next."""
+    tokens: list[int] = (matcher.bounds(ends) > 0).nonzero().flatten().tolist()
+    return tokens
+
+
 def walk(grammar: CompiledGrammar, seed: int, most: int, ends: frozenset[int]) -> list[int]:
     """Return random tokens that a grammar allows."""
     random_, matcher, tokens = random.Random(seed), grammar.matcher(), list[int]()
     while len(tokens) < most:
-        allowed = (~matcher.forbidden(ends)).nonzero().flatten().tolist()
+        allowed = allowed_by(matcher, ends)
         tokens.append(random_.choice(allowed))
         if tokens[-1] in ends:
             break
@@ -146,16 +166,16 @@ def test_an_answer_that_is_cut_can_be_continued(loaded: tuple[Any, Any], compile
         matcher = grammar.matcher()
         for token in tokens[: len(tokens) // 2]:
             matcher.consume(token)
-        assert not matcher.forbidden(ends).all()
+        assert allowed_by(matcher, ends)
 
 
 def test_a_complete_answer_ends_with_any_token_of_the_end(compiler: GrammarCompiler) -> None:
     grammar = compiler.compile(Grammar.regex("a"))
     for ends in frozenset({1}), frozenset({1, 77}):
         matcher = grammar.matcher()
-        assert not {*ends} & {*(~matcher.forbidden(ends)).nonzero().flatten().tolist()}
+        assert not {*ends} & {*allowed_by(matcher, ends)}
         matcher.consume(walk(grammar, 0, 1, ends)[0])
-        assert {*(~matcher.forbidden(ends)).nonzero().flatten().tolist()} == ends
+        assert {*allowed_by(matcher, ends)} == ends
         assert matcher.is_complete
 
 
@@ -178,7 +198,7 @@ def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any]
     model, _ = loaded
     grammar = compiler.compile(Grammar.regex("a"))
     letter = walk(grammar, 0, 1, frozenset())[0]
-    with Engine.of(model, most=3) as engine:
+    with Engine.of(model, max_sequences=3) as engine:
         other = engine.stream(Request((5, 6), 40, {"do_sample": False}))
         bad = [
             engine.stream(Request((5, 6), 40, {"suppress_tokens": [letter], **options}, seed=1, grammar=grammar))
@@ -196,7 +216,7 @@ def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any]
 def test_answers_that_are_cancelled_leave_the_others(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
     model, tokenizer = loaded
     grammar = compiler.compile(Grammar.json_schema(PERSON))
-    with Engine.of(model, most=4) as engine:
+    with Engine.of(model, max_sequences=4) as engine:
         wanted = [*engine.stream(Request((5, 6), 200, SAMPLED, seed=3, grammar=grammar))]
         kept = engine.stream(Request((5, 6), 200, SAMPLED, seed=3, grammar=grammar))
         for seed in range(6):
@@ -299,6 +319,26 @@ def test_a_lark_grammar_may_have_parts(loaded: tuple[Any, Any], compiler: Gramma
     parts = {"answer": Grammar.json_schema({"const": 5}), "code": Grammar.regex("[ab]")}
     grammar = compiler.compile(Grammar.lark('start: "x" @answer @code', parts))
     assert loaded[1].decode(walk(grammar, 0, 9, frozenset({1}))[:-1]) in ("x5a", "x5b")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar.lark('start: "%json" /%json/ // %json\n'), "%json%json"),
+        (Grammar.lark(r'start: "\\" "\"%json" # "%json'), '\\"%json'),
+        (Grammar.regex(r"\%json{2}\\[%]json"), r"%jsonn\%json"),
+    ],
+)
+def test_the_name_of_a_directive_may_be_text(
+    loaded: tuple[Any, Any], compiler: GrammarCompiler, grammar: Grammar, text: str
+) -> None:
+    assert loaded[1].decode(walk(compiler.compile(grammar), 0, 20, frozenset({1}))[:-1]) == text
+
+
+@pytest.mark.parametrize("before", [r'"\\"', '/"/', '"a"i', "/\\//", '"//"', '/[^"]/', '"" #"\n|'])
+def test_a_directive_behind_text_is_refused(compiler: GrammarCompiler, before: str) -> None:
+    with pytest.raises(GrammarError):
+        compiler.compile(Grammar.lark(f'start: {before} %json {{"multipleOf": 999983}}'))
 
 
 def test_a_tokenizer_must_be_a_fast_one() -> None:

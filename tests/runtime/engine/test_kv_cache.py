@@ -9,11 +9,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from toy_runner import WrittenPages
+from toy_runner import WrittenPages, WrittenStates
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.sequence import Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 PAGES = 7
 # few prompts, of which many begin alike, and which differ in the middle of a page and at its end
@@ -32,9 +33,9 @@ TEXTS = [
 class Cache(RuleBasedStateMachine):
     """Sequences of two users in one cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: WrittenPages | None = None) -> None:
         super().__init__()
-        self.memory = WrittenPages()
+        self.memory = memory or WrittenPages()
         self.cache = KVCache(PAGES, self.memory)
         self.running: list[tuple[Sequence, str]] = []
         self.computed: dict[str, set[tuple[int, ...]]] = {"": set(), "other": set()}
@@ -42,7 +43,7 @@ class Cache(RuleBasedStateMachine):
     @rule(text=st.sampled_from(TEXTS), user=st.sampled_from(["", "other"]))
     def begin(self, text: list[int], user: str) -> None:
         sequence = Sequence(Request(tuple(text), 100, user=user))
-        if not self.cache.has_room(sequence):
+        if not self.cache.has_pages_for(sequence):
             return
         self.cache.begin(sequence)
         self.running.append((sequence, user))
@@ -59,12 +60,15 @@ class Cache(RuleBasedStateMachine):
             assert self.cache.pages_of(sequence) == before
             return
         end = sequence.computed + tokens
-        self.memory.write(self.cache.pages_of(sequence), sequence.ids, sequence.computed, end)
+        self.write(sequence, end)
         self.computed[user] |= {tuple(sequence.ids[:at]) for at in range(sequence.computed + 1, end + 1)}
         sequence.computed = end
         self.cache.keep(sequence)
         if not sequence.remaining:
             sequence.append(Sampled(new))
+
+    def write(self, sequence: Sequence, end: int) -> None:
+        self.memory.write(self.cache.pages_of(sequence), sequence.ids, sequence.computed, end)
 
     @precondition(lambda self: self.running)
     @rule(number=st.integers(0, 10))
@@ -107,8 +111,19 @@ class Cache(RuleBasedStateMachine):
         assert len(self.memory.pages) <= PAGES
 
 
-TestCache = Cache.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+class CacheOfStates(Cache):
+    """Sequences of a model that has states besides keys and values: each continues from its own."""
+
+    def __init__(self) -> None:
+        self.memory: WrittenStates
+        super().__init__(WrittenStates())
+
+    def write(self, sequence: Sequence, end: int) -> None:
+        self.memory.compute(self.cache.pages_of(sequence), sequence, end)
+
+
+TestCache, TestCacheOfStates = Cache.TestCase, CacheOfStates.TestCase
+TestCache.settings = TestCacheOfStates.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def begun(cache: KVCache, memory: WrittenPages, ids: Ids[int], user: str = "") -> Sequence:
@@ -195,10 +210,10 @@ def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
     memory = WrittenPages()
     cache = KVCache(3, memory)
     first = begun(cache, memory, [*range(2 * PAGE_TOKENS)])
-    assert not cache.has_room(Sequence(Request((9,) * PAGE_TOKENS, 1)))
-    assert cache.has_room(Sequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
+    assert not cache.has_pages_for(Sequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_pages_for(Sequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
     cache.end(first)
-    assert cache.has_room(Sequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_pages_for(Sequence(Request((9,) * PAGE_TOKENS, 1)))
 
 
 def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
@@ -219,3 +234,97 @@ def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
     cache.end(begun(cache, memory, [1000] * (4 * PAGE_TOKENS)))  # no page of the first is pinned
     cache.begin(again)
     assert again.computed == 0
+
+
+# -- states besides keys and values ------------------------------------------------------------------------------------
+
+
+def computed_in_parts(cache: KVCache, memory: WrittenStates, ids: Ids[int]) -> tuple[Sequence, list[int]]:
+    """Begin a sequence, and compute its tokens. Returns it, with the positions at which parts begin, and the end."""
+    sequence = Sequence(Request(tuple(ids), 100))
+    cache.begin(sequence)
+    places = [sequence.computed]
+    while sequence.remaining:
+        tokens = cache.most_tokens(sequence)
+        assert cache.reserve(sequence, tokens)
+        memory.compute(cache.pages_of(sequence), sequence, sequence.computed + tokens)
+        sequence.computed += tokens
+        cache.keep(sequence)
+        places.append(sequence.computed)
+    return sequence, places
+
+
+def test_a_sequence_continues_behind_the_last_snapshot() -> None:
+    """Those of a prompt are at multiples of 2,048 tokens and at its end; one is at the end of the answer."""
+    memory = WrittenStates()
+    cache = KVCache(200, memory)
+    prompt = [*range(2 * SNAPSHOT_TOKENS + 100)]
+    first, places = computed_in_parts(cache, memory, prompt)
+    assert places == [0, SNAPSHOT_TOKENS, 2 * SNAPSHOT_TOKENS, len(prompt)]
+    for token in range(PAGE_TOKENS):
+        first.append(Sampled(token))
+        assert cache.reserve(first, 1)
+        memory.compute(cache.pages_of(first), first, first.computed + 1)
+        first.computed += 1
+        cache.keep(first)
+    cache.end(first)
+    for ids, begin in (
+        ([*first.ids, 7], len(first.ids)),
+        ([*prompt, 7], len(prompt)),  # another answer
+        ([*prompt[:-1], 7, 8], 2 * SNAPSHOT_TOKENS),
+        ([*prompt[:2000], 7, 8], 0),
+    ):
+        sequence, places = computed_in_parts(cache, memory, ids)
+        assert places[0] == begin
+        cache.end(sequence)
+
+
+def test_a_snapshot_is_taken_where_a_prompt_has_left_the_tokens_of_another() -> None:
+    """So what many prompts begin with is computed twice, not each time."""
+    memory = WrittenStates()
+    cache = KVCache(200, memory)
+    begins = []
+    for number in range(4):
+        sequence, places = computed_in_parts(cache, memory, [*range(1000), *[5000 + number] * 300])
+        cache.end(sequence)
+        begins.append(places[:-1])
+    left = 1000 - 1000 % PAGE_TOKENS
+    assert begins == [[0], [0, left], [left], [left]]
+
+
+def test_the_least_recently_used_snapshot_is_evicted_before_the_pages_of_others() -> None:
+    memory = WrittenStates(size=4)
+    cache = KVCache(16, memory)
+    first, _ = computed_in_parts(cache, memory, [*range(2 * PAGE_TOKENS)])
+    cache.end(first)
+    second, places = computed_in_parts(cache, memory, [*range(4 * PAGE_TOKENS)])
+    assert places[0] == 2 * PAGE_TOKENS
+    cache.end(second)  # 4 pages and two snapshots of 4
+    assert cache.free_pages() == 4
+    third, _ = computed_in_parts(cache, memory, [9] * (5 * PAGE_TOKENS))
+    cache.end(third)
+    begun, places = computed_in_parts(cache, memory, [*range(4 * PAGE_TOKENS), 5])
+    assert places[0] in (0, 4 * PAGE_TOKENS), "the older snapshot went first"
+    cache.end(begun)
+
+
+def test_nothing_is_evicted_for_a_snapshot_that_has_no_room() -> None:
+    memory = WrittenStates(size=5)
+    cache = KVCache(7, memory)
+    cache.end(computed_in_parts(cache, memory, [*range(30)])[0])  # too few tokens for a snapshot
+    cache.end(computed_in_parts(cache, memory, [9] * (3 * PAGE_TOKENS))[0])
+    assert cache.free_pages() == 7 - 1 - 3
+
+
+def test_a_state_that_can_not_be_read_leaves_nothing_behind() -> None:
+    memory = WrittenStates()
+    cache = KVCache(8, memory)
+    cache.end(computed_in_parts(cache, memory, [*range(100)])[0])
+    free, again = cache.free_pages(), Sequence(Request((*range(100), 7), 1))
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(memory, "load_state", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.begin(again)
+    assert cache.free_pages() == free
+    cache.begin(again)
+    assert again.computed == 100

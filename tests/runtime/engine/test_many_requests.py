@@ -17,9 +17,10 @@ from chunks import published_widths
 from comparison import convert_tiny
 
 import moetier
-from moetier.runtime.engine.engine import Engine, Stream
+from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.sequence import Request
+from moetier.runtime.engine.stream import Stream
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 PAGES, CONTEXT = 30, 2000
@@ -43,7 +44,7 @@ def test_many_requests_leave_nothing(model: Any, count: int) -> None:
     """Prompts begin alike in part; one of five is cancelled; there are pages for a few at a time."""
     random_ = random.Random(0)
     with Engine(
-        PackedRunner(model, PAGES, chunk=64, block=100), pages=PAGES, most=6, chunk=64, context=CONTEXT
+        PackedRunner(model, PAGES, chunk=64, prefill_block=100), pages=PAGES, max_sequences=6, chunk=64, context=CONTEXT
     ) as engine:
         ask(engine, random_, WARM)
         before = in_use()

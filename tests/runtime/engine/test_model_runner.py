@@ -55,10 +55,11 @@ def test_every_type_generates_through_the_engine_what_generate_gives(model_type:
     packs, pages = can_pack(model, near=0.01), 12
     if model_type in PACKED:
         assert packs
-    runner = PackedRunner(model, pages, chunk=32, packs=True, block=10) if packs else ModelRunner(model, pages)
+    runner = PackedRunner(model, pages, chunk=32, packs=True, prefill_block=10) if packs else ModelRunner(model, pages)
     expected = wanted(model)
-    with Engine(runner, pages=pages, most=3, chunk=32, context=200) as engine:
-        for _ in range(2):  # the second time after pages of the first
+    with Engine(runner, pages=pages, max_sequences=3, chunk=32, context=200) as engine:
+        # the second time after pages of the first; or the third time after a snapshot of the second
+        for _ in range(3 if runner.has_states else 2):
             streams = [engine.stream(Request(tuple(ids[0].tolist()), NEW_TOKENS, GREEDY)) for ids in prompts()]
             assert [[*stream] for stream in streams] == expected
         assert bool(streams[1].sequence.cached) == can_resume(model)

@@ -40,7 +40,7 @@ class Recorded(PackedRunner):
     """Notes the logits of each sequence's tokens."""
 
     def __init__(self, model: Any, block: int) -> None:
-        super().__init__(model, PAGES, chunk=1000, packs=True, block=block)
+        super().__init__(model, PAGES, chunk=1000, packs=True, prefill_block=block)
         self.logits: dict[Sequence, list[Tensor]] = {}
 
     def run(self, tasks: Any, *more: Any) -> list[Tensor | None]:  # type: ignore[override]
@@ -76,12 +76,12 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
     alone = []
     for request in asked:
         runner = Recorded(model, 1000)
-        with Engine(runner, pages=PAGES, most=1, chunk=1000, context=400) as engine:
+        with Engine(runner, pages=PAGES, max_sequences=1, chunk=1000, context=400) as engine:
             stream = engine.stream(request)
             alone.append(([*stream], runner.logits[stream.sequence]))
     most, chunk = random_.randrange(2, 5), random_.choice([8, 33, 64, 500])
     runner = Recorded(model, random_.choice([8, 40, 1000]))
-    with Engine(runner, pages=PAGES, most=most, chunk=chunk, context=400) as engine:
+    with Engine(runner, pages=PAGES, max_sequences=most, chunk=chunk, context=400) as engine:
         streams = [engine.stream(request) for request in asked]
         cancelled = random_.choice([None, streams[0]])
         if cancelled is not None:
@@ -96,12 +96,12 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
         assert not engine.sequences
 
 
-@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, chunk=64, packs=True, block=10)])
+@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, chunk=64, packs=True, prefill_block=10)])
 def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_of: Callable[..., ModelRunner]) -> None:
     """In company, in chunks, and after another request with the same prompt; biases and samplers change no score."""
     prompts = [[*range(3, 3 + length)] for length in (150, 140, 1)]
     decoding = {"do_sample": True, "temperature": 2.0, "logit_bias": {7: 50.0}}
-    with Engine(runner_of(model, PAGES), pages=PAGES, most=3, chunk=64, context=400) as engine:
+    with Engine(runner_of(model, PAGES), pages=PAGES, max_sequences=3, chunk=64, context=400) as engine:
         [*engine.stream(Request(tuple(prompts[0]), 1))]
         tokens: list[list[Sampled]] = [[] for _ in prompts]
         ended = [threading.Event() for _ in prompts]
@@ -142,7 +142,7 @@ def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypa
 
     monkeypatch.setattr(OneTokenLayer, "of", seen)
     model, _ = moetier.load(tinymix_4bit, daemon=None)
-    with model.tiers, Engine.of(model, most=2) as engine:
+    with model.tiers, Engine.of(model, max_sequences=2) as engine:
         ids = [*range(3, 60)]
         for _ in range(3):
             ids += [*engine.stream(Request(tuple(ids), 30, {"do_sample": False})), 7, 8, 9]
@@ -166,7 +166,7 @@ def test_a_model_whose_trial_fails_is_not_packed(monkeypatch: pytest.MonkeyPatch
 
 def test_a_cancelled_prompt_ends_between_two_layers(model: Any) -> None:
     with Engine(
-        PackedRunner(model, PAGES, chunk=1000, packs=True), pages=PAGES, most=2, chunk=1000, context=800
+        PackedRunner(model, PAGES, chunk=1000, packs=True), pages=PAGES, max_sequences=2, chunk=1000, context=800
     ) as engine:
         stream = engine.stream(Request((5,) * 700, 5, {"do_sample": False}))
         stream.sequence.cancel()
@@ -194,7 +194,7 @@ def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatc
 
 def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: Any) -> None:
     """They are computed in chunks, and one that is cancelled stops no other."""
-    runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, block=20), list[float]()
+    runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, prefill_block=20), list[float]()
     long, other = (Sequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))
     tasks = [Task(long, 0, 55, [*range(1)]), Task(other, 0, 55, [1])]
 

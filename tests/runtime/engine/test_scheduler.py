@@ -9,20 +9,31 @@ from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.scheduler import Scheduler
-from moetier.runtime.engine.sequence import Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import PATIENCE, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 
 def scheduler_of(
-    pages: int, *, most: int = 8, chunk: int = 4 * PAGE_TOKENS, later: int | None = None, block: int | None = None
+    pages: int,
+    *,
+    max_sequences: int = 8,
+    chunk: int = 4 * PAGE_TOKENS,
+    later: int | None = None,
+    prefill_block: int | None = None,
 ) -> Scheduler:
-    return Scheduler(KVCache(pages, WrittenPages()), most=most, chunk=chunk, later=later, block=block)
+    return Scheduler(
+        KVCache(pages, WrittenPages()),
+        max_sequences=max_sequences,
+        chunk=chunk,
+        later=later,
+        prefill_block=prefill_block,
+    )
 
 
-def added(scheduler: Scheduler, tokens: int) -> Sequence:
+def added(scheduler: Scheduler, tokens: int, deadline: float | None = None) -> Sequence:
     """Let a sequence wait whose tokens are those of no other."""
     first = 1000 * (len(scheduler.waiting) + len(scheduler.running) + 1)
-    sequence = Sequence(Request(tuple(range(first, first + tokens)), 1000))
+    sequence = Sequence(Request(tuple(range(first, first + tokens)), 1000, deadline=deadline))
     scheduler.add(sequence)
     return sequence
 
@@ -39,7 +50,7 @@ def step(scheduler: Scheduler, *, samples: bool = True) -> tuple[dict[Sequence, 
 
 
 def test_one_sequence_begins_in_a_step() -> None:
-    scheduler = scheduler_of(8, most=2)
+    scheduler = scheduler_of(8, max_sequences=2)
     first, second, third = (added(scheduler, 3) for _ in range(3))
     assert step(scheduler)[0] == {first: 3}
     assert step(scheduler)[0] == {first: 1, second: 3}
@@ -58,7 +69,7 @@ def test_prompts_are_computed_in_turn_and_in_chunks() -> None:
 
 
 def test_long_prompts_are_computed_together_and_a_short_one_beside_them() -> None:
-    scheduler = scheduler_of(20, chunk=150, block=10)
+    scheduler = scheduler_of(20, chunk=150, prefill_block=10)
     running = added(scheduler, 5)
     step(scheduler)
     long, short, longest = added(scheduler, 60), added(scheduler, 7), added(scheduler, 200)
@@ -75,7 +86,7 @@ def test_long_prompts_are_computed_together_and_a_short_one_beside_them() -> Non
 
 
 def test_a_few_tokens_are_not_the_rest_of_a_chunk() -> None:
-    scheduler = scheduler_of(20, chunk=100, block=10)
+    scheduler = scheduler_of(20, chunk=100, prefill_block=10)
     first, second = added(scheduler, 95), added(scheduler, 50)
     while scheduler.begin_next():
         pass
@@ -84,7 +95,7 @@ def test_a_few_tokens_are_not_the_rest_of_a_chunk() -> None:
 
 
 def test_sequences_that_are_computed_keep_their_pages() -> None:
-    scheduler = scheduler_of(3, block=10)
+    scheduler = scheduler_of(3, prefill_block=10)
     first = added(scheduler, PAGE_TOKENS - 1)
     step(scheduler)
     second = added(scheduler, 2 * PAGE_TOKENS - 5)
@@ -116,6 +127,19 @@ def test_a_sequence_that_began_last_waits_again_itself() -> None:
     assert list(scheduler.waiting) == [second, later], "it is the next to begin"
 
 
+def test_a_near_deadline_goes_first_but_nothing_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("moetier.runtime.engine.sequence.monotonic", lambda: now)
+    scheduler = scheduler_of(8, max_sequences=1)
+    running, without, far, near = (added(scheduler, 3, deadline) for deadline in (None, None, 1e6, now + 5))
+    scheduler.begin_next()
+    assert scheduler.running == [near]
+    assert scheduler.waiting == [running, without, far], "those without a near deadline in the order of their arrival"
+    now += PATIENCE - 1
+    late = added(scheduler, 3, now + 5)
+    assert scheduler.waiting == [running, without, far, late]
+
+
 def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = scheduler_of(8)
     first = added(scheduler, 3)
@@ -139,7 +163,7 @@ def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPat
 )
 def test_tasks_are_of_sequences_that_run(prompts: list[int], pages: int, most: int, chunk: int) -> None:
     """And every sequence comes to its end, however few pages there are."""
-    scheduler = scheduler_of(pages, most=most, chunk=chunk)
+    scheduler = scheduler_of(pages, max_sequences=most, chunk=chunk)
     sequences = [added(scheduler, tokens) for tokens in prompts]
     for _ in range(2000):
         if not scheduler.has_work:

@@ -111,8 +111,10 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
     with (
         client.tiers,
         Engine(
-            ModelRunner(client, pages) if block is None else PackedRunner(client, pages, chunk=chunk, block=block),
-            **{"pages": pages, "most": most, "chunk": chunk, "context": CONTEXT, "later": later},
+            ModelRunner(client, pages)
+            if block is None
+            else PackedRunner(client, pages, chunk=chunk, prefill_block=block),
+            **{"pages": pages, "max_sequences": most, "chunk": chunk, "context": CONTEXT, "later": later},
         ) as engine,
     ):
         run(engine, arrivals)
@@ -158,7 +160,7 @@ def requests(random_: random.Random, answers: list[tuple[list[int], list[Tensor]
 def alone(model: Any, arrival: Arrival) -> tuple[list[int], list[Tensor]]:
     """Return the tokens and log probabilities of a request that is computed alone, with its whole prompt together."""
     pages, recorder = -(-CONTEXT // 64), Recorder()
-    with Engine(ModelRunner(model, pages), pages=pages, most=1, chunk=CONTEXT, context=CONTEXT) as engine:
+    with Engine(ModelRunner(model, pages), pages=pages, max_sequences=1, chunk=CONTEXT, context=CONTEXT) as engine:
         return [*engine.stream(arrival.request(recorder))], recorder.found
 
 

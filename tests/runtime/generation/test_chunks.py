@@ -42,7 +42,10 @@ def test_chunks_give_what_the_whole_gives(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "resumes"),
-    [("mixtral", True), ("qwen3_moe", True), ("gpt_oss", True), ("jamba", False), ("minimax", False)],
+    [
+        *((name, True) for name in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "nemotron_h")),
+        *((name, False) for name in ("jamba", "minimax", "deepseek_v32")),
+    ],
 )
 def test_which_models_can_resume(model_type: str, resumes: bool) -> None:
     model = tiny_model(model_type, torch.float32)

@@ -11,7 +11,7 @@ from transformers import MixtralConfig
 import moetier
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
-from moetier.runtime.model.kv_budget import LEAST_PAGES, KVBudget
+from moetier.runtime.model.kv_budget import LEAST_PAGES, WITH_STATES, KVBudget
 
 MiB = 1 << 20
 MODEL_LENGTH = 40960
@@ -49,6 +49,13 @@ def test_no_more_than_the_models_length_is_reserved() -> None:
     assert budget(room=1 << 40).context == MODEL_LENGTH
     assert budget(room=1 << 40).pages == MODEL_LENGTH // PAGE_TOKENS
     assert budget(room=1 << 40, sequences=8).pages == 8 * MODEL_LENGTH // PAGE_TOKENS
+
+
+def test_snapshots_of_states_have_room_besides() -> None:
+    config = MixtralConfig(max_position_embeddings=MODEL_LENGTH)
+    options = TierConfig.of(context=512, sequences=4)
+    found = KVBudget.of(config, options, page_bytes=MiB, room=1 << 40, experts=0, has_snapshots=True)
+    assert (found.pages, found.context) == (WITH_STATES * 32, 512)
 
 
 def test_a_model_without_keys_and_values_has_the_context_that_is_asked_for() -> None:

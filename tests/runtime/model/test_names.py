@@ -41,7 +41,7 @@ def test_a_name_that_nothing_has_is_said_with_those_that_are_near(
     assert main(["inspect", "mistralai/Mixtral-8x7b:3bit"]) == 1
     cause, fix = capsys.readouterr().err.splitlines()
     there = Path.cwd() / "mistralai/Mixtral-8x7b:3bit"
-    assert cause == f"moetier: There is no folder {there}, and no pulled model mistralai/Mixtral-8x7b:3bit."
+    assert cause == f"moetier: There is no folder {there}, and no model called mistralai/Mixtral-8x7b:3bit."
     assert "`moetier list` has mistralai/Mixtral-8x7B-v0.1" in fix
     assert fix.endswith("pull it: moetier pull mistralai/Mixtral-8x7b --bits 3")
     assert main(["inspect", "./mistralai/Mixtral-8x7B-v0.1"]) == 1  # a path
@@ -52,7 +52,7 @@ def test_a_name_that_nothing_has_is_said_with_those_that_are_near(
     assert capsys.readouterr().err.endswith("  Pull it: moetier pull nobody/nothing\n")
     assert main(["generate", "nosuch", "x"]) == 1
     said = capsys.readouterr().err  # no model of the hub is called so
-    assert f"There is no folder {Path.cwd()}/nosuch, and no pulled model nosuch." in said
+    assert f"There is no folder {Path.cwd()}/nosuch, and no model called nosuch." in said
     assert "moetier pull" not in said
 
 

@@ -16,6 +16,8 @@ from prepared import Prepared
 
 import moetier
 from moetier.runtime.config import Size
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
@@ -156,6 +158,20 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
     assert asked.later == less.tokens < 8192
 
 
+@pytest.mark.parametrize("context", [96, 300])
+def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tinymix_4bit: Path) -> None:
+    """There is memory to compute a prompt in blocks, or it is a single block. The engine packs only such models."""
+    model, _ = moetier.load(tinymix_4bit, daemon=None, context=context)
+    with model.tiers, Engine.of(model, max_sequences=4) as engine:
+        assert isinstance(engine._runner, PackedRunner)
+        prefill = model.tiers.prefill
+        assert prefill.in_blocks is not None
+        assert prefill.in_blocks >= context
+    short = replace(prefill, context=300, tokens=300)
+    less = short.within(short.nbytes - 1)
+    assert (less.tokens, less.nbytes) < (300, short.nbytes)
+
+
 def test_a_window_limits_the_mask() -> None:
     wide = Prefill(256, context=8192, attentions=(Attention(mask=4),)).nbytes
     assert Prefill(256, context=8192, attentions=(Attention(mask=4, window=128),)).nbytes * 20 < wide
@@ -166,13 +182,13 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
     free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Memory is reserved for a chunk, and a longer prompt fits if experts leave room."""
-    _, directory = convert_tiny("qwen3_next", torch.bfloat16, tmp_path, bits=4, max_position_embeddings=32768)
+    _, directory = convert_tiny("glm_moe_dsa", torch.bfloat16, tmp_path, bits=4, max_position_embeddings=32768)
     monkeypatch.setattr("moetier.runtime.model.tiers.memory_for_model", lambda: Available(free, "this machine"))
-    model, _ = moetier.load(directory, daemon=None, ram="100%", context=32768, prefill_chunk=1024)
+    model, _ = moetier.load(directory, daemon=None, ram="100%", context=32768, prefill_chunk=256)
     with model.tiers:
         room = longest_prompt(model)
         assert room is not None
-        assert 1024 <= room < 32768
+        assert 256 <= room < 32768
         ids = [5] * (room + 1)
         with pytest.raises(
             BudgetError, match=f"which this model can only compute together. Memory has room for {room:,}."

@@ -194,7 +194,7 @@ def test_one_whose_arena_this_version_does_not_know_is_not_used(directory: Path,
     def register(session: str, digest: str | None, pid: int) -> Welcome:
         return Welcome(manifest.model, dict.fromkeys(manifest.layouts, 3), os.memfd_create("other"))
 
-    server = ControlServer(folder, register=register, remove=lambda session: None, max_clients=2, version="99")
+    server = ControlServer(folder, register=register, unregister=lambda session: None, max_clients=2, version="99")
     try:
         found, _ = moetier.load(directory)
         with found.tiers:

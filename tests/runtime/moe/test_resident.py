@@ -1,4 +1,4 @@
-"""A token whose experts are all in memory: computed without a lease, and again if a record is replaced meanwhile."""
+"""Tokens whose experts are all in memory: computed without a lease, and again if a record is replaced meanwhile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from comparison import convert_tiny, smallest_ram
 from torch import Tensor
 
 import moetier
+from moetier.runtime.moe import grouped
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
@@ -68,6 +69,46 @@ def test_records_that_are_replaced_meanwhile_are_read_again(model: Any) -> None:
     after = model.tiers.host.stats()
     assert after.discarded - before.discarded == 2
     assert after.hits + after.misses - before.hits - before.misses == 4  # 2 and 3, then 0 and 1 again
+
+
+def few_tokens(model: Any, on_demand: Callable[..., None] | None = None) -> Tensor:
+    """Compute three tokens with the experts 0 and 1."""
+    module = [*experts_modules(model).values()][BLOCK]
+    module.tiered = replace(module.tiered, on_demand=on_demand)
+    x = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    weights = torch.linspace(0.2, 0.8, 6).reshape(3, 2)
+    with torch.no_grad():
+        found: Tensor = module(x, torch.tensor([[0, 1], [1, 0], [0, 1]]), weights)
+    return found
+
+
+def test_a_few_tokens_take_no_lease_and_have_the_bits_of_those_that_do(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire(model, 0, 1)
+    with monkeypatch.context() as leased:
+        leased.setattr(grouped, "BATCH_OUTPUTS", 4)
+        expected = few_tokens(model)
+    monkeypatch.setattr(type(model.tiers.device_tier), "acquire", None)
+    before, demands = model.tiers.host.stats(), list[tuple[Any, ...]]()
+    assert torch.equal(few_tokens(model, lambda *arguments: demands.append(arguments)), expected)
+    after = model.tiers.host.stats()
+    assert demands == [(BLOCK, [0, 1])]
+    assert (after.hits - before.hits, after.misses - before.misses) == (2, 0)
+
+
+def test_a_few_tokens_are_computed_again_if_records_are_replaced_meanwhile(model: Any) -> None:
+    acquire(model, 0, 1)
+    expected, calls = few_tokens(model), []
+
+    def replace_them(*arguments: Any) -> None:
+        calls.append(arguments)
+        acquire(model, 2, 3)  # there is not room for four
+
+    before = model.tiers.host.stats()
+    assert torch.equal(few_tokens(model, replace_them), expected)
+    assert len(calls) == 1
+    assert model.tiers.host.stats().discarded - before.discarded == 2
 
 
 def test_some_in_memory_and_some_not(model: Any) -> None:

@@ -277,14 +277,14 @@ def looped() -> Any:
 
 
 def test_what_passes_a_block_otherwise_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts got 27 rows for 9 tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts got 27 hidden states for 9 tokens"):
         record(looped(), some_ids(9))
     with pytest.raises(UnsupportedModelError, match="for 9 tokens"):
         record(tiny_model("diffusion_gemma", BF16), some_ids(9))
     model = tiny_model("mixtral", BF16)
     with torch.no_grad(), Recorder(model) as recorder:
         model(input_ids=torch.stack([some_ids(9), some_ids(9, seed=2)]))
-        with pytest.raises(UnsupportedModelError, match="got 18 rows for 9 tokens"):
+        with pytest.raises(UnsupportedModelError, match="got 18 hidden states for 9 tokens"):
             recorder.end_sequence(some_ids(9).tolist(), n_prefill=9)
 
 

@@ -103,7 +103,7 @@ class PoolMachine(RuleBasedStateMachine):
         for slot in range(COUNT):
             key, state, pins = self.model.get(slot, (None, "", 0))
             if key is not None:
-                assert (self.pool.key(slot), self.pool.pins(slot)) == (key, pins)
+                assert (self.pool.key(slot), self.pool._pins[slot]) == (key, pins)
             assert self.pool.is_evictable(slot) == (state == READY and not pins)
             assert self.pool.contents()[slot] == (key, state == LOADING)
         assert self.pool.ready == sum(state == READY for _, state, _ in self.model.values())

@@ -1,119 +1,86 @@
-"""Demands that wait for slots: their order, and when they are woken."""
+"""A demand: its keys go through pending, loads, ready and leased, and each slot that it holds is told back."""
 
 from __future__ import annotations
 
-import weakref
+from ledgers import ledger_of
 
-from ledgers import arrive_all, demand, ledger_of
-from stores import layout_of, make_plan
+from moetier.tiers.errors import ClosedError, StoreReadError
+from moetier.tiers.host.demands import AsyncCaller, Demand, Load, Purpose, ThreadCaller
+from moetier.tiers.layout import ExpertKey, PoolSlot
 
-from moetier.tiers.arena.directory import Directory
-from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.host.demands import AsyncCaller, Demand, Notifier, ThreadCaller
-from moetier.tiers.host.ledger import Ledger
-from moetier.tiers.host.loads import LoadLimits
-from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor
+A, B, C = (ExpertKey(1, expert) for expert in range(3))
 
 
-def test_starved_demands_are_served_in_order_before_all_other_reads() -> None:
-    ledger, pool = ledger_of(2)
-    greedy = demand(ledger, pool, 1, 0, 1, 2, 3)
-    first = demand(ledger, pool, 3, 0, 1)
-    second = demand(ledger, pool, 4, 0)
-    assert list(pool.starved) == [first, second]
-    arrive_all(ledger)
-    ledger.lease(greedy)
-    ledger.release(greedy)
-    ledger.advance(greedy)  # a slot is free, and it may not have it
-    ledger.advance(second)
-    assert not second.loads
-    assert not greedy.loads
-    ledger.advance(first)
-    assert [load.key for load in first.loads] == [ExpertKey(3, 0)], "one, for another demand is starved"
-    assert list(pool.starved) == [second]
-    ledger.lease(greedy)
-    ledger.release(greedy)
-    ledger.advance(first)
-    ledger.advance(second)
-    assert len(first.loads) == 1
-    assert [load.key for load in second.loads] == [ExpertKey(4, 0)]
-    assert not pool.starved
+def a_demand() -> Demand:
+    _, pool = ledger_of(6)
+    demand = Demand(pool, 1, ThreadCaller(1))
+    demand.begin([A, B, C], is_scan=False)
+    return demand
 
 
-def test_when_the_first_of_the_starved_goes_the_next_is_woken() -> None:
-    wakes = 0
-
-    def woken() -> None:
-        nonlocal wakes
-        wakes += 1
-
-    ledger, pool = ledger_of(2, woken=woken)
-    holder = demand(ledger, pool, 1, 0, 1)
-    arrive_all(ledger)
-    first, second = demand(ledger, pool, 3, 0), demand(ledger, pool, 4, 0)
-    ledger.end(holder)
-    ledger.advance(second)
-    assert not second.loads, "it was woken too, but is not the first"
-    before = wakes
-    ledger.end(first)
-    assert wakes > before
-    ledger.advance(second)
-    assert second.loads
+def test_each_key_is_in_one_place_until_its_lease_ends() -> None:
+    demand = a_demand()
+    load = Load(demand.pool, B, PoolSlot(4))
+    demand.hold(A, PoolSlot(3), is_hit=True)
+    demand.wait_for(load)
+    assert (list(demand.pending), demand.loads, list(demand.ready)) == ([C], [load], [3])
+    demand.complete(load)
+    assert demand.slots == [3, 4]
+    assert demand.lease(1) == [3]
+    assert demand.lease(5) == [4]
+    assert demand.release([PoolSlot(4), PoolSlot(5), None]) == [4], "the others are not leased"
+    assert demand.clear() == ([3], [])
+    assert demand.is_over
 
 
-def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> None:
-    ledger, pool = ledger_of(6)  # two for each of three blocks
-    holder = demand(ledger, pool, 1, 0, 1)
-    caller = demand(ledger, pool, 1, 2, 3)
-    assert len(caller.loads) == 1, "one to get on with; more would be at the cost of other blocks"
-    assert caller.pending
-    arrive_all(ledger)
-    for made in (holder, caller):
-        ledger.end(made)
-    for block in (3, 4):
-        made = demand(ledger, pool, block, 0, 1)
-        arrive_all(ledger)
-        ledger.end(made)
-    held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.slot_of(ExpertKey(b, e)) is not None]
-    assert held == [(1, 0), (1, 2), (3, 0), (3, 1), (4, 0), (4, 1)], "each block is back to its two"
+def test_hits_are_those_of_the_slots_that_are_ready_still() -> None:
+    demand = a_demand()
+    demand.hold(A, PoolSlot(0), is_hit=True)
+    demand.hold(B, PoolSlot(1), is_hit=True)
+    demand.lease(1)
+    assert demand.hits == 1
+    demand.hold(C, PoolSlot(2))
+    demand.lease(2)
+    assert demand.hits == 0
 
 
-def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None:
-    """However many wait: a caller that was served is behind them, also when it wanted nothing in between."""
-    manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
-    layout = ArenaLayout.of(manifest, {"records": 1000})
-    directory = Directory.create(memoryview(bytearray(layout.directory_bytes)), layout)
-    ledger = Ledger(manifest, layout, directory, Notifier(Monitor()), LoadLimits(ahead=4, prefetches=1))
-    pool = ledger.pools["records"]
-    experts = iter(range(1000))
+def test_the_first_error_stays_and_each_demand_gets_its_own() -> None:
+    demand, error = a_demand(), StoreReadError("The disk has failed.", "Replace it.")
+    load = Load(demand.pool, A, PoolSlot(0))
+    demand.wait_for(load)
+    demand.lose(load, error)
+    demand.fail(ClosedError("It was closed.", "Open it."))
+    assert not demand.loads
+    assert repr(demand.error) == repr(error)
+    assert demand.error is not error, "its frames would keep slots"
 
-    def ask(caller: ThreadCaller | AsyncCaller) -> None:
-        ledger.begin(Demand(pool, 0, caller), [ExpertKey(0, next(experts))])
 
-    def serve() -> ThreadCaller | AsyncCaller:
-        load = ledger.loads.take()
-        assert load is not None
-        (demand,) = load.waiters
-        ledger.loads.complete(load)
-        ledger.end(demand)
-        return demand.caller
+def test_a_wait_is_as_long_as_from_its_first_beginning() -> None:
+    demand = a_demand()
+    assert demand.end_wait(5.0) is None
+    demand.begin_wait(10.0)
+    demand.begin_wait(11.0)
+    assert demand.end_wait(12.5) == 2.5
+    assert demand.end_wait(13.0) is None
 
-    waiting = {ThreadCaller(number) for number in range(2, 202)}
-    for caller in waiting:
-        ask(caller)
-    for step in range(len(waiting) + 2):
-        ask(ThreadCaller(step % 2))
-        waiting.discard(serve())
-    assert not waiting
-    while list(ledger.loads):
-        serve()
-    once = weakref.WeakSet[AsyncCaller]()
-    for _ in range(100):
-        caller = AsyncCaller(lambda event: None, leases=1)
-        once.add(caller)
-        ask(caller)
-        assert serve() is caller
-        ledger.end_caller(caller)
-    del caller
-    assert len(once) <= 2, "callers that come once are not kept"
+
+def test_a_prefetch_is_for_demands_once_one_waits() -> None:
+    demand = a_demand()
+    load = Load(demand.pool, A, PoolSlot(0), Purpose.WARMUP)
+    assert load.is_prefetch
+    assert not load.is_for_demands
+    load.waiters.append(demand)
+    assert load.is_for_demands
+
+
+def test_a_caller_is_full_with_all_that_its_demands_hold_or_claim() -> None:
+    caller = AsyncCaller(lambda event: None, leases=2)
+    demand = a_demand()
+    caller.register(demand)
+    demand.hold(A, PoolSlot(0))
+    assert not caller.is_full
+    demand.wait_for(Load(demand.pool, B, PoolSlot(1)))
+    assert caller.is_full
+    slots, _ = demand.clear()
+    assert not caller.is_full
+    assert caller.was_full(len(slots))

@@ -15,10 +15,11 @@ from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Notifier, Pool, ThreadCaller
+from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool, Purpose, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
 from moetier.tiers.host.session import Session
+from moetier.tiers.host.waiting import Notifier
 from moetier.tiers.layout import ExpertKey
 
 EXPERTS = 4
@@ -126,7 +127,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6))
     def acquire(self, block: int, experts: list[int]) -> None:
         keys = [ExpertKey(block, expert) for expert in experts]
-        pool = self.ledger.pool_of[block]
+        pool = self.ledger.slots.pool_of[block]
         with self.monitor.transition():
             ready = {key for key in keys if pool.is_ready(key)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
@@ -177,7 +178,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
     def lease_for_copy(self, key: ExpertKey, used: bool) -> None:
         """For as long as any other lease."""
-        pool = self.ledger.pool_of[key.block]
+        pool = self.ledger.slots.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, ThreadCaller(len(self.callers))), [])
         before = copy.deepcopy(vars(self.ledger.counters))
         with self.monitor.transition():
@@ -198,7 +199,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
         with self.monitor.transition():
-            self.ledger.loads.warm(self.ledger.pool_of[block], [ExpertKey(block, expert) for expert in experts])
+            self.ledger.loads.warm(self.ledger.slots.pool_of[block], [ExpertKey(block, expert) for expert in experts])
 
     # -- clients in other processes -----------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class LedgerMachine(RuleBasedStateMachine):
             evictions = self.ledger.counters.evictions
             load = self.ledger.loads.take()
         if load is not None:
-            if load.is_warmup:
+            if load.purpose is Purpose.WARMUP:
                 assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
                 assert self.ledger.counters.evictions == evictions, "and of the slots"
             self.reading.append(load)
@@ -336,7 +337,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counters.useful + counters.late + counters.wasted <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
-        is_for_demands = any(load.waiters or not load.is_prefetch for load in self.ledger.loads)
+        is_for_demands = any(load.is_for_demands for load in self.ledger.loads)
         for load in self.yielding:
             assert is_for_demands, "no loader sleeps that could go on"
             assert not load.waiters
@@ -355,7 +356,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for key, slot, generation in self.seen:
             if self.directory.generation(slot) == generation:
                 assert content[slot] == key, "a proof that proves nothing"
-        for pool in self.ledger.pools.values():
+        for pool in self.ledger.slots.pools.values():
             slots = [load.slot for load in self.reading if load.pool is pool]
             assert len(set(slots)) == len(slots), "two loads into one slot"
 
@@ -383,8 +384,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for client in self.clients:
             assert client.session.outstanding == 0
             client.session.close()
-        for pool in self.ledger.pools.values():
-            assert not any(pool.pins(slot) for slot in range(pool.slot_count))
+        for pool in self.ledger.slots.pools.values():
+            assert not any(pool._pins)
             assert not pool.starved
         assert not list(self.ledger.loads)
         assert self.ledger.expire() is None, "no demand waits"

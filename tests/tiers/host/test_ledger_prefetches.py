@@ -38,7 +38,7 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     ledger.prefetch(4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.end(holder)
     assert ledger.loads.take() is None, "three slots could be had, but a demand is starved"
-    ledger.advance(starved)
+    ledger.next_leases(starved)
     load = ledger.loads.take()
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
@@ -213,7 +213,7 @@ def test_a_warm_up_that_yields_is_cancelled_when_a_demand_is_starved() -> None:
     assert ledger.loads.may_continue(load) is False
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
     assert ledger.loads.take() is None, "the slot is for the demand that is starved"
-    ledger.advance(starved)
+    ledger.next_leases(starved)
     assert starved.loads
 
 

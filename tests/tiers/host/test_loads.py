@@ -13,9 +13,10 @@ from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ClosedError, StoreReadError
-from moetier.tiers.host.demands import Demand, Load, Notifier, Pool, ThreadCaller, WaitingDemands
+from moetier.tiers.host.demands import Demand, Load, Pool, Purpose, ThreadCaller
 from moetier.tiers.host.loads import FairQueue, LoadLimits, Loads
 from moetier.tiers.host.prefetch import PrefetchQueue
+from moetier.tiers.host.waiting import Notifier, WaitingDemands
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
 from moetier.tiers.stats import TierCounters
@@ -52,7 +53,7 @@ class Tier:
             if key not in [load.key for load in self.loads]:
                 slot = self.pool.vacancy(key.block)
                 assert slot is not None
-                self.loads.begin(self.pool, key, slot, is_prefetch=False)
+                self.loads.begin(self.pool, key, slot)
             self.loads.join(demand, key)
         check_loads(self.loads)
         return demand
@@ -82,7 +83,7 @@ def test_callers_are_served_in_turn_and_each_load_once() -> None:
 def test_a_caller_that_did_not_wait_comes_first() -> None:
     pool = Tier().pool
     queue = FairQueue()
-    first, second, third = (Load(pool, key, 0, False, False, False) for key in (A, B, C))
+    first, second, third = (Load(pool, key, 0) for key in (A, B, C))
     queue.add("busy", first)
     assert queue.pop() is first
     queue.add("busy", second)
@@ -185,7 +186,7 @@ def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
     tier.loads.complete(tier.take())
     for key in keys(1, 0, 1, 2, 3):
         load = tier.take()
-        assert (load.key, load.is_warmup) == (key, True)
+        assert (load.key, load.purpose) == (key, Purpose.WARMUP)
         tier.loads.complete(load)
     assert tier.counters.warmed == 4
     assert tier.loads.take() is None

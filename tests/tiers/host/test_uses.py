@@ -8,7 +8,7 @@ from stores import keys
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.host.demands import Pool
+from moetier.tiers.host.demands import Pool, Purpose
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.host.uses import Uses
 from moetier.tiers.layout import ExpertKey
@@ -36,7 +36,7 @@ class Tier:
         self.pool.complete_fill(slot)
 
     def prefetched(self, key: ExpertKey) -> None:
-        self.prefetches.begin(key, is_warmup=False)
+        self.prefetches.begin(key, Purpose.PREFETCH)
         self.prefetches.complete(key)
 
 
@@ -87,5 +87,5 @@ def test_uses_of_all_callers_are_counted() -> None:
     tier.uses.note_uses(0, [0, 1])
     tier.uses.note_client_uses([ExpertKey(0, 1)])
     tier.uses.note_copy_uses(keys(0, 1, 6))
-    assert tier.uses.counts == {(0, 0): 1, (0, 1): 3, (0, 6): 1}
+    assert tier.uses.counts() == {(0, 0): 1, (0, 1): 3, (0, 6): 1}
     assert tier.counters.hits == 3, "those of the tier above are hits of that tier"

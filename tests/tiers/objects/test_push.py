@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import tracemalloc
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from faults import flip_bit
-from object_servers import moto_bucket, served_bucket, served_folder, weed_bucket
+from object_servers import moto_bucket, served_bucket, silent, weed_bucket
 from stores import make_store, read_records, without_table
 
 from moetier.tiers.errors import (
     ChecksumError,
     ConfigError,
-    StoreError,
     StoreFormatError,
     StoreReadError,
     TargetError,
@@ -26,21 +24,16 @@ from moetier.tiers.errors import (
 from moetier.tiers.objects import client
 from moetier.tiers.objects import push as module
 from moetier.tiers.objects.cache import CachedStore
-from moetier.tiers.objects.cache_folder import Advance, fetch, folder_of, outline
+from moetier.tiers.objects.cache_folder import fetch, outline
 from moetier.tiers.objects.client import Objects
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.folder import CACHE, GROUP, METADATA, read_manifest
+from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
 from moetier.tiers.store.reader import ExpertStore
 
 pytest.importorskip("obstore")
 
 ARRAY = f"{GROUP}/records/{METADATA}"
-
-
-@contextmanager
-def silent(_: int) -> Iterator[Advance]:
-    yield lambda count: None
 
 
 @pytest.fixture(params=["file", "moto", "weed"])
@@ -121,29 +114,6 @@ def test_a_push_resumes_and_writes_its_manifest_last(tmp_path: Path, monkeypatch
     push(tmp_path / "two", address, silent, overwrite=True)
     with ExpertStore.open(tmp_path / "there") as there, ExpertStore.open(tmp_path / "two") as two:
         assert read_records(there) == read_records(two)
-
-
-def test_a_damaged_trunk_is_refused_and_not_kept(tinymix_4bit: Path, tmp_path: Path) -> None:
-    address = f"file://{tmp_path / 'there'}"
-    push(tinymix_4bit, address, silent)
-    trunk = next((tmp_path / "there").glob("trunk-*"))
-    flip_bit(trunk, -100)
-    with pytest.raises(ChecksumError, match=trunk.name):
-        fetch(address, tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("trunk-*"))
-    flip_bit(trunk, -100)
-    assert (fetch(address, tmp_path / "cache") / trunk.name).read_bytes() == trunk.read_bytes()
-
-
-def test_a_trunk_that_an_interrupted_fetch_left_is_checked(tinymix_4bit: Path, tmp_path: Path) -> None:
-    address = f"file://{tmp_path / 'there'}"
-    push(tinymix_4bit, address, silent)
-    folder = fetch(address, tmp_path / "cache")
-    trunk = next(folder.glob("trunk-*"))
-    (folder / CACHE).unlink()
-    flip_bit(trunk, -100)
-    assert fetch(address, tmp_path / "cache") == folder
-    assert trunk.read_bytes() == (tinymix_4bit / trunk.name).read_bytes()
 
 
 def test_an_address_that_can_not_be_used_is_said() -> None:
@@ -236,93 +206,6 @@ def test_another_model_is_kept_where_it_can_not_be_listed(
         assert not server.puts
 
 
-def test_a_model_that_can_not_be_listed_is_fetched_by_usual_names(
-    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """S3 refuses what does not exist to those who may not list."""
-    shutil.copytree(tinymix_4bit, tmp_path / "bucket/model")
-    with served_bucket(tmp_path, monkeypatch) as server:
-        server.fault = lambda name: "" if (tmp_path / name).is_file() else "refused"
-        folder = fetch("s3://bucket/model", tmp_path / "one")
-        assert (folder / "tokenizer.json").read_bytes() == (tinymix_4bit / "tokenizer.json").read_bytes()
-        server.fault = lambda name: "refused" if name.endswith("tokenizer.json") else ""
-        with pytest.raises(StoreReadError, match=r"tokenizer\.json"):
-            fetch("s3://bucket/model", tmp_path / "two")
-
-
-def test_a_failed_listing_does_not_leave_a_cache_without_its_tokenizer(
-    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
-    (shutil.copytree(tinymix_4bit, tmp_path / "bucket/model") / "unusual.json").write_text("{}")
-    with served_bucket(tmp_path, monkeypatch) as server:
-        server.fault = lambda name: "error" if "list-type" in name else ""
-        with pytest.raises(StoreReadError, match="list of objects"):
-            fetch("s3://bucket/model", tmp_path / "cache")
-        server.fault = lambda name: "error" if "list-type" in name and "list-type" not in server.gets[-2] else ""
-        assert (fetch("s3://bucket/model", tmp_path / "cache") / "unusual.json").exists()
-
-
-def test_another_endpoint_has_another_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one")
-    one = folder_of("s3://bucket/model", tmp_path)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://two")
-    assert folder_of("s3://bucket/model", tmp_path) != one
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", ARRAY])
-def test_a_damaged_small_file_is_refused_and_not_kept(
-    name: str, tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    push(tinymix_4bit, f"file://{tmp_path}/bucket/model", silent)
-    with served_bucket(tmp_path, monkeypatch) as server:
-        for fault, said in (("altered", "other bytes than the manifest says"), ("page", "is a web page")):
-            server.gets.clear()
-            server.fault = lambda asked, fault=fault: fault if asked.endswith(f"/{name}") else ""  # type: ignore[misc]
-            with pytest.raises(StoreError, match=f"{name} at s3://bucket/model .* {said}") as error:
-                fetch("s3://bucket/model", tmp_path / "cache")
-            assert "Convert" not in error.value.fix
-            assert sum(asked.endswith(f"/{name}") for asked in server.gets) == 1 + client.RETRIES
-            assert not list((tmp_path / "cache").glob(f"*/*/{name}"))
-        server.fault = lambda asked: "" if server.fresh[-1] else "page"  # as a proxy does that keeps a wrong answer
-        assert (fetch("s3://bucket/model", tmp_path / "cache") / name).read_bytes() == (
-            tinymix_4bit / name
-        ).read_bytes()
-
-
-def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_again(
-    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    push(tinymix_4bit, f"file://{tmp_path / 'there'}", silent)
-    folder = fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache")
-    flip_bit(folder / "tokenizer.json", 100)
-    (folder / "config.json").unlink()
-    assert fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache") == folder
-    for name in ("tokenizer.json", "config.json"):
-        assert (folder / name).read_bytes() == (tinymix_4bit / name).read_bytes()
-    assert f"Files of {folder} are damaged, and are fetched again: config.json, tokenizer.json." in caplog.messages
-    caplog.clear()
-    fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache")
-    assert not caplog.messages
-
-
-def test_a_model_without_sums_is_used_with_a_warning(
-    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As other tools copy it, and earlier versions push it."""
-    with served_folder(tinymix_4bit) as server:
-        folder = fetch(server.address, tmp_path / "one")
-        assert (folder / "tokenizer.json").read_bytes() == (tinymix_4bit / "tokenizer.json").read_bytes()
-        assert f"{server.address} has no checksums of its config and tokenizer" in caplog.text
-        server.fault = lambda name: "page" if name == "tokenizer.json" else ""
-        with pytest.raises(StoreFormatError, match=r"tokenizer\.json at http.* is a web page"):
-            fetch(server.address, tmp_path / "two")
-        server.fault = lambda name: "altered" if name == "config.json" else ""
-        with pytest.raises(StoreFormatError, match=r"config\.json at http.* is not JSON"):
-            fetch(server.address, tmp_path / "two")
-
-
 def test_a_changed_small_file_is_pushed_with_its_sum(tinymix_4bit: Path, tmp_path: Path) -> None:
     """The model stays the same one. So does one that was pushed without sums."""
     address, changed = f"file://{tmp_path / 'there'}", shutil.copytree(tinymix_4bit, tmp_path / "changed")
@@ -332,25 +215,6 @@ def test_a_changed_small_file_is_pushed_with_its_sum(tinymix_4bit: Path, tmp_pat
     push(changed, address, silent)
     folder = fetch(address, tmp_path / "cache")
     assert (folder / "generation_config.json").read_text() == '{"top_k": 7}'
-
-
-def test_small_files_have_at_most_what_is_accepted_in_all(
-    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    most = (tinymix_4bit / "tokenizer.json").stat().st_size + 1000
-    push(tinymix_4bit, f"file://{tmp_path / 'there'}", silent)
-    monkeypatch.setattr("moetier.tiers.objects.small_files.MAX_SMALL_BYTES", most)
-    with served_folder(tinymix_4bit) as server:  # one that does not list
-        with pytest.raises(StoreReadError, match="the answer has more than"):
-            fetch(server.address, tmp_path / "one")
-        server.folder = tmp_path / "there"
-        server.gets.clear()
-        with pytest.raises(StoreFormatError, match=r"http.* has .* small files with "):
-            fetch(server.address, tmp_path / "two")
-        assert {*server.gets} == {module.MANIFEST}, "said by their sums"
-    with pytest.raises(StoreFormatError, match=rf"{tinymix_4bit} has .* small files with .* more than"):
-        push(tinymix_4bit, f"file://{tmp_path / 'elsewhere'}", silent)
-    assert not [*(tmp_path / "elsewhere").rglob("*")], "nothing was uploaded"
 
 
 def test_what_does_not_belong_to_the_model_is_not_pushed(tmp_path: Path) -> None:
@@ -433,23 +297,6 @@ def test_an_old_cache_that_lost_a_changed_file_says_what_to_do(changed: Path, tm
     assert error.value.fix == f"Remove {folder}, and give the address of the model again."
     shutil.rmtree(folder)
     assert (fetch(address, tmp_path / "cache") / "generation_config.json").exists()
-
-
-def test_large_json_is_not_parsed(tinymix_4bit: Path, tmp_path: Path) -> None:
-    """It could take twenty times its size in memory."""
-    model = shutil.copytree(tinymix_4bit, tmp_path / "model")
-    (model / "tokenizer.json").write_text("[" + "[]," * (1 << 20) + "[]]\n")
-    with served_folder(model) as server:
-        tracemalloc.start()
-        try:
-            fetch(server.address, tmp_path / "one")
-            assert tracemalloc.get_traced_memory()[1] < 40 << 20
-        finally:
-            tracemalloc.stop()
-        for name, text in (("large", "{" + " " * (3 << 20)), ("small", '{"a": ')):
-            (model / "tokenizer.json").write_text(text)
-            with pytest.raises(StoreFormatError, match=r"tokenizer\.json at http.* is not JSON"):
-                fetch(server.address, tmp_path / name)
 
 
 def test_a_slow_upload_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

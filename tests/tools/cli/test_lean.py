@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,8 +25,6 @@ UNUSED = {
     *(("torch._prims",) if torch.__version__.startswith(TRIED) else ()),
 }
 MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
-
-LEAN = "from moetier.tools.cli.lean import lean_imports\nlean_imports().__enter__()\n"
 
 
 def run(code: str, *words: str, **variables: str) -> str:
@@ -47,23 +46,22 @@ print(*sys.modules)
 print(sum(Path(folder).parent.match("transformers/models") for folder in searched))
 from transformers.utils.import_utils import is_torch_distributed_available as has_distributed
 print(has_distributed(), type(sys.modules["torch._dynamo"]).__name__)
+import torch  # its compiler is there when it is used
+from transformers.masking_utils import TransformGetItemToIndex
+with TransformGetItemToIndex():
+    found = torch.vmap(lambda index: torch.arange(3)[index])(torch.tensor([2, 0]))
+print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)))
 """
+COMPILED = "[2, 0] False tensor([2.])"
 
 
 def test_generating_imports_and_keeps_little(tinymix_4bit: Path) -> None:
-    said, anonymous, modules, searched, found = run(GENERATE, str(tinymix_4bit)).splitlines()
+    said, anonymous, modules, searched, found, compiled = run(GENERATE, str(tinymix_4bit)).splitlines()
     assert UNUSED & set(modules.split()) == set()
     assert int(anonymous) < MOST
     assert 0 < int(searched) < 60, "of 560 folders of transformers"
     assert found == "False _StandIn"
-    assert json.loads(said)["text"] == text_of(tinymix_4bit)
-
-
-def test_a_command_works_with_it_off(tinymix_4bit: Path) -> None:
-    """It builds and loads the model as transformers does, and says the same."""
-    said, _, modules, _, found = run(GENERATE, str(tinymix_4bit), MOETIER_LEAN="0").splitlines()
-    assert "sympy" in modules.split()
-    assert found == "True module"
+    assert compiled == COMPILED
     assert json.loads(said)["text"] == text_of(tinymix_4bit)
 
 
@@ -75,10 +73,8 @@ def text_of(directory: Path) -> str:
     return text
 
 
-def test_transformers_has_all_its_names() -> None:
-    """They are in the same modules, and need the same libraries. transformers also guesses names of tokenizers that it
-    has not found."""
-    code = """
+# transformers also guesses names of tokenizers that it has not found
+NAMES = """
 import json, transformers
 for part in (transformers, transformers.models):
     print(*sorted(name for name in dir(part) if not name.startswith("_")))
@@ -86,31 +82,14 @@ for part in (transformers, transformers.models):
     print(json.dumps(part._class_to_module, sort_keys=True))
 for name in ("LlamaTokenizerFast", "CodeLlamaTokenizer", "LayoutXLMTokenizer", "Phi3Tokenizer", "no/name", 300 * "n"):
     print(getattr(transformers, name, None))
+print("END OF NAMES")
 """
-    assert run(LEAN + code) == run(code)
-
-
-def test_the_compiler_is_there_when_it_is_used() -> None:
-    code = """
-import sys
-from moetier.tools.cli.lean import lean_imports
-with lean_imports():
-    import transformers.modeling_utils
-    from transformers.masking_utils import TransformGetItemToIndex
-assert "sympy" not in sys.modules
-import torch
-with TransformGetItemToIndex():
-    found = torch.vmap(lambda index: torch.arange(3)[index])(torch.tensor([2, 0]))
-print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)))
-"""
-    assert run(code) == "[2, 0] False tensor([2.])\n"
-
-
 MADE = f"""
-import json, sys
+import sys
 sys.path.insert(0, {str(HELPERS)!r})
 from moetier.tools.cli.lean import lean_imports
 with lean_imports():
+    exec({NAMES!r})
     import torch
     from architectures import model_class, tiny_config
     made = {{}}
@@ -124,17 +103,35 @@ print(json.dumps(made))
 """
 
 
+class Lean(NamedTuple):
+    """What a process finds that has imported little."""
+
+    names: list[str]  # lines
+    made: dict[str, dict[str, str]]  # tensors of models by type and name
+
+
 @pytest.fixture(scope="module")
-def lean() -> dict[str, dict[str, str]]:
-    """Tensors of models by type and name, in a process that has imported little."""
-    found: dict[str, dict[str, str]] = json.loads(run(MADE, *sorted(REQUIRED | FURTHER)))
-    return found
+def lean() -> Lean:
+    names, _, rest = run(MADE, *sorted(REQUIRED | FURTHER)).partition("END OF NAMES\n")
+    return Lean(names.splitlines(), json.loads(rest))
+
+
+def test_with_it_off_a_command_works_and_transformers_has_the_same_names(tinymix_4bit: Path, lean: Lean) -> None:
+    """The command builds and loads the model as transformers does, and says the same. The names are in the same
+    modules, and need the same libraries."""
+    names, _, rest = run(NAMES + GENERATE, str(tinymix_4bit), MOETIER_LEAN="0").partition("END OF NAMES\n")
+    said, _, modules, _, found, compiled = rest.splitlines()
+    assert "sympy" in modules.split()
+    assert found == "True module"
+    assert compiled == COMPILED
+    assert json.loads(said)["text"] == text_of(tinymix_4bit)
+    assert names.splitlines() == lean.names
 
 
 @pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
-def test_models_are_made_alike(model_type: str, lean: dict[str, dict[str, str]]) -> None:
+def test_models_are_made_alike(model_type: str, lean: Lean) -> None:
     of = model_class(model_type)
     with torch.device("meta"):
         model = of._from_config(tiny_config(of.config_class))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert lean[model_type] == {name: f"{[*t.shape]} {t.dtype} {t.device}" for name, t in tensors.items()}
+    assert lean.made[model_type] == {name: f"{[*t.shape]} {t.dtype} {t.device}" for name, t in tensors.items()}

@@ -171,7 +171,7 @@ def test_what_can_not_work_ends_a_pipe(
 def test_ctrl_c_stops_between_layers_of_a_prefill_and_between_tokens_of_an_answer(endless: Path) -> None:
     """With signals, at a known place. What was computed by then serves the next answer."""
     model, tokenizer = moetier.load(endless, daemon=None)
-    with model.tiers, Engine(ModelRunner(model, 4), pages=4, most=1, chunk=8, context=200) as engine:
+    with model.tiers, Engine(ModelRunner(model, 4), pages=4, max_sequences=1, chunk=8, context=200) as engine:
         assert tokenizer is not None
         answering = Answering(model, tokenizer, engine, {"do_sample": False}, seed=0, is_plain=True)
         ids = tokenizer("What is the matter with you, that you say nothing of all this to anybody?")["input_ids"]

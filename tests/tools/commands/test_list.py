@@ -1,11 +1,13 @@
-"""moetier list says what was pulled, and what is incomplete."""
+"""moetier list says what was pulled, converted and linked, and what is incomplete or gone."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prepared import Prepared
@@ -33,6 +35,7 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert main(["list", "--json"]) == 0
     empty, cut, whole = json.loads(capsys.readouterr().out)
     assert (whole["name"], whole["bits"], whole["trunk_bits"], whole["complete"]) == (NAME, 4, 16, True)
+    assert (whole["type"], whole["origin"], whole["used_unix"]) == ("mixtral", "pulled", None)
     assert (whole["blocks"], whole["experts"], whole["revision"]) == (8, 64, "a" * 40)
     size = sum(path.stat().st_size for path in tinymix_there.rglob("*") if path.is_file())
     assert size <= whole["bytes"] < size * 1.2
@@ -41,11 +44,11 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite")
     assert main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "bits", "trunk", "size", "experts", "pulled"]
+    assert head.split() == ["name", "type", "bits", "trunk", "size", "experts", "made", "last", "use"]
     assert rows[0].endswith("incomplete: moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite replaces it")
     assert rows[1].endswith("incomplete: moetier pull acme/part '--fast?' resumes it")
     assert "8 x 8" in rows[2]
-    assert rows[2].split()[-1] == "complete"
+    assert rows[2].split()[-2:] == ["never", "pulled"]
     with pytest.raises(IncompleteStoreError, match="incomplete"):
         moetier.load("acme/part")
 
@@ -84,6 +87,46 @@ def test_list_while_a_conversion_ends(tinymix_there: Path, scripts: Prepared) ->
 
 def test_list_of_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    assert capsys.readouterr().out == f"There are no pulled models in {models}.\n"
+    assert str(models) in capsys.readouterr().out
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["list", "--json"]) == 0
+    return {model["name"]: model for model in json.loads(capsys.readouterr().out)}
+
+
+def test_converted_and_linked_models_have_names(
+    models: Path, tmp_path: Path, tinymix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(tinymix, tmp_path / "of mine"))
+    assert main(["convert", str(source), str(tmp_path / "tiny"), "--fast", "--trunk-bits", "8"]) == 0
+    assert "moetier generate tiny " in capsys.readouterr().err
+    assert main(["link", str(source)]) == 0
+    both = listed(capsys)
+    tiny, linked = both["tiny"], both["of-mine"]
+    assert [tiny[key] for key in ("origin", "type", "bits", "trunk_bits", "folder", "complete")] == [
+        *("converted", "mixtral", 4, 8, str(tmp_path / "tiny"), True)
+    ]
+    assert [linked[key] for key in ("origin", "type", "bits", "folder")] == ["linked", "mixtral", 16, str(source)]
+    assert linked["bytes"] == sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert main(["list"]) == 0
+    assert f"converted in {tmp_path / 'tiny'}" in capsys.readouterr().out
+    shutil.move(tmp_path / "tiny", tmp_path / "away")
+    gone = listed(capsys)["tiny"]
+    assert (gone["origin"], gone["complete"], gone["bytes"]) == (None, False, 0)
+    assert main(["list"]) == 0
+    assert f"{tmp_path / 'tiny'} is gone: moetier rm tiny forgets it" in capsys.readouterr().out
+
+
+def test_the_last_use_is_noted_outside_of_the_model(
+    models: Path, tinymix_there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in tinymix_there.rglob("*"))
+    assert listed(capsys)[NAME]["used_unix"] is None
+    with moetier.load(NAME, daemon=None):
+        pass
+    assert listed(capsys)[NAME]["used_unix"] == pytest.approx(time.time(), abs=300)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tinymix_there.rglob("*")) == before

@@ -15,6 +15,7 @@ from pulled_models import place
 from removals import IN_CHILD
 from terminals import Terminal
 
+from moetier.runtime.model.name_files import last_use, note_use, register_name, registered
 from moetier.runtime.model.names import pulled
 from moetier.tiers.store.folder import GROUP, METADATA, replacement_folder
 from moetier.tools.main import main
@@ -28,10 +29,10 @@ def test_rm_removes_all_that_is_named_or_nothing(models: Path, capsys: pytest.Ca
     assert main(["rm", "acme/b", "acme/c"]) == 1
     assert (
         capsys.readouterr().err
-        == "moetier: There is no pulled model acme/c.\n  Run moetier list to see the names of all pulled models.\n"
+        == "moetier: There is no model called acme/c.\n  Run moetier list to see the names of all models.\n"
     )
     assert main(["rm", "./acme/b"]) == 1
-    assert "There is no pulled model ./acme/b." in capsys.readouterr().err
+    assert "There is no model called ./acme/b." in capsys.readouterr().err
     assert main(["rm", "acme/a"]) == 1
     assert "Give one of them" in capsys.readouterr().err
     assert len(pulled()) == 3
@@ -177,3 +178,59 @@ def test_rm_that_is_killed_leaves_nothing_without_a_name(models: Path, scripts: 
         assert (killed, again) == (-9, 0), step
         assert not count or names == ["acme/a:4bit"], step
         assert not rest, step
+
+
+@pytest.fixture
+def converted(models: Path, tmp_path: Path) -> Path:
+    """Return a model directory outside of the folder of pulled models, as far as its name needs it."""
+    folder = tmp_path / "own" / "tiny"
+    (folder / GROUP / "records").mkdir(parents=True)
+    (folder / GROUP / METADATA).write_text("{}")
+    (folder / "config.json").write_text("{}")
+    assert register_name(folder) == "tiny"
+    return folder
+
+
+def test_rm_of_a_converted_model_keeps_what_is_not_of_moetier(
+    converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (converted / "notes" / "mine").mkdir(parents=True)
+    (note := converted / "notes" / "a.txt").write_text("mine")
+    assert main(["rm", "tiny"]) == 2, "there is no terminal to ask"
+    assert (converted / GROUP / METADATA).exists()
+    assert main(["rm", "tiny", "--yes"]) == 0
+    assert f"{note}: not of moetier, and not removed" in capsys.readouterr().out
+    assert list(converted.rglob("*")) == [note.parent, note]
+    assert registered() == {}
+
+
+def test_rm_of_a_converted_model_removes_its_folder(converted: Path, models: Path) -> None:
+    with Terminal("-m", "moetier.tools.main", "rm", "tiny", XDG_DATA_HOME=str(models.parents[1])) as terminal:
+        terminal.wait_for(rf"Remove tiny in {converted} \(.*\)\? \[y/N\] ")
+        terminal.type("y\n")
+        terminal.wait_for("tiny: removed")
+    assert not converted.exists()
+    assert converted.parent.exists()
+    assert registered() == {}
+
+
+def test_rm_follows_no_link_in_place_of_a_converted_model(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = converted.rename(converted.with_name("elsewhere"))
+    converted.symlink_to(elsewhere)
+    assert main(["rm", "tiny", "--yes"]) == 1
+    assert "leads through a link" in capsys.readouterr().err
+    assert (elsewhere / GROUP / METADATA).exists()
+
+
+def test_rm_forgets_what_is_gone_and_what_was_linked(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint := tmp_path / "checkpoint").mkdir()
+    assert register_name(checkpoint) == "checkpoint"
+    note_use("checkpoint")
+    shutil.rmtree(converted)
+    assert main(["rm", "tiny", "checkpoint"]) == 0
+    assert f"nothing was removed of {converted}, which is gone" in capsys.readouterr().out
+    assert checkpoint.exists()
+    assert registered() == {}
+    assert last_use("checkpoint") is None

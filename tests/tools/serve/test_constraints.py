@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field
 from readers import PATIENCE
 
 import moetier
+from moetier.tools.serve import constraints
 from moetier.tools.serve.app import application
 from moetier.tools.serve.parsing import form_of
 
@@ -187,6 +188,19 @@ def test_tools_whose_schema_is_not_known(ask: Ask) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]["message"].startswith("tools: f: llguidance can't use the grammar: ")
         assert said in answer.json()["error"]["message"]
+
+
+@of_one_kind
+def test_of_very_many_tools_schemas_are_not_tried_one_by_one(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraints, "MOST_TRIED", 2)
+    bad = tool("bad", {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}})
+    nothing = [tool(name, NOTHING) for name in "fgh"]
+    strict = [tool(name, NOTHING, strict=True) for name in "fgh"]
+    assert message_of(ask(scripted.TOOL, tools=[bad, *nothing]))["calls"] == [("f", {"a": 1})]
+    assert message_of(ask(scripted.TOOL, tools=[bad, *strict[:2]]))["calls"] == [("f", {})]
+    answer = ask(scripted.TOOL, tools=[bad, *strict])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("tools: more than 2 functions are strict, and can't be")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,9 @@ def test_keys_share_no_keys_and_values_and_have_metrics_of_their_own(tinymix_4bi
         refused = ask("a-key", max_tokens="x")  # its body would be refused
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert 0 < int(refused.headers["retry-after"]) <= 15
+        used = service.tally.used_tokens("Bert & Co")
+        several = ask("b-key", n=3).json()["usage"]["total_tokens"]
+        assert service.tally.used_tokens("Bert & Co") - used == several, "a prompt counts once, whatever its answers"
         while (last := ask("b-key")).status_code == 200:
             pass
         assert last.status_code == 429

@@ -85,6 +85,24 @@ def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
     assert turns.continued([*PROMPT, answered("", "call_2"), messages[-1]], render, tokenizer, 10_000) == []
 
 
+def test_results_that_a_template_renders_by_their_calls_are_not_changed() -> None:
+    """An answer is not replayed if the text behind it would be another one."""
+
+    def by_calls(messages: Sequence[Mapping[str, Any]]) -> str:
+        names = [call["name"] for message in messages for call in message.get("tool_calls", ())]
+        text = render([*messages])
+        return text.replace("<tool>", f"<tool {names[0] if names else None}>")
+
+    turns = Turns()
+    ids = sampled(turns, "It is:", Text("It is:"))
+    start = [*PROMPT, answered("It is:"), user("What?")]
+    sampled(turns, '<call {"name":  "clock"}>', called("call_1"), messages=start)
+    messages = [*start, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
+    continued = turns.continued(messages, by_calls, tokenizer, 10_000)
+    before, behind = by_calls(messages).split("It is:" + END)
+    assert continued == [*tokens(before), *ids, *tokens(behind)]
+
+
 def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
     turns = Turns()
     ids = sampled(turns, " Noon. \n", Text(" Noon."), Text(" \n"))

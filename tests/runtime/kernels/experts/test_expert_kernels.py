@@ -167,7 +167,7 @@ def test_records_in_the_coding_of_a_checkpoint(activation: Activation, number: i
     biases = tuple(Bias(f"{p.name}_bias", p.rows) for p in (up, down)) if bias else ()
     made = [coded(up, down, biases=biases, seed=seed) for seed in range(EXPERTS)]
     layout, records = made[0][0], [record for _, record in made]
-    assert ExpertKernels.fit(layout, activation)
+    assert ExpertKernels.can_compile(layout, activation)
     kernels = ExpertKernels(layout, activation, torch.float32, EXPERTS)
     counts = [1, 3, 1, 6, 1]
     x = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -236,14 +236,14 @@ def test_an_unknown_limit_is_not_overlooked() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     layout, _ = records_of(Activation())
-    assert ExpertKernels.fit(layout, Activation())
-    assert not ExpertKernels.fit(layout, Activation(gated=False))
+    assert ExpertKernels.can_compile(layout, Activation())
+    assert not ExpertKernels.can_compile(layout, Activation(gated=False))
     down = layout.projections[1]
     narrow = replace(layout, projections=(layout.projections[0], replace(down, rows=down.rows - 16)))
-    assert not ExpertKernels.fit(narrow, Activation())
+    assert not ExpertKernels.can_compile(narrow, Activation())
     biased, _ = records_of(Activation(), bias=True)
-    assert ExpertKernels.fit(biased, Activation())
-    assert not ExpertKernels.fit(replace(biased, biases=biased.biases[:1]), Activation())
+    assert ExpertKernels.can_compile(biased, Activation())
+    assert not ExpertKernels.can_compile(replace(biased, biases=biased.biases[:1]), Activation())
     ungated, _ = records_of(Activation("relu2", gated=False))
-    assert ExpertKernels.fit(ungated, Activation("relu2", gated=False))
-    assert not ExpertKernels.fit(ungated, Activation("relu2", interleaved=True, gated=False))
+    assert ExpertKernels.can_compile(ungated, Activation("relu2", gated=False))
+    assert not ExpertKernels.can_compile(ungated, Activation("relu2", interleaved=True, gated=False))

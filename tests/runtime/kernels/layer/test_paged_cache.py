@@ -8,8 +8,9 @@ import pytest
 import torch
 from architectures import tiny_model
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from moetier.runtime.engine.model_runner import windows_of
+from moetier.runtime.engine.model_runner import cache_layers
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS, PagedCache, PageMemory
@@ -27,7 +28,7 @@ def test_pages_hold_what_a_cache_holds(model_type: str, pages: list[int]) -> Non
     use_causal_attention(model)
     text = model.config.get_text_config(decoder=True)
     own: Any = DynamicCache(config=text)
-    paged = PagedCache(PageMemory(PAGES), windows_of(model))
+    paged = PagedCache(PageMemory(PAGES), cache_layers(model))
     ids, at = torch.randint(2, 250, (1, sum(PARTS)), generator=torch.Generator().manual_seed(0)), 0
     with torch.no_grad():
         for part in PARTS:
@@ -53,7 +54,7 @@ def test_a_page_is_copied_up_to_a_token() -> None:
 @pytest.mark.parametrize(("pages", "is_room"), [(CONSECUTIVE, True), (SCATTERED, False)])
 def test_compiled_layers_get_pages_that_are_consecutive(pages: list[int], is_room: bool) -> None:
     memory = PageMemory(PAGES)
-    cache = PagedCache(memory, [None, 16])
+    cache = PagedCache(memory, [DynamicLayer(), DynamicSlidingWindowLayer(16)])
     keys = torch.randn(1, 2, 100, 16)
     cache.move(pages, 0)
     for number, layer in enumerate(cache.layers):

@@ -1,0 +1,301 @@
+"""The folder of pages on disk: their names, and which of them are removed.
+
+A page's name is a digest of the name of the page before it and of its own token ids; the first pages follow a root,
+which is a digest of all else that keys and values depend on, and of the API key. So a page is found without an index,
+and one of another model, release or key is never found. The pages of a model are in a folder of their own, to be listed
+by model. Several processes may use a folder: files are renamed into it, and one that another process has removed counts
+as absent.
+
+A page's time of last use is its file's time of modification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import stat
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.ownership import private_fault
+from moetier.tiers.store.atomic import PARTIAL
+
+from .page_file import Buffers, DamagedPageError, Payload, read_page, write_page
+
+PAGE = ".page"  # suffix of pages
+MODEL = "model"  # name of the file with the model's name
+LEFT = 60.0  # seconds after which an unfinished file is removed, as its process has ended
+ROOM = 0.9  # share of the size that is left when pages are removed
+SWEEP = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
+STEP = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PageOptions:
+    """Where pages are kept on disk.
+
+    Attributes:
+        folder: the folder, for all models.
+        size: most bytes of all pages.
+        seconds: time after which a page that was not used is removed.
+    """
+
+    folder: Path
+    size: int
+    seconds: float
+
+
+class Entry(NamedTuple):
+    """A file in the folder."""
+
+    used: int  # time of last use, in ns
+    bytes: int
+    path: str
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder of pages if it is missing, and check that no other user can enter or replace it.
+
+    Raises ConfigError.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # whatever is there is checked below
+            folder.mkdir(mode=0o700)
+        fault = private_fault(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"The folder {folder} can't be used for keys and values: {error.strerror}.", "Name another folder."
+        ) from None
+    if fault is not None:
+        raise ConfigError(*fault)
+
+
+def entries(folder: Path) -> Iterator[Entry]:
+    """Yield all pages and unfinished files in the folder, for all models."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as models:
+        for model in models:
+            if model.is_dir(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError), os.scandir(model) as files:
+                    yield from filter(None, map(_entry, files))
+
+
+class ModelPages(NamedTuple):
+    """All pages of a model in a folder."""
+
+    name: str
+    files: int
+    bytes: int
+    used: int  # time at which the latest was used, in ns
+
+
+def models_in(folder: Path) -> list[ModelPages]:
+    """Return the models that have pages in a folder, the one that was used last first. Raises ConfigError."""
+    _check_exists(folder)
+    by_model = dict[Path, list[Entry]]()
+    for entry in entries(folder):
+        by_model.setdefault(Path(entry.path).parent, []).append(entry)
+    models = [
+        ModelPages(_name(place), len(files), sum(file.bytes for file in files), max(files).used)
+        for place, files in by_model.items()
+    ]
+    return sorted(models, key=lambda model: -model.used)
+
+
+def clear(folder: Path) -> tuple[int, int]:
+    """Remove all pages and unfinished files in a folder. Return their number, and their bytes. Raises ConfigError."""
+    _check_exists(folder)
+    removed = [entry for entry in entries(folder) if remove(entry.path)]
+    for place in {Path(entry.path).parent for entry in removed}:
+        remove(place / MODEL)
+        with contextlib.suppress(OSError):  # a server has just written a page
+            place.rmdir()
+    return len(removed), sum(entry.bytes for entry in removed)
+
+
+def _name(place: Path) -> str:
+    try:
+        return (place / MODEL).read_text(errors="replace")[:200]
+    except OSError:
+        return place.name
+
+
+def _check_exists(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}.", "Name the folder of --kv-cache-dir.")
+    open_folder(folder)
+
+
+def _entry(file: os.DirEntry[str]) -> Entry | None:
+    if not file.name.endswith((PAGE, PARTIAL)):
+        return None
+    try:
+        status = file.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return Entry(status.st_mtime_ns, status.st_size, file.path) if stat.S_ISREG(status.st_mode) else None
+
+
+def remove(path: str | Path) -> bool:
+    """Remove a file. Return whether that was possible."""
+    try:
+        os.unlink(path)  # noqa: PTH108 - of a str
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        _log.warning("%s can't be removed: %s", path, error.strerror)
+        return False
+    return True
+
+
+class PageFolder:
+    """The pages of one model in a folder. Thread-safe, but only one thread may write."""
+
+    def __init__(
+        self, options: PageOptions, model: str, binding: bytes, clock: Callable[[], int] = time.time_ns
+    ) -> None:
+        """Open the folder of ``options``.
+
+        Args:
+            options: where the pages are.
+            model: name of the model, for people.
+            binding: digest of all that keys and values depend on besides the tokens.
+            clock: returns the time in ns.
+
+        Raises ConfigError if the folder can't be used.
+        """
+        open_folder(options.folder)
+        self.options = options
+        self.damaged = 0  # number of files that were no pages, or not those that they should have been
+        self._folder = options.folder / binding.hex()[:16]
+        self._model = model
+        self._binding = binding
+        self._clock = clock
+        self._buffers = Buffers()
+        self._counting = threading.Lock()  # guards: ``damaged``
+        self._bytes: int | None = None  # of all pages, when they were counted, and those written since; None: unknown
+        self._unswept = 0  # bytes written since then
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    def root(self, key: bytes) -> bytes:
+        """Return the name that the first pages follow, for the digest of an API key."""
+        return hashlib.sha256(self._binding + hashlib.sha256(key).digest()).digest()
+
+    @staticmethod
+    def follow(name: bytes, tokens: Sequence[int]) -> bytes:
+        """Return the name of the page with ``tokens`` after the page ``name``."""
+        return hashlib.sha256(name + array("q", tokens).tobytes()).digest()
+
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    def has(self, name: bytes) -> bool:
+        """Return whether there is a file with the name of a page, which may be damaged or too old."""
+        return os.path.exists(self._path(name))  # noqa: PTH110 - called for each page of a prompt
+
+    def read(self, name: bytes, depth: int) -> tuple[Payload, mmap.mmap] | None:
+        """Read a page, and note that it was used. Return None if there is none. One that is damaged is removed.
+
+        The memory that is returned with it is given back by ``release``. ``depth`` is the page's number in its
+        sequence.
+        """
+        path = self._path(name)
+        try:
+            if self._is_old(path.stat().st_mtime_ns):
+                return None
+            page = read_page(path, name, self._buffers)
+        except FileNotFoundError:
+            return None
+        except (OSError, DamagedPageError) as error:
+            with self._counting:
+                self.damaged += 1
+            _log.warning("%s is not used, but computed again: %s", path, error)
+            if isinstance(error, DamagedPageError):
+                remove(path)
+            return None
+        self.touch(name, depth)
+        return page
+
+    def release(self, memory: mmap.mmap) -> None:
+        """Take back the memory of a page."""
+        self._buffers.release(memory)
+
+    def memory(self, size: int) -> mmap.mmap:
+        """Return memory for a file of ``size`` bytes, which ``release`` takes back."""
+        return self._buffers.take(size)
+
+    def touch(self, name: bytes, depth: int) -> None:
+        """Note that a page was used. ``depth`` is its number in its sequence."""
+        now = self._clock() - STEP * depth
+        with contextlib.suppress(OSError):
+            os.utime(self._path(name), ns=(now, now))
+
+    def write(
+        self,
+        name: bytes,
+        depth: int,
+        payload: Payload,
+        memory: mmap.mmap,
+        before_piece: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
+
+        ``depth`` is the page's number in its sequence.
+        Returns the size of the file. Raises OSError.
+        """
+        if self._bytes is None:
+            self.sweep()
+        if not self._folder.is_dir():
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            (self._folder / MODEL).touch(mode=0o600)
+            (self._folder / MODEL).write_text(self._model)
+        written = write_page(self._path(name), name, payload, memory, before_piece)
+        self.touch(name, depth)
+        assert self._bytes is not None
+        self._bytes += written
+        self._unswept += written
+        if self._bytes > self.options.size or self._unswept > SWEEP * self.options.size:
+            self.sweep()
+        return written
+
+    def sweep(self) -> None:
+        """Remove pages that are too old, unfinished files, and if there are too many bytes, those least recently used.
+
+        A file whose time is in the future, because the clock was set back, counts as used now.
+        """
+        now, kept = self._clock(), list[Entry]()
+        for entry in entries(self.options.folder):
+            is_unfinished = entry.path.endswith(PARTIAL)
+            if abs(now - entry.used) > LEFT * 1e9 if is_unfinished else self._is_old(entry.used):
+                remove(entry.path)
+                continue
+            if entry.used > now + LEFT * 1e9:
+                with contextlib.suppress(OSError):
+                    os.utime(entry.path, ns=(now, now))
+                entry = entry._replace(used=now)
+            kept.append(entry)
+        total = sum(entry.bytes for entry in kept)
+        if total > self.options.size:
+            for entry in sorted(kept):
+                if total <= ROOM * self.options.size:
+                    break
+                if remove(entry.path):
+                    total -= entry.bytes
+        self._bytes, self._unswept = total, 0
+
+    def _is_old(self, used: int) -> bool:
+        return self._clock() - used > self.options.seconds * 1e9
+
+    def _path(self, name: bytes) -> Path:
+        return self._folder / f"{name.hex()}{PAGE}"

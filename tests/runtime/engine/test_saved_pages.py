@@ -1,0 +1,291 @@
+"""With pages on disk, answers are the same: after restarts, evictions, faults and in any company."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from faults import flip_bit, mounted, remounted
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threads import wait_until
+from toy_runner import ToyRunner, answer_alone
+
+from moetier.runtime.engine import saved_pages
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
+from moetier.runtime.engine.saved_pages import SavedPages
+from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.tiers.disk_order import NO_ORDER, DiskOrder
+
+PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
+LONG = [at % 49 + 1 for at in range(400)]
+FULL = len(LONG) // PAGE_TOKENS * PAGE_TOKENS  # tokens in full pages: the last one has tokens of the answer, too
+
+
+@contextlib.contextmanager
+def engine_with(
+    place: Path,
+    *,
+    pages: int = 20,
+    binding: bytes = b"b" * 32,
+    size: int = 1 << 30,
+    keys: dict[str, bytes] | None = None,
+    order: DiskOrder = NO_ORDER,
+    runner: ToyRunner | None = None,
+    most: int = 3,
+) -> Iterator[Engine]:
+    runner = runner or ToyRunner()
+    saved = SavedPages(PageFolder(PageOptions(place, size, 1000.0), "toy", binding), runner, order, keys)
+    with Engine(runner, pages=pages, max_sequences=most, chunk=64, context=1000, saved=saved) as engine:
+        yield engine
+
+
+def answer(engine: Engine, ids: Sequence[int], most: int = 20, **options: object) -> tuple[list[int], int]:
+    """The new tokens, and how many tokens of the prompt were there."""
+    stream = engine.stream(Request(tuple(ids), most, **options))  # type: ignore[arg-type]
+    tokens = [*stream]
+    assert tokens == answer_alone([*ids], most, engine.context)
+    return tokens, stream.sequence.cached
+
+
+def written(engine: Engine, ids: Sequence[int]) -> list[int]:
+    """The new tokens, once all pages are on the disk."""
+    tokens, _ = answer(engine, ids)
+    wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+    return tokens
+
+
+def files(place: Path) -> list[Path]:
+    return sorted(Path(entry.path) for entry in entries(place))
+
+
+def test_a_turn_after_a_restart_computes_only_what_is_new(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        tokens, cached = answer(engine, LONG)
+        assert not cached
+    assert len(files(tmp_path)) == -(-(len(LONG) + len(tokens) - 1) // PAGE_TOKENS)
+    runner = ToyRunner()
+    with engine_with(tmp_path, runner=runner) as engine:
+        _, cached = answer(engine, [*LONG, *tokens, 5, 6], 1)
+        assert cached == len(LONG) + len(tokens) - 1, "the last token was sampled, but not computed"
+        assert runner.computed == 3
+        traffic = engine.saved.traffic()  # type: ignore[union-attr]
+        assert traffic.pages == len(files(tmp_path)) == 7
+        assert traffic.read_bytes == 32 * cached
+
+
+def test_memory_that_holds_one_conversation_serves_many(tmp_path: Path) -> None:
+    with engine_with(tmp_path, pages=8, most=1) as engine:
+        prompts = [[number, *LONG] for number in range(1, 7)]
+        answers = [written(engine, ids) for ids in prompts]
+        for ids, tokens in zip(prompts, answers, strict=True):
+            _, cached = answer(engine, [*ids, *tokens, 5, 6], 1)
+            assert cached == len(ids) + len(tokens) - 1
+
+
+def test_keys_share_nothing_and_are_known_by_their_digests(tmp_path: Path) -> None:
+    """A name that another key has got finds nothing; the same key under another name does."""
+    with engine_with(tmp_path, keys={"anna": b"1", "ben": b"2"}) as engine:
+        answer(engine, LONG, user="anna")
+    with engine_with(tmp_path, keys={"anna": b"2", "carl": b"1"}) as engine:
+        assert answer(engine, LONG, user="anna")[1] == 0
+        assert answer(engine, LONG, user="carl")[1] == FULL
+        assert answer(engine, LONG, user="")[1] == 0
+
+
+def test_pages_of_another_model_are_not_found(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    with engine_with(tmp_path, binding=b"c" * 32) as engine:
+        assert answer(engine, LONG)[1] == 0
+
+
+def test_what_is_cut_short_by_a_damaged_page_is_computed(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    by_time = sorted(files(tmp_path), key=lambda path: -path.stat().st_mtime_ns)  # the first page is the latest
+    flip_bit(by_time[3], 5000)
+    with engine_with(tmp_path) as engine:
+        assert answer(engine, LONG)[1] == 3 * PAGE_TOKENS
+        assert engine.saved.traffic().damaged == 1  # type: ignore[union-attr]
+    with engine_with(tmp_path) as engine:
+        assert answer(engine, LONG)[1] == FULL, "it was written again"
+
+
+def test_only_turns_that_have_got_an_answer_are_written(tmp_path: Path) -> None:
+    with engine_with(tmp_path, runner=ToyRunner(fails_after=200)) as engine:
+        stream = engine.stream(Request(tuple(LONG), 5))
+        with pytest.raises(OSError, match="a disk failed"):
+            next(iter(stream))
+        assert stream.sequence.finish is Finish.FAILED
+    assert not files(tmp_path)
+
+
+def test_scores_of_a_prompt_are_computed_though_pages_are_there(tmp_path: Path) -> None:
+    for _ in range(2):
+        with engine_with(tmp_path) as engine:
+            assert answer(engine, LONG[:100], 1, logprobs=0, scores_prompt=True)[1] == 0
+
+
+@given(
+    runs=st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 90), st.booleans()), min_size=1, max_size=5),
+            st.integers(4, 9),
+            st.integers(0, 10_000),
+        ),
+        min_size=2,
+        max_size=4,
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_no_restart_and_no_fault_changes_an_answer(
+    runs: list[tuple[list[tuple[list[int], int, bool]], int, int]],
+) -> None:
+    """In each run, requests that are computed together, some of them cancelled; after it, a file is damaged."""
+    place = Path(tempfile.mkdtemp())
+    try:
+        for requests, pages, damage in runs:
+            with engine_with(place, pages=pages, size=12 * 8192) as engine:
+                streams = [engine.stream(Request(tuple(ids), most)) for ids, most, _ in requests]
+                for stream, (ids, most, is_cancelled) in zip(streams, requests, strict=True):
+                    if is_cancelled:
+                        stream.sequence.cancel()
+                    expected = answer_alone(ids, most, engine.context)
+                    tokens = [*stream]
+                    assert tokens == (expected[: len(tokens)] if is_cancelled else expected)
+                assert not engine.sequences
+            if there := files(place):
+                path = there[damage % len(there)]
+                flip_bit(path, damage % path.stat().st_size)
+    finally:
+        shutil.rmtree(place)
+
+
+class Waiting:
+    """An order in which no page is read before ``may_read`` is set, and none written before ``may_write``."""
+
+    def __init__(self) -> None:
+        self.may_read, self.may_write, self.asked = threading.Event(), threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def reading_page(self) -> Iterator[None]:
+        self.asked.set()
+        assert self.may_read.wait(20)
+        yield
+
+    def wait_to_write(self) -> None:
+        assert self.may_write.wait(20)
+
+
+def test_others_are_computed_while_pages_are_read(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    order = Waiting()
+    order.may_write.set()
+    with engine_with(tmp_path, order=order) as engine:
+        first = iter(engine.stream(Request((5, 6, 7), 900)))
+        next(first)
+        slow = engine.stream(Request(tuple(LONG), 3))
+        assert order.asked.wait(20)
+        begun = [next(first) for _ in range(20)]
+        assert slow.sequence.began is None
+        order.may_read.set()
+        assert [*slow] == answer_alone(LONG, 3, 1000)
+        assert slow.sequence.cached == FULL
+        assert [*begun, *first] == answer_alone([5, 6, 7], 900, 1000)[1:]
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "cancelled"])
+def test_reading_ends_if_nothing_wants_it(tmp_path: Path, is_closed: bool) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    order = Waiting()
+    order.may_write.set()
+    with engine_with(tmp_path, order=order) as engine:
+        ended = threading.Event()
+        sequence = engine.submit(Request(tuple(LONG), 3), lambda _: None, lambda _: ended.set())
+        assert order.asked.wait(20)
+        if is_closed:
+            threading.Timer(0.2, order.may_read.set).start()
+        else:
+            sequence.cancel()
+            assert ended.wait(20)
+            order.may_read.set()
+            assert answer(engine, LONG)[1] == FULL
+    assert sequence.finish is Finish.CANCELLED
+
+
+def test_a_page_that_is_evicted_before_it_is_written_is_lost(tmp_path: Path) -> None:
+    order = Waiting()
+    order.may_read.set()
+    with engine_with(tmp_path, pages=8, order=order, most=1) as engine:
+        for number in range(1, 5):
+            answer(engine, [number, *LONG])
+        order.may_write.set()
+    with engine_with(tmp_path) as engine:
+        found = [answer(engine, [number, *LONG])[1] for number in range(1, 5)]
+        assert found[3] == FULL, "the last one was still there"
+        assert found[1] < PAGE_TOKENS
+
+
+def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved_pages, "RATE", 7 * 8192)
+    with engine_with(tmp_path) as engine:
+        begin = time.monotonic()
+        answer(engine, LONG)
+        wait_until(lambda: len(files(tmp_path)) == 7)
+        assert time.monotonic() - begin > 0.8, "they take a second, but for the pause after the last one"
+
+
+def test_a_full_disk_changes_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "mode=700,size=40k") as disk:
+        for _ in range(2):
+            with engine_with(disk / "pages") as engine:
+                answer(engine, LONG)
+        assert "No space left" in caplog.text
+        assert not [path for path in files(disk) if path.suffix != ".page"]
+
+
+def test_a_read_only_disk_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "mode=700") as disk:
+        with engine_with(disk / "pages") as engine:
+            answer(engine, LONG)
+        with remounted(disk, "ro"), engine_with(disk / "pages") as engine:
+            assert answer(engine, LONG)[1] == FULL
+            answer(engine, [3, *LONG])
+        assert "Read-only" in caplog.text
+
+
+def test_two_engines_share_a_folder(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as one, engine_with(tmp_path) as other:
+        for number, engine in enumerate((one, other, one, other)):
+            tokens = written(engine, [number % 2 + 1, *LONG])
+        assert answer(one, [2, *LONG, *tokens, 5])[1] == len(LONG) + len(tokens)
+        assert answer(other, [1, *LONG])[1] == FULL
+
+
+def test_a_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
+    with engine_with(tmp_path / "pages") as engine:
+        written(engine, LONG)
+        for path in files(tmp_path / "pages"):
+            path.unlink()
+        answer(engine, [*LONG, 5])
+    assert len(files(tmp_path / "pages")) == 7
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(3):
+        with engine_with(tmp_path) as engine:
+            answer(engine, LONG)
+    assert len([*Path("/proc/self/fd").iterdir()]) <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moetier-page")]

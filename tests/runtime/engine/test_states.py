@@ -1,0 +1,100 @@
+"""Models with states besides keys and values continue behind a snapshot, and give what they give without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from transformers import DynamicCache
+
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.model_runner import ModelRunner
+from moetier.runtime.engine.sequence import Request
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels.layer.attention import use_causal_attention
+
+GREEDY = {"do_sample": False}
+# in alphabetical order; the states of the first three are those of most large models
+HYBRIDS = {
+    "kimi_linear", "nemotron_h", "qwen3_next", "bailing_hybrid", "granitemoehybrid", "inkling", "inkling2",
+    "inkling2_loop", "lara_mini", "lfm2_moe", "qwen3_5_moe", "zaya",
+}  # fmt: skip
+WINDOWED = {"gpt_oss", "mixtral", "gemma4", "afmoe", "mimo_v2_flash"}
+LATER = {"inkling2_loop", "lara_mini"}  # transformers 5.23 has not got them
+QUICK = {"kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral"}
+TYPES = [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in sorted(HYBRIDS | WINDOWED)]
+FIRST, NEW, QUESTION = 150, 20, 40  # tokens of a prompt, its answer, and what follows it
+
+
+def small_model(model_type: str) -> Any:
+    model = tiny_model(model_type, torch.float32)
+    use_causal_attention(model)
+    return model
+
+
+def some(tokens: int, seed: int) -> list[int]:
+    return torch.randint(2, 250, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def logprobs_in_chunks(model: Any, ids: Ids[int], ends: Ids[int]) -> torch.Tensor:
+    """Compute ids with transformers' own cache, in parts with these ends. Returns [tokens, vocabulary]."""
+    cache, begin, logits = DynamicCache(config=model.config.get_text_config(decoder=True)), 0, list[torch.Tensor]()
+    with torch.no_grad():
+        for end in ends:
+            part = torch.tensor([ids[begin:end]])
+            positions = torch.arange(begin, end)[None]
+            outputs = model(input_ids=part, position_ids=positions, use_cache=True, **{CACHE: cache})
+            logits.append(outputs.logits[0])
+            begin = end
+    return torch.cat(logits).float().log_softmax(-1)
+
+
+class Recording(ModelRunner):
+    """Notes which tokens it computes."""
+
+    def __init__(self, model: Any, pages: int) -> None:
+        super().__init__(model, pages)
+        self.computed = list[tuple[int, int]]()
+        self.logits: torch.Tensor | None = None  # behind the last prompt
+
+    def run(self, tasks: Any, *others: Any) -> Any:
+        self.computed.append((tasks[0].begin, tasks[0].end))
+        found = super().run(tasks, *others)
+        if tasks[0].tokens > 1:
+            self.logits = found[0]
+        return found
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_second_turn_computes_only_what_is_new(model_type: str) -> None:
+    """It gives the tokens and the log probabilities of the whole prompt, as near as transformers' own chunks are."""
+    model = small_model(model_type)
+    runner = Recording(model, 60)
+    with Engine(runner, pages=60, max_sequences=1, chunk=100, context=1000) as engine:
+        prompt = some(FIRST, 1)
+        answer = [*engine.stream(Request(tuple(prompt), NEW, GREEDY))]
+        history = [*prompt, *answer]
+        second = [*history, *some(QUESTION, 2)]
+        runner.computed.clear()
+        stream = engine.stream(Request(tuple(second), NEW, GREEDY))
+        answers = [[*stream]]
+        assert stream.sequence.cached >= len(prompt), "it continues behind the first turn"
+        found, computed = runner.logits, [*runner.computed]
+        answers.append([*engine.stream(Request(tuple(second), NEW, GREEDY))])
+    cached = stream.sequence.cached
+    ends = [end for _, end in computed if end <= len(second)]
+    assert computed[0][0] == cached
+    assert sum(end - begin for begin, end in computed if end <= len(second)) == len(second) - cached
+    # as the whole prompt was computed: in the same chunks, a token at a time in the answer
+    all_ends = [100, FIRST, *range(FIRST + 1, cached + 1), *ends]
+    whole, chunks = (logprobs_in_chunks(model, second, parts)[-1] for parts in ([len(second)], all_ends))
+    assert found is not None
+    ours = found.float().log_softmax(-1)
+    assert (ours - whole).abs().max() <= (chunks - whole).abs().max() + 1e-5
+    own = model.generate(
+        torch.tensor([second]), attention_mask=torch.ones((1, len(second)), dtype=int), max_new_tokens=NEW, **GREEDY
+    )
+    assert answers == [own[0, len(second) :].tolist()] * 2

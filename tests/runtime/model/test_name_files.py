@@ -1,0 +1,76 @@
+"""Names of converted and linked models, which lie in a folder of the user."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moetier.runtime.model.name_files import forget_name, register_name, registered
+from moetier.runtime.model.names import checkpoint_or_model, model_directory, note_use_of
+from moetier.tiers.errors import NotFoundError
+from moetier.tools.main import main
+
+
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def test_a_model_has_one_name_and_a_name_one_model(models: Path, tmp_path: Path) -> None:
+    first, second = folder(tmp_path / "a" / "tiny"), folder(tmp_path / "b" / "tiny")
+    assert [register_name(path) for path in (first, second, first, second)] == ["tiny", "tiny-2", "tiny", "tiny-2"]
+    assert registered() == {"tiny": first, "tiny-2": second}
+    shutil.rmtree(first)
+    assert register_name(folder(tmp_path / "c" / "tiny")) == "tiny", "the name of a model that is gone"
+    assert registered()["tiny"] == tmp_path / "c" / "tiny"
+    forget_name("tiny")
+    assert list(registered()) == ["tiny-2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("we ird: model", "we-ird-model"), (".hidden", "hidden"), ("---", "model"), ("ü.gguf", "ü")]
+)
+def test_names_are_those_of_folders_and_of_files_as_far_as_they_can_be(
+    models: Path, tmp_path: Path, name: str, given: str
+) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert register_name(tmp_path / name) == given
+    assert model_directory(given) == tmp_path / name
+
+
+def test_a_name_is_resolved_wherever_a_model_is_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = folder(tmp_path / "tiny")
+    register_name(tiny)
+    assert model_directory("tiny") == tiny
+    assert checkpoint_or_model("tiny") == str(tiny)  # of plan and quality
+    assert checkpoint_or_model("tony") == "tony"  # may be an id of the hub
+    tiny.rmdir()
+    with pytest.raises(NotFoundError, match="which is gone") as caught:
+        model_directory("tiny")
+    assert caught.value.fix.endswith("to forget the name: moetier rm tiny")
+    assert main(["inspect", "tine"]) == 1
+    assert "`moetier list` has tiny" in capsys.readouterr().err
+
+
+def test_pulled_models_keep_their_names(models: Path) -> None:
+    assert register_name(folder(models / "acme--a" / "4bit")) is None
+    assert registered() == {}
+
+
+def test_other_files_are_no_names(models: Path, tmp_path: Path) -> None:
+    names = folder(models.parent / "names")
+    (names / "file").write_text("")
+    (names / "bad\x1bname").symlink_to(tmp_path)
+    (names / "good").symlink_to(tmp_path)
+    assert registered() == {"good": tmp_path}
+
+
+def test_without_a_folder_that_can_be_written_there_are_no_names(tmp_path: Path) -> None:
+    """The tests' own $XDG_DATA_HOME is no folder."""
+    assert register_name(tmp_path) is None
+    assert registered() == {}
+    note_use_of(tmp_path)

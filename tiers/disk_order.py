@@ -1,0 +1,43 @@
+"""The order in which records of experts, and pages of keys and values, are read from and written to a disk.
+
+    1. reads of records for demands
+    2. reads of pages for a request that waits
+    3. reads of records for prefetches and the warm-up
+    4. writes of pages
+
+The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier`` is the DiskOrder
+of its process. Where a daemon reads the records, its clients can't know when, and use ``NO_ORDER``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class DiskOrder(Protocol):
+    """Says when pages are read and written. Thread-safe."""
+
+    def reading_page(self) -> AbstractContextManager[None]:
+        """Return a context manager in which a page is read.
+
+        It waits until no record is read for a demand, but not for long: the request would never begin. Meanwhile, and
+        until its end, no prefetch begins.
+        """
+
+    def wait_to_write(self) -> None:
+        """Wait until nothing is read. The caller then writes a small part of a page."""
+
+
+class _NoOrder:
+    """Never waits."""
+
+    def reading_page(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def wait_to_write(self) -> None:
+        pass
+
+
+NO_ORDER: DiskOrder = _NoOrder()

@@ -1,0 +1,21 @@
+"""``start_thread``, which starts every thread of this package but those of pools."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVarTuple
+
+Arguments = TypeVarTuple("Arguments")
+
+
+def start_thread(
+    name: str, run: Callable[[*Arguments], object], *arguments: *Arguments, daemon: bool = True
+) -> threading.Thread:
+    """Start a thread that calls ``run`` with ``arguments``, and return it.
+
+    With ``daemon``, the process can end without waiting for it. Raises RuntimeError if the system gives no thread.
+    """
+    thread = threading.Thread(target=run, args=arguments, name=name, daemon=daemon)
+    thread.start()
+    return thread
