@@ -50,6 +50,7 @@ class Image:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.volume = root.parent / "models"
         self.variables = {"PATH": "/opt/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LD_LIBRARY_PATH": "/opt/python/lib"}
         self.user = "root"
 
@@ -60,7 +61,7 @@ class Image:
             {f"mount -o remount,ro,bind {self.root}" if is_read_only else ""}
             mount -t proc proc {self.root}/proc
             mount -t tmpfs tmpfs {self.root}/tmp
-            mount --bind {self.root.parent}/models {self.root}/models
+            mount --bind {self.volume} {self.root}/models
             exec chroot {"--userspec=moetier " if self.user != "root" else ""}{self.root} sh -c "$1"
         """
         given = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_CERT_FILE"))}
@@ -78,7 +79,6 @@ class Image:
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     base = tmp_path_factory.mktemp("image")
     root = base / "root"
-    (base / "models").mkdir()
     subprocess.run(
         ["debootstrap", "--variant=minbase", "--include=ca-certificates", "stable", root],
         check=True,
@@ -94,6 +94,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
             shutil.copytree(path, root / path[1:], dirs_exist_ok=True)
     (root / "models").mkdir()
     made = Image(root)
+    made.volume.mkdir()
     python = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     for command in (f"{python} -m ensurepip", f"{python} -m venv /opt/venv"):
         done = made.run(command)
@@ -121,9 +122,7 @@ def test_the_image_is_built_and_works_read_only(image: Image) -> None:
                 image.user = rest
             case _:
                 assert name in ("VOLUME", "HEALTHCHECK", "ENTRYPOINT")
-    owner = (image.root / "models").stat()
-    os.chown(image.root.parent / "models", owner.st_uid, owner.st_gid)
-    assert owner.st_uid == 10001
+    assert image.volume.stat().st_uid == 10001
 
     done = image.run("touch /usr/anything", is_read_only=True)
     assert "Read-only file system" in done.stderr
