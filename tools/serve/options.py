@@ -9,12 +9,12 @@ from pathlib import Path
 
 from moetier.runtime.model import names as models
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import COUNT, MOST, Number
+from moetier.tiers.options import COUNT, MAX_COUNT, Number
 from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments
 
 from .keys import KEY
 
-QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
+QUEUE = Number(int, 0, MAX_COUNT, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 
 

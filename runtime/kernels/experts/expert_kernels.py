@@ -142,8 +142,8 @@ class OneToken:
 
     def find(self, experts: Sequence[int], residents: Residents) -> bool:
         """Look up the experts of a token. Return whether all their records are resident."""
-        wanted, lookup = array("q", experts), self._lookup
-        lookup[0], lookup[2], lookup[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
+        chosen, lookup = array("q", experts), self._lookup
+        lookup[0], lookup[2], lookup[3:10] = 0, chosen.buffer_info()[0], array("q", residents.numbers)
         self._proof[2] = residents.generations
         self._order[:] = array("q", sorted(range(self._top_k), key=experts.__getitem__))
         self._find.call_locked(lookup.buffer_info()[0])

@@ -141,17 +141,17 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
             except Exception:  # it needs other arguments: it stays as it is
                 return None
         for scale in Scale:  # each of them has to be compiled
-            if all(_agree(rms_norm(*given, scale), wanted) for given, wanted in trials):
+            if all(_agree(rms_norm(*given, scale), expected) for given, expected in trials):
                 return scale, eps
     return None
 
 
-def _agree(computed: Tensor | None, wanted: Tensor) -> bool:
-    if computed is None or computed.dtype != wanted.dtype:
+def _agree(computed: Tensor | None, expected: Tensor) -> bool:
+    if computed is None or computed.dtype != expected.dtype:
         return False
-    share, near = _EQUAL[wanted.dtype]
-    is_near = torch.allclose(computed, wanted, rtol=near, atol=near / 10)
-    return is_near and bool((computed == wanted).float().mean() >= share)
+    share, near = _EQUAL[expected.dtype]
+    is_near = torch.allclose(computed, expected, rtol=near, atol=near / 10)
+    return is_near and bool((computed == expected).float().mean() >= share)
 
 
 @functools.cache
