@@ -17,8 +17,8 @@ Locks are taken in this order. A thread that holds one of them takes only later 
     2. the lock of one Monitor. A thread in a transition of one tier begins none of another tier
     3. SlotViews._lock
     4. long locks, held while something is made, opened or computed: Merging._turn, checkpoint_store._lock,
-       RemoteStore._state, CachedStore._lock and _room, compute._computing, and emitter.compile_lock of compiled code,
-       which alone is taken while another of these is held
+       RemoteStore._state, CachedStore._lock and _keeping, compute._computing, and emitter.compile_lock of compiled
+       code, which alone is taken while another of these is held
     5. all other locks. They are held for a few statements, in which no lock is taken
 
 ``moetier.runtime`` lists all locks. The comment at a lock says "guards:", and names fields. Outside of ``__init__``
@@ -51,7 +51,7 @@ from .errors import ClosedError, MoetierError
 
 POLL_SECONDS = 0.05  # longest single wait: a signal that arrives just before a wait is handled only after the wait
 REENTRY_SECONDS = 0.5  # time after which a transition that waits for itself fails
-MOST_DEFERRED = 32  # largest number of deferred functions that wait for the next transition
+MAX_DEFERRED = 32  # largest number of deferred functions that wait for the next transition
 
 Owner = TypeVar("Owner")
 Result = TypeVar("Result")
@@ -191,11 +191,11 @@ class Monitor:
     def defer(self, work: Callable[[], None]) -> None:
         """Run ``work`` at the beginning of the next transition, which costs less than a transition of its own.
 
-        If more than MOST_DEFERRED functions wait for the next transition, all of them run now. If an exception
+        If more than MAX_DEFERRED functions wait for the next transition, all of them run now. If an exception
         interrupts the transition, the work may be lost.
         """
         self._deferred.append(work)
-        if len(self._deferred) > MOST_DEFERRED:
+        if len(self._deferred) > MAX_DEFERRED:
             self.run(lambda: None)
 
     def _begin(self) -> None:

@@ -40,7 +40,7 @@ class Number:
     @property
     def fix(self) -> str:
         """The advice about a number out of range."""
-        most = "2^31 - 1" if self.most == MOST else f"{self.most:,}"
+        most = "2^31 - 1" if self.most == MAX_COUNT else f"{self.most:,}"
         least = "a number greater than 0 and at most" if self.least == TINY else f"{self.least:,} to"
         return self.hint or f"Give {least} {most}."
 
@@ -50,9 +50,9 @@ class Number:
         return self.value_type.__name__
 
 
-MOST = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
+MAX_COUNT = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
 TINY = math.ulp(0.0)  # the least float above 0
-COUNT = Number(int, 1, MOST)
+COUNT = Number(int, 1, MAX_COUNT)
 SECONDS = Number(float, TINY, 86_400)
 
 

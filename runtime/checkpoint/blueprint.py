@@ -133,7 +133,7 @@ class Blueprint:
 
 
 def make_blueprint(
-    model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], wanted: Collection[str] = ()
+    model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], as_records: Collection[str] = ()
 ) -> Blueprint:
     """Make the blueprint of ``model``, which is on the meta device.
 
@@ -143,7 +143,7 @@ def make_blueprint(
         model: the model.
         dtype: the type in which it is loaded.
         tensors: a dictionary from names to the checkpoint's tensors.
-        wanted: paths of linear modules whose weights become records, where that is possible.
+        as_records: paths of linear modules whose weights become records, where that is possible.
 
     Raises:
         UnsupportedModelError: the experts have parameters that moetier does not know.
@@ -157,7 +157,7 @@ def make_blueprint(
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     # in the order in which transformers merges
     origins = _origins(sorted(tensors, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
-    sorting = _Sorting(model, dtype, tensors, origins, _loadable(wanted, mapping, state, model.base_model_prefix))
+    sorting = _Sorting(model, dtype, tensors, origins, _loadable(as_records, mapping, state, model.base_model_prefix))
     sorting.add_tied()
     for key in origins:
         sorting.add(key, state, parameters, dtypes)
@@ -300,13 +300,13 @@ def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple
         yield [name for of_pattern in sources.values() for name in of_pattern], _targets(key, converter)
 
 
-def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
-    """Return a dictionary from weights to the paths of the ``wanted`` modules whose weights may become records.
+def _loadable(as_records: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
+    """Return a dictionary from weights to the paths of the ``as_records`` modules whose weights may become records.
 
     A weight may become a record only if transformers, which renames a checkpoint's keys, keeps the record's key.
     """
-    records = {f"{path}{RECORD}": path for path in wanted}
-    others = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
+    records = {f"{path}{RECORD}": path for path in as_records}
+    others = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in as_records}}
     origins = _origins(list(records), mapping, others | dict.fromkeys(records, True), prefix)
     return {
         f"{records[key]}.weight": records[key]

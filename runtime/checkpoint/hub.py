@@ -188,8 +188,8 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
             getattr(exception, "response", None) for exception in causes
         )
         name = redacted(name)
-        wanted = f"{what} of {name}" if what is not None else f"a model with the id {name}"
-        cause = f"The hub did not give {wanted}" if answered else f"The hub could not be reached for {wanted}"
+        asked = f"{what} of {name}" if what is not None else f"a model with the id {name}"
+        cause = f"The hub did not give {asked}" if answered else f"The hub could not be reached for {asked}"
         if or_folder:
             cause += ", and there is no such folder"
         raise CheckpointError(f"{cause}: {reason}", fix) from redacted_error(error)

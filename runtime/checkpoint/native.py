@@ -101,10 +101,10 @@ def row_bytes_of(block: BlockBlueprint, section: Section) -> int:
 
 def check_shape(block: BlockBlueprint, name: str) -> None:
     """Raise CheckpointError unless a parameter of an expert has the same shape in this checkpoint and in the model."""
-    if (shape := parameter_shape(block, name)) != (wanted := block.parameters[name][0]):
+    if (shape := parameter_shape(block, name)) != (expected := block.parameters[name][0]):
         raise CheckpointError(
             f"{block.path}: {name} of an expert comes out as {list(shape)} from this checkpoint; the model has "
-            f"{list(wanted)}.",
+            f"{list(expected)}.",
             "Check that config.json belongs to these weights.",
         )
 

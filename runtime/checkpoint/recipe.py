@@ -114,10 +114,10 @@ class Recipe:
         return (parameter if expert is None else parameter[0]).detach()
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        wanted = self.model.get_parameter(self.parameter).shape
-        if shape != wanted:
+        expected = self.model.get_parameter(self.parameter).shape
+        if shape != expected:
             raise CheckpointError(
-                f"{self.parameter} has the shape {list(shape)} in this checkpoint, but {list(wanted)} in the model.",
+                f"{self.parameter} has the shape {list(shape)} in this checkpoint, but {list(expected)} in the model.",
                 "Check that config.json belongs to these weights.",
             )
 

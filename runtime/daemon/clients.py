@@ -156,8 +156,8 @@ class SessionCall:
                 self._session.note_uses(keys)
                 self._count(hits=len(keys))
             case "prefetch":
-                wanted = message.prefetch.requested
-                self._session.prefetch(wanted.block, self._keys(wanted))
+                requested = message.prefetch.requested
+                self._session.prefetch(requested.block, self._keys(requested))
             case _:  # a message of a later version
                 pass
 

@@ -261,8 +261,13 @@ def check(stored: Numbers, shape: Sequence[int | str], *dtypes: str) -> None:
 
     A name in ``shape``, such as "rows", stands for any size.
     """
-    wanted = [size if isinstance(name, str) else name for name, size in zip(shape, stored.shape, strict=False)]
-    if len(shape) != len(wanted) or tuple(wanted) != stored.shape or stored.dtype not in dtypes or 0 in stored.shape:
+    expected = [size if isinstance(name, str) else name for name, size in zip(shape, stored.shape, strict=False)]
+    if (
+        len(shape) != len(expected)
+        or tuple(expected) != stored.shape
+        or stored.dtype not in dtypes
+        or 0 in stored.shape
+    ):
         raise CheckpointError(
             f"{stored.name} is {stored.dtype} {list(stored.shape)}, not {' or '.join(dtypes)} "
             f"[{', '.join(map(str, shape))}].",

@@ -24,16 +24,16 @@ PLAIN_STOP = "\n\nUser:"  # where a model with this template begins to write the
 class Conversation:
     """Messages of a system, a user and an assistant, as transformers' chat templates take them.
 
-    A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``room`` tokens for an answer,
-    its oldest turns are left out until half of the context is free. So turns are seldom left out. At all other times, a
-    prompt begins with the previous prompt and its answer, whose keys and values are kept. The system prompt is never
-    left out, and ``messages`` keeps all turns.
+    A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``answer_tokens`` tokens for
+    an answer, its oldest turns are left out until half of the context is free. So turns are seldom left out. At all
+    other times, a prompt begins with the previous prompt and its answer, whose keys and values are kept. The system
+    prompt is never left out, and ``messages`` keeps all turns.
     """
 
-    def __init__(self, tokenizer: Any, *, system: str | None, context: int, room: int) -> None:
+    def __init__(self, tokenizer: Any, *, system: str | None, context: int, answer_tokens: int) -> None:
         self._tokenizer = tokenizer
         self.context = context
-        self._room = room
+        self._answer_tokens = answer_tokens
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []  # of the user and the assistant alternately
         self._out = 0  # number of turns, from the first on, that prompts leave out
@@ -61,7 +61,7 @@ class Conversation:
         """
         said: Message = {"role": "user", "content": text}
         out, ids = self._out, self._encode([*self._turns[self._out :], said])
-        if len(ids) + self._room > self.context:
+        if len(ids) + self._answer_tokens > self.context:
             while len(ids) > self.context // 2 and out < len(self._turns):
                 out += 2
                 ids = self._encode([*self._turns[out:], said])

@@ -10,7 +10,7 @@ from typing import Any
 from moetier.runtime.model.context import can_resume, counted, first_ids, longest_context
 from moetier.runtime.model.vocabulary import check_ids
 from moetier.tiers.errors import BudgetError, ConfigError
-from moetier.tiers.options import COUNT, MOST, TINY, Number, Option, named
+from moetier.tiers.options import COUNT, MAX_COUNT, TINY, Number, Option, named
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ SAMPLING = named(
         "generation_config.json)",
         group=GROUP,
         metavar="K",
-        numbers=Number(int, 0, MOST, "Give the number of tokens to choose from, or 0 for all tokens."),
+        numbers=Number(int, 0, MAX_COUNT, "Give the number of tokens to choose from, or 0 for all tokens."),
     ),
     top_p=Option(
         None,
@@ -172,11 +172,11 @@ def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") ->
             "answer together.",
             "Shorten it, or use a model with a longer context.",
         )
-    room = longest_prompt(model)
-    if room is not None and len(ids) > room:
+    longest = longest_prompt(model)
+    if longest is not None and len(ids) > longest:
         raise BudgetError(
             f"{name} has {len(ids):,} tokens, which this model can only compute together. Memory has room for "
-            f"{room:,}.",
+            f"{longest:,}.",
             "Shorten it, free some memory, give experts less of it with `ram`, or reserve more with `prefill_chunk`.",
         )
     check_ids(model, tokenizer, ids, name)

@@ -313,9 +313,9 @@ def _misfit(error: Exception) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         loading_info = frame.f_locals.get("loading_info")
         if shapes := sorted(getattr(loading_info, "mismatched_keys", ())):
-            name, stored, wanted = shapes[0]
+            name, stored, expected = shapes[0]
             more = f", and {len(shapes) - 1} more do not fit" if shapes[1:] else ""
-            return f"{name} has shape {list(stored)}, and by config.json {list(wanted)}{more}"
+            return f"{name} has shape {list(stored)}, and by config.json {list(expected)}{more}"
         if failed := sorted(getattr(loading_info, "conversion_errors", {})):
             return f"the weights that {failed[0]} is made of do not fit together"
     return None

@@ -196,13 +196,13 @@ class MoetierQuantizer(HfQuantizer):
             number, block = blocks[path]
             layout = manifest.layout(number)
             stored = {p.name: p.shape for p in layout.projections} | {b.name: (b.size,) for b in layout.biases}
-            wanted = {
+            expected = {
                 name: tuple(p.shape[1:]) for name, p in parameters_of(module).items() if name in EXPERT_PARAMETERS
             }
-            if stored != wanted or block.experts != module.num_experts:
+            if stored != expected or block.experts != module.num_experts:
                 raise StoreFormatError(
                     f"{self._location}: {path} has {block.experts} experts of {stored} in the store, "
-                    f"and {module.num_experts} of {wanted} in {type(model).__name__}.",
+                    f"and {module.num_experts} of {expected} in {type(model).__name__}.",
                     "Check that config.json belongs to this store, or convert the model again.",
                 )
 

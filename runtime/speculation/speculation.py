@@ -26,7 +26,7 @@ from .controller import Controller
 from .predictor import Prediction, Ranking, Shortcuts
 
 # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
-MOST_TOKENS = 8
+MAX_TOKENS = 8
 JUDGED = 128  # number of latest predictions by which speculation may be rejected
 POOR = 0.1  # speculation is rejected if less than this share of the predicted experts was right
 
@@ -244,7 +244,7 @@ class Speculation:
         if self._is_poor:
             self._is_poor = False
             self._controller.reject()
-        counts = 0 < tokens <= MOST_TOKENS
+        counts = 0 < tokens <= MAX_TOKENS
         self._began = now if counts else 0.0
         self._step_tokens = tokens
         self._is_predicting = counts and self._controller.is_on

@@ -20,7 +20,7 @@ from .trace import NO_EXPERT, Trace
 Array = npt.NDArray[Any]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # ends a text whose last tokens are only a part of a character
-MOST_TOKENS = 4  # largest number of tokens of one character, as UTF-8 has at most 4 bytes a character
+MAX_TOKENS = 4  # largest number of tokens of one character, as UTF-8 has at most 4 bytes a character
 
 
 class Recorder(Closeable):
@@ -168,7 +168,7 @@ def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, ...]:
     before = begun = 0  # token_ids[before:begun] is context; its text is already in ``pieces``
     for end in range(1, len(token_ids) + 1):
         context, text = (_decode(tokenizer, token_ids[before:stop]) for stop in (begun, end))
-        if text.endswith(UNFINISHED) and end - begun < MOST_TOKENS and end < len(token_ids):
+        if text.endswith(UNFINISHED) and end - begun < MAX_TOKENS and end < len(token_ids):
             pieces.append("")
             continue
         pieces.append(text[len(context) :])

@@ -19,7 +19,7 @@ from moetier.tiers.store.atomic import write_durably
 
 NO_EXPERT = -1  # stands for "no expert"
 NONE_BYTE = 255  # the same in an array of bytes, which is used only if no block has an expert with this number
-MOST_EXPERTS = 2**15 - 1
+MAX_EXPERTS = 2**15 - 1
 
 Ints = npt.NDArray[np.int16]
 Halves = npt.NDArray[np.float16]
@@ -87,7 +87,7 @@ class Trace:
         ascend = all(a < b for a, b in itertools.pairwise(offsets))
         _require(ascend and offsets[:1] == (0,) and offsets[-1] == tokens, "offsets do not divide the tokens")
         _require(len(counts) == blocks, "num_experts does not have one number for each block")
-        _require(min(counts) > 0 and max(counts) <= MOST_EXPERTS, "num_experts is out of range")
+        _require(min(counts) > 0 and max(counts) <= MAX_EXPERTS, "num_experts is out of range")
         self._check_ids("experts", experts)
         self._check_shape("weights", experts.shape)
         self._check_shape("probabilities", (tokens, blocks, max(counts)))

@@ -17,7 +17,7 @@ from moetier.runtime.kernels.jit.team_code import (
     JOINED,
     LONGER,
     LONGEST_SPIN,
-    MOST_SHIFT,
+    MAX_SHIFT,
     NUMBER_SHIFT,
     OPEN,
     OPENED,
@@ -48,7 +48,7 @@ def run(function: int, context: int, workers: int) -> Thread:
 def open_job(function: int, context: int, workers: int) -> Thread:
     """Open a job that workers may join. Return whether some of them have to be woken for it."""
     number = ((yield Load(STATE)) >> NUMBER_SHIFT) + 1
-    state = number << NUMBER_SHIFT | workers << MOST_SHIFT | OPEN
+    state = number << NUMBER_SHIFT | workers << MAX_SHIFT | OPEN
     yield Store(FINISHED, 0)
     yield Store(CALLER_SLEEPS, 0)
     yield Store(JOB, function)
@@ -110,7 +110,7 @@ def work() -> Thread:
 
 def may_join(state: int, last: int) -> bool:
     """Return whether a worker may join a job."""
-    most = state >> MOST_SHIFT & 0xFFFF
+    most = state >> MAX_SHIFT & 0xFFFF
     return bool(state & OPEN) and state >> NUMBER_SHIFT != last and state & JOINED < most
 
 

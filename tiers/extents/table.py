@@ -215,8 +215,8 @@ def _block(value: Fields, manifest: Manifest, number: int, shards: tuple[Shard, 
     if (shard < 0).any() or (shard >= len(shards)).any():
         raise ValueError(f"{value.path}.places name a shard that is not listed")
     # negative if the file is too small
-    room = sizes[shard] - np.array([piece.file_bytes for piece in pieces], np.int64)
-    if (offset < 0).any() or (offset > room).any():
+    last = sizes[shard] - np.array([piece.file_bytes for piece in pieces], np.int64)
+    if (offset < 0).any() or (offset > last).any():
         raise ValueError(f"{value.path}.places lead out of a shard")
     return BlockExtents(tuple(pieces), places)
 

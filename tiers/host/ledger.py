@@ -99,6 +99,10 @@ class Ledger:
         """Return a snapshot of the counters and of the state of the slots."""
         return snapshot(self.counters, self.slots.pools.values())
 
+    def count_failure(self) -> None:
+        """Count a read that failed, but succeeded from another copy."""
+        self.counters.count(failures=1)
+
     # -- demands ------------------------------------------------------------------------------------------------------
 
     def demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
@@ -235,10 +239,10 @@ class Ledger:
         if self.prefetches.replace(self.slots.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
 
-    def warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
-        """Queue records for the warm-up: ``wanted`` has keys for each block. Raises the same errors as ``begin``."""
+    def warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
+        """Queue records for the warm-up: ``hottest`` has keys for each block. Raises the same errors as ``begin``."""
         self.check_open()
-        for pool, keys in zip(self.slots.pool_of, wanted, strict=True):
+        for pool, keys in zip(self.slots.pool_of, hottest, strict=True):
             self.loads.warm(pool, keys)
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from moetier.tiers.threads import start_thread
 from .demands import AsyncCaller, Event
 from .ledger import Ledger
 
-MOST_USES = 1024  # most uses that are noted in one transition: one message of another process may have a million
+MAX_USES = 1024  # most uses that are noted in one transition: one message of another process may have a million
 
 
 class Session(AsyncCaller):
@@ -100,8 +100,8 @@ class Session(AsyncCaller):
         """
         for key in keys:
             self._manifest.check_keys(key.block, (key,))
-        for at in range(0, len(keys), MOST_USES):
-            self._note_some_uses(keys[at : at + MOST_USES])
+        for at in range(0, len(keys), MAX_USES):
+            self._note_some_uses(keys[at : at + MAX_USES])
 
     @transition
     def _note_some_uses(self, keys: Sequence[ExpertKey]) -> None:

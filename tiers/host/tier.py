@@ -96,7 +96,7 @@ class HostTier(Closeable):
             self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
             # writable views, for the loaders
-            self._slots = [self._arena.slot(TierSlot(slot)) for slot in range(self.layout.slots)]
+            self._writable = [self._arena.slot(TierSlot(slot)) for slot in range(self.layout.slots)]
             # a read-only view of each slot; always the same objects, for which the device tier can cache tensors
             self._records = [self._arena.view(TierSlot(slot)) for slot in range(self.layout.slots)]
             self._residents: dict[int, Residents | None] = {}  # a dictionary from block to what ``residents`` returns
@@ -124,7 +124,7 @@ class HostTier(Closeable):
         """Read the record of a load into its slot, in a loader."""
         slot = load.pool.number(load.slot)
         self._arena.allocate(slot)
-        self._store.read_into(load.key, self._slots[slot], pause)
+        self._store.read_into(load.key, self._writable[slot], pause)
 
     def _run_or_condemn(self, run: Callable[[], None]) -> None:
         """Call ``run`` in a thread of the tier. If it raises, condemn the tier, as callers would wait for ever."""
@@ -261,8 +261,8 @@ class HostTier(Closeable):
         self._warm([hottest(block, quota) for block, quota in enumerate(self._ledger.slots.quotas())])
 
     @transition
-    def _warm(self, wanted: Sequence[Sequence[ExpertKey]]) -> None:
-        self._ledger.warm(wanted)
+    def _warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
+        self._ledger.warm(hottest)
 
     # -- pages of keys and values --------------------------------------------------------------------------------------
 
@@ -349,7 +349,7 @@ class HostTier(Closeable):
     @transition
     def _count_failure(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
-        self._ledger.counters.count(failures=1)
+        self._ledger.count_failure()
 
     @property
     def fault(self) -> StoreError | None:
@@ -375,7 +375,7 @@ class HostTier(Closeable):
                 self._close_ledger()
                 self._loaders.close()
                 self._timekeeper.close()
-            self._slots.clear()
+            self._writable.clear()
             self._records.clear()
             self._residents.clear()
 

@@ -32,7 +32,7 @@ EVERY = 300.0  # seconds between two writes of the file; a process that is kille
 FORMAT = 1  # version of the file's format
 # a use in an earlier run counts half after this many further uses, times the block's number of experts
 HOT_SET_HALF_LIFE = 512
-MOST_BYTES = 16 << 20  # size of the largest file that is read
+MAX_BYTES = 16 << 20  # size of the largest file that is read
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
     try:
         path = hot_set_path(digest)
         with _open(path) as stream:
-            return _parse(json.loads(stream.read(MOST_BYTES)), digest, experts)
+            return _parse(json.loads(stream.read(MAX_BYTES)), digest, experts)
     except FileNotFoundError:
         return HotSet()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:

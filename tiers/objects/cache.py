@@ -113,7 +113,7 @@ class CachedStore(WrapperStore):
         self._files.callback(times.close)
         self._files.callback(store.close)
         # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_full``. Notified when records are durable
-        self._room = threading.Condition()
+        self._keeping = threading.Condition()
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
@@ -186,7 +186,7 @@ class CachedStore(WrapperStore):
 
     def _is_waiting(self, key: ExpertKey, buffer: memoryview) -> bool:
         """Return whether a record waits to be written into its shard, and if so, copy it."""
-        with self._room:
+        with self._keeping:
             if (copy := self._arrived.get(key)) is None:
                 return False
             copy_bytes(as_bytes(buffer), copy)
@@ -249,8 +249,8 @@ class CachedStore(WrapperStore):
         Waits while too many wait for the disk, but not if it stalls, or a stopped process holds the lock: then the
         record is not kept.
         """
-        with self._room:
-            room = self._room.wait_for(
+        with self._keeping:
+            room = self._keeping.wait_for(
                 lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._full, self._timeout
             )
             self._timeout = ROOM_TIMEOUT if room else 0.0
@@ -266,10 +266,10 @@ class CachedStore(WrapperStore):
         try:
             copy_bytes(copy, view)  # without the lock, as other threads copy too
         except BaseException:
-            with self._room:
+            with self._keeping:
                 self._release(copy)
             raise
-        with self._room:
+        with self._keeping:
             if key in self._arrived:  # another thread has fetched it too
                 self._release(copy)
                 return
@@ -280,14 +280,14 @@ class CachedStore(WrapperStore):
             _log.error(NOT_KEPT, exc_info=error)
 
     def _release(self, copy: memoryview) -> None:
-        """Give back the memory of a copy. The caller holds ``_room``."""
+        """Give back the memory of a copy. The caller holds ``_keeping``."""
         self._waiting -= len(copy)
         self._buffers[len(copy)].append(copy)
-        self._room.notify_all()
+        self._keeping.notify_all()
 
     def _store_arrived(self) -> None:
         """Write the records that have arrived, sync them, set their entries, and evict others if there are too many."""
-        with self._room:
+        with self._keeping:
             arrived = dict(self._arrived)
         if not arrived:
             return
@@ -303,7 +303,7 @@ class CachedStore(WrapperStore):
         except TargetError as error:  # the records are not kept
             _log.info("%s", error.cause)
         except OSError as error:
-            with self._room:
+            with self._keeping:
                 self._full = True
             _log.warning(
                 "Records of %s are no longer kept in %s (%s): free some space, or set --store-cache-size.",
@@ -312,7 +312,7 @@ class CachedStore(WrapperStore):
                 error.strerror,
             )
         finally:
-            with self._room:
+            with self._keeping:
                 for key, copy in arrived.items():
                     del self._arrived[key]
                     self._release(copy)

@@ -104,14 +104,14 @@ def fetch(address: str, root: Path | None = None, limit: int | None = None, prog
         make_folders(folder / GROUP)
         with _locked(folder, address):
             if not (folder / CACHE).exists():
-                with _fetching(address) as source:
-                    _fetch_all(*source, folder, progress)
+                with _fetching(address, folder) as fetcher:
+                    fetcher.fetch_all(progress)
                 _write_cache(folder, address, limit)
                 return folder
             if damaged := _damaged(folder):
                 _log.warning("Files of %s are damaged, and are fetched again: %s.", folder, ", ".join(damaged))
-                with _fetching(address) as source:
-                    _fetch_again(*source, folder, damaged)
+                with _fetching(address, folder) as fetcher:
+                    fetcher.fetch_again(damaged)
             if limit not in (None, cache_of(folder)[1]):
                 _write_cache(folder, address, limit)
     return folder
@@ -151,9 +151,9 @@ def outline(address: str, root: Path | None = None) -> Path:
     temporary = tempfile.TemporaryDirectory(prefix="moetier-")
     _outlines.append(temporary)
     folder = Path(temporary.name) / folder.name
-    with disk_errors(folder), _fetching(address) as source:
+    with disk_errors(folder), _fetching(address, folder) as fetcher:
         make_folders(folder / GROUP)
-        _fetch_all(*source, folder, _silent, headers=True)
+        fetcher.fetch_all(_silent, headers=True)
         _write_cache(folder, address, None)
     return folder
 
@@ -174,8 +174,8 @@ def _write_cache(folder: Path, address: str, limit: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _fetching(address: str) -> Iterator[tuple[Objects, ThreadPoolExecutor]]:
-    """Yield the objects at an address, and a pool of threads that fetch them.
+def _fetching(address: str, folder: Path) -> Iterator[_Fetcher]:
+    """Yield a fetcher of the model at ``address``, which fetches into ``folder`` in threads of its own.
 
     The threads of the pool, and those that obstore starts in them, block all signals, as signals of a daemon must reach
     its main thread, which blocks them only later.
@@ -188,30 +188,95 @@ def _fetching(address: str) -> Iterator[tuple[Objects, ThreadPoolExecutor]]:
     )
     try:
         with pool.submit(Objects, address).result() as objects:
-            yield objects, pool
+            yield _Fetcher(objects, pool, folder)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _fetch_all(
-    objects: Objects, pool: ThreadPoolExecutor, folder: Path, progress: Progress, *, headers: bool = False
-) -> None:
-    """Fetch the manifest, small files and the trunk; with ``headers``, only the headers of the trunk's files.
+class _Fetcher:
+    """Fetches a model's objects into a folder, in the threads of a pool."""
 
-    Raises as ``fetch``.
-    """
+    def __init__(self, objects: Objects, pool: ThreadPoolExecutor, folder: Path) -> None:
+        self._objects, self._pool, self._folder = objects, pool, folder
 
-    def fetch_described(fresh: bool) -> tuple[bytes, Manifest]:  # both again, as a push may just be changing both
-        data, manifest = pool.submit(_read_manifest, objects, fresh).result()
-        fetch_small(objects, pool, folder, manifest, fresh=fresh)
-        return data, manifest
+    def fetch_all(self, progress: Progress, *, headers: bool = False) -> None:
+        """Fetch the manifest, small files and the trunk; with ``headers``, only the headers of the trunk's files.
 
-    data, manifest = until_right(fetch_described)
-    absent = {name: entry for name, entry in manifest.trunk.items() if not _is_there(folder / name, entry)}
-    with progress(sum(entry.bytes for entry in absent.values())) as advance:
-        for name, entry in absent.items():
-            (_fetch_header if headers else _fetch_trunk)(objects, pool, folder / name, entry, advance)
-    write_durably(folder / GROUP / FETCHED, data)
+        Raises as ``fetch``.
+        """
+
+        def fetch_described(fresh: bool) -> tuple[bytes, Manifest]:  # both again, as a push may just be changing both
+            data, manifest = self._pool.submit(_read_manifest, self._objects, fresh).result()
+            fetch_small(self._objects, self._pool, self._folder, manifest, fresh=fresh)
+            return data, manifest
+
+        data, manifest = until_right(fetch_described)
+        absent = {name: entry for name, entry in manifest.trunk.items() if not _is_there(self._folder / name, entry)}
+        with progress(sum(entry.bytes for entry in absent.values())) as advance:
+            for name, entry in absent.items():
+                (self._fetch_header if headers else self._fetch_trunk)(self._folder / name, entry, advance)
+        write_durably(self._folder / GROUP / FETCHED, data)
+
+    def fetch_again(self, names: Iterable[str]) -> None:
+        """Fetch small files that a cache has lost. Raises StoreError."""
+        manifest = read_manifest(self._folder / GROUP)
+        try:
+            until_right(
+                lambda fresh: fetch_small(self._objects, self._pool, self._folder, manifest, names, fresh=fresh)
+            )
+        except (ChecksumError, StoreFormatError, MissingExpertError) as error:
+            raise type(error)(
+                f"{error.cause} So {self._folder} is of an earlier push, or what came is damaged.",
+                f"Remove {self._folder}, and give the address of the model again.",
+            ) from error
+
+    def _fetch_trunk(self, path: Path, entry: FileSum, advance: Advance) -> None:
+        """Fetch a file of the trunk in parallel pieces, check it, and give it its name. Raises ChecksumError."""
+        partial_path = path.with_name(path.name + PARTIAL)
+
+        def read(fresh: bool) -> None:
+            self._fetch_pieces(path.name, partial_path, entry, (lambda count: None) if fresh else advance, fresh)
+            if not _is_there(partial_path, entry):
+                raise ChecksumError(f"{path.name} at {self._objects.where}: checksum mismatch.", DAMAGED)
+
+        try:
+            until_right(read)
+        except BaseException:
+            partial_path.unlink(missing_ok=True)  # it may have its whole size
+            raise
+        partial_path.rename(path)
+        sync_folder(path.parent)
+
+    def _fetch_pieces(self, name: str, path: Path, entry: FileSum, advance: Advance, fresh: bool) -> None:
+        """Write the object ``name`` to a new file, in parallel pieces. If it fails, the objects are closed."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(descriptor, 0, entry.bytes)
+
+            def fetch_piece(start: int) -> int:
+                view = memoryview(bytearray(min(READ_PIECE_BYTES, entry.bytes - start)))
+                self._objects.read(name, start, view, fresh=fresh)
+                write_all(descriptor, view, start)
+                return len(view)
+
+            pieces = [self._pool.submit(fetch_piece, start) for start in range(0, entry.bytes, READ_PIECE_BYTES)]
+            finish(self._objects, pieces, advance)  # none may write once the descriptor is closed
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _fetch_header(self, path: Path, entry: FileSum, _: Advance) -> None:
+        """Make a file of the trunk with its whole size and its header. The rest of it is a hole."""
+        first = memoryview(bytearray(min(HEADER_BYTES, entry.bytes)))
+        self._pool.submit(self._objects.read, path.name, 0, first).result()
+        end = min(8 + int.from_bytes(first[:8], "little"), 8 + MAX_HEADER_BYTES, entry.bytes)
+        rest = memoryview(bytearray(max(end - len(first), 0)))
+        if rest:
+            self._pool.submit(self._objects.read, path.name, len(first), rest).result()
+        with path.open("wb") as stream:
+            stream.write(first[:end])
+            stream.write(rest)
+            stream.truncate(entry.bytes)
 
 
 def _read_manifest(objects: Objects, fresh: bool) -> tuple[bytes, Manifest]:
@@ -239,18 +304,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _fetch_again(objects: Objects, pool: ThreadPoolExecutor, folder: Path, names: Iterable[str]) -> None:
-    """Fetch small files that a cache has lost. Raises StoreError."""
-    manifest = read_manifest(folder / GROUP)
-    try:
-        until_right(lambda fresh: fetch_small(objects, pool, folder, manifest, names, fresh=fresh))
-    except (ChecksumError, StoreFormatError, MissingExpertError) as error:
-        raise type(error)(
-            f"{error.cause} So {folder} is of an earlier push, or what came is damaged.",
-            f"Remove {folder}, and give the address of the model again.",
-        ) from error
-
-
 def _is_there(path: Path, entry: FileSum) -> bool:
     """Return whether a file of the trunk is there, with the right bytes."""
     try:
@@ -259,56 +312,3 @@ def _is_there(path: Path, entry: FileSum) -> bool:
     except (FileNotFoundError, ChecksumError):
         return False
     return True
-
-
-def _fetch_trunk(objects: Objects, pool: ThreadPoolExecutor, path: Path, entry: FileSum, advance: Advance) -> None:
-    """Fetch a file of the trunk in parallel pieces, check it, and give it its name. Raises ChecksumError."""
-    partial_path = path.with_name(path.name + PARTIAL)
-
-    def read(fresh: bool) -> None:
-        _fetch_pieces(objects, pool, path.name, partial_path, entry, (lambda count: None) if fresh else advance, fresh)
-        if not _is_there(partial_path, entry):
-            raise ChecksumError(f"{path.name} at {objects.where}: checksum mismatch.", DAMAGED)
-
-    try:
-        until_right(read)
-    except BaseException:
-        partial_path.unlink(missing_ok=True)  # it may have its whole size
-        raise
-    partial_path.rename(path)
-    sync_folder(path.parent)
-
-
-def _fetch_pieces(
-    objects: Objects, pool: ThreadPoolExecutor, name: str, path: Path, entry: FileSum, advance: Advance, fresh: bool
-) -> None:
-    """Write the object ``name`` to a new file, in parallel pieces. If it fails, ``objects`` is closed."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        os.posix_fallocate(descriptor, 0, entry.bytes)
-
-        def fetch_piece(start: int) -> int:
-            view = memoryview(bytearray(min(READ_PIECE_BYTES, entry.bytes - start)))
-            objects.read(name, start, view, fresh=fresh)
-            write_all(descriptor, view, start)
-            return len(view)
-
-        pieces = [pool.submit(fetch_piece, start) for start in range(0, entry.bytes, READ_PIECE_BYTES)]
-        finish(objects, pieces, advance)  # none may write once the descriptor is closed
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fetch_header(objects: Objects, pool: ThreadPoolExecutor, path: Path, entry: FileSum, _: Advance) -> None:
-    """Make a file of the trunk with its whole size and its header. The rest of it is a hole."""
-    first = memoryview(bytearray(min(HEADER_BYTES, entry.bytes)))
-    pool.submit(objects.read, path.name, 0, first).result()
-    end = min(8 + int.from_bytes(first[:8], "little"), 8 + MAX_HEADER_BYTES, entry.bytes)
-    rest = memoryview(bytearray(max(end - len(first), 0)))
-    if rest:
-        pool.submit(objects.read, path.name, len(first), rest).result()
-    with path.open("wb") as stream:
-        stream.write(first[:end])
-        stream.write(rest)
-        stream.truncate(entry.bytes)

@@ -58,11 +58,11 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
         small = [f"{GROUP}/{array}/{METADATA}" for array in manifest.layouts] + [*filter(is_small, names)]
         shards = [ShardFile.of(Path(GROUP), manifest, block).path.as_posix() for block in range(len(manifest.blocks))]
-        wanted = [*small, *manifest.trunk, *shards]
+        own_names = [*small, *manifest.trunk, *shards]
         data = _with_sums(directory, small)
-        stored = _begin(objects, objects.sizes(), data, wanted, overwrite)
-        sizes = {name: (directory / name).stat().st_size for name in wanted}
-        missing = [name for name in wanted if name in small or stored.get(name) != sizes[name]]
+        stored = _begin(objects, objects.sizes(), data, own_names, overwrite)
+        sizes = {name: (directory / name).stat().st_size for name in own_names}
+        missing = [name for name in own_names if name in small or stored.get(name) != sizes[name]]
         total = sum(sizes[name] for name in missing)
         with progress(total) as advance:
             for name in missing:
@@ -112,15 +112,16 @@ def _parted(data: bytes) -> tuple[Any, Any]:
 
 
 def _begin(
-    objects: Objects, sizes: dict[str, int] | None, manifest: bytes, wanted: Iterable[str], overwrite: bool
+    objects: Objects, sizes: dict[str, int] | None, manifest: bytes, own_names: Iterable[str], overwrite: bool
 ) -> dict[str, int]:
     """Begin or resume a push of a store. Return the sizes of its stored objects, which need not be written again.
 
     ``sizes``: sizes of all stored objects; None if they can't be listed.
 
-    Objects of another model with names in ``wanted`` are removed before PUSH is written, which names the model of the
-    objects. So are those that a former model has left, as a resumed push may be without ``overwrite``. If small files
-    will change, the manifest there loses its sums first, so that it agrees with the old files and with the new ones.
+    Objects of another model with names in ``own_names`` are removed before PUSH is written, which names the model of
+    the objects. So are those that a former model has left, as a resumed push may be without ``overwrite``. If small
+    files will change, the manifest there loses its sums first, so that it agrees with the old files and with the new
+    ones.
 
     Raises TargetExistsError if another model is there, unless it is to be replaced.
     """
@@ -149,24 +150,24 @@ def _begin(
                 "Choose another address, or replace it: moetier push --overwrite DIR ADDRESS",
             )
         if overwrite:
-            for leftover in _leftovers(sizes or {}, wanted):
+            for leftover in _leftovers(sizes or {}, own_names):
                 objects.delete(leftover)
         if is_same:
             return {} if overwrite and name == MANIFEST else sizes or {}
         objects.delete(name)
-    for name in wanted:
+    for name in own_names:
         if sizes is None or name in sizes:
             objects.delete(name)
     objects.put(PUSH, manifest)
     return {}
 
 
-def _leftovers(stored: Collection[str], wanted: Iterable[str]) -> set[str]:
+def _leftovers(stored: Collection[str], own_names: Iterable[str]) -> set[str]:
     """Return the names of objects that a former model has left: those that a model may have, and this one lacks.
 
     ``fetch`` would take small files among them, such as a chat template, for files of this model.
     """
-    others = set(stored) - {*wanted, MANIFEST, PUSH}
+    others = set(stored) - {*own_names, MANIFEST, PUSH}
     return {name for name in others if name.startswith(f"{GROUP}/") or TRUNK_NAME.fullmatch(name) or is_small(name)}
 
 

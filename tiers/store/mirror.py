@@ -177,10 +177,10 @@ class MirroredStore(WrapperStore):
 
     def _read_part(self, key: ExpertKey, used: set[_Copy], part: RecordPart, crc: int) -> int:
         """Read a part of a record, and add the copies from which it was read to ``used``. See ``ReadPart``."""
-        with self._queued(key, len(part.memory)) as shares:
-            used.update(copy for copy, _ in shares)
+        with self._queued(key, len(part.memory)) as portions:
+            used.update(copy for copy, _ in portions)
             reads, first = [], 0
-            for copy, length in shares:
+            for copy, length in portions:
                 for at, memory, payload in part.pieces(first, first + length):
                     read = partial(self._read, copy, key, at, memory)
                     reads.append(Read(copy.store.threads, read, payload))
@@ -189,19 +189,19 @@ class MirroredStore(WrapperStore):
 
     @contextlib.contextmanager
     def _queued(self, key: ExpertKey, length: int) -> Iterator[list[tuple[_Copy, int]]]:
-        """Yield the shares of ``_share``. They count as queued until the ``with`` block ends."""
+        """Yield the portions of ``_divide``. They count as queued until the ``with`` block ends."""
         with self._lock:
-            shares = self._share(key, length)
-            for copy, share in shares:
-                copy.queue(share)
+            portions = self._divide(key, length)
+            for copy, nbytes in portions:
+                copy.queue(nbytes)
         try:
-            yield shares
+            yield portions
         finally:
             with self._lock:
-                for copy, share in shares:
-                    copy.queue(-share)
+                for copy, nbytes in portions:
+                    copy.queue(-nbytes)
 
-    def _share(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
+    def _divide(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
         """Divide ``length`` bytes between the two copies that would finish first, so that both finish at the same time.
 
         Returns each copy with its number of bytes. If the second copy would get less than LEAST_BYTES, the first copy
@@ -213,7 +213,7 @@ class MirroredStore(WrapperStore):
         usable = [copy for copy in self._copies if copy.may_read(key, now)] or self._copies
         first, *others = sorted(usable, key=lambda copy: copy.seconds(length))
         stale = [copy for copy in others if copy.is_stale(now)]
-        shares = [(first, length)]
+        portions = [(first, length)]
         if others:
             second = (stale or others)[0]
             seconds = (first.queued + second.queued + length) / (first.rate + second.rate)
@@ -221,8 +221,8 @@ class MirroredStore(WrapperStore):
             if stale:
                 rest = min(max(rest, LEAST_BYTES), length)
             if rest >= LEAST_BYTES or stale:
-                shares = [(first, length - rest), (second, rest)]
-        return [(copy, share) for copy, share in shares if share]
+                portions = [(first, length - rest), (second, rest)]
+        return [(copy, nbytes) for copy, nbytes in portions if nbytes]
 
     def _read(self, copy: _Copy, key: ExpertKey, start: int, part: memoryview) -> None:
         """Read bytes of a record from one copy into ``part``, beginning ``start`` bytes after the start of the record.

@@ -101,12 +101,12 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
     misses = misses_of(routing, all_partitions(manifest, slots))[-measured:]
-    wanted = [[len(set(experts)) for experts in step] for step in routing[-measured:]]
+    used = [[len(set(experts)) for experts in step] for step in routing[-measured:]]
 
     def mean(counts: list[list[int]], sizes: list[int]) -> float:
         return sum(count * size for step in counts for count, size in zip(step, sizes, strict=True)) / len(counts)
 
-    return Need(missing=mean(misses, sizes), experts=mean(wanted, payloads), trunk=trunk)
+    return Need(missing=mean(misses, sizes), experts=mean(used, payloads), trunk=trunk)
 
 
 def rows_of(manifest: Manifest, routing: Routing, measured: int, tokens: int) -> int:
@@ -115,5 +115,5 @@ def rows_of(manifest: Manifest, routing: Routing, measured: int, tokens: int) ->
     The mean is over the last ``measured`` steps of ``routing``, which have ``tokens`` tokens each.
     """
     rows = measured * tokens * sum(block.top_k for block in manifest.blocks)
-    wanted = sum(len(set(experts)) for step in routing[-measured:] for experts in step)
-    return max(1, round(rows / wanted))
+    used = sum(len(set(experts)) for step in routing[-measured:] for experts in step)
+    return max(1, round(rows / used))

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         with Engine.of(model) as engine:
             context = engine.context
             conversation = Conversation(
-                tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
+                tokenizer, system=arguments.system, context=context, answer_tokens=min(most, context // ROOM)
             )
             answering = Answering(
                 model, tokenizer, engine, decoding, seed=arguments.seed, is_plain=conversation.is_plain

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.wire.address import CREDENTIALS
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import MOST, Number
+from moetier.tiers.options import MAX_COUNT, Number
 from moetier.tools.cli.arguments import add_credentials, asked, credentials
 from moetier.tools.cli.parser import UsageError, file_or_address
 
@@ -26,8 +26,8 @@ KINDS = (*OF_TRACES, "resident")
 ONLY = {"tokens": ("figure1",), "blocks": ("figure1",), "cached": ("figure1", "heatmap")}  # option -> its pictures
 ONLY |= {option.name: ("resident",) for option in CREDENTIALS.values()}
 FORMATS = (".png", ".svg")
-CACHED = Number(int, 0, MOST, "Give 0 to the number of experts in a block.")
-MOST_TOKENS = 200
+CACHED = Number(int, 0, MAX_COUNT, "Give 0 to the number of experts in a block.")
+MAX_TOKENS = 200
 FEW_TOKENS = 40
 
 
@@ -139,10 +139,10 @@ def _draw_trace(arguments: argparse.Namespace) -> Figure:
     match arguments.kind:
         case "figure1":
             tokens = range(min(FEW_TOKENS, trace.tokens)) if arguments.tokens is None else arguments.tokens
-            if tokens.stop > trace.tokens or len(tokens) > MOST_TOKENS:
+            if tokens.stop > trace.tokens or len(tokens) > MAX_TOKENS:
                 raise ConfigError(
                     f"Tokens {tokens.start} to {tokens.stop - 1} can't be drawn.",
-                    f"Choose from the trace's {trace.tokens:,} tokens, counted from 0, at most {MOST_TOKENS}.",
+                    f"Choose from the trace's {trace.tokens:,} tokens, counted from 0, at most {MAX_TOKENS}.",
                 )
             last = trace.block_count - 1
             blocks = arguments.blocks or sorted({0, last // 3, 2 * last // 3, last})

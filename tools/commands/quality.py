@@ -14,7 +14,7 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import TRUNK_BITS
-from moetier.tiers.options import MOST, Number
+from moetier.tiers.options import MAX_COUNT, Number
 from moetier.tools.cli.arguments import add_bits, add_resource_arguments, asked, numbers, resources_of
 from moetier.tools.cli.parser import UsageError, add_json, checked, source
 from moetier.tools.cli.report import table
@@ -29,7 +29,7 @@ EXAMPLES = (
     "moetier quality ./mixtral-4bit --text texts/ --json",
 )
 
-TOKENS = Number(int, 2, MOST, "Give 2 to 2^31 - 1: a perplexity needs at least two tokens.")
+TOKENS = Number(int, 2, MAX_COUNT, "Give 2 to 2^31 - 1: a perplexity needs at least two tokens.")
 METHODS = ("hqq", "rounding")
 WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # options whose combinations are measured
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import TIER_OPTIONS
 from moetier.tiers.errors import TargetError, TargetExistsError
-from moetier.tiers.options import MOST, Number
+from moetier.tiers.options import MAX_COUNT, Number
 from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import add_directory, add_json
@@ -20,7 +20,7 @@ from moetier.tools.traces.recording import read_prompts, record
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
 
-LAYERS = Number(int, 0, MOST, "Give 0 to 2^31 - 1; with 0, no predictions are recorded.")
+LAYERS = Number(int, 0, MAX_COUNT, "Give 0 to 2^31 - 1; with 0, no predictions are recorded.")
 EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 

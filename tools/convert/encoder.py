@@ -37,7 +37,7 @@ from moetier.tiers.quant.packing import band_bytes
 from .options import Options
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
-QUEUED_BYTES, MOST_QUEUED = 64 << 20, 32  # of finished records that wait for the disk; one may always wait
+QUEUED_BYTES, MAX_QUEUED = 64 << 20, 32  # of finished records that wait for the disk; one may always wait
 PIECE_WEIGHTS = 1 << 20  # of a trunk matrix, quantised by a worker in one call
 
 
@@ -77,8 +77,8 @@ class Encoder:
         most = options.workers or options.threads or usable_cpus()
         least = 1 if options.workers is None else most
         encoders = [cls(blueprint, manifest, workers, options.fast) for workers in range(most, least - 1, -1)]
-        room = min(available_memory().bytes, encoders[0].promised_bytes - INTERPRETER_BYTES)
-        return next((encoder for encoder in encoders if encoder.peak_bytes <= room), encoders[-1])
+        free = min(available_memory().bytes, encoders[0].promised_bytes - INTERPRETER_BYTES)
+        return next((encoder for encoder in encoders if encoder.peak_bytes <= free), encoders[-1])
 
     @property
     def peak_bytes(self) -> int:
@@ -139,7 +139,7 @@ class Encoder:
 
     def _slots(self, record_bytes: int) -> int:
         """Return how many records are in memory at any one time: one for each worker, and finished ones."""
-        return self.workers + max(1, min(MOST_QUEUED, QUEUED_BYTES // max(1, record_bytes)))
+        return self.workers + max(1, min(MAX_QUEUED, QUEUED_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
         """Return whether ``key`` may be encoded together with the keys ``ahead``.

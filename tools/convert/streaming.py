@@ -307,15 +307,15 @@ def open_on_hub(
     if not ignore_code:
         refuse_code(snapshot, config)
     build_on_meta(config, None)  # raises if it can't be converted, before weights are downloaded
-    wanted, named = weights_of(snapshot, config)
+    weight_files, named = weights_of(snapshot, config)
     commit = snapshot.name
     place = folder / commit
     local = {}  # by name: the path of a file on this machine, or of its sparse copy, which has the same header and size
-    for file in wanted:
+    for file in weight_files:
         path = shard_path(place, file)
         if (source := path if path.exists() else hub.cached(name, file, commit)) is not None:
             local[file] = source
-    files = _files(name, commit, wanted, local)
+    files = _files(name, commit, weight_files, local)
     headers = _headers(name, commit, files, local, place)
     places = {tensor: shard_path(place, file) for tensor, file in named.items()}
     tensors = gathered(headers, places, snapshot / INDEX)
@@ -332,18 +332,18 @@ def open_on_hub(
     return checkpoint, Download(name, commit, place, files, tensors, keep=keep)
 
 
-def _files(name: str, commit: str, wanted: Sequence[str], local: Mapping[str, Path]) -> dict[str, RemoteFile]:
-    if len(local) == len(wanted):
+def _files(name: str, commit: str, weight_files: Sequence[str], local: Mapping[str, Path]) -> dict[str, RemoteFile]:
+    if len(local) == len(weight_files):
         return {file: RemoteFile(path.stat().st_size, None) for file, path in local.items()}
     listing = hub.listing(name, commit)
-    missing = [file for file in wanted if file not in listing]
+    missing = [file for file in weight_files if file not in listing]
     if missing == [WEIGHTS]:
         raise without_weights(name, listing)
     if missing:
         raise CheckpointError(
             f"{name} lacks {some(missing)}, which its index names.", "Choose another --revision, or another model."
         )
-    return {file: listing[file] for file in wanted}
+    return {file: listing[file] for file in weight_files}
 
 
 def _headers(

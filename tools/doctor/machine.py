@@ -90,12 +90,12 @@ def python() -> Iterator[Finding]:
     """Check the operating system and the version of Python."""
     from packaging.specifiers import SpecifierSet
 
-    wanted = SpecifierSet(metadata("moetier")["Requires-Python"] or "")
+    required = SpecifierSet(metadata("moetier")["Requires-Python"] or "")
     text = f"{platform.python_version()} ({sys.executable}), Linux {platform.release()}"
     if sys.platform != "linux":
         yield fail("python", f"{platform.python_version()} on {sys.platform}", "Use Linux: moetier needs memfd.")
-    elif platform.python_version() not in wanted:
-        yield fail("python", text, f"Install Python {wanted}, and install moetier in it.")
+    elif platform.python_version() not in required:
+        yield fail("python", text, f"Install Python {required}, and install moetier in it.")
     else:
         yield ok("python", text)
 
@@ -109,21 +109,21 @@ def libraries() -> Iterator[Finding]:
 
     good, extras = [], dict[str, list[str]]()
     for text in requires("moetier") or []:
-        wanted = Requirement(text)
-        needed = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-        if not needed and _extra(wanted) is None:
+        required = Requirement(text)
+        needed = required.marker is None or required.marker.evaluate({"extra": ""})
+        if not needed and _extra(required) is None:
             continue
-        install = f'Install it: pip install "{wanted.name}{wanted.specifier}"'
-        if (installed := _version(wanted.name)) is None:
+        install = f'Install it: pip install "{required.name}{required.specifier}"'
+        if (installed := _version(required.name)) is None:
             if needed:
-                yield fail("libraries", f"{wanted.name} is missing.", install)
+                yield fail("libraries", f"{required.name} is missing.", install)
             else:
-                extras.setdefault(_extra(wanted) or "", []).append(wanted.name)
-        elif not wanted.specifier.contains(installed, prereleases=True):
+                extras.setdefault(_extra(required) or "", []).append(required.name)
+        elif not required.specifier.contains(installed, prereleases=True):
             say = fail if needed else warn
-            yield say("libraries", f"{wanted.name} is {installed}; moetier needs {wanted.specifier}.", install)
+            yield say("libraries", f"{required.name} is {installed}; moetier needs {required.specifier}.", install)
         elif needed:
-            good.append(f"{wanted.name} {installed}")
+            good.append(f"{required.name} {installed}")
     missing = "; ".join(f"{', '.join(names)} (the extra {extra})" for extra, names in extras.items())
     yield ok(
         "libraries",
@@ -272,11 +272,11 @@ def daemons() -> Iterator[Finding]:
             yield ok("daemons", what)
 
 
-def _extra(wanted: Requirement) -> str | None:
+def _extra(required: Requirement) -> str | None:
     """Return the extra of moetier that has the requirement, or None; extras for development do not count."""
     names = metadata("moetier").get_all("Provides-Extra") or []
     users = (name for name in names if name not in ("test", "dev", "release"))
-    return next((e for e in users if wanted.marker and wanted.marker.evaluate({"extra": e})), None)
+    return next((e for e in users if required.marker and required.marker.evaluate({"extra": e})), None)
 
 
 def _version(name: str) -> str | None:

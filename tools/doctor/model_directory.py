@@ -56,13 +56,13 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
         from moetier.runtime.config import TierConfig
         from moetier.runtime.devices.device import chosen_device
         from moetier.tools.plan.choices import open_choices
-        from moetier.tools.plan.fit import MachineRoom, fit_of
+        from moetier.tools.plan.fit import MachineResources, fit_of
 
         device = chosen_device("auto")
         model_choices = open_choices(directory)
     choice = next((candidate for candidate in model_choices.choices if candidate.as_it_is), model_choices.choices[0])
-    room = MachineRoom.measure(device, directory, left, 0)
-    fit = fit_of(model_choices, choice, TierConfig.of(), room, device.kernels())
+    resources = MachineResources.measure(device, directory, left, 0)
+    fit = fit_of(model_choices, choice, TierConfig.of(), resources, device.kernels())
     return fit, fit.needs.kv.context
 
 

@@ -138,9 +138,9 @@ def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[st
     for members, targets in destinations(model, names):
         target_shapes = [shapes[target] for target in targets if target in shapes]
         plain = len(members) == 1 and len(target_shapes) == 1
-        share = sum(map(math.prod, target_shapes)) // len(members)
+        numbers = sum(map(math.prod, target_shapes)) // len(members)
         for name in members:
-            shape = target_shapes[0] if plain else (share,)
+            shape = target_shapes[0] if plain else (numbers,)
             tensors[name] = StoredTensor(name, SPELLINGS[dtype], shape, Path(name), 0)
     return tensors
 

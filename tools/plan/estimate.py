@@ -29,7 +29,7 @@ from moetier.tools.cli.failure import as_options
 from moetier.tools.traces.simulation import all_partitions
 
 from .choices import Choice, ModelChoices
-from .fit import Fit, MachineRoom, memory_of
+from .fit import Fit, MachineResources, memory_of
 from .speeds import MachineRates, Speeds
 
 FILE = "hit_curves.json"
@@ -144,8 +144,8 @@ class Caching:
 
     def mean(self, manifest: Manifest) -> float:
         """Return the mean hit ratio over the lookups of a token."""
-        wanted = [block.top_k for block in manifest.blocks]
-        return sum(k * hit for k, hit in zip(wanted, self.hit_ratios, strict=True)) / sum(wanted)
+        used = [block.top_k for block in manifest.blocks]
+        return sum(k * hit for k, hit in zip(used, self.hit_ratios, strict=True)) / sum(used)
 
 
 def token_cost(choice: Choice, caching: Caching, rates: MachineRates, cache_bytes: int) -> tuple[Cost, float]:
@@ -183,12 +183,12 @@ def prompt_cost(choice: Choice, caching: Caching, rates: MachineRates, tokens: i
     overhead = (STEP_OPERATIONS + PROMPT_LAYER_OPERATIONS * choice.layers) * rates.operation
     for number, block in enumerate(choice.manifest.blocks):
         layout = choice.manifest.layout(number)
-        wanted = block.experts * (1 - (1 - block.top_k / block.experts) ** tokens)
-        disk += wanted * layout.slot_bytes / rates.disk.all
-        kernels += rates.seconds(wanted * layout.payload_bytes, choice.bits, tokens * block.top_k / wanted)
-        miss = PASSING_OPERATIONS if wanted > caching.slots[number] else MISS_OPERATIONS
-        overhead += (PROMPT_EXPERT_OPERATIONS + miss) * wanted * rates.operation
-        memory += wanted * layout.payload_bytes / rates.memory
+        used = block.experts * (1 - (1 - block.top_k / block.experts) ** tokens)
+        disk += used * layout.slot_bytes / rates.disk.all
+        kernels += rates.seconds(used * layout.payload_bytes, choice.bits, tokens * block.top_k / used)
+        miss = PASSING_OPERATIONS if used > caching.slots[number] else MISS_OPERATIONS
+        overhead += (PROMPT_EXPERT_OPERATIONS + miss) * used * rates.operation
+        memory += used * layout.payload_bytes / rates.memory
     return Cost(disk, kernels, overhead, memory, overlaps=True)
 
 
@@ -233,7 +233,7 @@ def estimate(
     model_choices: ModelChoices,
     fits: Sequence[Fit],
     best: Fit,
-    room: MachineRoom,
+    resources: MachineResources,
     speeds: Speeds,
     *,
     options: Sequence[str],
@@ -263,21 +263,21 @@ def estimate(
         "records": manifest.record_count,
         "context": best.needs.kv.context,
         "prompt_tokens": PROMPT_TOKENS,
-        "machine": _machine(room, speeds),
-        "choices": [_choice(model_choices, fit, room, speeds) for fit in fits],
-        "recommended": _recommended(model_choices, best, options, None if pulls else room.into),
+        "machine": _machine(resources, speeds),
+        "choices": [_choice(model_choices, fit, resources, speeds) for fit in fits],
+        "recommended": _recommended(model_choices, best, options, None if pulls else resources.into),
     }
 
 
-def _machine(room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
+def _machine(resources: MachineResources, speeds: Speeds) -> dict[str, Any]:
     return {
-        "memory_bytes": room.host.bytes,
-        "memory_limiter": room.host.limiter,
-        "idle_bytes": room.idle_bytes,
-        "device": str(room.device.torch_device),
-        "device_bytes": room.on_device.bytes if room.on_device else None,
-        "disk_folder": str(room.into.resolve()),
-        "disk_free_bytes": room.disk_free,
+        "memory_bytes": resources.host.bytes,
+        "memory_limiter": resources.host.limiter,
+        "idle_bytes": resources.idle_bytes,
+        "device": str(resources.device.torch_device),
+        "device_bytes": resources.on_device.bytes if resources.on_device else None,
+        "disk_folder": str(resources.into.resolve()),
+        "disk_free_bytes": resources.disk_free,
         "disk_by": speeds.disk_by,
         "workers": speeds.workers,
         "disk": asdict(speeds.disk),
@@ -286,7 +286,7 @@ def _machine(room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
     }
 
 
-def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Speeds) -> dict[str, Any]:
+def _choice(model_choices: ModelChoices, fit: Fit, resources: MachineResources, speeds: Speeds) -> dict[str, Any]:
     choice = fit.choice
     entry: dict[str, Any] = {
         "bits": choice.bits,
@@ -311,7 +311,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: MachineRoom, speeds: Sp
         "prefill_chunk": min(fit.needs.prefill.in_blocks or fit.needs.prefill.tokens, fit.needs.kv.context),
         "hit_ratio": caching.mean(choice.manifest),
         "hit_curve": caching.curve,
-        "memory": memory_of(fit, room),
+        "memory": memory_of(fit, resources),
         "decode": None,
         "prefill": None,
         "prompts": [],

@@ -31,7 +31,7 @@ LEAST_CONTEXT = 256  # shortest context, in tokens, that is tried if a longer on
 
 
 @dataclass(frozen=True)
-class MachineRoom:
+class MachineResources:
     """Free memory and disk of this machine, for a process that has already imported what a model needs."""
 
     host: Available
@@ -42,7 +42,7 @@ class MachineRoom:
     into: Path  # folder in which the model directory will be
 
     @classmethod
-    def measure(cls, device: ComputeDevice, into: Path, host: Available, idle_bytes: int) -> MachineRoom:
+    def measure(cls, device: ComputeDevice, into: Path, host: Available, idle_bytes: int) -> MachineResources:
         """Measure the free memory of ``device``, if it has any, and the free disk space of ``into``.
 
         ``host``: free memory of the host; ``idle_bytes``: memory of a process that has imported what a model needs.
@@ -86,27 +86,29 @@ class Fit:
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 
-def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: MachineRoom, kernels: Kernels) -> Fit:
+def fit_of(
+    model_choices: ModelChoices, choice: Choice, config: TierConfig, resources: MachineResources, kernels: Kernels
+) -> Fit:
     """Compute the slots and memory of a choice, with the budgets that loading it would use.
 
-    ``config``: the options that were given; ``kernels``: the kernels of ``room.device``. If disk or memory is too
+    ``config``: the options that were given; ``kernels``: the kernels of ``resources.device``. If disk or memory is too
     small, no error is raised: the error is the ``problem`` of the result.
     """
     manifest, model = choice.manifest, model_choices.model
-    trunk = 0 if room.device.has_memory else choice.trunk_bytes
-    free = room.host if room.on_device is None else _without(room.on_device, choice.trunk_bytes)
+    trunk = 0 if resources.device.has_memory else choice.trunk_bytes
+    free = resources.host if resources.on_device is None else _without(resources.on_device, choice.trunk_bytes)
     needs = Needs.of(model, manifest, config, kernels, available=free, trunk=trunk, matrices=choice.matrices)
-    memory = ModelMemory(manifest, config, room.device, needs)
+    memory = ModelMemory(manifest, config, resources.device, needs)
     slots: Mapping[str, int] = {}
-    device_slots, arena, problem, limited = None, 0, _disk_problem(model_choices, choice, room), room.host
+    device_slots, arena, problem, limited = None, 0, _disk_problem(model_choices, choice, resources), resources.host
     try:
-        slots = memory.host_slots(room.host)
-        if room.on_device is not None:
-            limited = room.on_device
+        slots = memory.host_slots(resources.host)
+        if resources.on_device is not None:
+            limited = resources.on_device
             device_slots = memory.device_slots(free)
         arena = ArenaLayout.of(manifest, slots).nbytes
     except BudgetError as error:
-        problem, slots = problem or _memory_problem(error, choice, memory.needs, config, limited, room), {}
+        problem, slots = problem or _memory_problem(error, choice, memory.needs, config, limited, resources), {}
     if problem:
         slots, device_slots = {}, None
     return Fit(choice, memory.needs, slots, device_slots, arena, problem)
@@ -116,23 +118,28 @@ def _without(available: Available, nbytes: int) -> Available:
     return replace(available, bytes=max(available.bytes - nbytes, 0))
 
 
-def _disk_problem(model_choices: ModelChoices, choice: Choice, room: MachineRoom) -> MoetierError | None:
+def _disk_problem(model_choices: ModelChoices, choice: Choice, resources: MachineResources) -> MoetierError | None:
     if (headers := model_choices.headers) is None or choice.as_it_is:
         return None
     needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
     if headers.on_hub:
         needed += model_choices.passing_bytes
         what = f"A model directory with {choice.options}, and files of the checkpoint during the conversion, take"
-    if needed <= room.disk_free:
+    if needed <= resources.disk_free:
         return None
     return DiskSpaceError(
-        f"{what} {format_bytes(needed)} in {room.into}; {format_bytes(room.disk_free)} are free.",
+        f"{what} {format_bytes(needed)} in {resources.into}; {format_bytes(resources.disk_free)} are free.",
         "Free some space, or name another disk with --into.",
     )
 
 
 def _memory_problem(
-    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, limited: Available, room: MachineRoom
+    error: BudgetError,
+    choice: Choice,
+    needs: Needs,
+    config: TierConfig,
+    limited: Available,
+    resources: MachineResources,
 ) -> BudgetError:
     """Return a BudgetError that counts all memory that is needed; ``error`` does not count the trunk.
 
@@ -143,7 +150,7 @@ def _memory_problem(
         return error
     least = smallest_budget(choice.manifest)
     experts = f"the experts that a token uses in a block ({format_bytes(least)})"
-    if room.on_device is not None and limited is room.host:
+    if resources.on_device is not None and limited is resources.host:
         needed = needed_bytes(least)
         what = f"{experts} need {format_bytes(needed)} of the host's memory"
     else:
@@ -152,7 +159,7 @@ def _memory_problem(
             f"the trunk ({format_bytes(choice.trunk_bytes)}), a context of {needs.kv.context} tokens "
             f"({format_bytes(needs.reserve)}) and {experts} need {format_bytes(needed)}"
         )
-    on_gpu = limited is room.on_device
+    on_gpu = limited is resources.on_device
     return BudgetError(
         f"With {choice.options}, {what}; {limited.limiter} leaves {format_bytes(limited.bytes)}.",
         "Free some memory of the GPU, or give --device cpu." if on_gpu else "Free some memory, or raise the limit.",
@@ -199,11 +206,11 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
         tried = replace(tried, context=max(tokens // 2, LEAST_CONTEXT))
 
 
-def memory_of(fit: Fit, room: MachineRoom) -> dict[str, Any]:
+def memory_of(fit: Fit, resources: MachineResources) -> dict[str, Any]:
     """Return the memory of a process that runs ``fit``, in bytes by part, once its context and its slots are full."""
-    on_host = not room.device.has_memory
+    on_host = not resources.device.has_memory
     parts = {
-        "idle_bytes": room.idle_bytes,
+        "idle_bytes": resources.idle_bytes,
         "trunk_bytes": fit.choice.trunk_bytes,
         "kv_cache_bytes": fit.needs.kv.nbytes,
         "computing_bytes": fit.needs.reserve - fit.needs.kv.nbytes,

@@ -63,7 +63,7 @@ def plan(
 
         from .choices import open_choices
         from .estimate import estimate
-        from .fit import Fit, MachineRoom, by_preference, fit_of, impossible
+        from .fit import Fit, MachineResources, by_preference, fit_of, impossible
         from .speeds import Speeds
 
     transformers.utils.logging.set_verbosity_error()
@@ -74,21 +74,21 @@ def plan(
             "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
             "Give --ram without --device-memory.",
         )
-    kernels, room = device.kernels(), MachineRoom.measure(device, place, memory_for_model(), resident_bytes())
+    kernels, machine = device.kernels(), MachineResources.measure(device, place, memory_for_model(), resident_bytes())
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
 
     def evaluate(tried: TierConfig) -> list[Fit]:
-        return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
+        return [fit_of(model_choices, choice, tried, machine, kernels) for choice in model_choices.choices]
 
     fits = [fit for fit in evaluate(config) if fit.choice in chosen]
     if not (working := by_preference(fits)):
         raise impossible(fits, evaluate, config)
     say("measuring this machine for some seconds")
     choices = [fit.choice for fit in working]
-    speeds = Speeds.measure(model_choices, choices, room, disk, config.threads or usable_cpus())
+    speeds = Speeds.measure(model_choices, choices, machine, disk, config.threads or usable_cpus())
     words = _words(resources)
-    forecast = estimate(model_choices, fits, working[0], room, speeds, options=words, pulls=pulls)
+    forecast = estimate(model_choices, fits, working[0], machine, speeds, options=words, pulls=pulls)
     cold = _cold_start(source, forecast, cache) if model_choices.headers is None else {"cold_start": None}
     return forecast | cold
 

@@ -25,7 +25,7 @@ from moetier.tools.rates.products import (
 from moetier.tools.rates.reads import DISK_SECONDS, GB, RandomReads
 
 from .choices import Choice, ModelChoices
-from .fit import MachineRoom
+from .fit import MachineResources
 
 LEAST_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
 FILE_BYTES = 256 << 20  # of the temporary file that is read if there is no other; less for a smaller model
@@ -68,7 +68,7 @@ class MachineRates:
         return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
 
     @classmethod
-    def measure(cls, disk: DiskRate, choices: Sequence[Choice], room: MachineRoom) -> MachineRates:
+    def measure(cls, disk: DiskRate, choices: Sequence[Choice], resources: MachineResources) -> MachineRates:
         """Measure all rates on the CPU except that of the disk, which is given.
 
         Products use matrices of the experts' shapes, with all numbers of bits of the experts and trunks in ``choices``.
@@ -77,7 +77,7 @@ class MachineRates:
 
         from moetier.runtime.devices.cpu import Cpu
 
-        nbytes = min(UNCACHED_BYTES, room.host.bytes // 4)  # more than caches hold, where memory allows
+        nbytes = min(UNCACHED_BYTES, resources.host.bytes // 4)  # more than caches hold, where memory allows
         memory, _ = memory_rate(nbytes)
         expert = next(iter(choices[0].manifest.layouts.values()))
         kernels = Cpu().kernels()
@@ -106,35 +106,42 @@ class Speeds:
 
     @classmethod
     def measure(
-        cls, model_choices: ModelChoices, choices: Sequence[Choice], room: MachineRoom, disk: float | None, workers: int
+        cls,
+        model_choices: ModelChoices,
+        choices: Sequence[Choice],
+        resources: MachineResources,
+        disk: float | None,
+        workers: int,
     ) -> Speeds:
         """Measure all speeds, for a few seconds. ``disk``: the disk's rate in GB/s; None to measure it."""
         if disk is None:
-            rate, by = _disk_rate(model_choices, choices, room)
+            rate, by = _disk_rate(model_choices, choices, resources)
         else:
             rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
-        rates = MachineRates.measure(rate, choices, room) if not room.device.has_memory else None
+        rates = MachineRates.measure(rate, choices, resources) if not resources.device.has_memory else None
         measured_choices = choices if model_choices.headers is not None else ()
         widths = {bits for choice in measured_choices for bits in (choice.bits, choice.trunk_bits)} - {16}
         return cls(rate, by, rates, quantising_rates(sorted(widths)), workers)
 
 
-def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: MachineRoom) -> tuple[DiskRate, str]:
+def _disk_rate(
+    model_choices: ModelChoices, choices: Sequence[Choice], resources: MachineResources
+) -> tuple[DiskRate, str]:
     """Measure the disk. Return its rate, and a text that says how it was measured.
 
     It reads records of a model directory. For a checkpoint, it reads the checkpoint's files if they are on the disk of
-    ``room.into``, or else a temporary file.
+    ``resources.into``, or else a temporary file.
     """
     block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), READ_PIECE_BYTES)
     with ExitStack() as stack:
         folder, headers = Path(model_choices.source), model_choices.headers
         if headers is None and not is_cache(folder / GROUP):
             reads, what = RandomReads.of_records(folder), "its records"
-        elif headers is not None and (files := _files_on(room.into, headers.checkpoint.tensors.values())):
+        elif headers is not None and (files := _files_on(resources.into, headers.checkpoint.tensors.values())):
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
-            size = probe_bytes(max(choice.disk_bytes for choice in choices), room.disk_free)
-            reads, what = stack.enter_context(RandomReads.of_new_file(room.into, size, block)), "a temporary file"
+            size = probe_bytes(max(choice.disk_bytes for choice in choices), resources.disk_free)
+            reads, what = stack.enter_context(RandomReads.of_new_file(resources.into, size, block)), "a temporary file"
         # during the first half, one read is in flight
         one, several = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))
         return DiskRate(one, several, LOADERS), f"{reads.by}, on {what}"

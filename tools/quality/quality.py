@@ -243,10 +243,10 @@ def loss(model: Any, ids: Tensor, chunk: int = WINDOW) -> Loss:
 def _nats(model: Any, window: Tensor, chunk: int) -> Iterator[float]:
     """Yield the loss in nats of each chunk of a window [tokens], whose first token is not predicted."""
     cache = None
-    for part, wanted in zip(torch.split(window, chunk), torch.split(window[1:], chunk), strict=False):
+    for part, targets in zip(torch.split(window, chunk), torch.split(window[1:], chunk), strict=False):
         output = model(part[None], **{CACHE: cache}, use_cache=chunk < len(window))
         cache = output.get(CACHE, None)
-        yield float(F.cross_entropy(output.logits[0, : len(wanted)].float(), wanted, reduction="sum"))
+        yield float(F.cross_entropy(output.logits[0, : len(targets)].float(), targets, reduction="sum"))
 
 
 Way = tuple[Bits, int | None, str | None, Bits, str]  # bits, group size, pairs, bits of the trunk, method

@@ -12,12 +12,12 @@ from moetier.runtime.config import Size
 from moetier.runtime.engine.page_folder import PageOptions, open_folder
 from moetier.runtime.model import names as models
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import COUNT, MOST, TINY, Number
+from moetier.tiers.options import COUNT, MAX_COUNT, TINY, Number
 from moetier.tools.cli.arguments import add_prefill_argument, add_speculation_arguments, size
 
 from .keys import KEY
 
-QUEUE = Number(int, 0, MOST, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
+QUEUE = Number(int, 0, MAX_COUNT, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
 DAY = 86_400.0  # seconds
 DAYS = Number(float, TINY, 36_500)
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")

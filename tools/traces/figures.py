@@ -24,7 +24,7 @@ from moetier.tools.cli.report import format_seconds
 from .simulation import SimulatedTier, demands_of, simulate
 
 BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
-MOST_WIDTH, MOST_HEIGHT = 16.0, 9.0  # inches
+MAX_WIDTH, MAX_HEIGHT = 16.0, 9.0  # inches
 WIDEST, HIGHEST = 0.6, 0.36  # largest width and height of a cell, in inches
 ROUND = 5.0  # size in points from which a mark is drawn as a dot with an edge
 Uses = npt.NDArray[np.float64]  # [blocks, experts]; nan where there is no expert
@@ -40,8 +40,8 @@ def draw_use(
     each block (0: no cache) and evicts by ``policy``. The text of the tokens is below the figure. A line marks where a
     sequence begins.
     """
-    width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
-    heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
+    width = min(max(0.22 * len(tokens) + 1.2, 6.0), MAX_WIDTH)
+    heights = [min(0.15 * trace.num_experts[block], MAX_HEIGHT / len(blocks)) for block in blocks]  # inches
     figure = Figure(figsize=(width, sum(heights) + 0.15 * len(blocks) + (1.2 if trace.pieces else 0.8)))
     figure.set_layout_engine("constrained", h_pad=0.03)
     grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False, height_ratios=heights)
@@ -158,8 +158,8 @@ def draw_resident(stats: StatsReply, *, time: str) -> Figure:
     models = [_uses_and_ready(details.blocks) for details in stats.details]
     rows, columns = (max(uses.shape[side] for uses, _ in models) for side in (0, 1))
     cell = (
-        min(WIDEST, (MOST_WIDTH - 2) / columns),
-        min(HIGHEST, (MOST_HEIGHT / len(models) - 1.8) / rows),
+        min(WIDEST, (MAX_WIDTH - 2) / columns),
+        min(HIGHEST, (MAX_HEIGHT / len(models) - 1.8) / rows),
     )
     figure = Figure(
         figsize=(max(columns * cell[0] + 2, 7), sum(len(uses) * cell[1] + 1.8 for uses, _ in models)),

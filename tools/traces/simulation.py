@@ -48,10 +48,10 @@ class Count:
         """Share of lookups that hit; 0 without lookups."""
         return self.hits / self.lookups if self.lookups else 0.0
 
-    def add(self, wanted: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
+    def add(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         """Count the lookups of one demand, of which ``missing`` missed."""
-        self.hits += len(wanted) - len(missing)
-        self.lookups += len(wanted)
+        self.hits += len(keys) - len(missing)
+        self.lookups += len(keys)
 
 
 @dataclass(frozen=True, slots=True)

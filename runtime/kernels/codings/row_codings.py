@@ -10,7 +10,7 @@ from moetier.tiers.layout import ITEM_BYTES, SCALE_TYPES, Projection
 from .block_codings import BLOCK_CODINGS
 from .row_emitter import BIASED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
 
-MOST_COLUMNS = 128  # most columns of groups that are loaded together, unless a single group has more
+MAX_COLUMNS = 128  # most columns of groups that are loaded together, unless a single group has more
 FLOAT_COLUMNS = 64  # columns whose products with fp32 numbers are added up before they are scaled
 # What x is multiplied by if it is not rounded. FP8 numbers are read as fp32 numbers that are 2^120 times smaller. So
 # neither is near the limits of fp32.
@@ -55,7 +55,7 @@ class _Nibbles(_Scaled):
 
     def __init__(self, p: Projection) -> None:
         super().__init__(p)
-        self.chunk = max(1, min(4 // self._item, MOST_COLUMNS // p.group))
+        self.chunk = max(1, min(4 // self._item, MAX_COLUMNS // p.group))
 
     @staticmethod
     def fits(p: Projection) -> bool:

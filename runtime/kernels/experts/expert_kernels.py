@@ -147,8 +147,8 @@ class RecordLookup:
 
     def find(self, experts: Sequence[int], residents: Residents) -> bool:
         """Look experts up, and write a job of one row for each into ``jobs``. Return whether all are resident."""
-        wanted, context = array("q", experts), self._context
-        context[0], context[2], context[3:10] = 0, wanted.buffer_info()[0], array("q", residents.numbers)
+        chosen, context = array("q", experts), self._context
+        context[0], context[2], context[3:10] = 0, chosen.buffer_info()[0], array("q", residents.numbers)
         self.proof.context[2] = residents.generations
         self._find.call_locked(context.buffer_info()[0])
         return context[0] == self._count

@@ -37,7 +37,7 @@ from .team_code import (
     FIRST_SPIN,
     FUTEX,
     LINE,
-    MOST_WORKERS,
+    MAX_WORKERS,
     OPENED,
     RUN_ALL,
     SPIN,
@@ -182,7 +182,7 @@ class Team:
         # RUN_ALL(address of the team, address of the tasks, number of tasks), without and with the GIL: see ``Program``
         self.run, self.run_locked, self._work = compiled(this_processor())
         self._workers: list[threading.Thread] = []
-        self._most = MOST_WORKERS if FUTEX is not None else 0
+        self._most = MAX_WORKERS if FUTEX is not None else 0
         self._starting = threading.Lock()  # guards changes of ``_workers`` and ``_most``
 
     def prepare(self, workers: int) -> int:

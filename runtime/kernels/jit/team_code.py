@@ -27,8 +27,8 @@ LINE, WORDS = 64, 72  # bytes of a cache line, all words
 
 # Bits of STATE. 0 to 14: number of workers that have joined; 15: whether the job is open; 16 to 31: most workers that
 # may join; 32 to 63: number of the job
-JOINED, OPEN, MOST_SHIFT, NUMBER_SHIFT = 0x7FFF, 0x8000, 16, 32
-MOST_WORKERS = JOINED
+JOINED, OPEN, MAX_SHIFT, NUMBER_SHIFT = 0x7FFF, 0x8000, 16, 32
+MAX_WORKERS = JOINED
 
 # A worker that sleeps takes some 50 us to wake. Python's code between two products takes less than that, so a worker
 # that spins is there in time. But if another process is busy on its core, a worker that spins long uses up its share.
@@ -152,7 +152,7 @@ def _open_job(emit: _TeamEmitter, function: Value, context: Value, workers: Valu
     emit.set(CALLER_SLEEPS, n(0))
     at.store(function, emit.word(JOB))
     at.store(context, emit.word(CONTEXT))
-    open_ = at.or_(at.shl(number, n(NUMBER_SHIFT)), at.or_(at.shl(workers, n(MOST_SHIFT)), n(OPEN)))
+    open_ = at.or_(at.shl(number, n(NUMBER_SHIFT)), at.or_(at.shl(workers, n(MAX_SHIFT)), n(OPEN)))
     emit.set(STATE, open_)
     emit.add(OPENED, 1)
     awake = at.sub(at.load(emit.word(WORKERS)), emit.get(SLEEPERS))
@@ -218,7 +218,7 @@ def _may_join(emit: _TeamEmitter, state: Value, last: Value) -> Value:
     at, n = emit.at, emit.number
     is_open = at.icmp_unsigned("!=", at.and_(state, n(OPEN)), n(0))
     is_new = at.icmp_unsigned("!=", at.lshr(state, n(NUMBER_SHIFT)), at.load(last))
-    most = at.and_(at.lshr(state, n(MOST_SHIFT)), n(0xFFFF))
+    most = at.and_(at.lshr(state, n(MAX_SHIFT)), n(0xFFFF))
     return at.and_(at.and_(is_open, is_new), at.icmp_unsigned("<", at.and_(state, n(JOINED)), most))
 
 

@@ -50,7 +50,9 @@ def heads_kernel(dtype: torch.dtype, scale: Scale | None) -> Kernel:
         for row, weight, count, columns in ((q, q_weight, heads, q_columns), (k, k_weight, key_heads, k_columns)):
             with emit.loop(n(0), at.udiv(at.mul(count, width), columns)) as i:
                 place = at.gep(row, [at.mul(at.mul(i, columns), n(size))])
-                emit_norm(emit, place, weight, place, columns, eps, squares, dtype, scale)
+                emit_norm(
+                    emit, place, weight, place, columns=columns, eps=eps, squares=squares, dtype=dtype, scale=scale
+                )
 
     def numbers(pointer: Value, index: Value) -> Value:
         return emit.load_floats(pointer, at.mul(index, n(size)), dtype, LANES)

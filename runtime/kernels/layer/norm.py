@@ -141,17 +141,17 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
             except Exception:  # it needs other arguments: it stays as it is
                 return None
         for scale in Scale:  # each of them has to be compiled
-            if all(_agree(rms_norm(*given, scale), wanted) for given, wanted in trials):
+            if all(_agree(rms_norm(*given, scale), expected) for given, expected in trials):
                 return scale, eps
     return None
 
 
-def _agree(computed: Tensor | None, wanted: Tensor) -> bool:
-    if computed is None or computed.dtype != wanted.dtype:
+def _agree(computed: Tensor | None, expected: Tensor) -> bool:
+    if computed is None or computed.dtype != expected.dtype:
         return False
-    share, near = _EQUAL[wanted.dtype]
-    is_near = torch.allclose(computed, wanted, rtol=near, atol=near / 10)
-    return is_near and bool((computed == wanted).float().mean() >= share)
+    share, near = _EQUAL[expected.dtype]
+    is_near = torch.allclose(computed, expected, rtol=near, atol=near / 10)
+    return is_near and bool((computed == expected).float().mean() >= share)
 
 
 @functools.cache
@@ -174,7 +174,7 @@ def norm_kernel(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
     with emit.loop(n(0), rows) as row:
         first = at.mul(row, row_bytes)
         source, target = at.gep(x, [first]), at.gep(y, [first])
-        emit_norm(emit, source, weight, target, columns, eps, squares, dtype, scale)
+        emit_norm(emit, source, weight, target, columns=columns, eps=eps, squares=squares, dtype=dtype, scale=scale)
     arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
     return this_processor().function(emit.finish(), NORM, *arguments)
 
@@ -200,7 +200,8 @@ def norm_task_kernel(dtype: torch.dtype, scale: Scale, adds: bool) -> Kernel:
                 other = emit.widen(emit.narrow(other, LANES), LANES)
             emit.store_floats(at.fadd(own, other), total, offset, dtype)
         x = total
-    emit_norm(emit, x, weight, y, columns, at.bitcast(at.trunc(eps, I32), F32), squares, dtype, scale)
+    eps = at.bitcast(at.trunc(eps, I32), F32)
+    emit_norm(emit, x, weight, y, columns=columns, eps=eps, squares=squares, dtype=dtype, scale=scale)
     return compile_kernel(this_processor(), emit.finish(), NORM_STEP)
 
 
@@ -209,13 +210,17 @@ def emit_norm(
     source: Value,
     weight: Value,
     target: Value,
+    *,
     columns: Value,
     eps: Value,
     squares: Value,
     dtype: torch.dtype,
     scale: Scale,
 ) -> None:
-    """Emit the norm of a row, which may be changed in place. ``squares`` points to an fp32 vector of LANES numbers."""
+    """Emit the norm of a row of ``columns`` numbers, which may be changed in place: ``target`` may be ``source``.
+
+    ``squares`` points to memory for an fp32 vector of LANES numbers.
+    """
     at, n = emit.at, emit.number
     chunk_bytes, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
     one = emit.floats(1.0)

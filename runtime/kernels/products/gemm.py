@@ -25,7 +25,7 @@ from moetier.runtime.kernels.jit.team import Kernel, compile_kernel, thread_coun
 from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 
 from .gemm_amx import AmxTile
-from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
+from .gemm_avx2 import MAX_ROWS, Avx2Tile, is_narrow
 from .gemm_rows import RowsTile
 from .gemm_tile import PackedVariant, Tile
 from .rounding import Rounding, rounding_kernel
@@ -152,17 +152,17 @@ class _ProductEmitter(Emitter):
         self._groups = at.udiv(self._columns, self.number(rounding.group))
 
     def items_of_any_height(self, one: Value, several: Value) -> None:
-        """Emit all items with a tile's function for one row of x, and one for up to MOST_ROWS rows."""
+        """Emit all items with a tile's function for one row of x, and one for up to MAX_ROWS rows."""
         at, n = self.at, self.number
         with self.items(self._begun, self._items) as item:
             rows = self._begin_item(item)
-            with self.loop(n(0), rows, MOST_ROWS) as row:
+            with self.loop(n(0), rows, MAX_ROWS) as row:
                 left = at.sub(rows, row)
                 with at.if_else(at.icmp_signed("==", left, n(1))) as (then, otherwise):
                     with then:
                         self._call(one, row)
                     with otherwise:
-                        self._call(several, row, self._least(left, MOST_ROWS))
+                        self._call(several, row, self._least(left, MAX_ROWS))
         at.ret_void()
 
     def items_by_height(self, tiles: dict[int, Value], many: AmxTile | RowsTile | None) -> None:

@@ -23,7 +23,7 @@ from .gemm_tile import COLUMN, PAIRS_AHEAD, STEP, VECTORS, PackedVariant, TileEm
 
 BYTES = 32  # of a register
 SPAN = 32  # columns whose products are added up in 16 bits
-MOST_ROWS = 64  # rows of x that one call multiplies
+MAX_ROWS = 64  # rows of x that one call multiplies
 REGISTERS = 8  # sums of 32 bits of ROW_TILE rows
 _SUMS, _PAIRS, _WORDS = vector(I32, 8), vector(I16, 16), vector(I8, BYTES)
 
@@ -36,7 +36,7 @@ def is_narrow(processor: Processor) -> bool:
 class Avx2Tile(TileEmitter):
     """The function ``tile_1``, which multiplies ROW_TILE rows of W with one row of x; or ``tile_rows``, with several.
 
-    ``tile_rows`` takes the number of rows of x, at most MOST_ROWS, as its last argument. It unpacks each group of codes
+    ``tile_rows`` takes the number of rows of x, at most MAX_ROWS, as its last argument. It unpacks each group of codes
     once, and multiplies it with four rows of x at a time.
     """
 
@@ -79,7 +79,7 @@ class Avx2Tile(TileEmitter):
     def _emit_rows(self, rows: Value) -> None:
         at, n, group = self.at, self.number, self._variant.group
         count = self._planes * REGISTERS
-        codes, totals = map(self.memory, (group // STEP * count * BYTES, MOST_ROWS * VECTORS * LANES * 4))
+        codes, totals = map(self.memory, (group // STEP * count * BYTES, MAX_ROWS * VECTORS * LANES * 4))
         with self.loop(n(0), self._groups) as g:
             self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
             first = at.mul(g, n(group))

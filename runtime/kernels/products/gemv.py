@@ -94,9 +94,9 @@ def gemv_module(
     x, matrix, y = (at.inttoptr(address, POINTER) for address in (x, matrix, y))
     row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
     with emit.items(begun, items) as item:
-        wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
+        following = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
         # if fewer than ROWS rows are left for the last item, it computes the last row again
-        chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
+        chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in following]
         sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
         (sums,) = emit.dots(sources, [x], emit.words(columns))
         totals = emit.totals(sums)

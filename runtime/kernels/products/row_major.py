@@ -19,7 +19,7 @@ from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, I64, LANES, P
 from moetier.runtime.kernels.jit.processor import Dot, Processor
 from moetier.tiers.layout import ITEM_BYTES, SCALE_TYPES, Projection
 
-from .gemm_avx2 import MOST_ROWS
+from .gemm_avx2 import MAX_ROWS
 from .gemm_tile import dot
 
 ITEM_ROWS = 64  # rows of a matrix that a thread takes at a time
@@ -43,7 +43,7 @@ class RowMajorVariant:
 class RowTile(RowEmitter):
     """The function ``tile_1``, which multiplies ITEM_ROWS rows of W with one row of x; or ``tile_rows``, with several.
 
-    ``tile_rows`` takes the number of rows of x, at most MOST_ROWS, as its last argument. It loads each group once, and
+    ``tile_rows`` takes the number of rows of x, at most MAX_ROWS, as its last argument. It loads each group once, and
     multiplies it with up to four rows of x at a time. Arguments are those of ``gemm_tile.TileEmitter``: of the four
     sections, the first three are the codes, the scales and the numbers of the parts.
     """
@@ -99,7 +99,7 @@ class RowTile(RowEmitter):
         columns_of_vector = 1 if coding.is_exact else 4
         codes = self.memory(coding.chunk * coding.group // columns_of_vector * of_codes)
         scales, lows = (self.memory(coding.chunk * of_codes) for _ in range(2))
-        totals = self.memory(MOST_ROWS * of_codes)
+        totals = self.memory(MAX_ROWS * of_codes)
         numbers = vector(F32, self.lanes)
 
         def add(first: Value, columns: int) -> None:

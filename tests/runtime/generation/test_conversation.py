@@ -27,7 +27,7 @@ def tokenizer(tinymix: Path) -> Any:
 def conversation(
     tokenizer: Any, *, system: str | None = "Be brief.", context: int = 200, room: int = 20
 ) -> Conversation:
-    return Conversation(tokenizer, system=system, context=context, room=room)
+    return Conversation(tokenizer, system=system, context=context, answer_tokens=room)
 
 
 def test_a_model_without_a_template_gets_a_plain_one(tokenizer: Any) -> None:
@@ -127,7 +127,7 @@ def test_a_message_longer_than_the_context_is_refused(tokenizer: Any) -> None:
 
 def test_a_message_of_any_size_is_refused_at_once(tokenizer: Any) -> None:
     """12 MB, of which a tokenizer reads some MB a second; turns that are left out do not make it shorter."""
-    conversation = Conversation(tokenizer, system=None, context=100, room=10)
+    conversation = Conversation(tokenizer, system=None, context=100, answer_tokens=10)
     conversation.add("Who is there?", "A friend.")
     conversation.add("What friend?", "Yours.")
     began = time.process_time()

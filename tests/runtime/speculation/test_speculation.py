@@ -16,7 +16,7 @@ from moetier.runtime.config import SpeculationMode
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation.predictor import Prediction, Shortcuts
-from moetier.runtime.speculation.speculation import JUDGED, MOST_TOKENS, Admission, Speculation
+from moetier.runtime.speculation.speculation import JUDGED, MAX_TOKENS, Admission, Speculation
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import ExpertKey
 
@@ -24,7 +24,7 @@ BLOCKS = 8
 RAM = 4 << 20  # 18 of 64 experts
 TOKENS = 24
 TRUSTED = 8  # steps
-PROMPT = MOST_TOKENS + 1  # tokens: none is guessed for
+PROMPT = MAX_TOKENS + 1  # tokens: none is guessed for
 
 
 class Requests:

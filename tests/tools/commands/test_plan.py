@@ -29,7 +29,7 @@ from moetier.tools.main import main
 from moetier.tools.plan import speeds as plan_speeds
 from moetier.tools.plan.choices import open_choices
 from moetier.tools.plan.estimate import estimate
-from moetier.tools.plan.fit import MachineRoom, fit_of
+from moetier.tools.plan.fit import MachineResources, fit_of
 from moetier.tools.plan.forecast import plan
 from moetier.tools.plan.speeds import DiskRate, Speeds, probe_bytes
 from moetier.tools.rates.reads import RandomReads
@@ -138,12 +138,14 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
     model_choices = open_choices(index_only)
     assert model_choices.headers is not None
     cpu = Cpu()
-    room = MachineRoom(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
+    resources = MachineResources(
+        Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path
+    )
     for on_hub, problem in ((False, None), (True, "A model directory with --bits 4, and files of the checkpoint")):
         headers = replace(model_choices.headers, on_hub=on_hub)
         (choice,) = model_choices.chosen([4], [16])
         passing = replace(model_choices, headers=headers, passing_bytes=50 << 20)
-        fit = fit_of(passing, choice, TierConfig.of(), room, cpu.kernels())
+        fit = fit_of(passing, choice, TierConfig.of(), resources, cpu.kernels())
         assert fit.works == (problem is None)
         assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
 
@@ -210,14 +212,16 @@ def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     """Where quantising takes longer than the disk does, the time is in proportion to the weights of both."""
     cpu = Cpu()
     model_choices = open_choices(index_only)
-    room = MachineRoom(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path())
+    resources = MachineResources(
+        Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path()
+    )
     rate = DiskRate(1e12, 1e12, 4)
     speeds = Speeds(rate, "given", None, dict.fromkeys((2, 3, 4, 8), 1000000.0), workers=2)
     times = {}
     for trunk_bits in (16, 4):
         (choice,) = model_choices.chosen([4], [trunk_bits])
-        fit = fit_of(model_choices, choice, TierConfig.of(), room, cpu.kernels())
-        found = estimate(model_choices, [fit], fit, room, speeds, options=[])
+        fit = fit_of(model_choices, choice, TierConfig.of(), resources, cpu.kernels())
+        found = estimate(model_choices, [fit], fit, resources, speeds, options=[])
         times[trunk_bits] = found["choices"][0]["convert_s"]
     weights = sum(layout.weights for layout in choice.matrices)
     assert weights > 1_000_000
@@ -240,8 +244,8 @@ def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
     model_choices = open_choices(index_only)
     (choice,) = model_choices.chosen([4], [16])
     there = Available(device, "cuda:0")
-    room = MachineRoom(Available(host, "this machine"), Cuda("cuda:0"), there, 60 << 30, 0, Path())
-    fit = fit_of(model_choices, choice, TierConfig.of(), room, Cpu().kernels())
+    resources = MachineResources(Available(host, "this machine"), Cuda("cuda:0"), there, 60 << 30, 0, Path())
+    fit = fit_of(model_choices, choice, TierConfig.of(), resources, Cpu().kernels())
     if not words:
         assert fit.problem is None
         assert sum((fit.device_slots or {}).values()) == choice.manifest.record_count
