@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tqdm
-from compiled import FOLDER, digest_of_sources, share_compiled
+from compiled import FOLDER, prepare_folder, share_compiled
 from hypothesis import HealthCheck, settings
 from longest_first import LongestFirst
 from prepared import Prepared, for_commands, share_prepared
@@ -62,15 +62,11 @@ settings.load_profile("moetier")
 def pytest_configure(config: pytest.Config) -> None:
     """Share compiled kernels and prepared processes among pytest's processes; the kernels with the next run, too.
 
-    Without pytest's cache (``-p no:cacheprovider``), or after a change of the kernels' sources, all are compiled anew.
+    Without pytest's cache (``-p no:cacheprovider``) all are compiled anew.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
         if hasattr(config, "cache"):
-            folder = config.cache.mkdir("compiled-kernels") / digest_of_sources()
-            for other in folder.parent.iterdir():
-                if other != folder:
-                    shutil.rmtree(other, ignore_errors=True)
-            folder.mkdir(exist_ok=True)
+            folder = prepare_folder(config.cache.mkdir("compiled-kernels"))
         else:
             made = tempfile.TemporaryDirectory()
             config.add_cleanup(made.cleanup)
@@ -93,6 +89,7 @@ def pytest_collection() -> Generator[None, object, object]:
                 patch.setattr("transformers.utils.is_hqq_available", lambda *_: False)
             return (yield)
     finally:
+        gc.freeze()
         gc.enable()
 
 

@@ -1,8 +1,8 @@
 """Object files of compiled kernels, which all processes of a test run share, and the next run takes over.
 
 LLVM takes most of a short process's time. Each file is kept under a digest of everything that LLVM makes it of, so that
-it is what the compiler would give again. The folder is that of the sources of the kernels: if one changes, all are
-compiled anew.
+it is what the compiler would give again: a kernel whose code changes is compiled anew. The folder is that of how LLVM
+is called: if that changes, all are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from places import ROOT
 from moetier.runtime.kernels.jit.processor import Processor
 
 FOLDER = "COMPILED_KERNELS_OF_TESTS"  # a variable of the environment
+KEPT = 30 * 24 * 3600  # seconds
 LINKED_HERE = {"reloc": "pic", "codemodel": "small"}  # how the compiler is asked for an object file to run
 
 
@@ -38,12 +41,19 @@ class Cached:
         return self._file.read_bytes()
 
 
-def digest_of_sources() -> str:
-    """Return a digest of the sources of all kernels, and of what is kept of them."""
+def prepare_folder(folder: Path) -> Path:
+    """Return the folder in ``folder`` for object files, after a removal of what is old."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted((ROOT / "runtime" / "kernels").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    digest.update((ROOT / "runtime" / "kernels" / "jit" / "processor.py").read_bytes())
+    current = folder / digest.hexdigest()[:16]
+    current.mkdir(exist_ok=True)
+    for other in folder.iterdir():
+        if other != current:
+            shutil.rmtree(other, ignore_errors=True)
+    for file in current.iterdir():
+        if file.stat().st_mtime < time.time() - KEPT:
+            file.unlink()
+    return current
 
 
 def share_compiled() -> None:

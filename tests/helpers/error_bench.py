@@ -11,17 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prepared import Prepared
-
-# as the command ends, but for taking the interpreter apart, which is most of what it takes
-RUN = """
-import os, sys
-from moetier.tools.main import main
-try: code = main()
-except SystemExit as stop: code = stop.code
-sys.stdout.flush()
-os._exit(code)
-"""
+from prepared import MAIN, Prepared
 
 # what is written in place of what differs
 _WORDS = (
@@ -83,7 +73,7 @@ class Bench:
     ) -> Said:
         """``moetier words``. ``last``: so many lines of standard error; ``output``: of standard output too what is
         bad."""
-        result = self.scripts.run(RUN, *words, input=input, environment=environment)
+        result = self.scripts.run(MAIN, *words, input=input, environment=environment)
         return self.said(words, result, differs, last, output, environment)
 
     def said(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from error_bench import RUN, Bench, Said, case
+from error_bench import Bench, Said, case
 from faults import flip_bit, need_strace, only, strace
 from prepared import MAIN
 
@@ -142,7 +142,7 @@ def manifest_missing(bench: Bench) -> Said:
         "import os, signal, sys\nfrom moetier.tiers.store.writer import StoreWriter\n"
         "StoreWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    result = bench.scripts.run(kill + RUN, "convert", source, target, "--bits", "3")
+    result = bench.scripts.run(kill + MAIN, "convert", source, target, "--bits", "3")
     assert result.returncode == -9, result
     return bench.run("generate", target, "To be")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from cgroups import memory_limit
 from daemons import running_daemon
-from error_bench import BYTES, RUN, SIZE, Bench, Said, case
+from error_bench import BYTES, SIZE, Bench, Said, case
+from prepared import MAIN
 from stores import layout_of, make_store
 
 from moetier.tools.convert.convert import convert
@@ -31,10 +32,10 @@ def budget_too_large(bench: Bench) -> Said:
     """In a control group that leaves less than the experts take, and more than the fewest."""
     make_store(store := bench.folder / "store", blocks=4, experts=8, layout=layout_of(1024, 1024))  # 192 MiB
     words = ("daemon", store, "--folder", bench.folder / "run", "--ram", "192MiB")
-    enter = 'import os, sys; open(sys.argv.pop(1) + "/cgroup.procs", "w").write(str(os.getpid()))'
+    enter = 'import os, sys; open(sys.argv.pop(1) + "/cgroup.procs", "w").write(str(os.getpid()))\n'
     with memory_limit(128 << 20) as group:
         bench.names[f"/{group.folder.name}"] = "GROUP"
-        result = bench.scripts.run(enter + RUN, group.folder, *words)
+        result = bench.scripts.run(enter + MAIN, group.folder, *words)
     return bench.said(words, result, ((r"to BYTES .*", "to BYTES"), SIZE, BYTES), last=2)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import transformers
 from checkpoints import edit_json
-from error_bench import BYTES, RUN, Bench, Said, case
+from error_bench import BYTES, Bench, Said, case
 from faults import mounted
+from prepared import MAIN
 
 from moetier.runtime.checkpoint.safetensors_folder import INDEX
 
@@ -136,7 +137,7 @@ sys.addaudithook(hook)
 """
     with mounted("tmpfs", bench.folder / "disk", "size=64m") as disk:
         words = ("convert", bench.source(), disk / "dst")
-        return bench.said(words, bench.scripts.run(fill + RUN, *words), (BYTES,), last=2)
+        return bench.said(words, bench.scripts.run(fill + MAIN, *words), (BYTES,), last=2)
 
 
 @case

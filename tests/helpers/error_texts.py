@@ -17,19 +17,12 @@ import error_cases_of_sources  # noqa: F401
 import pytest
 from checkpoints import save_checkpoint
 from error_bench import CASES, workplace
-from prepared import prepared
+from prepared import LOADS, prepared
 
 from moetier.tools.convert.convert import convert
 
 GOLDEN = Path(__file__).parents[1] / "tools" / "golden" / "errors"
 ASSETS = Path(__file__).parents[1] / "assets" / "tinymix"
-
-# of conftest's scripts
-MODULES = (
-    "moetier.tools.commands.generate",
-    "moetier.tools.commands.trace",
-    "moetier.runtime.model.quantizer",
-)
 
 
 def file_of(name: str) -> Path:
@@ -43,7 +36,7 @@ def write() -> None:
         stranger.unlink()
     os.environ["XDG_RUNTIME_DIR"], os.environ["MOETIER_CONFIG"] = "/nonexistent", os.devnull
     os.environ["XDG_DATA_HOME"] = os.devnull
-    with tempfile.TemporaryDirectory() as name, prepared(*MODULES) as scripts:
+    with tempfile.TemporaryDirectory() as name, prepared(*LOADS) as scripts:
         model, source = Path(name) / "model", save_checkpoint(Path(name) / "source")
         convert(ASSETS, model)
         for each, work in CASES.items():

@@ -26,6 +26,18 @@ COMMANDS = (
     "moetier.tools.convert.convert",
     "transformers.models.mixtral.modeling_mixtral",
 )
+# what loading a model imports, and generating with it
+LOADS = (
+    "moetier.runtime.devices.cpu",
+    "moetier.runtime.engine.engine",
+    "moetier.runtime.generation.streamer",
+    "moetier.runtime.kernels.ahead",
+    "moetier.runtime.model.load",
+    "moetier.runtime.model.quantizer",
+    "moetier.runtime.stores.checkpoint_store",
+    "transformers.models.auto.tokenization_auto",
+)
+SERVES = ("moetier.tools.serve.app", "uvicorn")
 DAEMONS = (
     *ALL,
     "moetier.runtime.daemon.compute",
@@ -38,10 +50,12 @@ MAIN = "import sys; from moetier.tools.main import main; sys.exit(main())"  # th
 SHARED = "PREPARED_PROCESSES_OF_TESTS"  # a variable of the environment: the folder of their sockets
 
 # For each script there are two processes: one runs the script, and the other, its parent, reports how it ended. The
-# first ends as any interpreter does: soon, as what was imported is frozen, and no collection at the end touches, and
-# so copies, its pages. The server ends, with all scripts, when the last process that keeps it alive has ended.
+# server ends, with all scripts, when the last process that keeps it alive has ended. After a script, its process waits
+# for threads, calls what is registered for the end and flushes its streams as an interpreter does, and leaves the rest
+# to the system: an interpreter would clear each module, and so copy the memory that it has from the server, which takes
+# longer than most scripts. After an exception, and if a stream can't be flushed, it ends as any interpreter does.
 SERVER = """
-import fcntl, gc, json, os, select, signal, socket, sys
+import atexit, fcntl, gc, json, os, select, signal, socket, sys, threading, weakref
 scripts = socket.socket(fileno=int(sys.argv[1]))
 alive = int(sys.argv[4])
 gc.disable()
@@ -51,6 +65,10 @@ if "moetier.runtime.kernels.jit.processor" in sys.modules:
     from compiled import share_compiled
     share_compiled()
     sys.path.pop()
+if mapping := sys.modules.get("transformers.conversion_mapping"):
+    mapping.get_checkpoint_conversion_mapping("")  # else each load of a model compiles its 1,000 patterns
+for finalizer in [*weakref.finalize._registry]:  # torch's: it would delete each of its operators
+    finalizer.atexit = False
 gc.collect()
 gc.freeze()
 gc.enable()
@@ -86,7 +104,19 @@ for number, descriptor in zip(job["numbers"], above):
 os.environ.clear()
 os.environ.update(job["environment"])
 sys.argv[1:] = job["arguments"]
-exec(compile(job["script"], "script", "exec"), {"__name__": "__main__"})
+status = 0
+try:
+    exec(compile(job["script"], "script", "exec"), {"__name__": "__main__"})
+except SystemExit as end:
+    status = end.code or 0
+    if not isinstance(status, int):
+        raise
+threading._shutdown()
+atexit._run_exitfuncs()
+for stream in (sys.stdout, sys.stderr):
+    if not (stream is None or stream.closed):
+        stream.flush()
+os._exit(status & 255)
 """
 
 
@@ -253,8 +283,7 @@ def shared(name: str, *modules: str, **environment: str) -> Prepared:
 
 def for_commands() -> Prepared:
     """Return a process that has imported what commands with a model need."""
-    modules = ("moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.quantizer")
-    return shared("commands", *COMMANDS, *modules)
+    return shared("commands", *COMMANDS, *LOADS, *SERVES)
 
 
 def for_daemons() -> Prepared:
