@@ -51,7 +51,7 @@ async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[
                 return
             yield event
     finally:
-        if upcoming is not None and not upcoming.done():  # the client is gone
-            upcoming.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await upcoming
+        if upcoming is not None:
+            upcoming.cancel()  # has an effect if the client is gone
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await upcoming  # otherwise asyncio logs an error that was not taken
