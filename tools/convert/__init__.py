@@ -11,6 +11,7 @@
     replacement      replaces a complete model
     streaming        downloads from the hub meanwhile
     mirror_writer    makes a mirror
+    model_card       README.md of a model
     model_files      removes and measures files of a model directory
 
 Other packages may use every module except ``streaming``. The package imports ``cli``, ``runtime`` and ``tiers``.
