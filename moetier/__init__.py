@@ -2,7 +2,8 @@
 
 The public names are imported when they are first used, so that ``import moetier`` costs no torch:
 
-    load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer)
+    plan(SRC), convert(SRC, DST), pull(ID)             -> frozen reports
+    load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer), also as a context manager
     Engine.of(model, max_sequences=...)                computes several requests at a time: Request(ids, max_new_tokens)
     GrammarCompiler(tokenizer).compile(Grammar...)     what an answer may be: a JSON schema, a regular expression, Lark
     register(ram=..., exact=..., daemon=...)           afterwards plain from_pretrained(DIR) works
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .runtime.model.load import load as load
     from .runtime.model.register import register as register
     from .tiers.errors import MoetierError as MoetierError
+    from .tools.convert.library import convert as convert
+    from .tools.convert.library import pull as pull
+    from .tools.plan.library import plan as plan
 
 set_variables()  # before anything imports torch
 
@@ -41,7 +45,10 @@ _exported = exports(
         "GrammarProcessor": "runtime.engine.constraint",
         "MoetierError": "tiers.errors",
         "Request": "runtime.engine.sequence",
+        "convert": "tools.convert.library",
         "load": "runtime.model.load",
+        "plan": "tools.plan.library",
+        "pull": "tools.convert.library",
         "register": "runtime.model.register",
     },
 )
@@ -54,7 +61,10 @@ __all__ = [
     "MoetierError",
     "Request",
     "__version__",
+    "convert",
     "load",
+    "plan",
+    "pull",
     "register",
 ]
 

@@ -171,7 +171,7 @@ def test_public_names_are_what_is_said() -> None:
         == dir(moetier)
         == [
             *("Engine", "Grammar", "GrammarCompiler", "GrammarProcessor", "MoetierError", "Request"),
-            *("__version__", "load", "register"),
+            *("__version__", "convert", "load", "plan", "pull", "register"),
         ]
     )
     for name in moetier.__all__:

@@ -12,6 +12,7 @@
     prefill_memory  memory that a prompt takes
     context         the longest context
     names           names and addresses of models
+    name_files      names of converted and linked models, and last uses
     trunk_files     files of the trunk, mapped or copied
     vocabulary      the check of its tokenizer
 

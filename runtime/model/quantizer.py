@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -41,6 +41,7 @@ from moetier.runtime.moe.linear import replace_linears, replace_modules
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
+from moetier.tiers.store.folder import command
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
 from .attach import attach_tiers
@@ -215,9 +216,12 @@ class MoetierQuantizer(HfQuantizer):
             attach_tiers(model, self._location, self._files, config)
         return model
 
-    def is_serializable(self) -> bool:
-        """False: the model in memory has no experts to save. Its directory can be copied."""
-        return False
+    def is_serializable(self) -> NoReturn:
+        """Raise ConfigError: ``save_pretrained`` can't save the model, as its experts are not in memory."""
+        raise ConfigError(
+            f"The experts of this model are in {self._location}, and not in its parameters, so it can't be saved.",
+            f"Copy {self._location}; or, to an object store: {command('push', self._location)} ADDRESS",
+        )
 
     @property
     def is_trainable(self) -> bool:

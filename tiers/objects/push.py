@@ -33,10 +33,13 @@ from .client import Objects, RefusedReadError
 from .small_files import check_small, is_small
 
 MANIFEST = f"{GROUP}/{METADATA}"
+CARD = "README.md"
 PUSH = f"{GROUP}/push.json"  # the manifest until all else is there
 
 
-def push(directory: Path, address: str, progress: Progress, *, overwrite: bool = False) -> int:
+def push(
+    directory: Path, address: str, progress: Progress, *, overwrite: bool = False, card: bytes | None = None
+) -> int:
     """Copy a model directory to ``address``, and return the number of bytes that were written.
 
     Args:
@@ -45,6 +48,7 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         progress: shows the progress.
         overwrite: replace another model that is there, and write all of the same one again. What a former model has
             left is removed, if objects can be listed.
+        card: content of CARD, for people; a file of this name that is there stays, unless ``overwrite`` is true.
 
     Raises StoreError if the directory can't be read, TargetExistsError if another model is there, TargetError if an
     object can't be written, and ConfigError if the address can't be used.
@@ -60,7 +64,10 @@ def push(directory: Path, address: str, progress: Progress, *, overwrite: bool =
         shards = [ShardFile.of(Path(GROUP), manifest, block).path.as_posix() for block in range(len(manifest.blocks))]
         own_names = [*small, *manifest.trunk, *shards]
         data = _with_sums(directory, small)
-        stored = _begin(objects, objects.sizes(), data, own_names, overwrite)
+        listed = objects.sizes()
+        stored = _begin(objects, listed, data, own_names, overwrite)
+        if card is not None and (overwrite or CARD not in (listed or {})):
+            objects.put(CARD, card)  # no file of the model: older versions would refuse a manifest that has its sum
         sizes = {name: (directory / name).stat().st_size for name in own_names}
         missing = [name for name in own_names if name in small or stored.get(name) != sizes[name]]
         total = sum(sizes[name] for name in missing)

@@ -119,7 +119,7 @@ def convert_once(source: Path, into: Path | None, options: list[str], files: lis
             [*command, *options, "--json"],
             capture_output=True,
             text=True,
-            env=without_settings(os.environ),
+            env=without_settings(os.environ) | {"XDG_DATA_HOME": os.devnull},  # it gets no name
             check=False,
         )
     if result.returncode:

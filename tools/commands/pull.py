@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from moetier.tools.convert.options import DEFAULT_BITS
-
 from .convert import add_convert_arguments, options_of, report_of
 
 EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8x7B-v0.1 --bits 3 --trunk-bits 8")
@@ -20,11 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Pull the model and return the exit code. Raises CheckpointError, TargetError or ConfigError."""
     options = options_of(arguments)
-    from moetier.runtime.checkpoint import hub
-    from moetier.runtime.model.names import place_of, tag_of
-    from moetier.tools.convert.convert import pull
+    from moetier.tools.convert.library import pull
 
-    hub.check_id(arguments.id)
-    options["bits"] = arguments.bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
-    folder = place_of(arguments.id, tag_of(options["bits"], arguments.trunk_bits))
-    return report_of(lambda: pull(arguments.id, folder, quiet=False, **options), arguments.json)
+    return report_of(lambda: pull(arguments.id, quiet=False, **options), arguments.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.parser import UsageError, directory
@@ -27,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace what is at ADDRESS, a damaged copy or another model; its files that DIR lacks are removed. Until "
         "the new copy is complete there is no usable model at ADDRESS; an interrupted push is resumed",
     )
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        metavar="FILE",
+        help="what moetier quality DIR --json printed: the model card (README.md) then has the perplexity",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,5 +45,23 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not is_address(arguments.address):
         raise UsageError(f"{redacted(arguments.address)!r} is not an address.", "Give one such as s3://bucket/model.")
-    written = push(arguments.directory, arguments.address, shown("push"), overwrite=arguments.overwrite)
+    card = card_of(arguments.directory, redacted(arguments.address), arguments.quality)
+    written = push(arguments.directory, arguments.address, shown("push"), overwrite=arguments.overwrite, card=card)
     print(f"{arguments.address}: the model of {arguments.directory}, {format_bytes(written)} written")
+
+
+def card_of(directory: Path, address: str, quality: Path | None) -> bytes | None:
+    """Return the model card for ``address``: the user's README.md in ``directory``, or one that moetier makes.
+
+    Returns None if the directory has no manifest, which ``push`` reports. Raises ConfigError if ``quality`` can't be
+    used.
+    """
+    from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
+    from moetier.tools.convert.model_card import CARD, is_card, model_card
+
+    if not (directory / GROUP / METADATA).is_file():
+        return None
+    path = directory / CARD
+    if path.is_file() and not is_card(path):
+        return path.read_bytes()
+    return model_card(read_manifest(directory / GROUP), address, quality)

@@ -1,5 +1,6 @@
 """Conversion of a checkpoint into a model directory, block by block, also while the checkpoint is downloaded.
 
+    library            ``moetier.convert`` and ``moetier.pull``
     convert            opens the source, and makes or replaces the model directory
     options            its options
     conversion_plan    what is made, and in which order
@@ -11,6 +12,7 @@
     replacement        replaces a complete model
     streaming          downloads from the hub meanwhile
     mirror_writer      makes a mirror
+    model_card         README.md of a model
     model_files        removes and measures files of a model directory
 
 Other packages may use every module except ``streaming``. The package imports ``cli``, ``runtime`` and ``tiers``.

@@ -21,6 +21,7 @@ from moetier.tiers.options import command_words
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
+from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.convert.model_files import free_bytes, nearest_folder
@@ -28,6 +29,7 @@ from moetier.tools.convert.model_files import free_bytes, nearest_folder
 from .conversion_plan import ConversionPlan, Stage, stages
 from .conversion_report import BlockReport, ConversionReport
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
+from .model_card import write_card
 from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
@@ -166,6 +168,8 @@ class Conversion:
                 trunk = trunk or self._write_trunk()
                 self.target.write_small()
             writer.finish(trunk, self.checkpoint.digest if self.download else None)
+            with disk_errors(self.target.store):
+                write_card(self.target.folder, read_manifest(self.target.store))
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 
     def check_disks(self, *, replacing: bool = False) -> None:

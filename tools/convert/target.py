@@ -35,6 +35,7 @@ from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import is_complete
 from moetier.tools.convert.model_files import free_bytes
 
+from .model_card import CARD, LIBRARY, is_card
 from .model_files import delete, empty, locked
 from .trunk_writer import TrunkFile, index_of
 
@@ -271,7 +272,8 @@ def _beside_store(folder: Path) -> Iterator[Path]:
     """Yield the paths in ``folder`` of files that moetier writes, except the store's and downloaded files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
-        if (WRITTEN.fullmatch(name) or COPIED.fullmatch(name)) and (path.is_symlink() or not path.is_dir()):
+        ours = WRITTEN.fullmatch(name) or COPIED.fullmatch(name) or (name == CARD and is_card(path))
+        if ours and (path.is_symlink() or not path.is_dir()):
             yield path
 
 
@@ -308,6 +310,7 @@ def small_files(
     config["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
     if trunk_bits != 16:
         config["quantization_config"]["trunk_bits"] = trunk_bits
+    config["library_name"] = LIBRARY
     config["experts_implementation"] = "moetier"  # without moetier, loading then fails instead of making random experts
     return {**contents, INDEX: index_of(trunk), CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
 

@@ -404,9 +404,11 @@ del model
 
 
 def test_the_model_can_not_be_saved_without_its_experts(tiny: tuple[Any, Path], tmp_path: Path) -> None:
-    model, _ = moetier.load(tiny[1])
-    with model.tiers, pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path)
+    with moetier.load(tiny[1]) as (model, _), pytest.raises(ConfigError, match="can't be saved") as caught:
+        model.save_pretrained(tmp_path / "saved")
+    assert caught.value.fix == f"Copy {tiny[1]}; or, to an object store: moetier push {tiny[1]} ADDRESS"
+    with pytest.raises(ClosedError):
+        model(torch.tensor([[1]]))
 
 
 # -- it can't ----------------------------------------------------------------------------------------------------------

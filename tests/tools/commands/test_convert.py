@@ -99,13 +99,14 @@ def test_the_directory_holds_what_it_should(source: Path, tmp_path: Path) -> Non
     convert(src, dst, fast=True)
     beside = {path.relative_to(dst).as_posix() for path in dst.rglob("*") if path.is_file() and GROUP not in path.parts}
     assert beside == {
-        *copied, "tokenizer.json", "tokenizer_config.json", "vocab.json", "preprocessor_config.json", "config.json",
-        "generation_config.json", "model.safetensors.index.json", "trunk-00001-of-00001.safetensors",
+        *copied, "README.md", "tokenizer.json", "tokenizer_config.json", "vocab.json", "preprocessor_config.json",
+        "config.json", "generation_config.json", "model.safetensors.index.json", "trunk-00001-of-00001.safetensors",
     }  # fmt: skip
     assert all((dst / name).read_text() == text for name, text in copied.items())
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (src, dst))
     made = {
         "quantization_config": {"quant_method": "moetier", "format": 1, "bits": 4},
+        "library_name": "moetier",
         "experts_implementation": "moetier",
     }
     assert after == before | made

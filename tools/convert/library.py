@@ -1,0 +1,80 @@
+"""``moetier.convert`` and ``moetier.pull``: conversions for programs, with the same options as on the command line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moetier.runtime.checkpoint import hub
+from moetier.runtime.model.name_files import register_name
+from moetier.runtime.model.names import place_of, tag_of
+
+from . import convert as conversions
+from .conversion import ConversionReport
+from .options import CONVERT_OPTIONS, DEFAULT_BITS, Options
+
+
+def convert(
+    source: str | Path, target: str | Path, *, mirror: str | Path | None = None, quiet: bool = True, **options: Any
+) -> ConversionReport:
+    """Make the model directory ``target`` from a checkpoint, or resume an interrupted conversion.
+
+    ``moetier list`` then shows the model, with the name of its folder. Nothing is written if the model is complete.
+
+    Args:
+        source: folder of the checkpoint, a GGUF file, or an id on the Hugging Face hub.
+        target: the folder to write.
+        mirror: folder on another disk into which the experts are copied too.
+        quiet: show no progress on standard error.
+        options: the fields of ``Options``.
+
+    Raises:
+        MoetierError: an option, the source or the target can't be used.
+    """
+    place = None if mirror is None else Path(mirror)
+    report = conversions.convert(source, target, mirror=place, quiet=quiet, **options)
+    register_name(Path(target))
+    return report
+
+
+def pull(hub_id: str, *, quiet: bool = True, **options: Any) -> ConversionReport:
+    """Download a model of the Hugging Face hub, converting it file by file, and keep it by name (docs/pull.md).
+
+    Its name is ``hub_id`` with a tag of the bits, such as ORG/NAME:4bit, and its folder is the report's ``target``.
+
+    Args:
+        hub_id: ORG/NAME.
+        quiet: show no progress on standard error.
+        options: the fields of ``Options``.
+
+    Raises:
+        MoetierError: an option, the source or the target can't be used.
+    """
+    hub.check_id(hub_id)
+    how = Options(**options)
+    bits = how.bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
+    folder = place_of(hub_id, tag_of(bits, how.trunk_bits))
+    return conversions.pull(hub_id, folder, quiet=quiet, **options | {"bits": bits})
+
+
+def _declare(function: Callable[..., ConversionReport]) -> None:
+    """Give a function the signature and the documentation of its options, from their declarations."""
+    *own, _ = inspect.signature(function).parameters.values()
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in CONVERT_OPTIONS.items()
+    ]
+    function.__signature__ = inspect.Signature([*own, *keywords])  # type: ignore[attr-defined]
+    lines = "".join(
+        textwrap.fill(f"{name}: {option.help}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+        for name, option in CONVERT_OPTIONS.items()
+    )
+    function.__doc__ = re.sub(r" +options: .*\n", lambda _: lines, function.__doc__ or "")
+
+
+for _function in (convert, pull):
+    _declare(_function)
