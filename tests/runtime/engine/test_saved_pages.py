@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -182,7 +182,7 @@ class Waiting:
         assert self.may_read.wait(20)
         yield
 
-    def wait_to_write(self) -> None:
+    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         assert self.may_write.wait(20)
 
 
