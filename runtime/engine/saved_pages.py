@@ -27,7 +27,7 @@ from .page_folder import PageFolder
 from .prefix_tree import Node
 
 READERS = 2
-AHEAD = 8  # files that are read ahead
+AHEAD = 4  # files that are read ahead
 RATE = 16 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
 MOST_TURNS = 256  # turns that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
