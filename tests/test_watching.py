@@ -76,7 +76,8 @@ class Scraped:
 def scraped(tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
     place = tmp_path_factory.mktemp("watching")
     with running_daemon(tinymix_4bit, folder=place / "daemon", extra=["--metrics", "0"]) as daemon:
-        server = ServerProcess(tinymix_4bit, place, ["--daemon", str(daemon.folder), "--context", "500"])
+        options = ["--daemon", str(daemon.folder), "--context", "500", "--kv-cache-dir", str(place / "pages")]
+        server = ServerProcess(tinymix_4bit, place, options)
         try:
             with server.client() as client:
                 client.completions.create(model=tinymix_4bit.name, prompt="La mattina", max_tokens=8)

@@ -12,6 +12,7 @@ of its process. Where a daemon reads the records, its clients can't know when, a
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -26,8 +27,11 @@ class DiskOrder(Protocol):
         until its end, no prefetch begins.
         """
 
-    def wait_to_write(self) -> None:
-        """Wait until nothing is read. The caller then writes a small part of a page."""
+    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
+        """Wait until nothing is read, or ``is_urgent`` returns True. The caller then writes a small part of a page.
+
+        ``is_urgent`` is called at the end of each read, and must return at once.
+        """
 
 
 class _NoOrder:
@@ -36,7 +40,7 @@ class _NoOrder:
     def reading_page(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def wait_to_write(self) -> None:
+    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         pass
 
 

@@ -127,9 +127,13 @@ class KVCache:
             pages = self._take(len(found), [node.page for node in match.nodes])
             self._fetch = _Fetch(sequence, node, pages, deque(found[: len(pages)]), saved.read(found[: len(pages)]))
 
-    def cancel_fetch(self) -> None:
-        """Read no more pages, and release those that hold nothing."""
-        if (fetch := self._fetch) is not None and self._saved is not None:
+    def cancel_fetch(self, sequence: Sequence | None = None) -> None:
+        """Read no more pages for a sequence, None: for any, and release those that hold nothing."""
+        if (
+            (fetch := self._fetch) is not None
+            and self._saved is not None
+            and (sequence is None or sequence is fetch.sequence)
+        ):
             self._fetch = None
             self._saved.cancel(fetch.reading)
             fetch.node.pins -= 1

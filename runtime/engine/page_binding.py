@@ -15,7 +15,7 @@ import moetier
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.tiers.manifest import Manifest
 
-CODE = ("runtime/kernels", "runtime/moe", "runtime/libraries", "runtime/engine", "runtime/devices")  # what computes
+CODE = ("runtime", "tiers")  # what computes, and what reads weights
 NAMES_OF_PLACES = ("_name_or_path", "name_or_path")  # in a config: the same model may lie elsewhere
 
 

@@ -27,7 +27,7 @@ from .page_folder import PageFolder
 from .prefix_tree import Node
 
 READERS = 2
-AHEAD = 8  # files that are read ahead
+AHEAD = 4  # files that are read ahead
 RATE = 16 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
 MOST_TURNS = 256  # turns that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
@@ -240,7 +240,7 @@ class SavedPages:
             if node.page != page:  # it was evicted, and may have been written meanwhile
                 return False
             began = time.monotonic()
-            written = self._folder.write(name, depth, Payload(layout, data), memory, self._order.wait_to_write)
+            written = self._folder.write(name, depth, Payload(layout, data), memory, self._wait_to_write)
             self._count(written_bytes=written)
             with self._changed:
                 self._changed.wait_for(lambda: self._closes_at, max(began + written / RATE - time.monotonic(), 0))
@@ -248,6 +248,9 @@ class SavedPages:
         finally:
             data.release()
             self._folder.release(memory)
+
+    def _wait_to_write(self) -> None:
+        self._order.wait_to_write(lambda: self._closes_at is not None)
 
     # -- both ---------------------------------------------------------------------------------------------------------
 

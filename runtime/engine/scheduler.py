@@ -57,7 +57,7 @@ class Scheduler:
             self._cache.end(sequence, is_turn=is_turn)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-            self._cache.cancel_fetch()
+            self._cache.cancel_fetch(sequence)
 
     def begin_next(self) -> bool:
         """Begin the sequence that waits first, if there is room for it. If that raises an error, it still waits.

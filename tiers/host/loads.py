@@ -273,12 +273,12 @@ class Loads:
         """Note that a page is to be read: no prefetch begins from now on."""
         self._pages += 1
 
-    def may_read_page(self, is_late: bool) -> bool | None:
+    def may_read_page(self, *, is_urgent: bool) -> bool | None:
         """Return True if an announced page may be read now, None while it has to wait for reads for demands.
 
-        It does not wait if it ``is_late``.
+        It does not wait if it ``is_urgent``.
         """
-        return True if is_late or self.closed_by is not None or not self._is_for_demands else None
+        return True if is_urgent or self.closed_by is not None or not self._is_for_demands else None
 
     def end_page(self) -> None:
         """Note that an announced page was read, or will not be."""
@@ -286,9 +286,9 @@ class Loads:
         self._notifier.wake_callers()
         self.wake_loaders_for_prefetches()
 
-    def may_write(self) -> bool | None:
-        """Return True if a page may be written now, None while anything is read."""
-        return True if self.closed_by is not None or not (self._loads or self._pages) else None
+    def may_write(self, *, is_urgent: bool) -> bool | None:
+        """Return True if a page may be written now, None while anything is read, unless it ``is_urgent``."""
+        return True if is_urgent or self.closed_by is not None or not (self._loads or self._pages) else None
 
     @property
     def _is_for_demands(self) -> bool:

@@ -276,9 +276,9 @@ class HostTier(Closeable):
         finally:
             self._end_page()
 
-    def wait_to_write(self) -> None:
+    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
-        self._may_write()
+        self._may_write(is_urgent)
 
     @transition
     def _announce_page(self) -> None:
@@ -286,15 +286,15 @@ class HostTier(Closeable):
 
     @waiting
     def _may_read_page(self, late: float) -> bool | None:
-        return self._ledger.loads.may_read_page(is_late=time.monotonic() > late)
+        return self._ledger.loads.may_read_page(is_urgent=time.monotonic() > late)
 
     @posted
     def _end_page(self) -> None:
         self._ledger.loads.end_page()
 
     @waiting
-    def _may_write(self) -> bool | None:
-        return self._ledger.loads.may_write()
+    def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
+        return self._ledger.loads.may_write(is_urgent=is_urgent())
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""

@@ -14,7 +14,7 @@ from moetier.runtime.model.name_files import register_name
 from moetier.runtime.model.names import place_of, tag_of
 
 from . import convert as conversions
-from .conversion import ConversionReport
+from .conversion_report import ConversionReport
 from .options import CONVERT_OPTIONS, DEFAULT_BITS, Options
 
 

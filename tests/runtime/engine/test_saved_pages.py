@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -163,6 +163,7 @@ def test_no_restart_and_no_fault_changes_an_answer(
                     tokens = [*stream]
                     assert tokens == (expected[: len(tokens)] if is_cancelled else expected)
                 assert not engine.sequences
+                answer(engine, [3] * (PAGE_TOKENS * pages - 5), 3)  # no page is lost: it needs all of them
             if there := files(place):
                 path = there[damage % len(there)]
                 flip_bit(path, damage % path.stat().st_size)
@@ -182,7 +183,7 @@ class Waiting:
         assert self.may_read.wait(20)
         yield
 
-    def wait_to_write(self) -> None:
+    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         assert self.may_write.wait(20)
 
 

@@ -99,7 +99,7 @@ def test_a_write_waits_for_all_reads(gate: GatedReader, what: str) -> None:
         may_write = threading.Event()
 
         def write() -> None:
-            tier.wait_to_write()
+            tier.wait_to_write(lambda: False)
             may_write.set()
 
         task = Task(write)
@@ -110,12 +110,24 @@ def test_a_write_waits_for_all_reads(gate: GatedReader, what: str) -> None:
         task.result()
 
 
+def test_a_write_that_has_become_urgent_waits_for_one_read_at_most(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}) as tier:
+        demand, is_urgent = Task(lambda: take(tier, 0, 0, 1)), threading.Event()
+        gate.wait_begun(DEMANDED)
+        write = Task(lambda: tier.wait_to_write(is_urgent.is_set))
+        is_urgent.set()
+        gate.release(DEMANDED)
+        write.result()
+        gate.open()
+        demand.result()
+
+
 def test_nothing_waits_for_a_tier_that_is_closed(gate: GatedReader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_tier, "PAGE_PATIENCE", PATIENCE)
     tier = HostTier(gate, slots={"records": 12})
     demand = Task(lambda: take(tier, 0, 0))
     gate.wait_begun(DEMANDED)
-    page, write = PageRead(tier), Task(tier.wait_to_write)
+    page, write = PageRead(tier), Task(lambda: tier.wait_to_write(lambda: False))
     page.end.set()
     closing = Task(tier.close)
     page.task.result()
@@ -124,10 +136,10 @@ def test_nothing_waits_for_a_tier_that_is_closed(gate: GatedReader, monkeypatch:
     closing.result()
     with pytest.raises(Exception, match="closed"):
         demand.result()
-    tier.wait_to_write()
+    tier.wait_to_write(lambda: False)
 
 
 def test_without_a_tier_of_this_process_nothing_waits() -> None:
-    NO_ORDER.wait_to_write()
+    NO_ORDER.wait_to_write(lambda: False)
     with NO_ORDER.reading_page():
         pass
