@@ -212,7 +212,7 @@ class Demand:
     def begin(self, keys: Iterable[ExpertKey], *, is_scan: bool) -> None:
         """Begin with all ``keys`` pending."""
         self.is_scan = is_scan
-        self.pending.update(dict.fromkeys(keys))
+        self.pending = dict.fromkeys(keys)
 
     def hold(self, key: ExpertKey, slot: PoolSlot, *, is_hit: bool = False) -> None:
         """Note that a READY slot was pinned for the demand. ``is_hit``: it was READY when the demand came."""
@@ -264,16 +264,18 @@ class Demand:
 
     def clear(self) -> tuple[list[PoolSlot], list[Load]]:
         """Let go of all slots and loads, and return them. The slots are still pinned."""
-        slots, loads = self.slots, list(self.loads)
-        for keys_or_slots in (self.pending, self.leased, self.ready, self.loads):
-            keys_or_slots.clear()
+        slots, loads = self.slots, self.loads
+        self.pending, self.loads = {}, []
+        self.ready.clear()
+        self.leased.clear()
         return slots, loads
 
     def begin_wait(self, now: float) -> None:
         """Note that the caller waits without a lease. ``now`` is the time in seconds."""
         self.waits_since = self.waits_since or now
 
-    def end_wait(self, now: float) -> float | None:
-        """Note that the caller gets a lease. Return how long it has waited, in seconds; None if it did not wait."""
+    def end_wait(self, now: float) -> float:
+        """Note that the caller, which has waited, gets a lease. Return how long it has waited, in seconds."""
+        assert self.waits_since is not None
         since, self.waits_since = self.waits_since, None
-        return None if since is None else now - since
+        return now - since

@@ -288,8 +288,8 @@ class Ledger:
             demand.begin_wait(self._clock())
 
     def _end_wait(self, demand: Demand) -> None:
-        if (seconds := demand.end_wait(self._clock())) is not None:
-            self.counters.count_wait(seconds)
+        if demand.waits_since is not None:
+            self.counters.count_wait(demand.end_wait(self._clock()))
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
