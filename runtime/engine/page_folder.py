@@ -12,10 +12,12 @@ A page's time of last use is its file's time of modification.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import mmap
 import os
+import shutil
 import stat
 import threading
 import time
@@ -34,6 +36,7 @@ from .page_file import Buffers, DamagedPageError, Payload, read_page, write_page
 PAGE = ".page"  # suffix of pages
 MODEL = "model"  # name of the file with the model's name
 LEFT = 60.0  # seconds after which an unfinished file is removed, as its process has ended
+RESERVE = 1 << 30  # bytes of the disk that are left to other programs, but no more than a tenth of it
 ROOM = 0.9  # share of the size that is left when pages are removed
 SWEEP = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
 STEP = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
@@ -186,6 +189,7 @@ class PageFolder:
         self._counting = threading.Lock()  # guards: ``damaged``
         self._bytes: int | None = None  # of all pages, when they were counted, and those written since; None: unknown
         self._unswept = 0  # bytes written since then
+        self._most = options.size  # most bytes of all pages, less if the disk is nearly full
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -251,28 +255,35 @@ class PageFolder:
     ) -> int:
         """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
 
-        ``depth`` is the page's number in its sequence.
-        Returns the size of the file. Raises OSError.
+        ``depth`` is the page's number in its sequence. Returns the size of the file. Raises OSError.
         """
         if self._bytes is None:
             self.sweep()
+        if self._most < len(payload.data):  # it would be removed at once
+            self._bytes = None
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not self._folder.is_dir():
             self._folder.mkdir(mode=0o700, exist_ok=True)
             (self._folder / MODEL).touch(mode=0o600)
             (self._folder / MODEL).write_text(self._model)
-        written = write_page(self._path(name), name, payload, memory, before_piece)
+        try:
+            written = write_page(self._path(name), name, payload, memory, before_piece)
+        except OSError:
+            self._bytes = None  # other programs may have filled the disk
+            raise
         self.touch(name, depth)
         assert self._bytes is not None
         self._bytes += written
         self._unswept += written
-        if self._bytes > self.options.size or self._unswept > SWEEP * self.options.size:
+        if self._bytes > self._most or self._unswept > SWEEP * self._most:
             self.sweep()
         return written
 
     def sweep(self) -> None:
         """Remove pages that are too old, unfinished files, and if there are too many bytes, those least recently used.
 
-        A file whose time is in the future, because the clock was set back, counts as used now.
+        There are too many, too, if the disk has too little free space for other programs. A file whose time is in the
+        future, because the clock was set back, counts as used now.
         """
         now, kept = self._clock(), list[Entry]()
         for entry in entries(self.options.folder):
@@ -286,9 +297,11 @@ class PageFolder:
                 entry = entry._replace(used=now)
             kept.append(entry)
         total = sum(entry.bytes for entry in kept)
-        if total > self.options.size:
+        disk = shutil.disk_usage(self.options.folder)
+        self._most = min(self.options.size, total + disk.free - min(RESERVE, disk.total // 10))
+        if total > self._most:
             for entry in sorted(kept):
-                if total <= ROOM * self.options.size:
+                if total <= ROOM * self._most:
                     break
                 if remove(entry.path):
                     total -= entry.bytes

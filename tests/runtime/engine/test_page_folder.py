@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -288,6 +289,27 @@ def test_a_read_only_folder_is_read(tmp_path: Path) -> None:
             assert read(folder, name(0)) == b"data"
             with pytest.raises(OSError, match="Read-only"):
                 write(folder, name(1), b"data")
+
+
+def test_a_disk_is_not_filled(tmp_path: Path) -> None:
+    """A tenth of it, or 1 GiB, is left to others, who may fill it."""
+    with mounted("tmpfs", tmp_path / "disk", "mode=700,size=1m") as disk:
+        folder = opened(disk / "pages")
+        for number in range(200):
+            write(folder, name(number), b"data")
+        assert shutil.disk_usage(disk).free >= (1 << 20) // 10 - FILE
+        assert read(folder, name(199)) == b"data"
+        (disk / "others").write_bytes(bytes(shutil.disk_usage(disk).free))
+        with pytest.raises(OSError, match="No space"):
+            write(folder, name(200), b"data")
+        write(folder, name(200), b"data")
+        assert read(folder, name(200)) == b"data"
+        (disk / "others").write_bytes(bytes(shutil.disk_usage(disk).free))
+        clear(disk / "pages")
+        with (disk / "others").open("ab") as others, contextlib.suppress(OSError):
+            others.write(bytes(1 << 20))
+        with pytest.raises(OSError, match="No space"):
+            write(opened(disk / "pages"), name(0), b"data")
 
 
 def test_two_threads_of_readers_and_a_writer_agree(tmp_path: Path) -> None:

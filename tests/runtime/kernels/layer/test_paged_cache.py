@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -66,3 +67,47 @@ def test_compiled_layers_get_pages_that_are_consecutive(pages: list[int], is_roo
     for layer in cache.layers:
         layer.extend()
         assert layer.get_seq_length() == 101
+
+
+def filled(heads: int = 2, width: int = 4, dtype: torch.dtype = torch.bfloat16) -> PageMemory:
+    memory = PageMemory(3)
+    for layer in (0, 2):
+        keys = torch.randn(1, heads, 100, width).to(dtype)
+        memory.write(layer, [2, 0], 0, keys, torch.cat([keys, keys], 3))
+    return memory
+
+
+def saved(memory: PageMemory, page: int, tokens: int) -> tuple[Any, memoryview]:
+    data = memoryview(bytearray(tokens * sum(layer.token_bytes for layer in memory.layout)))
+    memory.save_page(page, tokens, data)
+    return json.loads(json.dumps(memory.layout)), data
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [PAGE_TOKENS, 30])
+def test_a_saved_page_has_the_same_bits_in_another_memory(dtype: torch.dtype, tokens: int) -> None:
+    """In one that holds nothing yet, too."""
+    memory = filled(dtype=dtype)
+    layout, data = saved(memory, 2, tokens)
+    for other in (PageMemory(5), filled(dtype=dtype)):
+        assert other.restore_page(1, tokens, layout, data)
+        for layer in (0, 2):
+            pairs = zip(memory.read(layer, [2], 0, tokens), other.read(layer, [1], 0, tokens), strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    "layout", [None, 5, [], [[0]], [[0, "load", 2, 4, 2, 8]], [[0, "bfloat16", 2, 4, 2, 8]], ["x"]]
+)
+def test_what_is_no_page_of_this_memory_is_not_restored(layout: Any) -> None:
+    memory = filled()
+    data = saved(memory, 2, 10)[1]
+    assert not memory.restore_page(1, 10, layout, data)
+
+
+def test_a_page_of_other_shapes_is_not_restored() -> None:
+    memory = filled()
+    for other in (filled(heads=4, width=2), filled(width=8), filled(dtype=torch.float32), filled(dtype=torch.float16)):
+        assert not memory.restore_page(1, 10, *saved(other, 2, 10))
+    layout, data = saved(memory, 2, 10)
+    assert not memory.restore_page(1, 11, layout, data)
