@@ -113,9 +113,12 @@ except SystemExit as end:
         raise
 threading._shutdown()
 atexit._run_exitfuncs()
-for stream in (sys.stdout, sys.stderr):
-    if not (stream is None or stream.closed):
-        stream.flush()
+try:
+    for stream in (sys.stdout, sys.stderr):
+        if not (stream is None or stream.closed):
+            stream.flush()
+except Exception:
+    sys.exit(status)
 os._exit(status & 255)
 """
 

@@ -420,7 +420,7 @@ def test_two_callers_at_the_smallest_budget_come_to_an_end(smallest: Opened, blo
     assert run_all([lambda b=b: caller(b) for b in blocks]) == [150, 150]
 
 
-@pytest.mark.parametrize("slots", [2, 7])
+@pytest.mark.parametrize("slots", [2, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_storm(kind: str, folder: Path, slots: int) -> None:
     """Callers demand and prefetch anything, and stop anywhere."""
 

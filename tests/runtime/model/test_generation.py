@@ -110,8 +110,16 @@ def test_streaming(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.strip() == new.strip()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
-@pytest.mark.parametrize("bits", [bits for bits in BITS if bits < 16])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        pytest.param(bits, dtype, marks=[pytest.mark.slow] * (dtype != torch.float32 and bits != 4))
+        for bits in BITS
+        for dtype in DTYPES
+        if bits < 16
+    ],
+    ids=str,
+)
 def test_quantised_is_the_ordinary_model_with_the_decoded_weights(
     bits: Bits, dtype: torch.dtype, tmp_path: Path
 ) -> None:
