@@ -5,10 +5,8 @@ The model's whole forward runs; a script chooses its tokens (scripted_server.py)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,34 +16,20 @@ pytest.importorskip("starlette", reason='pip install ".[serve]"')
 pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 from agent_model import write_model
-from agents import INSTALL_SECONDS, without_internet
+from agents import without_internet
+from environments import with_packages
 from http_servers import KEY, ServerProcess
-from python_clients import CLIENTS, MODEL, SCRIPT
+from python_clients import CLIENTS, MODEL, PACKAGES, SCRIPT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HELPERS = Path(__file__).parent.parent / "helpers"
-PACKAGES = ("openai==3.57.0", "anthropic==2.14.0", "langchain-openai==1.7.4", "litellm==1.110.2")
 RUN_SECONDS = 250
 
 
 @pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> Path:
-    """The Python of an environment with the clients. Skips if pip can't install them."""
-    folder = Path(request.config.cache.mkdir("python-clients"))
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "installed").exists() or (folder / "installed").read_text() != str(PACKAGES):
-            subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "environment"], check=True)
-            command = [folder / "environment" / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
-            except subprocess.TimeoutExpired:
-                pytest.skip(f"pip did not install {', '.join(PACKAGES)} in {INSTALL_SECONDS} seconds")
-            if done.returncode:
-                pytest.skip(f"pip can't install {', '.join(PACKAGES)}: {done.stderr.strip()[-200:]}")
-            (folder / "installed").write_text(str(PACKAGES))
-    return folder / "environment" / "bin" / "python"
+    return with_packages(Path(request.config.cache.mkdir("python-clients")), PACKAGES)
 
 
 @pytest.fixture(scope="module")

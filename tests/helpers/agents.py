@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environments import INSTALL_SECONDS
 from http_servers import KEY
 from networks import network
 
 MODEL = "agent"  # name of the model in requests
 CONTEXT, ANSWER = 100_000, 500  # what the agents are told of the model: its context, most tokens of an answer
 RUN_SECONDS = 250
-INSTALL_SECONDS = 900
 
 
 Call = tuple[str, dict[str, Any]]
@@ -56,23 +56,27 @@ class Agent:
 
     def installed(self, cache: Path) -> Path:
         """Return the program, installed in the folder ``cache`` if it is not there. Skips the test if npm can't."""
-        if shutil.which("npm") is None:
-            pytest.skip("npm is not installed")
         folder = cache / self.package.replace("/", "-").replace("@", "-").strip("-")
-        program = folder / "node_modules" / ".bin" / self.name
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "ready").exists():
-                command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", self.package]
-                try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
-                except subprocess.TimeoutExpired:
-                    pytest.skip(f"npm did not install {self.package} in {INSTALL_SECONDS} seconds")
-                if done.returncode:
-                    pytest.skip(f"npm can't install {self.package}: {done.stderr.strip()[-200:]}")
-                (folder / "ready").touch()
-        return program
+        return npm_packages(folder, [self.package]) / "node_modules" / ".bin" / self.name
+
+
+def npm_packages(folder: Path, packages: Sequence[str]) -> Path:
+    """Return ``folder``, in which packages of npm are installed and kept. Skips the test if npm can't."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ready").exists():
+            command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", *packages]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"npm did not install {', '.join(packages)} in {INSTALL_SECONDS} seconds")
+            if done.returncode:
+                pytest.skip(f"npm can't install {', '.join(packages)}: {done.stderr.strip()[-200:]}")
+            (folder / "ready").touch()
+    return folder
 
 
 @contextlib.contextmanager

@@ -6,10 +6,16 @@ all else that the tests have.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
+
+INSTALL_SECONDS = 900
 
 # python -c BUILD sdist|wheel FOLDER, where a pyproject.toml is
 BUILD = """
@@ -39,6 +45,32 @@ def install(python: Path, *what: str, network: bool = False) -> None:
     command += [*([] if network else ["--no-index"]), "--no-deps", "--no-build-isolation", *what]
     done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+def with_packages(folder: Path, packages: Sequence[str], *, sees_ours: bool = False) -> Path:
+    """Return the Python of an environment of packages from PyPI, which is kept in ``folder``.
+
+    Skips the test if pip can't install them. ``sees_ours``: whether the packages of the tests can be imported, too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ready, python = folder / "installed", folder / "environment" / "bin" / "python"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists() or ready.read_text() != str(packages):
+            subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "environment"], check=True)
+            if sees_ours:
+                (site,) = folder.glob("environment/lib/python*/site-packages")
+                paths = [path for path in sys.path if path.endswith("site-packages")]
+                (site / "ours.pth").write_text("\n".join(paths))
+            command = [python, "-m", "pip", "install", "--quiet", *packages]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"pip did not install {', '.join(packages)} in {INSTALL_SECONDS} seconds")
+            if done.returncode:
+                pytest.skip(f"pip can't install {', '.join(packages)}: {done.stderr.strip()[-200:]}")
+            ready.write_text(str(packages))
+    return python
 
 
 def main() -> None:

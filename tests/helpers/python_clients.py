@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+PACKAGES = ("openai==3.57.0", "anthropic==2.14.0", "langchain-openai==1.7.4", "litellm==1.110.2")
 MODEL, ANSWER, CITY, THOUGHT = "agent", "It rains in Oslo.", {"city": "Oslo"}, "Where is it?"
 MARK, RESULT = "[weather]", "Rain, 7 degrees."
 QUESTION = f"How is the weather? {MARK}"

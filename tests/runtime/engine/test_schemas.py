@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from decimal import Decimal, InvalidOperation, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,21 @@ def check_answers(model: Any, tokenizer: Any) -> None:
     assert len(invalid) <= 0.005 * ended
 
 
-def number(digits: str) -> float:
-    """A large integer as a float, as the numbers of schemas are: both may be written with or without an exponent."""
-    return int(digits) if abs(int(digits)) < 1 << 53 else float(digits)
+def exact(number: str) -> Decimal | float:
+    """Return a number as it is written: a large float is another number. One that is far too large is infinite."""
+    try:
+        return Decimal(number)
+    except InvalidOperation:
+        return float(number)
 
 
 def fault(schema: Any, text: str) -> str | None:
     """Why a text is not valid by a schema."""
     try:
-        value = json.loads(text, parse_int=number)
+        value = json.loads(text, parse_float=exact)
     except ValueError as error:
         return str(error)
+    schema = json.loads(json.dumps(schema), parse_float=exact)
     validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
-    return next((error.message[:200] for error in validator.iter_errors(value)), None)
+    with localcontext(prec=MOST_TOKENS * 30):
+        return next((error.message[:200] for error in validator.iter_errors(value)), None)
