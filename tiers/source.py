@@ -108,6 +108,7 @@ class ExpertSource(Protocol[Record]):
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand for ``experts`` of a block. The caller uses their records through ``residents``, unleased.
 
+        The caller may also have leased them for a long prompt, and count those uses that are to keep them in memory.
         This has the effect of a demand that finds all its records: each record counts as a hit, and the block's
         prefetch requests are cancelled. The order of eviction is updated later, but before the next record is evicted.
         Returns at once.

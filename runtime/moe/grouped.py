@@ -5,6 +5,7 @@ afterwards that none of them was replaced. The result does not depend on which e
 
 Experts of many tokens are computed in groups, in ascending order, and each group's outputs are added to the tokens'
 sums. So each expert is leased once for all tokens of a prompt, and the memory for outputs is that of one group.
+A long prompt needs nearly all experts, of which memory keeps those of its last tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_lease
 from .snapshot import Trials, has_global_hooks
 
 READ_AHEAD = 6  # experts that are read before their group is computed
+RECENT = 48  # last tokens of a prompt, whose experts stay in memory: the next tokens need many of the same
 GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
 
@@ -243,6 +245,7 @@ def _tokens(
     else:  # without a group no expert computes anything
         sums = (parts[0].x.new_empty if groups else parts[0].x.new_zeros)((tokens, kernels.width))
     experts_used = counts.nonzero()[:, 0].tolist()
+    recent = {*index[-RECENT:].flatten().tolist()} if is_part else set[int]()
     on_demand, wanted = tiered.on_demand, len(experts_used) if is_part else 0
     if is_part:
         tiered = replace(tiered, on_demand=None)
@@ -262,6 +265,8 @@ def _tokens(
         torch.cumsum(torch.bincount(own, minlength=tokens), 0, out=bounds[1:])
         order = torch.argsort(rows, stable=True)  # by token, and then by expert
         kernels.add_up(outputs, weights.reshape(-1)[places], order, bounds, sums, is_part=is_part)
+        if kept := [span.expert for span in group if span.expert in recent]:
+            tiered.source.note_uses(tiered.block, kept)  # else the next experts of the prompt would evict them
         between()
     if is_part:
         tiered.source.prefetch(tiered.block, ())

@@ -48,9 +48,10 @@ class OneSlot:
         return None
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        raise AssertionError("nothing is resident here")
+        """Nothing is kept."""
 
-    take_back_uses = note_uses
+    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
+        raise AssertionError("nothing is resident here")
 
     def end_leases(self) -> None:
         """Nothing is kept of who acquired."""

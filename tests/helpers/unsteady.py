@@ -55,9 +55,10 @@ class UnsteadySource:
         return None  # so that all is leased
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        raise AssertionError("nothing is resident here")
+        self.source.note_uses(block, experts)
 
-    take_back_uses = note_uses
+    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
+        raise AssertionError("nothing is resident here")
 
     def end_leases(self) -> None:
         self.source.end_leases()

@@ -1,19 +1,22 @@
 """Measure a long prompt through the engine: seconds and bytes read, decoding after it, and the next turn.
 
-python tests/measurements/prompt.py DIR [--tokens N] [--waiting N] [--beside] [--prefill-chunk N] [--ram SIZE]
+python tests/measurements/prompt.py DIR [--tokens N] [--conversations N] [--waiting N] [--beside]
+    [--prefill-chunk N] [--ram SIZE] [--kv-cache SIZE]
 
-DIR is a model directory. Run it in a control group to limit its memory. The prompt has random tokens. ``--waiting``
-computes so many prompts of that length that wait together in place of the turns, ``--beside`` one beside the stream of
-another request.
+DIR is a model directory. Run it in a control group to limit its memory. The prompt has random tokens. In place of one
+conversation's turns, ``--conversations`` computes the first turns of so many conversations, and then their second turns
+in the same order; ``--waiting`` so many prompts that wait together, decoding after them, and the same one by one; and
+``--beside`` a prompt beside the stream of another request.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import threading
 import time
 import warnings
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -40,6 +43,11 @@ class Prompts:
         """Begin to compute an answer of exactly ``tokens`` tokens."""
         return self._engine.stream(Request(ids, tokens, {"min_new_tokens": tokens, "do_sample": False}))
 
+    def submit(self, ids: tuple[int, ...], tokens: int, times: list[float], end: threading.Event) -> None:
+        """Begin to compute an answer of ``tokens`` tokens. Their times are appended to ``times``."""
+        request = Request(ids, tokens, {"min_new_tokens": tokens, "do_sample": False})
+        self._engine.submit(request, lambda _: times.append(time.perf_counter()), lambda _: end.set())
+
     def read(self) -> float:
         """Return the GiB that the host tier has read."""
         return sum(stats.bytes_in for stats in self._model.tiers.stats() if stats.name == "host") / 2**30
@@ -62,13 +70,50 @@ def turns(prompts: Prompts, tokens: int) -> None:
     print(f"next turn with {TURN} new tokens: {(time.perf_counter() - begin) / first:.4f} of the first token's time")
 
 
+def conversations(prompts: Prompts, tokens: int, count: int) -> None:
+    """Measure second turns by turns, each of which continues a conversation that all others have followed."""
+    texts, seconds = [prompts.ids(tokens) for _ in range(count)], [list[float](), list[float]()]
+    for times in seconds:
+        for number, ids in enumerate(texts):
+            begin = time.perf_counter()
+            stream = iter(prompts.stream(ids, 8))
+            answer = [next(stream)]
+            times.append(time.perf_counter() - begin)
+            texts[number] = (*ids, *answer, *stream, *prompts.ids(TURN))
+    first, second = map(median, seconds)
+    print(
+        f"{count} conversations of {tokens:,} by turns: first token after {first:.2f} s; with {TURN + 1} new tokens "
+        f"after {second:.3f} s (longest {max(seconds[1]):.3f} s): {second / first:.4f} of the first turn's time"
+    )
+
+
 def waiting(prompts: Prompts, tokens: int, count: int) -> None:
-    """Compare one prompt with ``count`` that wait together."""
-    for number in (1, count):
-        begin, read = time.perf_counter(), prompts.read()
-        for stream in [prompts.stream(prompts.ids(tokens), 1) for _ in range(number)]:
-            list(stream)
-        print(f"{number} of {tokens:,}: {time.perf_counter() - begin:.2f} s, {prompts.read() - read:.2f} GiB read")
+    """Compare prompts that wait together, and decoding after them, with the same one by one."""
+    results = []
+    for together in (False, True):
+        begin, read, ends, times = time.perf_counter(), prompts.read(), [], list[list[float]]()
+        for _ in range(count):
+            of_one, end = list[float](), threading.Event()
+            prompts.submit(prompts.ids(tokens), 1 + AFTER, of_one, end)
+            times.append(of_one)
+            ends.append(end)
+            if not together:
+                end.wait()
+        for end in ends:
+            end.wait()
+        whole = time.perf_counter() - begin
+        # decoding: from the time at which all prompts are computed, or of each by itself
+        spans = [of_one[-1] - of_one[0] for of_one in times]
+        last = max(of_one[0] for of_one in times)
+        late = sum(at > last for of_one in times for at in of_one)
+        rate = late / (max(of_one[-1] for of_one in times) - last) if together else count * AFTER / sum(spans)
+        results.append((whole, rate))
+        print(
+            f"{count} of {tokens:,} {'together' if together else 'one by one'}: {whole:.2f} s, "
+            f"{prompts.read() - read:.2f} GiB read, decoding at {rate:.2f} tokens/s"
+        )
+    (alone, slow), (whole, fast) = results
+    print(f"together: decoding {fast / slow:.2f} times as fast, the whole {alone / whole:.2f} times")
 
 
 def beside(prompts: Prompts, engine: Engine, tokens: int) -> None:
@@ -98,26 +143,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory")
     parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--conversations", type=int, default=0)
     parser.add_argument("--waiting", type=int, default=0)
     parser.add_argument("--beside", action="store_true")
     parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--ram")
+    parser.add_argument("--kv-cache")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    most = max(arguments.waiting, 2)
+    most = max(arguments.waiting, arguments.conversations, 2)
     model, _ = moetier.load(
         arguments.directory,
         daemon=None,
         ram=arguments.ram,
         context=arguments.tokens + (4100 if arguments.beside else 500),
         prefill_chunk=arguments.prefill_chunk,
-        sequences=most if arguments.waiting or arguments.beside else 1,
+        kv_cache=arguments.kv_cache,
+        sequences=most if arguments.waiting or arguments.beside or arguments.conversations else 1,
     )
     with model.tiers, Engine.of(model, max_sequences=most) as engine:
         prompts = Prompts(model, engine)
         [*prompts.stream(prompts.ids(300), 4)]  # compiles
         print(f"{torch.get_num_threads()} threads, {[stats.slots for stats in model.tiers.stats()]} slots")
-        if arguments.waiting:
+        if arguments.conversations:
+            conversations(prompts, arguments.tokens, arguments.conversations)
+        elif arguments.waiting:
             waiting(prompts, arguments.tokens, arguments.waiting)
         elif arguments.beside:
             beside(prompts, engine, arguments.tokens)

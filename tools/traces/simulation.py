@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
@@ -121,15 +121,17 @@ class SimulatedTier:
         """Make a tier of ``quota`` slots for one block."""
         return cls([Partition((block,), quota)], make_policy)
 
-    def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
+    def demand(
+        self, keys: Sequence[ExpertKey], *, is_prompt: bool = False, kept: Collection[ExpertKey] = ()
+    ) -> list[ExpertKey]:
         """Load those of ``keys`` that are missing, and return them. All ``keys`` are of one block.
 
         The first key is evicted last. A prompt that demands more keys than the block has slots is treated as a scan, as
-        in a host tier.
+        in a host tier. Of that, the keys in ``kept`` count as used by a demand of their own.
         """
         missing = [key for key in keys if self._pool.slot_of(key) is None]
         if is_prompt and len(keys) > self._pool.quota(keys[0].block):
-            self._stream(keys, missing)
+            self._stream(keys, missing, kept)
         else:
             for key in reversed(keys):
                 if self._pool.slot_of(key) is None:
@@ -155,10 +157,11 @@ class SimulatedTier:
         assert slot is not None
         self._fill(slot, key, is_scan=False)
 
-    def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
+    def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey], kept: Collection[ExpertKey]) -> None:
         """Use resident experts first, as a host tier does. Load each other one up to AHEAD loads before it is used."""
         resident = [key for key in keys if key not in set(missing)]
         self._pool.touch(reversed(resident), is_scan=True)
+        self._pool.touch([key for key in resident if key in kept])
         waiting = deque(map(self._slot, resident))
         for slot in waiting:
             self._pool.pin(slot)
@@ -171,6 +174,8 @@ class SimulatedTier:
             while (chosen := self._pool.choose(key.block, is_scan=True)) is None:
                 self._pool.unpin((waiting or loaded).popleft())
             self._fill(chosen, key, is_scan=True)
+            if key in kept:
+                self._pool.touch((key,))
             self._pool.pin(chosen)
             loaded.append(chosen)
         for slot in (*waiting, *loaded):

@@ -40,6 +40,9 @@ class Groups:
     def residents(self, block: int) -> None:
         return None
 
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        pass
+
     def absent(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
         return keys
 

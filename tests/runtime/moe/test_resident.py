@@ -15,6 +15,7 @@ from torch import Tensor
 import moetier
 from moetier.runtime.moe import grouped
 from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
 
@@ -109,6 +110,24 @@ def test_a_few_tokens_are_computed_again_if_records_are_replaced_meanwhile(model
     assert torch.equal(few_tokens(model, replace_them), expected)
     assert len(calls) == 1
     assert model.tiers.host.stats().discarded - before.discarded == 2
+
+
+def test_experts_of_the_last_tokens_of_a_long_prompt_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that needs all experts keeps the first ones and the last ones without them."""
+    _, directory = convert_tiny("mixtral", torch.bfloat16, tmp_path, bits=4, num_local_experts=64)
+    monkeypatch.setattr(grouped, "GROUP_OUTPUTS", 16)
+    half = read_manifest(directory).stored_bytes // 2
+    model, _ = moetier.load(directory, ram=half, daemon=None, speculate="off")
+    with model.tiers, torch.no_grad():
+        module, tokens = [*experts_modules(model).values()][BLOCK], 400
+        index = torch.stack([torch.arange(tokens) % 32 * 2, torch.arange(tokens) % 32 * 2 + 1], 1)
+        index[-grouped.RECENT :] = torch.tensor([40, 41])
+        module(torch.ones(tokens, model.config.hidden_size, dtype=model.dtype), index, torch.ones(tokens, 2) / 2)
+        ready = model.tiers.host.ready_experts(BLOCK)
+    assert len(ready) < 64
+    assert {40, 41} <= {*ready}
 
 
 def test_some_in_memory_and_some_not(model: Any) -> None:
