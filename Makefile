@@ -1,11 +1,6 @@
 # `make demo` and `make test` set up what they need, in .venv, the first time.
 PYTHON ?= python3
 RUN := .venv/bin/python
-DEMO := build/demo/tinymix-4bit
-# tinymix has 64 experts; at 4 bits a record takes 225,280 bytes: this holds a quarter of them
-DEMO_RAM := 3520KiB
-# for another: make demo DEMO_PROMPT='...'
-DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
 .PHONY: help setup demo synthetic proto golden check format test test-slow test-transformers test-lowest docs release clean
 
@@ -28,8 +23,7 @@ setup: .venv/.ready-dev  ## a virtual environment with everything
 	@touch $@
 
 demo: .venv/.ready  ## convert the bundled model and generate with room for a quarter of its experts
-	$(RUN) -m moetier.tools.main convert tests/assets/tinymix $(DEMO) --bits 4
-	$(RUN) -m moetier.tools.main generate $(DEMO) --ram $(DEMO_RAM) --max-new-tokens 96 --temperature 0.7 '$(DEMO_PROMPT)'
+	$(RUN) -m moetier demo
 
 # 45 GB: checkpoints, and stores of 4 bits beside them; tokens.json is what is written last
 MODELS := mixtral-4L qwen3-8L fine-4L

@@ -40,6 +40,7 @@ GROUPS = {  # titles in --help -> names of commands -> their lines in --help; th
         "daemon": "hold the experts of models in memory for all processes of this machine",
     },
     "look": {
+        "demo": "convert the bundled model, and generate with memory for a quarter of its experts",
         "inspect": "show what a model directory holds",
         "ps": "list your running daemons on this machine",
         "stats": "show the counters of a daemon",
@@ -78,6 +79,7 @@ EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FIRST = """\
 first steps:
+  moetier demo             # see a small model run, with a quarter of its experts in memory
   moetier doctor           # check this machine
   moetier plan ORG/NAME    # will this model from the Hugging Face hub run here, and how fast?
   moetier pull ORG/NAME    # download and convert it

@@ -1,4 +1,6 @@
-"""Draws a real session in a terminal: python docs/figures/terminal.py, after make demo, writes docs/figures/chat.svg.
+"""Draws a real session in a terminal: python docs/figures/terminal.py writes docs/figures/chat.svg.
+
+It needs build/demo/tinymix-4bit (moetier convert tests/assets/tinymix build/demo/tinymix-4bit --bits 4).
 
 The program runs in a pseudo terminal, keys are typed when its prompt is there, and what pyte's terminal then shows is
 written as SVG.

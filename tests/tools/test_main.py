@@ -44,6 +44,7 @@ def test_help_imports_the_command_alone_and_nothing_heavy(command: tuple[str, ..
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("usage: moetier")
     named = set(command) | {  # whose functions they take
+        "demo": {"generate"},
         "pull": {"convert"},
         "plot": {"stats"},
         "top": {"stats"},

@@ -1,7 +1,8 @@
 """Benchmarks of this machine: disk, kernels, decoding, prefill and conversion, each beside its upper bound.
 
     convert, decode, prefill, disk, kernels  one measurement each
-    model      what decode and prefill share
+    datapoint  decoding and a prompt in five minutes, as Markdown
+    model      what decode, prefill and datapoint share
     child      the process in which a model is measured
     sandbox    starts it, with dropped caches and limited memory
     bound      the least time of a step

@@ -7,6 +7,7 @@ that measures: ``idle``, ``model`` or ``rates``. The function gets the whole inp
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -33,8 +34,9 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
     """Load a model, feed tokens to it in pieces, and return the times of the last pieces, with counters and sizes.
 
     ``work`` has the model's ``directory``, token ``ids`` [sequences][tokens], the numbers of tokens of the ``pieces``,
-    and how many pieces to time (``measured``). If it has ``record``, ``used`` in the result has the experts that each
-    piece used, by block; recording makes the run slower. ``ram``, ``threads`` and ``options`` are options of ``load``.
+    and how many pieces to time (``measured``). If it has ``seconds``, no piece is begun after so many. If it has
+    ``record``, ``used`` in the result has the experts that each piece used, by block; recording makes the run slower.
+    ``ram``, ``threads`` and ``options`` are options of ``load``.
     """
     from moetier.tools.cli.lean import lean_imports
 
@@ -110,7 +112,10 @@ def _feed(model: Any, ids: Tensor, chunk: int, work: dict[str, Any]) -> dict[str
     if work.get("record"):
         Gates(model).observe(experts=note)
     seconds, cache, start, before = [], None, 0, model.tiers.host.stats()
+    end = time.perf_counter() + work.get("seconds", math.inf)
     for number, length in enumerate(work["pieces"]):
+        if time.perf_counter() > end:
+            break
         used.append([[] for _ in model.tiers.manifest.blocks])
         if number == len(work["pieces"]) - work["measured"]:
             before = model.tiers.host.stats()

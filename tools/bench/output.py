@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,18 +62,23 @@ class Spread:
         return middle if len(self.runs) == 1 else f"{middle} ({low} to {high})"
 
 
-def alternate(rounds: int, ways: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
+def alternate(rounds: int, ways: Mapping[K, Callable[[], T]], *, until: float = math.inf) -> dict[K, list[T]]:
     """Run each of ``ways`` once in each round. Return the results of each way, in the order of the rounds.
 
-    Each round begins with another way; every second round goes through the ways in reverse.
+    Each round begins with another way; every second round goes through the ways in reverse. After the first round, none
+    begins that would not end before ``until``, a time of ``time.monotonic``, if it took as long as the longest.
     """
     results: dict[K, list[T]] = {name: [] for name in ways}
-    names = [*ways]
+    names, times = [*ways], [time.monotonic()]
     for number in range(rounds):
+        longest = max((end - begin for begin, end in pairwise(times)), default=0.0)
+        if number and times[-1] + longest > until:
+            break
         first = number % len(names)
         order = names[first:] + names[:first]
         for name in order if number % 2 == 0 else reversed(order):
             results[name].append(ways[name]())
+        times.append(time.monotonic())
     return results
 
 

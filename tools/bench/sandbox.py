@@ -110,30 +110,41 @@ def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
 
 
 def run_limited(
-    command: Sequence[str], text: str, limit: int | None
+    command: Sequence[str], text: str, limit: int | None, *, seconds: float | None = None
 ) -> tuple[subprocess.CompletedProcess[str], int | None]:
     """Run a command with ``text`` as its standard input; if ``limit`` is given, in a control group of so many bytes.
 
     Returns the ended process, and the peak memory of the group in bytes, with cached pages of files; None if there is
-    no limit. Raises ConfigError if the control group can't be made.
+    no limit. Without a limit, the process is killed after ``seconds``. Raises ConfigError if it was killed, or if the
+    control group can't be made.
     """
     if limit is None:
-        return subprocess.run(command, input=text, capture_output=True, text=True, check=False), None
+        try:
+            return subprocess.run(
+                command, input=text, capture_output=True, text=True, check=False, timeout=seconds
+            ), None
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"The measuring process did not end within {seconds:.0f} s.",
+                "Measure a smaller model, or use moetier bench decode, which takes the time that it needs.",
+            ) from None
     with memory_group(limit) as group:
         return group.run(command, text=text), group.peak
 
 
-def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Path] = ()) -> dict[str, Any]:
+def fresh(
+    work: dict[str, Any], *, limit: int | None = None, files: Iterable[Path] = (), seconds: float | None = None
+) -> dict[str, Any]:
     """Drop the page cache, run ``work`` in a process of its own, and return the result that ``child`` prints.
 
     ``files``: files of the model. If ``limit`` is None, only these are dropped. Otherwise the whole page cache is
     dropped, and the process runs in a control group of ``limit`` bytes; ``group_peak_bytes`` in the result is the peak
-    memory of this group, with cached pages of files. ``page_cache`` in the result says what was dropped. Raises
-    MoetierError if the process fails.
+    memory of this group, with cached pages of files. ``page_cache`` in the result says what was dropped. ``seconds`` is
+    as in ``run_limited``. Raises MoetierError if the process fails.
     """
     command = [sys.executable, "-m", "moetier.tools.bench.child"]
     page_cache = drop_page_cache(files, whole=limit is not None)
-    result, peak = run_limited(command, json.dumps(work), limit)
+    result, peak = run_limited(command, json.dumps(work), limit, seconds=seconds)
     if limit is not None and result.returncode in (KILLED, 128 - KILLED):
         raise BudgetError(
             f"The process ran out of memory in a control group of {format_bytes(limit)}, and was killed.",

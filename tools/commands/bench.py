@@ -11,6 +11,7 @@ NOUNS = {
     "kernels": "multiply with records; compare with the speed of reading memory",
     "decode": "decode given tokens; compare with the upper bound",
     "prefill": "compute a prompt; compare with the upper bound",
+    "datapoint": "measure for at most five minutes; print a block of Markdown with the machine and rates beside bounds",
     "convert": "convert with HQQ and with --fast; compare with the speed of reading the source",
 }
 EXAMPLES = ("moetier bench disk ./mixtral-4bit", "moetier bench decode --help")

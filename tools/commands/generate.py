@@ -61,34 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
         import torch
         import transformers
 
-        from moetier.runtime.engine.engine import Engine
-        from moetier.runtime.engine.sampling import generates_itself
-        from moetier.runtime.engine.sequence import Request
-        from moetier.runtime.generation.streamer import TimedStreamer
-
         if arguments.prompt is None and len(prompt) == AT_FIRST:
             prompt = read_on(prompt, model, tokenizer)
-        inputs = encode(model, tokenizer, prompt)
-        tokens = inputs["input_ids"].shape[1]
         watch = DaemonWatch(model.tiers)
-        streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
-        given = dict(within_context(model, tokens, decoding))
-        try:
-            if generates_itself(model):
-                torch.manual_seed(arguments.seed)
-                streamer.take(model.generate(**inputs, **behind(tokens, given))[0, tokens:].tolist())
-            else:
-                most = given.pop("max_new_tokens")
-                with Engine.of(model, tokens=tokens + most) as engine:
-                    stream = engine.stream(Request(tuple(inputs["input_ids"][0].tolist()), most, given, arguments.seed))
-                    with prompt_bar(model, stream.sequence):
-                        streamer.take(stream)
-        except BaseException:
-            if streamer.text and not arguments.json:
-                print(flush=True)  # so that the error message begins on a line of its own
-            raise
-        timing = Timing(tokens, streamer.tokens, *streamer.seconds)
-        warn_if_cut(model, tokens, streamer.tokens, decoding)
+        text, timing = stream_text(model, tokenizer, prompt, decoding, arguments.seed, echoes=not arguments.json)
         reads = watch.end()
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         report = run_json(timing, model.tiers, reads)
@@ -96,13 +72,49 @@ def run(arguments: argparse.Namespace) -> None:
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 
     if arguments.json:
-        head = {"prompt": prompt, "text": streamer.text, "seed": arguments.seed}
+        head = {"prompt": prompt, "text": text, "seed": arguments.seed}
         cost = {"load_s": load_seconds, "peak_bytes": peak_bytes}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         print(json.dumps({**head, **cost, **report, "versions": versions}))
     else:
         sys.stdout.flush()
         print(f"\n{short}{rest}", file=sys.stderr)
+
+
+def stream_text(
+    model: Any, tokenizer: Any, prompt: str, decoding: dict[str, Any], seed: int, *, echoes: bool
+) -> tuple[str, Timing]:
+    """Generate text that continues ``prompt``, and print it meanwhile if ``echoes``. Return the text and its timing.
+
+    ``decoding`` is what ``decoding_of`` returns. Raises MoetierError.
+    """
+    import torch
+
+    from moetier.runtime.engine.engine import Engine
+    from moetier.runtime.engine.sampling import generates_itself
+    from moetier.runtime.engine.sequence import Request
+    from moetier.runtime.generation.streamer import TimedStreamer
+
+    inputs = encode(model, tokenizer, prompt)
+    tokens = inputs["input_ids"].shape[1]
+    streamer = TimedStreamer(tokenizer, echo=show if echoes else None)
+    given = dict(within_context(model, tokens, decoding))
+    try:
+        if generates_itself(model):
+            torch.manual_seed(seed)
+            streamer.take(model.generate(**inputs, **behind(tokens, given))[0, tokens:].tolist())
+        else:
+            most = given.pop("max_new_tokens")
+            with Engine.of(model, tokens=tokens + most) as engine:
+                stream = engine.stream(Request(tuple(inputs["input_ids"][0].tolist()), most, given, seed))
+                with prompt_bar(model, stream.sequence):
+                    streamer.take(stream)
+    except BaseException:
+        if streamer.text and echoes:
+            print(flush=True)  # so that the error message begins on a line of its own
+        raise
+    warn_if_cut(model, tokens, streamer.tokens, decoding)
+    return streamer.text, Timing(tokens, streamer.tokens, *streamer.seconds)
 
 
 def _text_of_input(most: int) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("moetier list", "moetier list --json")
 LOOKS = 3
-HEAD = ["name", "type", "bits", "trunk", "size", "experts", "made", "last use", ""]
+HEAD = ["name", "type", "bits", "trunk", "size", "experts", "made", "last use"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,8 +159,9 @@ def _text(models: list[dict[str, Any]]) -> str:
     from moetier.runtime.config import format_bytes
     from moetier.tools.cli.report import table
 
-    rows = [HEAD]
+    rows, states = [HEAD], [""]
     for model in models:
+        states.append(_state(model))
         blocks, experts = model["blocks"], model["experts"]
         rows.append(
             [
@@ -172,10 +173,9 @@ def _text(models: list[dict[str, Any]]) -> str:
                 "?" if experts is None else f"{blocks} x {experts // (blocks or 1)}",
                 _time(model["pulled_unix"], "?"),
                 _time(model["used_unix"], "never"),
-                _state(model),
             ]
         )
-    return table(rows)
+    return "\n".join(f"{row}  {state}".rstrip() for row, state in zip(table(rows).split("\n"), states, strict=True))
 
 
 def _time(seconds: float | None, none: str) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 from moetier.tools.bench.output import Spread, alternate
 
 
@@ -13,6 +15,12 @@ def test_every_way_once_a_round_and_none_always_first() -> None:
     found = alternate(3, {name: lambda name=name: way(name) for name in "abc"})
     assert "".join(told) == "abc" + "acb" + "cab"  # the second begins with b, and goes backwards
     assert found == {"a": [1, 4, 8], "b": [2, 6, 9], "c": [3, 5, 7]}
+
+
+def test_no_round_begins_that_would_end_too_late() -> None:
+    soon, later = time.monotonic(), time.monotonic() + 300
+    assert alternate(3, {"a": lambda: 1}, until=soon) == {"a": [1]}
+    assert alternate(3, {"a": lambda: 1}, until=later) == {"a": [1, 1, 1]}
 
 
 def test_a_spread() -> None:

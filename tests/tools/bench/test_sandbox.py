@@ -43,6 +43,11 @@ def test_a_process_that_was_killed_for_memory_is_named() -> None:
         fresh({"work": "idle"}, limit=24 * MIB)
 
 
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(ConfigError, match=r"did not end within 0 s"):
+        fresh({"work": "idle"}, seconds=0.01)
+
+
 def test_an_error_of_the_child_is_the_parents(tmp_path: Path) -> None:
     work = {"work": "model", "directory": str(tmp_path), "ids": [[1]], "pieces": [1], "measured": 1}
     with pytest.raises(MoetierError, match=r"has no experts\.zarr"):
