@@ -22,7 +22,7 @@ from moetier.tiers.errors import MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
-from .packed_runner import PackedRunner, may_pack
+from .packed_runner import PackedRunner, check_bits, may_pack
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself, scored
 from .scheduler import Scheduler
@@ -120,7 +120,7 @@ class Engine:
         """Return an engine for ``most`` sequences at a time, with the pages for which the model's tiers leave memory.
 
         There are pages for a sequence of ``tokens`` tokens in any case. Raises UnsupportedModelError if the model
-        generates text in another way than token by token.
+        generates text in another way than token by token, or can't have keys and values in 8 bits as its options say.
         """
         if generates_itself(model):
             raise UnsupportedModelError(
@@ -131,10 +131,11 @@ class Engine:
         context = max(tokens, min(limit for limit in limits if limit is not None))
         pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
+        check_bits(model, kv.bits)
         if prefill.in_blocks is not None and may_pack(model):
-            runner: Runner = PackedRunner(model, pages, chunk=prefill.later)
+            runner: Runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
             return cls(runner, pages=pages, most=most, chunk=prefill.in_blocks, context=context)
-        runner = ModelRunner(model, pages)
+        runner = ModelRunner(model, pages, bits=kv.bits)
         return cls(runner, pages=pages, most=most, chunk=prefill.tokens, context=context, later=prefill.later)
 
     @property
