@@ -176,6 +176,14 @@ class TierConfig(HostTierConfig):
         metavar="SIZE",
         parse=_size,
     )
+    kv_bits: int = option(
+        16,
+        "bits of each number of keys and values: 8 take about half the memory, and change a text a little. Most models "
+        "can use them (moetier's own attention is needed)",
+        in_config=True,
+        group=MEMORY,
+        choices=(16, 8),
+    )
     prefill_chunk: int | None = option(
         None,
         "number of prompt tokens to compute in one forward pass, for which budgets leave room (default: 4096, in at "
@@ -348,6 +356,7 @@ class TierOptions(TypedDict, total=False):
     loaders: int
     context: int | None
     kv_cache: str | int | None
+    kv_bits: int
     sequences: int
     prefill_chunk: int | None
     all_logits: bool

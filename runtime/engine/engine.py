@@ -22,7 +22,7 @@ from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelErro
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
-from .packed_runner import PackedRunner, may_pack
+from .packed_runner import PackedRunner, check_bits, may_pack
 from .page_binding import binding_of
 from .page_folder import PageFolder, PageOptions
 from .runner import Runner, Stopped, Task
@@ -128,8 +128,8 @@ class Engine:
             disk: where pages are kept on disk; None: nowhere.
             keys: for each user of requests the digest of an API key: pages on disk are found with the same key only.
 
-        Raises UnsupportedModelError if the model generates text in another way than token by token, and ConfigError if
-        ``disk`` can't be used.
+        Raises UnsupportedModelError if the model generates text in another way than token by token, or can't have keys
+        and values in 8 bits as its options say; and ConfigError if ``disk`` can't be used.
         """
         if generates_itself(model):
             raise UnsupportedModelError(
@@ -140,9 +140,11 @@ class Engine:
         context = max(tokens, min(limit for limit in limits if limit is not None))
         pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
-        chunk, later, runner = prefill.tokens, prefill.later, ModelRunner(model, pages)
+        check_bits(model, kv.bits)
+        chunk, later, runner = prefill.tokens, prefill.later, ModelRunner(model, pages, bits=kv.bits)
         if prefill.in_blocks is not None and may_pack(model):
-            chunk, later, runner = prefill.in_blocks, None, PackedRunner(model, pages, chunk=prefill.later)
+            chunk, later = prefill.in_blocks, None
+            runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
         saved = None if disk is None else _saved(model, runner, disk, keys)
         return cls(
             runner, pages=pages, max_sequences=max_sequences, chunk=chunk, context=context, later=later, saved=saved

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory, StatePart
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS, PagedCache, PageMemory, StatePart
 from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.moe.experts import experts_modules
 
@@ -28,12 +28,13 @@ ALIGNMENT = 8  # bytes: the size of the largest type
 class ModelRunner(Runner):
     """Computes one sequence at a time."""
 
-    def __init__(self, model: Any, pages: int) -> None:
+    def __init__(self, model: Any, pages: int, *, bits: int = 16) -> None:
+        """Compute with ``pages`` pages of keys and values in ``bits`` bits: 8, or 16 for those of any type."""
         self._model = model
         self.can_resume = can_resume(model)
         self.computes_together = False
         self.has_states = self.can_resume and has_states(model)
-        self.memory = PageMemory(pages)
+        self.memory = PageMemory(pages, bits=bits)
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
         self._caches: dict[Sequence, PagedCache] = {}  # if the model can resume
         self._state: dict[StatePart, Tensor] = {}  # of any sequence: types and shapes of a copy
@@ -127,6 +128,14 @@ def cache_layers(model: Any) -> list[Any]:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+
+
+def cache_of(model: Any, tokens: int, *, bits: int) -> PagedCache:
+    """Return a cache for one sequence of at most ``tokens`` tokens, with keys and values in ``bits`` bits."""
+    pages = -(-tokens // PAGE_TOKENS)
+    cache = PagedCache(PageMemory(pages, bits=bits), cache_layers(model))
+    cache.move([*range(pages)], 0)
+    return cache
 
 
 def windows_of(model: Any) -> list[int | None]:

@@ -28,9 +28,10 @@ from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.experts import experts_modules, without_experts
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
+from moetier.tiers.errors import UnsupportedModelError
 
 from .faster_way import FasterWay
-from .model_runner import ModelRunner, stopping, windows_of
+from .model_runner import ModelRunner, cache_of, stopping, windows_of
 from .runner import Stopped, Task
 from .sequence import Request, Sequence
 
@@ -42,13 +43,22 @@ class PackedRunner(ModelRunner):
     """Computes all tasks of a step together, where that is faster than by turns, and long ones in blocks."""
 
     def __init__(
-        self, model: Any, pages: int, *, chunk: int, packs: bool | None = None, prefill_block: int = BLOCK
+        self,
+        model: Any,
+        pages: int,
+        *,
+        chunk: int,
+        packs: bool | None = None,
+        prefill_block: int = BLOCK,
+        bits: int = 16,
     ) -> None:
-        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of ``prefill_block`` tokens.
+        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of
+        ``prefill_block`` tokens.
 
-        ``packs``: whether the model ``can_pack``; None: try it when several sequences or a long prompt come.
+        ``packs``: whether the model ``can_pack``; None: try it when several sequences or a long prompt come. ``bits``:
+        those of keys and values.
         """
-        super().__init__(model, pages)
+        super().__init__(model, pages, bits=bits)
         self.computes_together = True
         self.prefill_block: int = prefill_block
         self._chunk = chunk
@@ -221,10 +231,38 @@ def may_pack(model: Any) -> bool:
     )
 
 
-def _trial(model: Any, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+def check_bits(model: Any, bits: int) -> None:
+    """Raise UnsupportedModelError if a model can't have keys and values in ``bits`` bits.
+
+    In 8 bits only moetier's own attention reads them: a model's code must give it what it has taken from the cache.
+    """
+    if bits == 8 and not (may_pack(model) and _reads_codes(model)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't have keys and values in 8 bits: its attention is not moetier's own.",
+            "Leave out `kv_bits`.",
+        )
+
+
+def _reads_codes(model: Any) -> bool:
+    """Return whether a model computes some tokens with keys and values in 8 bits, packed and through its own code."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.tensor([[number % vocabulary for number in range(5)]], device=model.device)
+    try:
+        with without_experts(model), torch.no_grad():
+            for _ in _trial(model, vocabulary, bits=8):
+                pass
+            cache = cache_of(model, ids.shape[1], bits=8)
+            for part in torch.split(ids, 3, 1):
+                model(input_ids=part, use_cache=True, **{CACHE: cache})
+    except Exception:  # attention of another width, type or device, which compiled code does not take
+        return False
+    return True
+
+
+def _trial(model: Any, vocabulary: int, *, bits: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits that must be equal: those after two prompts computed in parts, and those of the model's forward."""
     prompts = [[(7 * number + 3) % vocabulary for number in range(begin, begin + 5)] for begin in (0, 40)]
-    runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True)
+    runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True, bits=bits)
     sequences = [Sequence(Request(tuple(prompt), 1)) for prompt in prompts]
     # the first prompt but for its last token; then that token, and the whole other prompt
     runner.run_together([Task(sequences[0], 0, 4, [1])], None)

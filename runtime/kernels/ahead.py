@@ -72,9 +72,9 @@ def _compile(manifest: Manifest | None, dtype: torch.dtype, matrices: Collection
     for adds in (False, True):
         norm_task_kernel(dtype, Scale.ROUNDED, adds)
     for has_few_rows in (True, False):
-        attention_kernel(processor, dtype, pairs, has_few_rows, dtype)
+        attention_kernel(processor, dtype, pairs, has_few_rows, dtype, False)
     for scale in (None, Scale.ROUNDED):
-        heads_kernel(dtype, scale)
+        heads_kernel(dtype, scale, has_codes=False)
     for p in matrices:
         if multiplies(p):
             product_kernel(processor, variant_of(p, FloatType.of(dtype)))

@@ -15,6 +15,7 @@ import torch
 from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
+from moetier.runtime.kernels.layer.eight_bits import SCALE_BYTES
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
@@ -70,7 +71,7 @@ class Needs:
         kv = KVBudget.of(
             model.config,
             config,
-            page_bytes=kv_cache_bytes(model.config, PAGE_TOKENS, dtype=model.dtype),
+            page_bytes=kv_cache_bytes(model.config, PAGE_TOKENS, dtype=model.dtype, bits=config.kv_bits),
             room=max(usable(available.bytes - trunk - scratch), 0),
             experts=manifest.stored_bytes,
             has_snapshots=can_resume(model) and has_states(model),
@@ -202,29 +203,34 @@ def scratch_elements(manifest: Manifest, matrices: Iterable[RecordLayout], kerne
     return max(decoded + wide)
 
 
-def kv_cache_bytes(config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+def kv_cache_bytes(
+    config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, *, bits: int = 16
+) -> int:
     """Estimate the bytes of the KV caches of ``batch`` contexts of ``tokens`` each, from a transformers config.
 
-    States of a constant size (convolutions, recurrent layers) are not counted, nor are indexers' keys.
+    ``bits``: 8, or 16 for keys and values of ``dtype``. States of a constant size (convolutions, recurrent layers) are
+    not counted, nor are indexers' keys.
     """
     text = config.get_text_config(decoder=True)
     layers = text.per_layer_config  # some models differ from layer to layer
-    numbers = 0
+    nbytes = 0
     for layer, layer_type in zip(layers, getattr(text, "layer_types", None) or [""] * len(layers), strict=True):
         if any(name in layer_type for name in NOTHING_PER_TOKEN):
             continue
         windowed = any(name in layer_type for name in WINDOWED)
         window = _first(layer, "sliding_window", "attention_chunk_size", default=tokens) if windowed else tokens
-        numbers += min(tokens, window) * _numbers_per_token(layer)
-    return batch * numbers * dtype.itemsize
+        numbers, rows = _per_token(layer)
+        nbytes += min(tokens, window) * (numbers + SCALE_BYTES * rows if bits == 8 else numbers * dtype.itemsize)
+    return batch * nbytes
 
 
-def _numbers_per_token(layer: Any) -> int:
+def _per_token(layer: Any) -> tuple[int, int]:
+    """Return how many numbers and how many rows of numbers a token has: keys and values of each head."""
     if latent := _first(layer, "kv_lora_rank"):
-        return latent + _first(layer, "qk_rope_head_dim")
+        return latent + _first(layer, "qk_rope_head_dim"), 2
     heads = _first(layer, "num_key_value_heads", "num_attention_heads", default=1)
     keys = _first(layer, "head_dim", default=layer.hidden_size // layer.num_attention_heads)
-    return heads * (keys + _first(layer, "v_head_dim", default=keys))
+    return heads * (keys + _first(layer, "v_head_dim", default=keys)), 2 * heads
 
 
 def _first(config: Any, *names: str, default: int = 0) -> int:

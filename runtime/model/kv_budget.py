@@ -23,6 +23,7 @@ class KVBudget:
     context: int = 0  # most tokens of a sequence
     pages: int = 0
     page_bytes: int = 0  # of PAGE_TOKENS tokens in all layers
+    bits: int = 16  # 8, or 16 for keys and values of any type as they are
 
     @classmethod
     def of(
@@ -61,7 +62,8 @@ class KVBudget:
             if tier_config.context is not None:
                 pages = max(pages, -(-tier_config.context // PAGE_TOKENS))
         pages = max(pages, 1)
-        return cls(min(longest or PAGE_TOKENS * pages, PAGE_TOKENS * pages), pages, page_bytes)
+        context = min(longest or PAGE_TOKENS * pages, PAGE_TOKENS * pages)
+        return cls(context, pages, page_bytes, tier_config.kv_bits)
 
     @property
     def nbytes(self) -> int:

@@ -165,17 +165,19 @@ class _Call:
         self._between = norm_task(self.second, adds=True, factor=form.factor)
         self._before.context[Y], self._between.context[MORE] = (self._states[i].data_ptr() for i in (2, 3))
         self.routing: Any = None  # logits, weights and experts, which each run overwrites; None without a router
-        self._threads: tuple[int, int] | None = None  # to compute with, and of the attention kernel
+        # threads to compute with, those of the attention kernel, and whether keys and values are in 8 bits
+        self._variant: tuple[int, int, bool] | None = None
 
-    def _prepare(self, threads: tuple[int, int]) -> bool:
-        """Make the program for a number of threads to compute with, and of threads of the attention kernel.
+    def _prepare(self, variant: tuple[int, int, bool]) -> bool:
+        """Make the program for numbers of threads, and for keys and values in 8 bits or not.
 
         Returns whether it could be made: parts may have been replaced by some that only the architecture's code takes.
         """
         for weight in (self._first.weight, self.second.weight):
             if (weight.dtype, weight.shape) != (self.kind[0], (self.columns,)) or not is_readable(weight):
                 return False
-        tasks = AttentionTasks.of(self.attention, self.form.sizes, self.kind[0], threads[1])
+        _, threads, has_codes = variant
+        tasks = AttentionTasks.of(self.attention, self.form.sizes, self.kind[0], threads, has_codes=has_codes)
         if tasks is None or tasks.columns != self.columns:
             return False
         tasks.place(*(self._states[i].data_ptr() for i in (2, 3)))
@@ -192,7 +194,7 @@ class _Call:
             self.row, self.chosen = self._states[1][0], self.routing[2][0].numpy()
             all_ += choice.tasks
         self._program = Program(all_)
-        self._attention, self._threads = tasks, threads
+        self._attention, self._variant = tasks, variant
         return True
 
     def _write(self, total: Tensor, normed: Tensor) -> None:
@@ -216,9 +218,9 @@ class _Call:
         If the steps include the router, the next token overwrites both. Returns None, and changes nothing, if the
         layer's parts don't fit the form.
         """
-        if (threads := (torch.get_num_threads(), token.threads)) != self._threads:
+        if (variant := (torch.get_num_threads(), token.threads, token.has_codes)) != self._variant:
             with without_subclasses():
-                if not self._prepare(threads):
+                if not self._prepare(variant):
                     return None
         total, normed = self._states[:2]
         if self.router is None:

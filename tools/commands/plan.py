@@ -20,6 +20,7 @@ RESOURCES = (
     "ram",
     "context",
     "kv_cache",
+    "kv_bits",
     "device_memory",
     "device",
     "threads",

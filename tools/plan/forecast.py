@@ -42,8 +42,8 @@ def plan(
         disk: speed of the disk in GB/s; None: measure it.
         cache: names and values of the options of an object store's cache, for the recommended command line.
         say: called with a line of progress before each measurement that takes long.
-        resources: ``ram``, ``context``, ``kv_cache``, ``device_memory``, ``device``, ``threads`` and ``prefill_chunk``,
-            as in ``load``.
+        resources: ``ram``, ``context``, ``kv_cache``, ``kv_bits``, ``device_memory``, ``device``, ``threads`` and
+            ``prefill_chunk``, as in ``load``.
     """
     _check(bits, trunk_bits, disk)
     pulls = into is None and not Path(source).exists()

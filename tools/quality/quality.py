@@ -17,6 +17,8 @@ from torch import Tensor
 
 from moetier.runtime.checkpoint.containers import Checkpoint, container_of
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.engine.model_runner import cache_of
+from moetier.runtime.engine.packed_runner import check_bits
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.model.context import first_ids, longest_context
@@ -242,11 +244,18 @@ def loss(model: Any, ids: Tensor, chunk: int = WINDOW) -> Loss:
 
 def _nats(model: Any, window: Tensor, chunk: int) -> Iterator[float]:
     """Yield the loss in nats of each chunk of a window [tokens], whose first token is not predicted."""
-    cache = None
+    bits = _bits_of(model)
+    cache: Any = None if bits == 16 else cache_of(model, len(window), bits=bits)
     for part, targets in zip(torch.split(window, chunk), torch.split(window[1:], chunk), strict=False):
-        output = model(part[None], **{CACHE: cache}, use_cache=chunk < len(window))
+        output = model(part[None], **{CACHE: cache}, use_cache=cache is not None or chunk < len(window))
         cache = output.get(CACHE, None)
         yield float(F.cross_entropy(output.logits[0, : len(targets)].float(), targets, reduction="sum"))
+
+
+def _bits_of(model: Any) -> int:
+    """Return the bits of a model's keys and values."""
+    tiers = getattr(model, "tiers", None)
+    return 16 if tiers is None else tiers.kv.bits
 
 
 Way = tuple[Bits, int | None, str | None, Bits, str]  # bits, group size, pairs, bits of the trunk, method
@@ -293,6 +302,7 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
     options = {"context": WINDOW, **resources} | {"prefill_chunk": WINDOW, "all_logits": True}
     model, tokenizer = load(folder, **options)
     with model.tiers:
+        check_bits(model, model.tiers.kv.bits)
         ids = tokenize(tokenizer, texts, tokens)
         _check_ids(model, tokenizer, ids)
         chunk, longest = model.tiers.prefill_chunk, max(map(len, ids.values()), default=0)

@@ -19,7 +19,7 @@ from moetier.tools.cli.settings import SWITCH
 from moetier.tools.serve.options import add_serving_arguments
 
 # options of TierConfig that the replicas get, while the daemons get those of the host tier
-REPLICA = ("context", "kv_cache", "device", "device_memory", "exact", "same_bits")
+REPLICA = ("context", "kv_cache", "kv_bits", "device", "device_memory", "exact", "same_bits")
 HELP = {
     "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%" of what is free '
     f"(default: {DEFAULT_SHARE:.0%})",

@@ -6,6 +6,7 @@
     attention_piece  emits the attention of some rows to one piece
     attention_tasks  one token's attention as tasks, from the hidden state to the output projection
     heads            emits norms and rotation of queries and keys, and their place in a cache
+    eight_bits       keys and values in 8 bits
     masks            which positions a mask of causal attention shows
     growing_cache    a KV cache that grows in place
     paged_cache      a KV cache in pages, which sequences share
@@ -14,6 +15,6 @@
     routing          a router's choice of experts for one token
     routing_code     emits it
 
-Other packages use ``attend``, ``attention``, ``attention_tasks``, ``growing_cache``, ``masks``, ``norm``,
-``packing``, ``paged_cache`` and ``routing``. The package imports ``products`` and ``jit``.
+Other packages use ``attend``, ``attention``, ``attention_tasks``, ``eight_bits``, ``growing_cache``, ``masks``,
+``norm``, ``packing``, ``paged_cache`` and ``routing``. The package imports ``products`` and ``jit``.
 """

@@ -19,6 +19,7 @@ from moetier.runtime.kernels.products.api import CPU
 
 from .attention_code import BLOCK_ROWS, NO_WINDOW, AttentionKernel
 from .attention_piece import PIECE
+from .eight_bits import SCALE_BYTES
 
 _scratch = Scratch()
 
@@ -41,8 +42,8 @@ def attend(
 
     Args:
         query: [batch, heads, tokens, width].
-        key: [batch, key heads, length, width].
-        value: [batch, key heads, length, values].
+        key: [batch, key heads, length, width], or ``in_codes`` of these.
+        value: [batch, key heads, length, values], or ``in_codes`` of these.
         mask: fp32 [batch, tokens, ``first`` % PIECE + length, rounded up to a multiple of STEP], added to scores.
         scaling: factor of scores; None: width ** -0.5.
         sinks: [heads].
@@ -53,7 +54,8 @@ def attend(
         [batch, tokens, heads, values].
     """
     batch, heads, tokens, width = query.shape
-    key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
+    key_heads, length, has_codes = key.shape[1], key.shape[2], key.dtype == torch.int8
+    values = value.shape[3] - SCALE_BYTES * has_codes
     share, first = heads // key_heads, first % PIECE  # nothing is before the first key
     end = first + length
     out = torch.empty((batch, tokens, heads, values), dtype=query.dtype, device=CPU)
@@ -64,7 +66,12 @@ def attend(
     items = blocks * spans
     threads = min(items, threads)
     compiled = AttentionKernel.of(
-        this_processor(), query.dtype, block * share, (width, values), None if sinks is None else sinks.dtype
+        this_processor(),
+        query.dtype,
+        block * share,
+        (width, values),
+        None if sinks is None else sinks.dtype,
+        has_codes=has_codes,
     )
     own = threads * compiled.thread_bytes
     nbytes = own + (items * compiled.item_bytes if spans > 1 else 0)

@@ -29,6 +29,7 @@ from moetier.runtime.libraries.transformers_internals import attention_of, can_u
 from .attend import attend
 from .attention_code import NO_WINDOW
 from .attention_piece import STEP
+from .eight_bits import SCALE_BYTES
 from .masks import band_of, causal, causal_mask, sink_mask, written_out
 from .packing import attend_to_each, packed_step
 
@@ -250,16 +251,17 @@ def fits_sinks(sinks: Tensor, heads: int) -> bool:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    codes = SCALE_BYTES if key.dtype == torch.int8 else 0
     return (
         (query.shape[2] == 1 or mask is None)
         and query.shape[2] <= key.shape[2]
-        and query.shape[3] == key.shape[3]
+        and query.shape[3] == key.shape[3] - codes
         and key.shape[1:3] == value.shape[1:3]
         and type(query) is type(key) is type(value) is Tensor
         and (query.is_cpu and key.is_cpu and value.is_cpu)
-        and query.dtype == key.dtype == value.dtype
+        and key.dtype == value.dtype == (torch.int8 if codes else query.dtype)
         and query.dtype in FLOATS
-        and query.shape[3] % LANES == value.shape[3] % LANES == 0
+        and query.shape[3] % LANES == (value.shape[3] - codes) % LANES == 0
         and query.shape[1] % key.shape[1] == 0
         and query.shape[0] == key.shape[0] == value.shape[0]
         and key.stride(3) == value.stride(3) == 1

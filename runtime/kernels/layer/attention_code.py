@@ -102,36 +102,50 @@ class AttentionKernel(NamedTuple):
         rows: int,
         widths: tuple[int, int],
         sink_dtype: torch.dtype | None = None,
+        *,
+        has_codes: bool = False,
     ) -> AttentionKernel:
         """Return the function for blocks of ``rows`` rows.
 
         ``widths``: of queries and keys, and of values. ``sink_dtype``: type of the sinks; None: the same.
+        ``has_codes``: whether keys and values are in 8 bits.
         """
         pairs = has_pairs(processor, dtype, widths[0])
-        kernel = attention_kernel(processor, dtype, pairs, rows <= ROWS, sink_dtype or dtype)
+        kernel = attention_kernel(processor, dtype, pairs, rows <= ROWS, sink_dtype or dtype, has_codes)
         item_bytes = 4 * rows * result_numbers(widths[1])
         return cls(kernel, 4 * held_numbers(rows, *widths) + 2 * item_bytes, item_bytes)
 
 
 @once
 def attention_kernel(
-    processor: Processor, dtype: torch.dtype, has_pairs: bool, has_few_rows: bool, sink_dtype: torch.dtype
+    processor: Processor,
+    dtype: torch.dtype,
+    has_pairs: bool,
+    has_few_rows: bool,
+    sink_dtype: torch.dtype,
+    has_codes: bool,
 ) -> Kernel:
     """Compile ``attention_module``, once for these types and for few and for many rows."""
-    module = attention_module(processor, dtype, has_pairs, has_few_rows, sink_dtype)
+    module = attention_module(processor, dtype, has_pairs, has_few_rows, sink_dtype, has_codes)
     return compile_kernel(processor, module, ATTEND, unroll=False)
 
 
 def attention_module(
-    processor: Processor, dtype: Dtype, has_pairs: bool, has_few_rows: bool, sink_dtype: Dtype
+    processor: Processor,
+    dtype: Dtype,
+    has_pairs: bool,
+    has_few_rows: bool,
+    sink_dtype: Dtype,
+    has_codes: bool,
 ) -> ir.Module:
     """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
     q [sequences, heads, tokens, D], keys, values and out [sequences, tokens, heads, V] are of ``dtype``, and sinks
     [heads] of ``sink_dtype``. The mask is fp32 [sequences, tokens, positions rounded up to a multiple of STEP]. A block
-    has at most ROWS rows if ``has_few_rows``.
+    has at most ROWS rows if ``has_few_rows``. Keys and values are those of ``in_codes`` if ``has_codes``.
     """
-    return _Attention(dtype, processor, sink_dtype, has_pairs=has_pairs, has_few_rows=has_few_rows).finish()
+    variant = {"has_pairs": has_pairs, "has_few_rows": has_few_rows, "has_codes": has_codes}
+    return _Attention(dtype, processor, sink_dtype, **variant).finish()
 
 
 class _Block(NamedTuple):
@@ -149,16 +163,15 @@ class _Attention(PieceEmitter):
     _block: _Block  # of the present item
     _base: Value  # first position of the present piece
 
-    def __init__(
-        self, dtype: Dtype, processor: Processor, sink_dtype: Dtype, *, has_pairs: bool, has_few_rows: bool
-    ) -> None:
+    def __init__(self, dtype: Dtype, processor: Processor, sink_dtype: Dtype, **variant: bool) -> None:
         self._sink_dtype = sink_dtype
-        super().__init__(ATTEND, dtype, processor, has_pairs=has_pairs, has_few_rows=has_few_rows)
+        super().__init__(ATTEND, dtype, processor, **variant)
         at, n = self.at, self.number
         (context,) = self.function.args
         begun, fields = self.fields(CONTEXT)
         given = AttentionContext(begun, *fields)
-        strides = {name: at.mul(getattr(given, name), n(dtype.itemsize)) for name in STRIDES}
+        sizes = {name: dtype.itemsize if name.startswith("query") else self.itemsize for name in STRIDES}
+        strides = {name: at.mul(getattr(given, name), n(size)) for name, size in sizes.items()}
         self._given = given = given._replace(**strides)
         self.key_width, self.value_width = given.key_width, given.value_width
         self.key_stride, self.value_stride = given.key_position, given.value_position

@@ -6,6 +6,9 @@ of bf16 numbers.
 
 These do not depend on the other rows: each score and each number of s is a sum in the order of ``words.py``, and a
 position that a row does not attend to adds 0 to z and s.
+
+Of keys and values in 8 bits (``eight_bits.py``), words have the codes. A score is then multiplied by the key's scale,
+and 2^(score - m), for s, by the value's.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
-from moetier.runtime.kernels.jit.emitter import F32, I32, I64, LANES, POINTER, Dtype, Value, new_module, vector
+from moetier.runtime.kernels.jit.emitter import F32, I8, I32, I64, LANES, POINTER, Dtype, Value, new_module, vector
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.words import HEIGHTS, TILE, WIDE_HEIGHTS, WORD, WordEmitter
 
@@ -35,10 +38,10 @@ def result_numbers(value_width: int) -> int:
 def held_numbers(rows: int, key_width: int, value_width: int) -> int:
     """Return the number of fp32 numbers in the memory of a ``PieceEmitter`` for ``rows`` rows.
 
-    It has queries, keys and values as words, keys before they are transposed, and scores.
+    It has queries, keys and values as words, keys before they are transposed, scores, and scales of keys and values.
     """
     positions = TILE * key_width if rows <= ROWS else PIECE * (key_width + value_width)
-    return rows * key_width + positions + LANES * key_width + ROWS * PIECE
+    return rows * key_width + positions + LANES * key_width + ROWS * PIECE + 2 * PIECE
 
 
 class Sight(NamedTuple):
@@ -69,9 +72,20 @@ class PieceEmitter(WordEmitter):
     key_stride: Value  # bytes from one position to the next
     value_stride: Value
 
-    def __init__(self, name: str, dtype: Dtype, processor: Processor, *, has_pairs: bool, has_few_rows: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        dtype: Dtype,
+        processor: Processor,
+        *,
+        has_pairs: bool,
+        has_few_rows: bool,
+        has_codes: bool,
+    ) -> None:
         super().__init__(new_module(), name, [POINTER], dtype, processor, has_pairs=has_pairs)
         self.has_few_rows = has_few_rows
+        self.has_codes = has_codes  # whether keys and values are in 8 bits
+        self.itemsize = 1 if has_codes else dtype.itemsize  # of a key's or value's number, in bytes
         self.registers = [self.at.alloca(vector(F32, LANES)) for _ in range(2)]
 
     def hold(self, place: Value, rows: Value) -> Value:
@@ -92,23 +106,65 @@ class PieceEmitter(WordEmitter):
         self._value_words = take(at.mul(n(steps), self._value_bytes))  # [steps, V]
         self._untransposed = take(at.mul(n(LANES), self._word_bytes))  # [LANES, words]
         self._scores = take(n(ROWS * PIECE * WORD))  # [ROWS, PIECE]
+        self._key_scales, self._value_scales = (take(n(PIECE * WORD)) for _ in range(2))  # [PIECE]
         return place
 
     def copy_query(self, source: Value, row: Value) -> None:
         """Emit a copy of a query to row ``row`` of the queries, as words. ``source``: a pointer."""
-        self._copy_row(source, self.at.gep(self._queries, [self.at.mul(row, self._word_bytes)]))
+        at, n, target = self.at, self.number, self.at.gep(self._queries, [self.at.mul(row, self._word_bytes)])
+        with self.loop(n(0), self._words, LANES) as i:
+            words = self.load_words(source, at.mul(i, n(self.numbers * self.dtype.itemsize)))
+            self.store(words, target, at.mul(i, n(WORD)))
 
-    def _copy_row(self, source: Value, target: Value, ahead: Value | None = None) -> None:
-        """Emit a copy of a query or key as words. ``ahead``: a pointer to a row to be prefetched."""
+    def _copy_key(self, source: Value, target: Value, ahead: Value | None) -> None:
+        """Emit a copy of a key as words. ``ahead``: a pointer to a row to be prefetched."""
         at, n = self.at, self.number
         with self.loop(n(0), self._words, LANES) as i:
-            offset = at.mul(i, n(self.numbers * self.dtype.itemsize))
+            offset = at.mul(i, n(self.numbers * self.itemsize))
             if ahead is not None:
-                self.prefetch(ahead, offset, LANES * WORD)
-            self.store(self.load_words(source, offset), target, at.mul(i, n(WORD)))
+                self.prefetch(ahead, offset, LANES * self.numbers * self.itemsize)
+            if self.has_codes:
+                parts = [self._codes(source, at.add(offset, n(LANES * i)), LANES) for i in range(self.numbers)]
+                words = self.words_of(parts)
+            else:
+                words = self.load_words(source, offset)
+            self.store(words, target, at.mul(i, n(WORD)))
+
+    def _codes(self, pointer: Value, offset: Value, count: int) -> Value:
+        """Emit a load of ``count`` codes of 8 bits, as an fp32 vector."""
+        return self.at.sitofp(self.load(pointer, offset, vector(I8, count)), vector(F32, count))
+
+    def _take_value_scales(self, piece: KeyPiece) -> None:
+        """Emit copies of the scales of a piece's values, as fp32; 0 for positions outside of its sight."""
+        low, high = piece.sight
+        with self.loop(self._down(low, STEP), self._up(high, STEP), LANES) as position:
+            self.keep(self.floats(0.0), self._value_scales, position)
+        with self.loop(low, high) as position:
+            row = self._row(piece.values, self.value_stride, position)
+            self._keep_scale(row, self.value_width, self._value_scales, position)
+
+    def _keep_scale(self, row: Value, width: Value, scales: Value, position: Value) -> None:
+        """Emit a copy of the scale behind the ``width`` codes of a row, as fp32."""
+        scale = self.load_floats(row, width, torch.bfloat16, 1)
+        self.store(scale, scales, self.at.mul(position, self.number(WORD)))
+
+    def _paired_values(self, rows: list[Value], column: Value, vectors: int) -> list[Value]:
+        """Emit the words of LANES * ``vectors`` columns of a step's values, ``paired``. ``column``: the first one."""
+        at, n = self.at, self.number
+        if not self.has_codes:
+            return self.paired(rows, at.mul(column, n(self.itemsize)), vectors)
+        words = []
+        for i in range(vectors):
+            place = at.add(column, n(LANES * i))
+            parts = [at.bitcast(self._codes(row, place, LANES), vector(I32, LANES)) for row in rows]
+            # a code as an fp32 number is one of bf16, with 16 bits that are 0
+            words.append(at.or_(at.lshr(parts[0], self.all(I32, 16, LANES)), parts[1]) if self.has_pairs else parts[0])
+        return words
 
     def arrange(self, piece: KeyPiece) -> None:
-        """Emit copies of a piece's keys and values as words, for ``compute`` with more than ROWS rows."""
+        """Emit copies of the values' scales, and, for more than ROWS rows, of a piece's keys and values as words."""
+        if self.has_codes:
+            self._take_value_scales(piece)
         if not self.has_few_rows:
             self._arrange_keys(piece, self._down(piece.sight.low, self.columns), piece.sight.high)
             self._arrange_values(piece)
@@ -125,7 +181,9 @@ class PieceEmitter(WordEmitter):
                 key = self._row(piece.keys, self.key_stride, self._nearest(position, piece.sight))
                 ahead = self._row(piece.keys, self.key_stride, at.add(position, n(AHEAD)))
                 target = at.gep(self._untransposed, [at.mul(i, self._word_bytes)])
-                self._copy_row(key, target, ahead if self.has_few_rows else None)
+                self._copy_key(key, target, ahead if self.has_few_rows else None)
+                if self.has_codes:
+                    self._keep_scale(key, self.key_width, self._key_scales, position)
             tile = n(0) if self.has_few_rows else at.mul(self._down(first, self.columns), self._word_bytes)
             tile = at.add(tile, at.mul(at.urem(first, n(self.columns)), n(WORD)))
             with self.loop(n(0), self._words, LANES) as i:
@@ -140,7 +198,7 @@ class PieceEmitter(WordEmitter):
         with self.loop(*self._steps(piece.sight)) as step:
             rows, target = self._values_of(piece, step), at.mul(step, self._value_bytes)
             with self.loop(n(0), self.value_width, LANES) as i:
-                (words,) = self.paired(rows, at.mul(i, n(self.dtype.itemsize)), 1)
+                (words,) = self._paired_values(rows, i, 1)
                 self.store(words, self._value_words, at.add(target, at.mul(i, n(WORD))))
 
     def _values_of(self, piece: KeyPiece, step: Value) -> list[Value]:
@@ -198,7 +256,11 @@ class PieceEmitter(WordEmitter):
                 for r, sums in zip(rows, self.tile(queries, keys, (n(0), self._words), self.vectors), strict=True):
                     place = at.add(at.mul(r, n(PIECE)), position)
                     for i, total in enumerate(sums):
-                        self.keep(self.scaled(total), self._scores, at.add(place, n(LANES * i)))
+                        scores = self.scaled(total)
+                        if self.has_codes:
+                            scales = self.floats_at(self._key_scales, at.add(position, n(LANES * i)))
+                            scores = at.fmul(scores, scales)
+                        self.keep(scores, self._scores, at.add(place, n(LANES * i)))
 
             self.some(count, HEIGHTS, multiply)
 
@@ -225,9 +287,14 @@ class PieceEmitter(WordEmitter):
         ones = self.words_of([self.floats(1.0)] * self.numbers)
         with self.loop(begin, end, LANES * self.numbers) as i:
             parts = [self.floats_at(scores, at.add(i, n(LANES * number))) for number in range(self.numbers)]
-            words = self.words_of([self.exp2(at.fsub(part, self.spread(m, LANES))) for part in parts])
-            self.store(words, scores, at.mul(at.udiv(i, n(self.numbers)), n(WORD)))
+            shares = [self.exp2(at.fsub(part, self.spread(m, LANES))) for part in parts]
+            words = self.words_of(shares)
             at.store(self.add_product(at.load(total), words, ones), total)
+            if self.has_codes:
+                places = [at.add(i, n(LANES * number)) for number in range(self.numbers)]
+                scales = [self.floats_at(self._value_scales, place) for place in places]
+                words = self.words_of([at.fmul(*pair) for pair in zip(shares, scales, strict=True)])
+            self.store(words, scores, at.mul(at.udiv(i, n(self.numbers)), n(WORD)))
         self.keep(m, result, self.value_width)
         self.keep(self.reduce(at.load(total), at.fadd), result, at.add(self.value_width, n(1)))
 
@@ -237,8 +304,7 @@ class PieceEmitter(WordEmitter):
 
         def add(vectors: int, column: Value) -> None:
             def as_they_are(step: Value) -> list[Value]:
-                offset = at.mul(column, n(LANES * self.dtype.itemsize))
-                return self.paired(self._values_of(piece, step), offset, vectors)
+                return self._paired_values(self._values_of(piece, step), at.mul(column, n(LANES)), vectors)
 
             words = at.gep(self._value_words, [at.mul(column, n(LANES * WORD))])
             values = as_they_are if self.has_few_rows else self.stored(words, self._value_bytes, vectors)

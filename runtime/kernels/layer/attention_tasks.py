@@ -30,6 +30,7 @@ from . import heads
 from .attention import NAME, SINKS, WITH_SINKS, asks_more, causal_attention, fits_sinks
 from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
+from .eight_bits import SCALE_BYTES
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
 from .heads import heads_kernel
 from .masks import band_of
@@ -79,6 +80,11 @@ class Token(NamedTuple):
     items: int  # number of items of the attention kernel
     threads: int  # number of threads of the attention kernel
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether keys and values are in 8 bits."""
+        return self.room.signature[0] == torch.int8
+
 
 def token_of(
     module: Any,
@@ -103,7 +109,7 @@ def token_of(
         or not _fits(variant, x, *position_embeddings)
         or (layer := _layer_of(past_key_values if cache is None else cache, module.layer_idx)) is None
         or (room := layer.room()) is None
-        or room.signature != (x.dtype, variant.key_heads, variant.width, variant.values)
+        or room.signature not in _signatures(variant, x.dtype)
     ):
         return None
     first, last = layer.place
@@ -111,6 +117,12 @@ def token_of(
     items = variant.key_heads * -(-(offset + length) // PIECE)
     threads = min(items, threads_for(variant.heads * length * (variant.width + variant.values)))
     return Token(*position_embeddings, layer, room, first, length, offset, items, threads)
+
+
+def _signatures(variant: AttentionVariant, dtype: torch.dtype) -> list[tuple[torch.dtype, int, int, int]]:
+    """Return the signatures of memory that an attention can read: in 16 or 32 bits, and in 8."""
+    heads, keys, values = variant.key_heads, variant.width, variant.values
+    return [(dtype, heads, keys, values), (torch.int8, heads, keys + SCALE_BYTES, values + SCALE_BYTES)]
 
 
 def _fits(variant: AttentionVariant, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -140,10 +152,13 @@ class AttentionTasks:
     """Tasks that compute the attention of one token. Their contexts are made once, because that takes long."""
 
     @classmethod
-    def of(cls, module: Any, variant: AttentionVariant, dtype: torch.dtype, threads: int) -> AttentionTasks | None:
+    def of(
+        cls, module: Any, variant: AttentionVariant, dtype: torch.dtype, threads: int, *, has_codes: bool = False
+    ) -> AttentionTasks | None:
         """Return the tasks of a module for hidden states of ``dtype``; None if its parts don't fit.
 
-        ``threads`` is the number of threads of the attention kernel.
+        ``threads`` is the number of threads of the attention kernel. ``has_codes``: whether keys and values are in 8
+        bits.
         """
         linears = [children_of(module)[name] for name in PROJECTIONS]
         matrices, biases = [*map(_matrix_of, linears)], [parameters_of(linear).get("bias") for linear in linears]
@@ -165,7 +180,8 @@ class AttentionTasks:
         covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
         if any(not size or size % LANES or rows % size for size, rows in covered):
             return None
-        return cls(variant, dtype, threads, matrices, biases, norms, sinks)  # type: ignore[arg-type] # no matrix is None
+        parts: Any = matrices, biases, norms, sinks  # no matrix is None
+        return cls(variant, dtype, threads, *parts, has_codes=has_codes)
 
     def __init__(
         self,
@@ -176,12 +192,14 @@ class AttentionTasks:
         biases: list[Tensor | None],
         norms: list[Any],
         sinks: Tensor | None,
+        *,
+        has_codes: bool,
     ) -> None:
         """Make the tasks. ``matrices`` and ``biases`` are those of the projections q, k, v and o.
 
         ``norms`` are those of queries and keys, or none.
         """
-        self._variant, self._threads, self._itemsize = variant, threads, dtype.itemsize
+        self._variant, self._threads, self._itemsize = variant, threads, 1 if has_codes else dtype.itemsize
         self._room: CacheMemory | None = None
         self._tables = [array("q"), array("q")]  # addresses of the pieces of keys, and of values
         self.columns, self._output = matrices[0].columns, matrices[3]
@@ -203,7 +221,12 @@ class AttentionTasks:
         self._heads = array("q", (*shape, q, k, v, *(weights or [0, 0]), 0, 0, *normed, 0, 0, 0, 0, apart))
         share = count // key_count
         self._compiled = AttentionKernel.of(
-            this_processor(), dtype, share, (width, values), None if sinks is None else sinks.dtype
+            this_processor(),
+            dtype,
+            share,
+            (width, values),
+            None if sinks is None else sinks.dtype,
+            has_codes=has_codes,
         )
         self._finished = array("q", bytes(8 * key_count))
         given = AttentionContext(
@@ -246,7 +269,7 @@ class AttentionTasks:
         self._attention = array("q", (*given, *self._finished))
         self.tasks = [
             *self._first.tasks,
-            KernelTask(heads_kernel(dtype, scale), self._heads, 1),
+            KernelTask(heads_kernel(dtype, scale, has_codes=has_codes), self._heads, 1),
             KernelTask(self._compiled.kernel, self._attention, threads),
             *self._last.tasks,
         ]

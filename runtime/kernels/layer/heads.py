@@ -12,6 +12,7 @@ from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitte
 from moetier.runtime.kernels.jit.processor import this_processor
 from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
 
+from .eight_bits import emit_codes
 from .norm import Scale, emit_norm
 
 HEADS = "moetier_heads"  # name of the compiled function
@@ -26,13 +27,13 @@ WEIGHTS, COS, SIN, CACHE, STRIDES = 9, 11, 12, 16, 18
 
 
 @once
-def heads_kernel(dtype: torch.dtype, scale: Scale | None) -> Kernel:
+def heads_kernel(dtype: torch.dtype, scale: Scale | None, *, has_codes: bool) -> Kernel:
     """Compile the function ``HEADS(context)``.
 
     q [heads, D], k [key heads, D], v [key heads, V], the norms' weights, cos [R] and sin [R] are of ``dtype``. Where
     pairs share cos and sin, these are [R / 2]. q is changed in place; k, which is changed too, and v are copied to the
-    cache. Without ``scale`` there are no norms. D, V and R / 2 are multiples of LANES, and so are the numbers that a
-    norm takes together.
+    cache, as ``in_codes`` of them if ``has_codes``. Without ``scale`` there are no norms. D, V and R / 2 are multiples
+    of LANES, and so are the numbers that a norm takes together.
     """
     emit = Emitter(new_module(), HEADS, [POINTER])
     at, n, size = emit.at, emit.number, dtype.itemsize
@@ -71,6 +72,9 @@ def heads_kernel(dtype: torch.dtype, scale: Scale | None) -> Kernel:
                 emit.store_floats(unite(*parts), head, at.mul(place, n(size)), dtype)
 
     def copy(source: Value, target: Value, count: Value) -> None:
+        if has_codes:
+            emit_codes(emit, lambda i: numbers(source, i), target, count, squares)
+            return
         with emit.loop(n(0), count, LANES) as i:
             emit.store_floats(numbers(source, i), target, at.mul(i, n(size)), dtype)
 

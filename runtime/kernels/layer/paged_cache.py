@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from .eight_bits import in_codes
 from .growing_cache import CacheMemory, memory_of
 
 PAGE_TOKENS = 64  # tokens
@@ -52,15 +53,23 @@ class LayerShape(NamedTuple):
 
 
 class PageMemory:
-    """Memory of keys and values, by layers and by numbers of pages."""
+    """Memory of keys and values, by layers and by numbers of pages.
 
-    def __init__(self, pages: int) -> None:
+    In 8 bits, each key and value is quantised when it is written. What attends to it reads that: the token's own step
+    too.
+    """
+
+    def __init__(self, pages: int, *, bits: int = 16) -> None:
+        """``bits``: 8, or 16 for keys and values of any type as they are."""
         self._pages = pages
+        self._has_codes = bits == 8
         # keys and values [1, heads, pages * PAGE_TOKENS, width] of a layer. The kernel gives memory at the first write
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, pages: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [1, heads, tokens, width] of the tokens from ``begin`` on into a sequence's pages."""
+        if self._has_codes:
+            keys, values = in_codes(keys), in_codes(values)
         if layer not in self._layers:
             self._allocate(layer, keys, values)
         at, end = begin, begin + keys.shape[2]
@@ -72,7 +81,10 @@ class PageMemory:
             at += count
 
     def read(self, layer: int, pages: list[int], begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [1, heads, end - begin, width] of a sequence's tokens from ``begin`` to ``end``."""
+        """Return keys and values [1, heads, end - begin, width] of a sequence's tokens from ``begin`` to ``end``.
+
+        In 8 bits they are ``in_codes``.
+        """
         first = begin // PAGE_TOKENS
         used = pages[first : -(-end // PAGE_TOKENS)]
         keys, values = self._layers[layer]

@@ -19,11 +19,12 @@ import moetier
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.faster_way import FasterWay
 from moetier.runtime.engine.model_runner import ModelRunner
-from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
+from moetier.runtime.engine.packed_runner import PackedRunner, can_pack, check_bits
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sequence import Finish, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.moe.layers import OneTokenLayer
+from moetier.tiers.errors import UnsupportedModelError
 
 PAGES, MOST_PROMPT = 14, 150
 QUICK, SCHEDULES = 5, 70  # of each model
@@ -214,3 +215,16 @@ def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: 
         expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
     assert logits is not None
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_eight_bits_of_keys_and_values_need_moetiers_own_attention() -> None:
+    """It takes heads of 16 numbers, and not of 24; and what qwen3_next keeps besides is not its own."""
+    for model_type, changes in (("qwen3_moe", {}), ("qwen3_moe", {"head_dim": 24}), ("qwen3_next", {})):
+        model = tiny_model(model_type, torch.float32, **changes)
+        use_causal_attention(model)
+        check_bits(model, 16)
+        if model_type == "qwen3_moe" and not changes:
+            check_bits(model, 8)
+            continue
+        with pytest.raises(UnsupportedModelError, match=r"can't have keys and values in 8 bits(?s:.*)`kv_bits`"):
+            check_bits(model, 8)

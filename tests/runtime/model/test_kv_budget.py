@@ -51,6 +51,15 @@ def test_no_more_than_the_models_length_is_reserved() -> None:
     assert budget(room=1 << 40, sequences=8).pages == 8 * MODEL_LENGTH // PAGE_TOKENS
 
 
+def test_eight_bits_take_about_half_the_memory(tinymix_4bit: Path) -> None:
+    pages = []
+    for bits in (16, 8):
+        model, _ = moetier.load(tinymix_4bit, daemon=None, kv_bits=bits)
+        with model.tiers:
+            pages.append(model.tiers.kv.page_bytes)
+    assert 0.5 < pages[1] / pages[0] < 0.532  # heads of 32 numbers, and a scale for each
+
+
 def test_snapshots_of_states_have_room_besides() -> None:
     config = MixtralConfig(max_position_embeddings=MODEL_LENGTH)
     options = TierConfig.of(context=512, sequences=4)

@@ -173,7 +173,7 @@ def test_a_misspelt_budget_is_refused(tiny: tuple[Any, Path]) -> None:
     config = AutoConfig.from_pretrained(directory)
     assert config.quantization_config["bits"] == 16
     config.quantization_config["rma"] = smallest_ram(directory)
-    with pytest.raises(ConfigError, match=r"'rma'(?s:.*)ram, device_memory, context, kv_cache, exact"):
+    with pytest.raises(ConfigError, match=r"'rma'(?s:.*)ram, device_memory, context, kv_cache, kv_bits, exact"):
         AutoModelForCausalLM.from_pretrained(directory, config=config)
 
 

@@ -178,3 +178,11 @@ def test_a_model_without_tokenizer_is_refused(
     error = capsys.readouterr().err
     assert f"{folder} has no tokenizer" in error
     assert "Traceback" not in error
+
+
+def test_keys_and_values_in_8_bits_lose_little(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--text", str(TEXTS / "python.txt"), "--tokens", "1500", "--daemon", "none")
+    exact, quantised = (
+        quality(capsys, str(tinymix_4bit), *settings, "--kv-bits", bits)[0]["perplexity"] for bits in ("16", "8")
+    )
+    assert 0 < abs(quantised / exact - 1) < 0.003

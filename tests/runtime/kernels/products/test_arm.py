@@ -36,6 +36,7 @@ from moetier.runtime.kernels.layer.attention_code import (
     attention_module,
 )
 from moetier.runtime.kernels.layer.attention_piece import PIECE, held_numbers, result_numbers
+from moetier.runtime.kernels.layer.eight_bits import in_codes
 from moetier.runtime.kernels.products.dots import ROWS
 from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
@@ -202,17 +203,16 @@ fused = pytest.mark.skipif(
 @fused
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("has_codes", [False, True], ids=["as they are", "in 8 bits"])
+def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype, has_codes: bool) -> None:
     """Many tokens at once, and the last of them alone, which has the same bits."""
     share, key_heads, length, key_width, value_width = 3, 2, 2 * PIECE + 9, 32, 48
     random = torch.Generator().manual_seed(3)
     query = memory.copy(torch.randn(1, share * key_heads, BLOCK_ROWS // share, key_width, generator=random).to(dtype))
-    key, value = (
-        memory.copy(torch.randn(1, key_heads, length, width, generator=random).to(dtype))
-        for width in (key_width, value_width)
-    )
+    rows = (torch.randn(1, key_heads, length, width, generator=random).to(dtype) for width in (key_width, value_width))
+    key, value = (memory.copy(in_codes(part) if has_codes else part) for part in rows)
     tables = [
-        memory.context([tensor.data_ptr() + piece * PIECE * tensor.stride(2) * dtype.itemsize for piece in range(3)])
+        memory.context([tensor.data_ptr() + piece * PIECE * tensor.stride(2) * tensor.itemsize for piece in range(3)])
         for tensor in (key, value)
     ]
     steps, results = [], []
@@ -233,7 +233,7 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype) -> 
     def emit(processor: Processor) -> dict[str, ir.Module]:
         modules = {}
         for name, has_few_rows in (("moetier_many", False), ("moetier_one", True)):
-            modules[name] = module = attention_module(processor, dtype, False, has_few_rows, dtype)
+            modules[name] = module = attention_module(processor, dtype, False, has_few_rows, dtype, has_codes)
             module.globals[ATTEND].name = name
         return modules
 

@@ -1,0 +1,53 @@
+"""Keys and values in 8 bits: rows of int8 codes, each with its scale.
+
+A row has the numbers of a head of one token. Its scale is a bf16 number, a 127th of the largest number, in the two
+bytes behind the codes. A number is its code times the scale, so the error is at most half the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from moetier.runtime.kernels.jit.emitter import F32, I8, I32, LANES, Emitter, Value, vector
+
+SCALE_BYTES = 2
+MOST = 127  # largest code
+
+
+def in_codes(numbers: Tensor) -> Tensor:
+    """Quantise rows [heads, tokens, width], with any dimensions before. Returns int8 [heads, tokens, width + 2]."""
+    exact = numbers.float()
+    scale = (exact.abs().amax(-1, keepdim=True) / MOST).bfloat16()
+    scale = torch.where(scale > 0, scale, 1)  # a row of zeros
+    codes = (exact / scale.float()).round().clamp(-MOST, MOST).to(torch.int8)
+    return torch.cat([codes, scale.contiguous().view(torch.int8)], -1)
+
+
+def from_codes(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers [heads, tokens, width] of rows int8 [heads, tokens, width + 2], as ``in_codes`` gives them."""
+    codes, scale = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16)
+    return (codes.float() * scale.float()).to(dtype)
+
+
+def emit_codes(emit: Emitter, numbers: Callable[[Value], Value], target: Value, count: Value, register: Value) -> None:
+    """Emit ``in_codes`` of ``count`` numbers, and its store at ``target``.
+
+    ``numbers`` emits the LANES fp32 numbers from an index on. ``register`` has room for as many.
+    """
+    at, n = emit.at, emit.number
+    at.store(emit.floats(0.0), register)
+    with emit.loop(n(0), count, LANES) as i:
+        bits = at.and_(at.bitcast(numbers(i), vector(I32, LANES)), emit.all(I32, 0x7FFFFFFF, LANES))
+        at.store(emit.larger(at.bitcast(bits, vector(F32, LANES)), at.load(register)), register)
+    largest = emit.spread(emit.reduce(at.load(register), emit.larger), LANES)
+    scale = emit.widen(emit.narrow(at.fdiv(largest, emit.floats(MOST)), LANES), LANES)
+    scale = at.select(at.fcmp_ordered(">", scale, emit.floats(0.0)), scale, emit.floats(1.0))
+    with emit.loop(n(0), count, LANES) as i:
+        shifted, _ = emit.nearest(at.fdiv(numbers(i), scale), -MOST, MOST)
+        codes = at.trunc(at.bitcast(shifted, vector(I32, LANES)), vector(I8, LANES))
+        emit.store(codes, target, i)
+    emit.store(at.extract_element(emit.narrow(scale, LANES), ir.Constant(I32, 0)), target, count)
