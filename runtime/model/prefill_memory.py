@@ -26,6 +26,7 @@ from .context import SNAPSHOT_TOKENS, can_resume, has_states
 
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
+PASS_BYTES = 320 << 10  # of a forward pass that waits: its stack, and small tensors
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
 COPIES = 3  # times that outputs of linear modules are held: as they are, rotated or activated, and multiplied
@@ -177,7 +178,10 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     )
     lockstep = Lockstep(
         # four tensors (embeddings, input of the layer, residual and normed state), the angles, and the experts' sums
-        states=text.hidden_size * (4 * size + 4) + 2 * angles * size + max(map(_choices, manifest.blocks)),
+        states=text.hidden_size * (4 * size + 4)
+        + 2 * angles * size
+        + max(map(_choices, manifest.blocks))
+        + PASS_BYTES // BLOCK,
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
     )
     tokens = min(context, config.prefill_chunk or DEFAULT_TOKENS)

@@ -125,8 +125,9 @@ def compute_grouped(
     if few and (out := _few_tokens(kernels, tiered, x, index, weights)) is not None:
         yield out.to(dtype)
         return
-    sums = _tokens(kernels, tiered, given, between)
-    for part in torch.split(sums, [len(x) for x, *_ in given]):
+    sums, sizes = _tokens(kernels, tiered, given, between), [len(part.x) for part in given]
+    del given, x, index, weights  # callers may free the inputs before they take the results
+    for part in torch.split(sums, sizes):
         yield part.to(dtype)
 
 

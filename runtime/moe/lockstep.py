@@ -76,6 +76,7 @@ def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) ->
             routed = [paused[number].routed for number in waiting]
             with closing(compute_together(module, routed, lambda: between(done))) as outputs:
                 for number, output in zip(waiting, outputs, strict=True):
+                    routed.clear()  # passes make the inputs of their next blocks, so those of this one must be freed
                     proceed(number, paused.pop(number).thread, output)
                     between(done)
     finally:

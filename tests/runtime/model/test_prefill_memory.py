@@ -47,7 +47,11 @@ import ctypes, json, sys
 from pathlib import Path
 import torch
 import moetier
+from moetier.runtime.engine.packed_runner import PackedRunner
+from moetier.runtime.engine.runner import Task
+from moetier.runtime.engine.sequence import Request, Sequence
 from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model import budgets
 from moetier.runtime.model.budgets import kv_cache_bytes
 
@@ -55,7 +59,7 @@ def own(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-folder, chunk, tokens, exact = json.loads(sys.argv[1])
+folder, chunk, tokens, exact, in_blocks = json.loads(sys.argv[1])
 needs, find = [], budgets.prefill_of
 budgets.prefill_of = lambda *given: needs.append(find(*given)) or needs[-1]
 model, _ = moetier.load(folder, daemon=None, context=tokens, prefill_chunk=chunk, exact=exact)
@@ -66,12 +70,17 @@ with model.tiers, torch.inference_mode():
     ctypes.CDLL(None).malloc_trim(0)
     before = {name: own(name) for name in ("VmRSS", "RssFile", "RssShmem")}
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory begins anew
+    if in_blocks:  # ``chunk`` tokens are the whole prompt
+        runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), chunk=chunk, packs=True)
+        pages = [*range(-(-tokens // PAGE_TOKENS))]
+        runner.run([Task(Sequence(Request((*ids[0].tolist(),), 1)), 0, tokens, pages)], lambda: False)
     cache = None
-    for part in ids.split(chunk, 1):
+    for part in () if in_blocks else ids.split(chunk, 1):
         cache = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1).past_key_values
     grown = sum(own(name) - before[name] for name in ("RssFile", "RssShmem"))
     taken = own("VmHWM") - before["VmRSS"] - grown - kv_cache_bytes(model.config, tokens, dtype=model.dtype)
-print(json.dumps([taken, needs[0].nbytes, model.tiers.prefill_chunk]))
+reserved = needs[0]._in_blocks_bytes(tokens) if in_blocks else needs[0].nbytes
+print(json.dumps([taken, reserved, model.tiers.prefill_chunk]))
 """
 
 
@@ -97,12 +106,25 @@ def test_what_is_reserved_covers_what_is_taken(
     sizes = SIZES[model_type] | {"max_position_embeddings": CONTEXT, "num_hidden_layers": 2}
     sizes |= {"layer_types": TYPES_OF_LAYERS[model_type]} if model_type in TYPES_OF_LAYERS else {}
     _, directory = convert_tiny(model_type, torch.bfloat16, tmp_path, bits=4, **sizes)
-    ended = scripts.run(CHILD, json.dumps([str(directory), chunk, CONTEXT, exact]))
+    ended = scripts.run(CHILD, json.dumps([str(directory), chunk, CONTEXT, exact, False]))
     assert ended.returncode == 0, ended.stderr
     taken, reserved, found = json.loads(ended.stdout.splitlines()[-1])
     print(model_type, taken, reserved, reserved / taken)
     assert found == chunk
     assert reserved / (4 if exact else 2) < taken <= reserved
+
+
+@pytest.mark.parametrize("tokens", [6000, pytest.param(16000, marks=pytest.mark.slow)])
+def test_what_is_reserved_for_blocks_covers_what_they_take(tokens: int, tmp_path: Path, scripts: Prepared) -> None:
+    """A wide model, whose hidden states of all tokens take most of the memory."""
+    sizes = {"hidden_size": 2048, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
+    sizes |= {"num_hidden_layers": 2, "max_position_embeddings": tokens, "moe_intermediate_size": 64}
+    _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes)
+    ended = scripts.run(CHILD, json.dumps([str(directory), tokens, tokens, False, True]))
+    assert ended.returncode == 0, ended.stderr
+    taken, reserved, _ = json.loads(ended.stdout.splitlines()[-1])
+    print(taken, reserved, reserved / taken)
+    assert reserved / 2 < taken <= reserved
 
 
 HERE = Available(1 << 30, "this machine")
