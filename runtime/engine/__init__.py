@@ -1,7 +1,7 @@
 """The engine: computes the answers of many requests with one model, step by step.
 
 - ``sequence``: a request, and the sequence of tokens that answers it.
-- ``prefix_tree``: keys and values of earlier tokens in pages, found by their token ids.
+- ``prefix_tree``: keys and values of earlier tokens in pages, and snapshots of other states, found by their token ids.
 - ``kv_cache``: the pages of each running sequence, within a budget; ``free_pages``: those that hold nothing.
 - ``saved_pages``: pages on disk, read before a sequence begins, and written after a turn; ``page_folder``: their names,
   and which are removed; ``page_file``: one of them; ``page_binding``: what keys and values depend on.
