@@ -29,6 +29,7 @@ MoetierError
 │   └── AlreadyRunningError    another daemon is running in this folder
 ├── ConfigError                an unknown or malformed option
 │   └── UsageError             options that are wrong for every model and machine (tools.cli.parser)
+├── DeadlineError              a request was not answered by its deadline (runtime.engine.sequence)
 ├── EngineError                the engine can't compute any more (runtime.engine.engine)
 ├── GrammarError               a grammar that can't be compiled (runtime.engine.grammar)
 └── ClosedError                an object was used after close(), or in a forked child

@@ -1,4 +1,4 @@
-"""``start_thread``, which starts every thread of this package but those of pools."""
+"""``start_thread``, which makes and starts a thread."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import random
 import threading
 import time
@@ -39,6 +40,7 @@ REPORT_SECONDS = 0.5  # longest time until a hit is reported to the daemon
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each pause is twice the last
 _ANSWER = 2.0  # seconds to wait for an answer that a working daemon gives at once
 _STEADY = 1.0  # seconds after which a connection counts as established, even without a message
+_log = logging.getLogger(__name__)
 
 
 Outbox = SimpleQueue[pb.ClientMessage | None]  # messages to be sent on one stream; None is its end
@@ -184,6 +186,12 @@ class Link:
                 self._error = UnavailableError(
                     f"The daemon can't be reached: {error}.",
                     "Free memory, or raise the limits of open files and threads (ulimit -n, ulimit -u).",
+                )
+            except Exception as error:  # callers must not wait for a thread that has ended
+                _log.exception("The connection to a daemon has failed.")
+                self._error = UnavailableError(
+                    f"The connection to the daemon has failed ({type(error).__name__}).",
+                    "See the log, and report this bug.",
                 )
             control = None
             self._tried.set()

@@ -196,7 +196,10 @@ class Peers:
     def _start_watcher(self) -> None:
         with self._state:
             if self._watcher is None and not self._closed:
-                self._watcher = start_thread("moetier-peers", self._watch)
+                try:
+                    self._watcher = start_thread("moetier-peers", self._watch)
+                except RuntimeError as error:  # the next failure of a peer tries it again
+                    _log.warning("no thread can be started that checks daemons that are away: %s", error)
 
     def _watch(self) -> None:
         """Check peers that are away, at growing intervals, and resolve DNS names, until the store is closed."""

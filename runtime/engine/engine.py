@@ -18,6 +18,7 @@ from torch import Tensor
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.context import longest_context
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
@@ -146,9 +147,10 @@ class Engine:
             chunk, later = prefill.in_blocks, None
             runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
         saved = None if disk is None else _saved(model, runner, disk, keys)
-        return cls(
-            runner, pages=pages, max_sequences=max_sequences, chunk=chunk, context=context, later=later, saved=saved
-        )
+        with contextlib.nullcontext() if saved is None else closed_on_error(saved):
+            return cls(
+                runner, pages=pages, max_sequences=max_sequences, chunk=chunk, context=context, later=later, saved=saved
+            )
 
     @property
     def sequences(self) -> list[Sequence]:

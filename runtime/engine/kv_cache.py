@@ -113,7 +113,9 @@ class KVCache:
                 break
             node, unneeded = self._tree.add(fetch.node, saved.tokens, fetch.pages.pop(0))
             self._free.release(unneeded)
-            node.pins, fetch.node.pins, fetch.node = node.pins + 1, fetch.node.pins - 1, node
+            self._tree.pin(node)
+            self._tree.unpin(fetch.node)
+            fetch.node = node
         self.cancel_fetch()
         return True
 
@@ -123,7 +125,7 @@ class KVCache:
         match = self._tree.match(user, ids)
         if found := saved.find(user, ids, match.tokens):
             node = match.nodes[-1] if match.nodes else self._tree.root(user)
-            node.pins += 1
+            self._tree.pin(node)
             pages = self._take(len(found), [node.page for node in match.nodes])
             self._fetch = _Fetch(sequence, node, pages, deque(found[: len(pages)]), saved.read(found[: len(pages)]))
 
@@ -136,7 +138,7 @@ class KVCache:
         ):
             self._fetch = None
             self._saved.cancel(fetch.reading)
-            fetch.node.pins -= 1
+            self._tree.unpin(fetch.node)
             self._free.release(fetch.pages)
 
     def begin(self, sequence: Sequence) -> None:

@@ -164,10 +164,12 @@ class SavedPages:
     def restore(self, saved: SavedPage, read: Page, page: int) -> bool:
         """Write a page that was read into page ``page`` of the memory. Return False if it does not fit."""
         payload, memory = read
-        fits = self._memory.restore_page(page, len(saved.tokens), payload.layout, payload.data)
-        self._count(read_bytes=len(payload.data), pages=int(fits))
-        payload.data.release()
-        self._folder.release(memory)
+        try:
+            fits = self._memory.restore_page(page, len(saved.tokens), payload.layout, payload.data)
+            self._count(read_bytes=len(payload.data), pages=int(fits))
+        finally:
+            payload.data.release()
+            self._folder.release(memory)
         return fits
 
     def cancel(self, reading: Reading) -> None:

@@ -124,7 +124,7 @@ class Loads:
         self._limits = limits
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
-        self._pages = 0  # reads of pages that are in progress or wait for reads for demands
+        self._pages = set[object]()  # reads of pages that are in progress or wait for reads for demands
 
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
@@ -269,9 +269,9 @@ class Loads:
 
     # -- pages of keys and values -------------------------------------------------------------------------------------
 
-    def announce_page(self) -> None:
-        """Note that a page is to be read: no prefetch begins from now on."""
-        self._pages += 1
+    def announce_page(self, read: object) -> None:
+        """Note that a page is to be read, by a ``read`` of its own: no prefetch begins from now on."""
+        self._pages.add(read)
 
     def may_read_page(self, *, is_urgent: bool) -> bool | None:
         """Return True if an announced page may be read now, None while it has to wait for reads for demands.
@@ -280,9 +280,9 @@ class Loads:
         """
         return True if is_urgent or self.closed_by is not None or not self._is_for_demands else None
 
-    def end_page(self) -> None:
-        """Note that an announced page was read, or will not be."""
-        self._pages -= 1
+    def end_page(self, read: object) -> None:
+        """Note that a page was read, or will not be. Idempotent."""
+        self._pages.discard(read)
         self._notifier.wake_callers()
         self.wake_loaders_for_prefetches()
 

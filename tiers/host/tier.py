@@ -269,28 +269,29 @@ class HostTier(Closeable):
     @contextlib.contextmanager
     def reading_page(self) -> Iterator[None]:
         """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
-        self._announce_page()
+        read = object()
         try:
+            self._announce_page(read)
             self._may_read_page(time.monotonic() + PAGE_PATIENCE)
             yield
         finally:
-            self._end_page()
+            self._end_page(read)
 
     def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
         self._may_write(is_urgent)
 
     @transition
-    def _announce_page(self) -> None:
-        self._ledger.loads.announce_page()
+    def _announce_page(self, read: object) -> None:
+        self._ledger.loads.announce_page(read)
 
     @waiting
     def _may_read_page(self, late: float) -> bool | None:
         return self._ledger.loads.may_read_page(is_urgent=time.monotonic() > late)
 
     @posted
-    def _end_page(self) -> None:
-        self._ledger.loads.end_page()
+    def _end_page(self, read: object) -> None:
+        self._ledger.loads.end_page(read)
 
     @waiting
     def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
