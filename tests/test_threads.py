@@ -17,7 +17,7 @@ SOURCES = [
     path
     for name in ("proto", "tiers", "runtime", "tools")
     for path in sorted((ROOT / name).rglob("*.py"))
-    if path.name != "threads.py"
+    if path != ROOT / "tiers" / "threads.py"
 ]
 
 

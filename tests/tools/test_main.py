@@ -77,7 +77,7 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         assert (str(arguments.directory), arguments.prompt, arguments.ram) == ("DIR", "the prompt", "6GiB")
 
 
-@pytest.mark.parametrize("model", [["-m", "DIR"], ["--model", "DIR"], ["--model=DIR"], ["-mDIR"]])
+@pytest.mark.parametrize("model", [["-m", "DIR"], ["--model", "DIR"], ["--model=DIR"]])
 def test_short_options_are_those_of_llama_cpp(model: list[str]) -> None:
     for words in (["generate", *model, "a prompt"], ["generate", "a prompt", "--ram", "6GiB", *model]):
         arguments = build_parser().parse_args([*words, "-n", "5", "-t", "1", "-c", "99"])
@@ -86,7 +86,8 @@ def test_short_options_are_those_of_llama_cpp(model: list[str]) -> None:
     for command in ("chat", "serve"):
         arguments = build_parser().parse_args([command, *model, "-t", "1", "-c", "99"])
         assert (str(arguments.directory), arguments.threads, arguments.context) == ("DIR", 1, 99)
-    assert build_parser().parse_args(["generate", "DIR", "--", "-m"]).prompt == "-m"
+    for words in (["--", "-m"], ["-m is an option"], ["-my word"]):
+        assert build_parser().parse_args(["generate", "DIR", *words]).prompt == words[-1]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ from .waiting import Notifier
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
-PAGE_PATIENCE = 0.1  # seconds after which a page is read even while records are read for demands
+# seconds after which a page is read once a read has ended, even while records are read for demands
+PAGE_PATIENCE = 0.1
 
 _log = logging.getLogger(__name__)
 

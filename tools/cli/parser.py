@@ -333,11 +333,10 @@ def with_model_first(words: Iterable[str]) -> list[str]:
     before = list(takewhile("--".__ne__, words))
     rest = [*words][len(before) :]
     for at, word in enumerate(before):
-        name, equals, value = word.partition("=")
         if word in ("-m", "--model") and at + 1 < len(before):
             return [before[at + 1], *before[:at], *before[at + 2 :], *rest]
-        if (name == "--model" and equals) or (word.startswith("-m") and not word.startswith("--") and len(word) > 2):
-            return [value if equals and name == "--model" else word[2:], *before[:at], *before[at + 1 :], *rest]
+        if word.startswith("--model="):
+            return [word.removeprefix("--model="), *before[:at], *before[at + 1 :], *rest]
     return [*before, *rest]
 
 

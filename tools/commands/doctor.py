@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     text = ", ".join(f"{count} {state}" for state, count in counts.items())
     if arguments.report:
         lines = "\n".join((*lines_of(results, WIDTH), text))
-        print(f"```text\n{lines}\n```".replace(str(Path.home()), "~"))
+        home = f"{Path.home()}/"
+        print("```text\n{}\n```".format(lines if home == "//" else lines.replace(home, "~/")))
     else:
         print(json.dumps(result, indent=2) if arguments.json else text)
     return EXIT_BAD if counts[State.FAIL] else 0

@@ -96,6 +96,7 @@ def plan(
     ram: str | int | None = None,
     context: int | None = None,
     kv_cache: str | int | None = None,
+    kv_bits: int = 16,
     device_memory: str | int | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -112,7 +113,7 @@ def plan(
         trunk_bits: bits per weight of everything else to choose from; None: all.
         into: folder whose disk is measured; None: the current folder, or for an id on the hub that of pulled models.
         disk: speed of the disk in GB/s; None: measure it.
-        ram, context, kv_cache, device_memory, device, threads, prefill_chunk: as in ``load``.
+        ram, context, kv_cache, kv_bits, device_memory, device, threads, prefill_chunk: as in ``load``.
 
     Raises:
         MoetierError: an option or the source can't be used, or no choice works here.
@@ -131,6 +132,7 @@ def plan(
             ram=ram,
             context=context,
             kv_cache=kv_cache,
+            kv_bits=kv_bits,
             device_memory=device_memory,
             device=device,
             threads=threads,

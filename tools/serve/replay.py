@@ -115,13 +115,15 @@ class Turns:
         tokenizer for the beginning of the prompt.
         """
         turns = self._kept(messages, user)
-        for _ in range(TRIALS):
+        for trial in range(TRIALS):
             if not turns:
                 break
             parts, dropped = _split(messages, render, turns)
             dropped = dropped or _wrong(parts, render(_restored(messages, turns)), [*turns])
             if not dropped:
                 return _joined(parts, tokenizer, most, options)
+            if trial == TRIALS - 2:  # what is left is a prefix, which is what matters: earlier answers may be right
+                dropped = [place for place in turns if place >= min(dropped)]
             turns = {place: turn for place, turn in turns.items() if place not in dropped}
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -13,6 +14,7 @@ import transformers
 import moetier
 from moetier.runtime.model.name_files import register_name
 from moetier.tiers.errors import ConfigError
+from moetier.tools.commands.plan import RESOURCES
 from moetier.tools.plan.library import Plan
 
 
@@ -33,6 +35,10 @@ def test_a_plan_is_a_frozen_report_of_what_the_command_prints(tinymix: Path, mod
     assert [choice["bits"] for choice in document["choices"]] == [choice.bits for choice in plan.choices]
     with pytest.raises(FrozenInstanceError):
         plan.model = "other"  # type: ignore[misc]
+
+
+def test_it_has_the_options_of_the_command() -> None:
+    assert {*RESOURCES, "prefill_chunk"} <= {*inspect.signature(moetier.plan).parameters}
 
 
 def test_options_are_checked(tinymix: Path) -> None:

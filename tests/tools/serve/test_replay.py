@@ -103,6 +103,24 @@ def test_results_that_a_template_renders_by_their_calls_are_not_changed() -> Non
     assert continued == [*tokens(before), *ids, *tokens(behind)]
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_the_first_answers_are_replayed_however_many_behind_them_are_not(rounds: int) -> None:
+    def by_calls(messages: Sequence[Mapping[str, Any]]) -> str:
+        names = iter([call["name"] for message in messages for call in message.get("tool_calls", ())])
+        head, *results = render([*messages]).split("<tool>")
+        return head + "".join(f"<tool {next(names, None)}>{result}" for result in results)
+
+    turns = Turns()
+    ids = sampled(turns, "It is:", Text("It is:"))
+    messages: list[dict[str, Any]] = [*PROMPT, answered("It is:"), user("What?")]
+    for number in range(rounds):
+        sampled(turns, '<call {"name":  "clock"}>', called(f"call_{number}"), messages=messages)
+        messages += [answered("", f"call_{number}"), {"role": "tool", "content": "Noon."}]
+    continued = turns.continued(messages, by_calls, tokenizer, 10_000)
+    before, behind = by_calls(messages).split("It is:" + END)
+    assert continued == [*tokens(before), *ids, *tokens(behind)]
+
+
 def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
     turns = Turns()
     ids = sampled(turns, " Noon. \n", Text(" Noon."), Text(" \n"))
