@@ -140,6 +140,10 @@ class CommandParser(argparse.ArgumentParser):
             )
         return parsed, more
 
+    def _get_option_tuples(self, option_string):  # type: ignore[no-untyped-def]  # as argparse declares it
+        """Return the options that a word may begin with: none if it has a space, as it is a text then."""
+        return [] if " " in option_string else super()._get_option_tuples(option_string)
+
     def _get_value(self, action, arg_string):  # type: ignore[no-untyped-def]  # as argparse declares it
         """Return the value of an argument. Exit with a message if the argument's type does not accept the text."""
         value_type = getattr(action.type, "value_type", action.type)
