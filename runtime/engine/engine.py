@@ -51,7 +51,7 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
     if model.device.type != "cpu":
         raise ConfigError(
             "Keys and values are in the memory of a device; only those in host memory can be kept on disk.",
-            "Leave out --kv-cache-dir.",
+            "Keep them in memory: leave out the folder (moetier serve --kv-cache-dir).",
         )
     manifest = model.tiers.manifest
     folder = PageFolder(disk, manifest.model, binding_of(model, manifest))

@@ -136,7 +136,9 @@ def _name(place: Path) -> str:
 
 def _check_exists(folder: Path) -> None:
     if not folder.is_dir():
-        raise ConfigError(f"There is no folder {folder}.", "Name the folder of --kv-cache-dir.")
+        raise ConfigError(
+            f"There is no folder {folder}.", "Name the folder that servers use (moetier serve --kv-cache-dir)."
+        )
     open_folder(folder)
 
 

@@ -201,7 +201,7 @@ def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:
     data = path.read_bytes()
     cases: list[tuple[bytes, type[MoetierError], str]] = [
         (b"GGML" + data[4:], CheckpointError, "is not a complete GGUF file: it begins with"),
-        (data[:-5000], CheckpointError, "the file at"),
+        (data[:-5000], CheckpointError, "but the file has"),
         (data[:200], CheckpointError, "truncated"),
         (data.replace(b"qwen3moe", b"deepseek"), UnsupportedModelError, "architecture 'deepseek'"),
         (data.replace(b"blk.1.ffn_up_exps", b"blk.1.ffn_xx_exps"), CheckpointError, "no pair of gate and up"),

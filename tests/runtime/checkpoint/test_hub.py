@@ -115,6 +115,8 @@ def test_a_hub_id_is_converted(hub: Hub, scripts: Prepared, original: Path, tmp_
     assert result.returncode == 0, result.stderr
     convert(original, tmp_path / "local", fast=True)
     made, local = tree(tmp_path / "dst"), tree(tmp_path / "local")
+    assert b'base_model: "acme/converted"' in made.pop("README.md")
+    del local["README.md"]
     assert (made.pop("LICENSE"), made.pop("tokenizer.json")) == (b"free", b"{}")
     assert json.loads(made.pop("origin.json")) == {"id": "acme/converted", "revision": REVISION}
     manifest = made.pop("experts.zarr/zarr.json")

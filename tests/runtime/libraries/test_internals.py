@@ -36,8 +36,8 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "grpc", "ray")
 PRIVATE = re.compile(r"(\w+\.)*_[a-zA-Z]\w*(\.\w+)*")
 # private names of Python's own library, and of gguf, whose types have no public list
 OTHERS = {"_replace", "_actions", "_action_groups", "_group_actions", "_option_string_actions", "_optionals",
-          "_format_args", "_indent_increment", "_SubParsersAction", "_ArgumentGroup", "_ActionsContainer",
-          "_StoreAction", "_type_traits"}  # fmt: skip
+          "_positionals", "_format_args", "_indent_increment", "_SubParsersAction", "_ArgumentGroup",
+          "_ActionsContainer", "_StoreAction", "_choices_actions", "_type_traits"}  # fmt: skip
 # keys of a config.json, which are removed from it
 KEYS_OF_FILES = {"runtime/checkpoint/config_json.py"}
 

@@ -149,7 +149,7 @@ def test_a_pulled_model_and_its_mirror(
     assert main(["mirror", "acme/tiny:4bit", str(tmp_path / "b")]) == 0
     capsys.readouterr()
     assert main(["list"]) == 0
-    assert f"complete, mirror {tmp_path / 'b'}" in capsys.readouterr().out
+    assert f"pulled, mirror {tmp_path / 'b'}" in capsys.readouterr().out
     assert main(["rm", "acme/tiny:4bit", "--yes"]) == 0
     assert f"{tmp_path / 'b'}: mirror of acme/tiny:4bit, which is not removed" in capsys.readouterr().out
     assert (tmp_path / "b" / GROUP / METADATA).exists()

@@ -81,7 +81,7 @@ def test_a_token_by_itself_has_the_codes_of_one_in_a_prompt(tinymix_4bit: Any) -
     prompts = [some(size, seed=size).mul(1000).abs().long().add(3).clamp(max=3000).tolist() for size in (300, 90, 700)]
     greedy = {"do_sample": False}
     with model.tiers:
-        with Engine.of(model, most=3) as engine:
+        with Engine.of(model, max_sequences=3) as engine:
             alone = [[*engine.stream(Request(tuple(ids), 12, greedy))] for ids in prompts]
             streams = [engine.stream(Request(tuple(ids), 12, greedy)) for ids in prompts]
             assert [[*stream] for stream in streams] == alone
