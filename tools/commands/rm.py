@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         forget_name(name, folder)
         print(f"{name}: removed, {size}{place}")
         for path in kept:
-            print(f"{plain(str(path))}: not of moetier, and not removed")
+            print(f"{plain(str(path))}: stays, as it is not known to be of moetier")
         for mirror in mirrors:
             print(f"{plain(str(mirror))}: mirror of {name}, which is not removed")
 
@@ -122,11 +122,11 @@ def _remove(name: str, folder: Path) -> list[Path]:
 
     In the folder of pulled models no others are kept. Raises TargetError if the model is in use.
     """
-    from moetier.tiers.store.folder import GROUP, replacement_folder
+    from moetier.tiers.store.folder import GROUP, REPLACED, replacement_folder
     from moetier.tools.convert.model_files import check_unused, delete, delete_empty_folders, empty, locked
 
     # first, as a conversion that writes to this folder would put a new model in the place of the removed one
-    if replacement_folder(folder).exists():
+    if replacement_folder(folder).exists() or (folder / REPLACED).exists():
         from moetier.tools.convert.replacement import discard, finish_replacement
 
         check_unused(name, folder)
@@ -140,9 +140,10 @@ def _remove(name: str, folder: Path) -> list[Path]:
         if _is_pulled(folder):
             others = [path for path in folder.iterdir() if path != store]
         else:
-            from moetier.tools.convert.target import files_of_users, outside_store
+            from moetier.tools.convert.target import files_of_users, foreign_copies, outside_store
 
-            others, kept = outside_store(folder), files_of_users(folder)
+            kept = sorted([*files_of_users(folder), *foreign_copies(folder)])
+            others = [path for path in outside_store(folder) if path not in kept]
         if linked:
             for path in others:
                 delete(path)
