@@ -75,6 +75,9 @@ class Manifest:
     record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; b"" in the manifest of an older store
     # in an object store: the config, the tokenizer's files and so on, from file name to sum; empty if unknown
     files: Mapping[str, FileSum] = field(default_factory=dict)
+    copied: Mapping[str, FileSum] = field(
+        default_factory=dict
+    )  # the same of files that were copied from the checkpoint
 
     @property
     def trunk_bits(self) -> int:
@@ -102,7 +105,7 @@ class Manifest:
     @property
     def plan(self) -> Manifest:
         """The manifest without the fields that are unknown until the store is written."""
-        return replace(self, digest="", trunk={}, record_checksums=b"", files={})
+        return replace(self, digest="", trunk={}, record_checksums=b"", files={}, copied={})
 
     def layout(self, block: int) -> RecordLayout:
         """Return the layout of a block's records."""
@@ -166,6 +169,7 @@ class Manifest:
             **({"record_checksums": base64.b64encode(self.record_checksums).decode()} if self.record_checksums else {}),
             **({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {}),
             **({"files": {name: asdict(entry) for name, entry in sorted(self.files.items())}} if self.files else {}),
+            **({"copied": {name: asdict(entry) for name, entry in sorted(self.copied.items())}} if self.copied else {}),
         }
 
     @classmethod
@@ -211,6 +215,7 @@ class Manifest:
                 trunk=_sums(trunk, TRUNK_NAME, "a trunk file", 1) if (trunk := fields.get("trunk")) else {},
                 trunk_records=_trunk_records(entry) if (entry := fields.get("trunk_records")) else None,
                 files=_sums(files, FILE_NAME, "a file", 0) if (files := fields.get("files")) else {},
+                copied=_sums(copied, FILE_NAME, "a file", 0) if (copied := fields.get("copied")) else {},
                 record_checksums=_table(table) if (table := fields.get("record_checksums")) else b"",
             )
             manifest = replace(manifest, method=method_of(manifest.method, manifest.layouts, manifest.trunk_records))

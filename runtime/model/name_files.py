@@ -8,8 +8,10 @@ time, also for pulled models. None of it lies in a model, which may be read-only
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError
@@ -43,35 +45,74 @@ def registered() -> dict[str, Path]:
 def register_name(model: Path) -> str | None:
     """Give a model directory, a checkpoint's folder or a GGUF file a name, unless it has one. Return the name.
 
-    The name is that of the folder, or that of the file without its suffix. If another model has this name, and is still
-    there, a number is added. Returns None if the user's folder can't be written, and for a pulled model.
+    The name is that of the folder, or that of the file without its suffix. If another model has this name, a number is
+    added, unless that model was removed. Returns None if the user's folder can't be written, and for a pulled model.
     """
-    path = model.resolve()
-    names = registered()
-    if (earlier := next((name for name, other in names.items() if other == path), None)) is not None:
-        return earlier
+    path = real_path(model)
     stem = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".gguf")).lstrip(".-") or "model"
     with contextlib.suppress(OSError, ConfigError):
-        if path.is_relative_to((data_folder() / "models").resolve()):
+        if path.is_relative_to(real_path(data_folder() / "models")):
             return None
         folder = data_folder() / "names"
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(1, MOST_NAMES):
-            name = stem if number == 1 else f"{stem}-{number}"
-            if name in names and not os.path.exists(names[name]):  # noqa: PTH110 - Path.exists may raise
-                forget_name(name)
-            with contextlib.suppress(FileExistsError):
-                (folder / name).symlink_to(path)
-                return name
+        with _locked(folder):
+            names = registered()
+            if (earlier := next((name for name, other in names.items() if other == path), None)) is not None:
+                return earlier
+            for number in range(1, MOST_NAMES):
+                name = stem if number == 1 else f"{stem}-{number}"
+                if name in names and _is_removed(names[name]):
+                    _remove(name)
+                with contextlib.suppress(FileExistsError):
+                    (folder / name).symlink_to(path)
+                    return name
     return None
 
 
-def forget_name(name: str) -> None:
-    """Remove the name of a converted or linked model, and the time of the last use of any model."""
+def forget_name(name: str, model: Path) -> None:
+    """Remove the name of the converted or linked model in ``model``, and the time of the last use of any model.
+
+    Does nothing if another model has taken over the name.
+    """
+    with contextlib.suppress(OSError), _locked(data_folder() / "names"):
+        if registered().get(name, model) != model:
+            return
+        _remove(name)
     with contextlib.suppress(OSError):
-        (data_folder() / "names" / name).unlink()
-    with contextlib.suppress(OSError):
-        _stamp(name).unlink()
+        _stamp(name).unlink()  # of a pulled model, whose name is in no folder that could be locked
+
+
+def real_path(path: Path) -> Path:
+    """Return the path without links. Path.resolve raises RuntimeError for links that lead to each other."""
+    return Path(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder of names until the context ends, so that no other process changes a name."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_removed(model: Path) -> bool:
+    """Return whether a model was removed. False if it can't be reached, as on a disk that is not mounted."""
+    try:
+        model.lstat()
+    except FileNotFoundError:
+        return os.path.isdir(model.parent)  # noqa: PTH112 - Path.is_dir may raise
+    except OSError:
+        return False
+    return False
+
+
+def _remove(name: str) -> None:
+    for path in (data_folder() / "names" / name, _stamp(name)):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def note_use(name: str) -> None:

@@ -7,6 +7,7 @@ An id on the hub never contains "--". Converted and linked models have names wit
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -19,7 +20,7 @@ from moetier.tiers.errors import ConfigError, NotFoundError, StoreFormatError
 from moetier.tiers.layout import Bits
 from moetier.tiers.redaction import redacted
 
-from .name_files import data_folder, note_use, registered
+from .name_files import data_folder, note_use, real_path, registered
 
 if TYPE_CHECKING:
     from moetier.tiers.objects.cache_folder import Progress
@@ -48,9 +49,9 @@ def place_of(hub_id: str, tag: str) -> Path:
 def pulled() -> dict[str, Path]:
     """Return a dictionary from the names of all pulled models to their folders. Incomplete models are included.
 
-    Folders with a name that ``moetier pull`` would not give are left out.
+    Folders that can't be read, or with a name that ``moetier pull`` would not give, are left out.
     """
-    folders = sorted(path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
+    folders = sorted(path for path in models_folder().glob("*/*") if os.path.isdir(path / GROUP))  # noqa: PTH112
     named = {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in folders}
     return {name: path for name, path in named.items() if NAME.fullmatch(name)}
 
@@ -173,10 +174,11 @@ def checkpoint_or_model(source: str) -> str:
 
 
 def note_use_of(model: Path) -> None:
-    """Note that a model is used now, if it has a name."""
-    path = model.resolve()
-    if (name := next((name for name, other in all_named().items() if other.resolve() == path), None)) is not None:
-        note_use(name)
+    """Note that a model is used now, if it has a name. Does nothing if names can't be read."""
+    path = real_path(model)
+    with contextlib.suppress(OSError, ConfigError):
+        if (name := next((name for name, other in all_named().items() if real_path(other) == path), None)) is not None:
+            note_use(name)
 
 
 def name_of(folder: Path) -> str:

@@ -38,7 +38,13 @@ PUSH = f"{GROUP}/push.json"  # the manifest until all else is there
 
 
 def push(
-    directory: Path, address: str, progress: Progress, *, overwrite: bool = False, card: bytes | None = None
+    directory: Path,
+    address: str,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    card: bytes | None = None,
+    card_mark: bytes | None = None,
 ) -> int:
     """Copy a model directory to ``address``, and return the number of bytes that were written.
 
@@ -48,10 +54,11 @@ def push(
         progress: shows the progress.
         overwrite: replace another model that is there, and write all of the same one again. What a former model has
             left is removed, if objects can be listed.
-        card: content of CARD, for people; a file of this name that is there stays, unless ``overwrite`` is true.
+        card: content of CARD, for people. It is written if there is no such object, or if ``overwrite`` is true.
+        card_mark: also replace an object CARD that contains this.
 
-    Raises StoreError if the directory can't be read, TargetExistsError if another model is there, TargetError if an
-    object can't be written, and ConfigError if the address can't be used.
+    Raises StoreError if the directory can't be read, TargetExistsError if another model is there, or an object CARD
+    without ``card_mark``, TargetError if an object can't be written, and ConfigError if the address can't be used.
     """
     check_directory(directory)
     store_folder(directory, "pushed")
@@ -65,8 +72,10 @@ def push(
         own_names = [*small, *manifest.trunk, *shards]
         data = _with_sums(directory, small)
         listed = objects.sizes()
+        if card is not None and not overwrite and not _may_write_card(objects, listed, card_mark):
+            card = None
         stored = _begin(objects, listed, data, own_names, overwrite)
-        if card is not None and (overwrite or CARD not in (listed or {})):
+        if card is not None:
             objects.put(CARD, card)  # no file of the model: older versions would refuse a manifest that has its sum
         sizes = {name: (directory / name).stat().st_size for name in own_names}
         missing = [name for name in own_names if name in small or stored.get(name) != sizes[name]]
@@ -78,6 +87,25 @@ def push(
         objects.put(MANIFEST, data)
         objects.delete(PUSH)
         return total
+
+
+def _may_write_card(objects: Objects, sizes: dict[str, int] | None, mark: bytes | None) -> bool:
+    """Return whether CARD is missing, or has ``mark``. Without ``mark``, no object is read.
+
+    Raises TargetExistsError if the object lacks ``mark``, and StoreError if it can't be read.
+    """
+    is_missing = sizes is not None and CARD not in sizes
+    if mark is None or is_missing:
+        return is_missing
+    try:
+        if mark in objects.read_whole(CARD, MAX_JSON_BYTES):
+            return True
+    except MissingExpertError:
+        return True
+    raise TargetExistsError(
+        f"{objects.where} has a {CARD} that moetier did not write.",
+        "Leave out --quality, or replace the file and the model: moetier push --overwrite DIR ADDRESS",
+    )
 
 
 def _with_sums(directory: Path, small: Iterable[str]) -> bytes:
@@ -107,12 +135,13 @@ def _file(group: Any) -> bytes:
 
 
 def _parted(data: bytes) -> tuple[Any, Any]:
-    """Split the bytes of a manifest file into its JSON without ``files``, and ``files``.
+    """Split the bytes of a manifest file into its JSON without ``files`` and ``copied``, and ``files``.
 
     Returns (``data``, None) if they are no manifest.
     """
     try:
         group = parse_json(data, "", "")
+        group["attributes"]["moetier"].pop("copied", None)
         return group, group["attributes"]["moetier"].pop("files", None)
     except (StoreError, KeyError, TypeError, AttributeError):
         return data, None

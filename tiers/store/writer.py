@@ -124,12 +124,18 @@ class StoreWriter(Closeable):
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return disk_errors(self.folder, lambda: self.missing_bytes)
 
-    def finish(self, trunk: Mapping[str, FileSum] | None = None, source_digest: str | None = None) -> Manifest:
+    def finish(
+        self,
+        trunk: Mapping[str, FileSum] | None = None,
+        source_digest: str | None = None,
+        copied: Mapping[str, FileSum] | None = None,
+    ) -> Manifest:
         """Write the manifest, which makes the store complete, and close the writer. Return the manifest.
 
         Args:
             trunk: a dictionary from the name of each trunk file to its size and checksum.
             source_digest: digest of the checkpoint, if the plan does not have the final one; else None.
+            copied: the same as ``trunk`` of the files that were copied from the checkpoint.
 
         Raises:
             DiskSpaceError: the disk is full.
@@ -143,6 +149,7 @@ class StoreWriter(Closeable):
                 source_digest=self.plan.source_digest if source_digest is None else source_digest,
                 digest=store_digest(crcs),
                 trunk=trunk or {},
+                copied=copied or {},
                 record_checksums=b"".join(map(checksum_bytes, crcs)),
             )
             # An earlier process may have died after it renamed a shard and before it made the name durable.

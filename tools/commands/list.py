@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,22 @@ def run(arguments: argparse.Namespace) -> None:
     models = []
     for look, named in ((_pulled, pulled()), (_registered, registered())):
         for name, path in named.items():
-            for _ in range(
-                LOOKS
-            ):  # try again if a conversion that ends, or a removal, deletes a file between two reads
-                with contextlib.suppress(FileNotFoundError):
-                    models.append({"name": name, "folder": str(path), **look(name, path), "used_unix": last_use(name)})
-                    break
+            if (found := _looked_at(look, name, path)) is not None:
+                models.append({"name": name, "folder": str(path), **found, "used_unix": last_use(name)})
     text = _text(models) if models else f"No model has a name yet: {root} has no pulled ones. Pull or convert one."
     print(json.dumps(models, indent=2) if arguments.json else text)
+
+
+def _looked_at(look: Callable[[str, Path], dict[str, Any]], name: str, path: Path) -> dict[str, Any] | None:
+    """Return the description that ``look`` returns, or that of a model that can't be read; None if it is removed."""
+    for _ in range(LOOKS):  # again if a conversion that ends, or a removal, deletes a file between two reads
+        try:
+            return look(name, path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return _description(None, 0, None) | {"complete": False, "error": error.strerror or str(error)}
+    return None
 
 
 def _pulled(name: str, folder: Path) -> dict[str, Any]:
@@ -55,7 +63,9 @@ def _registered(name: str, path: Path) -> dict[str, Any]:
     """Return a description of a converted or linked model as JSON. ``origin`` is None if the model is gone."""
     from moetier.tiers.store.folder import GROUP
 
-    if not os.path.exists(path):  # noqa: PTH110 - Path.exists may raise
+    try:
+        path.stat()
+    except FileNotFoundError:
         return _description(None, 0, None) | {"complete": False}
     if (path / GROUP).is_dir():
         return _converted(path, None) | {"origin": "converted"}
@@ -74,7 +84,7 @@ def _linked(path: Path) -> dict[str, Any]:
     if table is None:
         return _description(path, 0, None) | {"resume": command("link", path), "complete": False}
     nbytes = sum(shard.bytes for shard in table.shards)
-    made = next(where.stat().st_mtime for where in (cached(path), table_path(path)) if where.exists())
+    made = next((where.stat().st_mtime for where in (cached(path), table_path(path)) if where.exists()), None)
     return _description(path, nbytes, table.manifest) | {"pulled_unix": made}
 
 
@@ -138,6 +148,7 @@ def _description(path: Path | None, nbytes: int, manifest: Manifest | None) -> d
         "mirrors": [],
         "resume": None,
         "complete": True,
+        "error": None,
     }
 
 
@@ -184,6 +195,8 @@ def _time(seconds: float | None, none: str) -> str:
 
 def _state(model: dict[str, Any]) -> str:
     """Return where a model is from, and what is missing, as text."""
+    if model["error"]:
+        return f"{plain(model['folder'])} can't be read ({model['error']})"
     if model["origin"] is None:
         return f"{plain(model['folder'])} is gone: moetier rm {model['name']} forgets it"
     if not model["complete"]:

@@ -42,11 +42,19 @@ def run(arguments: argparse.Namespace) -> None:
     from moetier.tiers.objects.push import push
     from moetier.tiers.redaction import redacted
     from moetier.tools.cli.progress import shown
+    from moetier.tools.convert.model_card import MARK
 
     if not is_address(arguments.address):
         raise UsageError(f"{redacted(arguments.address)!r} is not an address.", "Give one such as s3://bucket/model.")
     card = card_of(arguments.directory, redacted(arguments.address), arguments.quality)
-    written = push(arguments.directory, arguments.address, shown("push"), overwrite=arguments.overwrite, card=card)
+    written = push(
+        arguments.directory,
+        arguments.address,
+        shown("push"),
+        overwrite=arguments.overwrite,
+        card=card,
+        card_mark=MARK.encode() if arguments.quality is not None else None,
+    )
     print(f"{arguments.address}: the model of {arguments.directory}, {format_bytes(written)} written")
 
 

@@ -41,14 +41,17 @@ def run(arguments: argparse.Namespace) -> None:
     from moetier.tools.convert.model_files import disk_bytes
 
     models = dict(named_model(name) for name in arguments.names)
-    removed = {name: folder for name, folder in models.items() if _is_pulled(folder) or (folder / GROUP).is_dir()}
+    removed = {
+        name: folder
+        for name, folder in models.items()
+        if _is_pulled(folder) or os.path.isdir(folder / GROUP)  # noqa: PTH112 - Path.is_dir may raise
+    }
     for name, folder in removed.items():
         _check(name, folder, arguments.yes)
     for name, folder in models.items():
         if name not in removed:
-            forget_name(name)
-            gone = "" if os.path.exists(folder) else ", which is gone"  # noqa: PTH110 - Path.exists may raise
-            print(f"{name}: forgotten; nothing was removed of {plain(str(folder))}{gone}")
+            forget_name(name, folder)
+            print(f"{name}: forgotten; nothing was removed of {plain(str(folder))}{_unreachable(folder)}")
             continue
         size, mirrors = format_bytes(disk_bytes(folder)), _mirrors(folder)
         place = "" if _is_pulled(folder) else f" in {plain(str(folder))}"
@@ -57,10 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 continue
         kept = _remove(name, folder)
-        forget_name(name)
-        print(f"{name}: removed, {size}")
+        forget_name(name, folder)
+        print(f"{name}: removed, {size}{place}")
         for path in kept:
-            print(f"{plain(str(path))}: not of moetier, and not removed")
+            print(f"{plain(str(path))}: stays, as it is not known to be of moetier")
         for mirror in mirrors:
             print(f"{plain(str(mirror))}: mirror of {name}, which is not removed")
 
@@ -71,13 +74,23 @@ def _is_pulled(folder: Path) -> bool:
     return folder.parent.parent == models_folder()
 
 
+def _unreachable(folder: Path) -> str:
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return ", which is gone"
+    except OSError as error:
+        return f", which can't be read ({error.strerror})"
+    return ""
+
+
 def _mirrors(folder: Path) -> list[Path]:
     from moetier.tiers.errors import StoreError
     from moetier.tiers.store.mirror import read_mirrors
 
     try:
         return [mirror for mirror in read_mirrors(folder) if mirror.exists()]
-    except StoreError:
+    except (StoreError, OSError):
         return []
 
 
@@ -109,11 +122,11 @@ def _remove(name: str, folder: Path) -> list[Path]:
 
     In the folder of pulled models no others are kept. Raises TargetError if the model is in use.
     """
-    from moetier.tiers.store.folder import GROUP, replacement_folder
+    from moetier.tiers.store.folder import GROUP, REPLACED, replacement_folder
     from moetier.tools.convert.model_files import check_unused, delete, delete_empty_folders, empty, locked
 
     # first, as a conversion that writes to this folder would put a new model in the place of the removed one
-    if replacement_folder(folder).exists():
+    if replacement_folder(folder).exists() or (folder / REPLACED).exists():
         from moetier.tools.convert.replacement import discard, finish_replacement
 
         check_unused(name, folder)
@@ -127,9 +140,10 @@ def _remove(name: str, folder: Path) -> list[Path]:
         if _is_pulled(folder):
             others = [path for path in folder.iterdir() if path != store]
         else:
-            from moetier.tools.convert.target import files_of_users, outside_store
+            from moetier.tools.convert.target import files_of_users, foreign_copies, outside_store
 
-            others, kept = outside_store(folder), files_of_users(folder)
+            kept = sorted([*files_of_users(folder), *foreign_copies(folder)])
+            others = [path for path in outside_store(folder) if path not in kept]
         if linked:
             for path in others:
                 delete(path)

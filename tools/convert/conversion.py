@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -16,7 +17,7 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
-from moetier.tiers.manifest import FileSum
+from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.options import command_words
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.small_names import VOCABULARY
@@ -29,7 +30,7 @@ from moetier.tools.convert.model_files import free_bytes, nearest_folder
 from .conversion_plan import ConversionPlan, Stage, stages
 from .conversion_report import BlockReport, ConversionReport
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
-from .model_card import write_card
+from .model_card import CARD, write_card
 from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
@@ -167,10 +168,21 @@ class Conversion:
                 self._write_blocks(writer, errors)
                 trunk = trunk or self._write_trunk()
                 self.target.write_small()
-            writer.finish(trunk, self.checkpoint.digest if self.download else None)
-            with disk_errors(self.target.store):
-                write_card(self.target.folder, read_manifest(self.target.store))
+            manifest = writer.finish(trunk, self.checkpoint.digest if self.download else None, self.target.copied)
+        self._write_card(manifest)
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
+
+    def complete_card(self) -> None:
+        """Write the model card of a complete model that has none."""
+        if not os.path.lexists(self.target.folder / CARD):
+            self._write_card(read_manifest(self.target.store))
+
+    def _write_card(self, manifest: Manifest) -> None:
+        """Write the model card. If it can't be written, the model is complete nevertheless."""
+        try:
+            write_card(self.target.folder, manifest)
+        except OSError as error:
+            self.say(f"{self.target.folder / CARD}: the model card can't be written ({error.strerror})")
 
     def check_disks(self, *, replacing: bool = False) -> None:
         """Raise DiskSpaceError unless the disks have room for what is still to be written and downloaded.

@@ -132,6 +132,7 @@ def _write(
     if replaced:
         _remove_first(conversion)
     elif complete:
+        conversion.complete_card()
         conversion.target.tidy()
         return conversion.report({}, seconds=0.0, was_complete=True)
     for line in conversion.announce():

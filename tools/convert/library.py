@@ -23,7 +23,8 @@ def convert(
 ) -> ConversionReport:
     """Make the model directory ``target`` from a checkpoint, or resume an interrupted conversion.
 
-    ``moetier list`` then shows the model, with the name of its folder. Nothing is written if the model is complete.
+    ``moetier list`` then shows the model, with the name of its folder. If the model is complete, nothing is
+    written, except a model card that is missing.
 
     Args:
         source: folder of the checkpoint, a GGUF file, or an id on the Hugging Face hub.

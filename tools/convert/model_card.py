@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def model_card(manifest: Manifest, place: str = "", quality: Path | None = None)
 def write_card(folder: Path, manifest: Manifest) -> None:
     """Write the card of the model directory ``folder``, unless the user has a file of its name there."""
     path = folder / CARD
-    if not path.exists() or is_card(path):
+    if not os.path.lexists(path) or is_card(path):
         write_durably(path, model_card(manifest))
 
 

@@ -36,6 +36,7 @@ from moetier.tiers.store.mirror import read_mirrors
 
 from .conversion import Conversion
 from .conversion_report import ConversionReport
+from .model_card import CARD, is_card
 from .model_files import delete, delete_empty_folders, locked
 from .target import copied_files, files_of_users, is_ours, remove
 
@@ -63,7 +64,7 @@ def finish_replacement(folder: Path) -> list[Path]:
     if not place.exists() and is_ours(new / REPLACED):
         with locked(str(folder), new):
             rename_durably(new, place)
-    if not old.is_dir():
+    if not old.is_dir() or old.is_symlink():
         return []
     with locked(str(folder), place):
         if is_ours(new) and not any(old.iterdir()):
@@ -81,7 +82,10 @@ def _remove_replaced(place: Path) -> list[Path]:
     unused = kept if kept and not _same_source(old, place) else []
     for path in [*files_of_users(old), *kept]:
         relative = path.relative_to(old)
-        goal = free_path(place, relative, in_use=path in unused)
+        if relative == Path(CARD) and is_card(place / CARD):
+            goal = place / CARD  # the user's file, in whose presence no card is written
+        else:
+            goal = free_path(place, relative, in_use=path in unused)
         goal.parent.mkdir(parents=True, exist_ok=True)
         path.rename(goal)
         if goal != place / relative:
@@ -186,6 +190,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         remove(new)  # it was begun with another plan
         complete = False
     if complete:
+        making.complete_card()
         report = making.report(
             making.target.read_journal(), seconds=0.0, resumed_blocks=len(making.target.manifest.blocks)
         )

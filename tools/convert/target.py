@@ -6,6 +6,7 @@ Until then, ``conversion.json`` has the command that resumes the conversion, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from moetier.runtime.checkpoint.config_json import carried
 from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import INDEX, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
-from moetier.tiers.manifest import FORMAT, Manifest
+from moetier.tiers.manifest import FORMAT, FileSum, Manifest
 from moetier.tiers.small_names import COPIED
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably
+from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import (
     GROUP,
     JOURNAL,
@@ -28,6 +30,7 @@ from moetier.tiers.store.folder import (
     ORIGIN,
     PLAN,
     read_json,
+    read_manifest,
     read_origin,
     read_plan,
 )
@@ -75,10 +78,10 @@ def difference(earlier: Manifest, asked: Manifest) -> str:
 
 
 CONFIG = "config.json"
-DOWNLOAD = "download"  # folder of the download; deleted when the conversion is finished
+DOWNLOAD = "download"  # has a folder of each downloaded commit, which is deleted when the conversion is finished
 WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}|{MIRRORS}")
 SLACK_BYTES = 1 << 20  # allowed for folders and small files
-COMMIT_LENGTH = 40  # characters of a commit on the hub; a digest has more
+COMMIT = re.compile(r"[0-9a-f]{40}")  # on the hub; a digest has more characters
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,11 @@ class Target:
             make_folders((self.folder / name).parent)
             write_durably(self.folder / name, data)
 
+    @property
+    def copied(self) -> dict[str, FileSum]:
+        """The sums of the files of the checkpoint in ``small``, by name."""
+        return {name: _sum(data) for name, data in self.small.items() if COPIED.fullmatch(name)}
+
     def read_journal(self) -> dict[int, float]:
         """Return the relative errors of the blocks that earlier runs finished, by number; {} if they can't be read."""
         try:
@@ -211,6 +219,8 @@ class Target:
                 sync_folder(path.parent)
         for path in _downloaded(self.folder):
             delete(path)
+        with contextlib.suppress(OSError):  # there is none, or it has files of the user
+            (self.folder / DOWNLOAD).rmdir()
             sync_folder(self.folder)
 
 
@@ -220,7 +230,7 @@ def revision_under_way(folder: Path, name: str) -> str | None:
         plan = read_plan(folder / GROUP)
     except StoreError:
         return None
-    return plan.source_digest if plan and plan.model == name and len(plan.source_digest) == COMMIT_LENGTH else None
+    return plan.source_digest if plan and plan.model == name and COMMIT.fullmatch(plan.source_digest) else None
 
 
 def is_ours(folder: Path) -> bool:
@@ -263,6 +273,24 @@ def copied_files(folder: Path) -> list[Path]:
     return [path for path in _beside_store(folder) if COPIED.fullmatch(path.relative_to(folder).as_posix())]
 
 
+def foreign_copies(folder: Path) -> list[Path]:
+    """Return the ``copied_files`` that the conversion is not known to have written, as they are now."""
+    sums: Mapping[str, FileSum] = {}
+    with contextlib.suppress(StoreError):
+        sums = read_manifest(folder / GROUP).copied
+    return [
+        path
+        for path in copied_files(folder)
+        if path.is_symlink()
+        or not path.is_file()
+        or _sum(path.read_bytes()) != sums.get(path.relative_to(folder).as_posix())
+    ]
+
+
+def _sum(data: bytes) -> FileSum:
+    return FileSum(len(data), crc32c(data))
+
+
 def outside_store(folder: Path) -> list[Path]:
     """Return the files and folders in a model directory that moetier writes, except the store."""
     return [*_downloaded(folder), *_beside_store(folder)]
@@ -288,8 +316,15 @@ def freed_bytes(folder: Path) -> int:
 
 
 def _downloaded(folder: Path) -> list[Path]:
+    """Return the folders of downloaded commits. All else in the folder DOWNLOAD is the user's."""
     path = folder / DOWNLOAD
-    return [path] if path.is_dir() and not path.is_symlink() else []
+    if not path.is_dir() or path.is_symlink():
+        return []
+    return [
+        commit
+        for commit in sorted(path.iterdir())
+        if COMMIT.fullmatch(commit.name) and commit.is_dir() and not commit.is_symlink()
+    ]
 
 
 def small_files(

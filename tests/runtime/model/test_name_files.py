@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import pytest
 
-from moetier.runtime.model.name_files import forget_name, register_name, registered
+from moetier.runtime.model.name_files import forget_name, last_use, register_name, registered
 from moetier.runtime.model.names import checkpoint_or_model, model_directory, note_use_of
 from moetier.tiers.errors import NotFoundError
 from moetier.tools.main import main
@@ -25,7 +29,9 @@ def test_a_model_has_one_name_and_a_name_one_model(models: Path, tmp_path: Path)
     shutil.rmtree(first)
     assert register_name(folder(tmp_path / "c" / "tiny")) == "tiny", "the name of a model that is gone"
     assert registered()["tiny"] == tmp_path / "c" / "tiny"
-    forget_name("tiny")
+    forget_name("tiny", second)
+    assert list(registered()) == ["tiny", "tiny-2"], "the name of another model"
+    forget_name("tiny", tmp_path / "c" / "tiny")
     assert list(registered()) == ["tiny-2"]
 
 
@@ -54,6 +60,53 @@ def test_a_name_is_resolved_wherever_a_model_is_named(
     assert caught.value.fix.endswith("to forget the name: moetier rm tiny")
     assert main(["inspect", "tine"]) == 1
     assert "`moetier list` has tiny" in capsys.readouterr().err
+
+
+def test_the_name_of_a_model_that_can_not_be_reached_is_not_taken_over(models: Path, tmp_path: Path) -> None:
+    unmounted = tmp_path / "disk" / "models" / "tiny"
+    register_name(folder(unmounted))
+    shutil.rmtree(tmp_path / "disk" / "models")
+    assert register_name(folder(tmp_path / "tiny")) == "tiny-2"
+    assert registered() == {"tiny": unmounted, "tiny-2": tmp_path / "tiny"}
+
+
+def test_names_are_given_one_after_another(models: Path, tmp_path: Path) -> None:
+    """Another process takes over the name of a removed model at the same time."""
+    removed, first, second = (folder(tmp_path / place / "tiny") for place in "abc")
+    register_name(removed)
+    removed.rmdir()
+    names = models.parent / "names"
+    with ThreadPoolExecutor(1) as pool:
+        lock = os.open(names, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            name = pool.submit(register_name, second)
+            with pytest.raises(FutureTimeoutError):
+                name.result(0.2)
+            (names / "tiny").unlink()
+            (names / "tiny").symlink_to(first)
+        finally:
+            os.close(lock)
+        assert name.result() == "tiny-2"
+    assert registered() == {"tiny": first, "tiny-2": second}
+
+
+def test_links_that_lead_to_each_other_are_no_fault_of_other_models(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = folder(tmp_path / "tiny")
+    register_name(tiny)
+    (models.parent / "names" / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop").symlink_to(tmp_path / "pool")
+    (tmp_path / "pool").symlink_to(tmp_path / "loop")
+    note_use_of(tmp_path / "loop")
+    note_use_of(tiny)
+    assert last_use("tiny") is not None
+    assert main(["list"]) == 0
+    assert f"{tmp_path / 'loop'} can't be read (Too many levels of symbolic links)" in capsys.readouterr().out
+    assert main(["rm", "loop"]) == 0
+    assert "which can't be read (Too many levels" in capsys.readouterr().out
+    assert registered() == {"tiny": tiny}
 
 
 def test_pulled_models_keep_their_names(models: Path) -> None:

@@ -207,6 +207,19 @@ def test_another_model_is_kept_where_it_can_not_be_listed(
         assert not server.puts
 
 
+def test_a_card_is_kept_where_it_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "model")
+    (there := tmp_path / "there").mkdir()
+    (there / module.CARD).write_text("mine")
+    monkeypatch.setattr(Objects, "sizes", lambda self: None)
+    push(tmp_path / "model", f"file://{there}", silent, card=b"card")
+    assert (there / module.CARD).read_text() == "mine"
+    with pytest.raises(TargetExistsError, match="that moetier did not write"):
+        push(tmp_path / "model", f"file://{there}", silent, card=b"card", card_mark=b"yours")
+    push(tmp_path / "model", f"file://{there}", silent, card=b"card", card_mark=b"mi")
+    assert (there / module.CARD).read_text() == "card"
+
+
 def test_a_changed_small_file_is_pushed_with_its_sum(tinymix_4bit: Path, tmp_path: Path) -> None:
     """The model stays the same one. So does one that was pushed without sums."""
     address, changed = f"file://{tmp_path / 'there'}", shutil.copytree(tinymix_4bit, tmp_path / "changed")

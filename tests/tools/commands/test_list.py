@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import pytest
 from prepared import Prepared
 from pulled_models import NAME, place
+from users import as_nobody
 
 import moetier
+from moetier.runtime.model.name_files import register_name
 from moetier.tiers.errors import IncompleteStoreError
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest
 from moetier.tools.main import main
@@ -119,6 +124,25 @@ def test_converted_and_linked_models_have_names(
     assert (gone["origin"], gone["complete"], gone["bytes"]) == (None, False, 0)
     assert main(["list"]) == 0
     assert f"{tmp_path / 'tiny'} is gone: moetier rm tiny forgets it" in capsys.readouterr().out
+
+
+def test_a_model_of_another_user_is_listed_as_one_that_can_not_be_read(
+    monkeypatch: pytest.MonkeyPatch, tinymix_4bit: Path
+) -> None:
+    def both() -> tuple[int, int, str]:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            return main(["list"]), main(["rm", "tiny"]), out.getvalue()
+
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        monkeypatch.setenv("XDG_DATA_HOME", place)
+        folder = Path(shutil.copytree(tinymix_4bit, Path(place, "tiny")))
+        assert register_name(folder) == "tiny"
+        folder.chmod(0o700)
+        said = as_nobody(both)
+    assert said.startswith("returned (0, 0, ")
+    assert f"{folder} can't be read (Permission denied)" in said
+    assert f"tiny: forgotten; nothing was removed of {folder}" in said
 
 
 def test_the_last_use_is_noted_outside_of_the_model(

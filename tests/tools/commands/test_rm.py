@@ -17,7 +17,7 @@ from terminals import Terminal
 
 from moetier.runtime.model.name_files import last_use, note_use, register_name, registered
 from moetier.runtime.model.names import pulled
-from moetier.tiers.store.folder import GROUP, METADATA, replacement_folder
+from moetier.tiers.store.folder import GROUP, METADATA, REPLACED, replacement_folder
 from moetier.tools.main import main
 
 
@@ -199,9 +199,35 @@ def test_rm_of_a_converted_model_keeps_what_is_not_of_moetier(
     assert main(["rm", "tiny"]) == 2, "there is no terminal to ask"
     assert (converted / GROUP / METADATA).exists()
     assert main(["rm", "tiny", "--yes"]) == 0
-    assert f"{note}: not of moetier, and not removed" in capsys.readouterr().out
+    assert f"{note}: stays, as it is not known to be of moetier" in capsys.readouterr().out
     assert list(converted.rglob("*")) == [note.parent, note]
     assert registered() == {}
+
+
+def test_rm_keeps_files_that_only_look_like_moetiers(
+    models: Path, tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tinymix_4bit, tmp_path / "tiny"))
+    register_name(folder)
+    (folder / "download" / ("a" * 40) / "whole").mkdir(parents=True)
+    (folder / "download" / ("a" * 40) / "whole" / "x.safetensors").write_bytes(b"1")
+    users = [folder / name for name in ("NOTICE.md", "chat_template.json", "download/mine.txt", "tokenizer.json")]
+    for path in users:
+        path.write_text("mine")
+    assert main(["rm", "tiny", "--yes"]) == 0
+    said = capsys.readouterr().out
+    assert f" in {folder}\n" in said
+    assert all(f"{path}: stays" in said for path in users)
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == users
+
+
+def test_rm_finishes_a_replacement_that_was_interrupted(models: Path, tmp_path: Path, tinymix_4bit: Path) -> None:
+    folder = Path(shutil.copytree(tinymix_4bit, tmp_path / "tiny"))
+    shutil.copytree(tinymix_4bit, folder / REPLACED)
+    (folder / REPLACED / "notes.txt").write_text("mine")
+    register_name(folder)
+    assert main(["rm", "tiny", "--yes"]) == 0
+    assert list(folder.iterdir()) == [folder / "notes.txt"]
 
 
 def test_rm_of_a_converted_model_removes_its_folder(converted: Path, models: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, read_manifest
+from moetier.tools.convert.convert import convert
 from moetier.tools.convert.model_card import CARD, MARK, is_card, model_card, write_card
 from moetier.tools.convert.target import files_of_users, outside_store
 from moetier.tools.main import main
@@ -85,6 +87,42 @@ def test_a_pushed_model_has_a_card_with_its_address(
     assert (tmp_path / "bucket" / "model" / CARD).read_text() == "mine"
     assert main(["push", str(tinymix_4bit), address, "--overwrite"]) == 0
     assert MARK in (tmp_path / "bucket" / "model" / CARD).read_text()
+
+
+def test_a_second_push_writes_the_perplexity_into_its_own_card_alone(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, card = f"file://{tmp_path}/bucket/model", tmp_path / "bucket" / "model" / CARD
+    (quality := tmp_path / "quality.json").write_text(
+        json.dumps({"tokens": 3072, "rows": [{"perplexity": 12.3456, "perplexity_by_text": {"a.txt": 12.3456}}]})
+    )
+    assert main(["push", str(tinymix_4bit), address]) == 0
+    assert "perplexity" not in card.read_text()
+    assert main(["push", str(tinymix_4bit), address, "--quality", str(quality)]) == 0
+    assert "| perplexity | 12.346 over" in card.read_text()
+    assert main(["push", str(tinymix_4bit), address]) == 0
+    assert "| perplexity | 12.346 over" in card.read_text()
+    card.write_text("mine")
+    capsys.readouterr()
+    assert main(["push", str(tinymix_4bit), address, "--quality", str(quality)]) == 1
+    assert "has a README.md that moetier did not write" in capsys.readouterr().err
+    assert card.read_text() == "mine"
+
+
+def test_a_complete_model_without_a_card_gets_one(tinymix: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    convert(tinymix, folder, fast=True)
+    (folder / CARD).unlink()
+    (cut := folder / f"{CARD}{PARTIAL}").mkdir()  # where the card is written first
+    assert convert(tinymix, folder, fast=True).was_complete, "the card can't be written"
+    assert not convert(tinymix, folder, fast=True, replace_first=True).was_complete
+    assert not (folder / CARD).exists()
+    cut.rmdir()
+    convert(tinymix, folder, fast=True)
+    assert is_card(folder / CARD)
+    (folder / CARD).write_text("mine")
+    convert(tinymix, folder, fast=True)
+    assert (folder / CARD).read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"rows": [{}], "tokens": 1}'])

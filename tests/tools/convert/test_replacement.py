@@ -458,6 +458,19 @@ def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: P
             assert tree(tmp_path / "work" / f"{step}-plain") == uncut, step
 
 
+def test_files_of_the_user_keep_their_names(tmp_path: Path) -> None:
+    """README.md, where a card would be, and files in the folder of downloads."""
+    source, folder = save_checkpoint(tmp_path / "src"), tmp_path / "dst"
+    convert(source, folder, bits=8, fast=True)
+    (folder / "download" / ("a" * 40)).mkdir(parents=True)
+    files = {folder / "README.md", folder / "download" / "mine.txt"}
+    for path in files:
+        path.write_text("mine")
+    for how in ({"bits": 8}, {"overwrite": True}, {"replace_first": True}):
+        convert(source, folder, fast=True, **how)
+        assert {path for path in folder.rglob("*") if path.is_file() and path.read_bytes() == b"mine"} == files, how
+
+
 def test_a_store_without_plan_is_replaced_only_if_told_to(tmp_path: Path) -> None:
     """As a removal that was killed leaves it."""
     source = save_checkpoint(tmp_path / "src")
