@@ -80,7 +80,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     base = tmp_path_factory.mktemp("image")
     root = base / "root"
     subprocess.run(
-        ["debootstrap", "--variant=minbase", "--include=ca-certificates", "stable", root],
+        ["debootstrap", "--variant=minbase", "--include=ca-certificates,python3", "stable", root],
         check=True,
         capture_output=True,
         timeout=15 * MINUTES,
