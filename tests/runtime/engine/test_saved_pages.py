@@ -247,6 +247,37 @@ def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest
         assert time.monotonic() - begin > 0.8, "they take a second, but for the pause after the last one"
 
 
+def test_closing_ends_in_time_though_many_turns_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved_pages, "CLOSING", 0.5)
+    order = Waiting()
+    order.may_read.set()
+    with engine_with(tmp_path, pages=200, order=order) as engine:
+        for number in range(1, 21):
+            answer(engine, [number, *LONG], 2)
+        monkeypatch.setattr(order, "wait_to_write", lambda _: time.sleep(0.4))  # a slow disk
+        order.may_write.set()
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 4, "a page of each turn would take 8 seconds"
+    assert files(tmp_path)
+
+
+def test_pages_that_do_not_fit_are_computed_and_written_again(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+
+    class Other(ToyRunner):
+        def restore_page(self, *_: object) -> bool:
+            return False
+
+    order = Waiting()
+    order.may_read.set()
+    with engine_with(tmp_path, runner=Other(), order=order) as engine:
+        assert answer(engine, LONG)[1] == 0
+        assert len(files(tmp_path)) == 6, "the first page was removed"
+        order.may_write.set()
+    assert len(files(tmp_path)) == 7
+
+
 def test_a_full_disk_changes_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mounted("tmpfs", tmp_path / "disk", "mode=700,size=40k") as disk:
         for _ in range(2):
