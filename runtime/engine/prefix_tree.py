@@ -162,6 +162,19 @@ class PrefixTree:
                     unneeded += state.pages
         return node, unneeded
 
+    def use_snapshot(self, node: Node, rest: Sequence[int]) -> bool:
+        """Return whether there is a snapshot behind ``rest``, the tokens after a full node, and note that it was used.
+
+        If there are none after it, the snapshot is the node's own.
+        """
+        self._time += 1
+        candidates, tokens = (node.children.values(), len(rest)) if rest else ([node], PAGE_TOKENS)
+        for candidate in candidates:
+            if tokens in candidate.snapshots and candidate.tokens[: len(rest)] == tuple(rest):
+                candidate.used = candidate.snapshots[tokens].used = self._time
+                return True
+        return False
+
     def add_snapshot(self, node: Node, tokens: int, pages: list[int]) -> None:
         """Add the state behind the first ``tokens`` tokens of a node, which has none yet, in ``pages``."""
         assert tokens not in node.snapshots

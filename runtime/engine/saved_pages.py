@@ -287,9 +287,11 @@ class SavedPages:
             return bool(self._turns) or self._is_busy
 
     def close(self) -> None:
-        """Write what is left, for some seconds, and end all threads."""
+        """Write what is left, for some seconds, and end all threads, unless the disk hangs."""
         with self._changed:
             self._closes_at = time.monotonic() + CLOSING
             self._changed.notify_all()
-        self._writer.join()
-        self._readers.shutdown(cancel_futures=True)
+        self._writer.join(2 * CLOSING)
+        ending = threading.Thread(target=partial(self._readers.shutdown, cancel_futures=True), daemon=True)
+        ending.start()
+        ending.join(CLOSING)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from threads import wait_until
 from toy_runner import ToyRunner, answer_alone
 
-from moetier.runtime.engine import saved_pages
+from moetier.runtime.engine import kv_cache, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
@@ -203,6 +203,34 @@ def test_others_are_computed_while_pages_are_read(tmp_path: Path) -> None:
         assert [*slow] == answer_alone(LONG, 3, 1000)
         assert slow.sequence.cached == FULL
         assert [*begun, *first] == answer_alone([5, 6, 7], 900, 1000)[1:]
+
+
+def test_a_disk_that_hangs_stops_neither_requests_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    monkeypatch.setattr(kv_cache, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(saved_pages, "CLOSING", 0.2)
+    order = Waiting()
+    order.may_write.set()
+    try:
+        begin = time.monotonic()
+        with engine_with(tmp_path, order=order) as engine:
+            assert answer(engine, LONG)[1] == 0
+        assert time.monotonic() - begin < 10, "each read waits for 20 s"
+    finally:
+        order.may_read.set()
+
+
+def test_reads_that_can_not_begin_keep_no_page(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    with engine_with(tmp_path, pages=8) as engine:
+        assert answer(engine, LONG[:100])[1]
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(engine.saved, "read", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                answer(engine, LONG)
+        answer(engine, [3] * (8 * PAGE_TOKENS - 5), 3)  # it needs all pages
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "cancelled"])
