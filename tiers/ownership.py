@@ -41,8 +41,26 @@ def private_fault(folder: Path) -> tuple[str, str] | None:
         return f"{folder} belongs to another user.", "Use a folder of your own."
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         return f"{folder} is open to other users.", f"Close it: chmod 700 {folder}"
-    faults = (parent_fault(parent, parent.lstat()) for parent in folder.parents)
+    faults = (parent_fault(parent, parent.lstat()) for parent in _parents(folder))
     return next(filter(None, faults), None)
+
+
+def shared_fault(folder: Path) -> tuple[str, str] | None:
+    """Return why other users could move a folder away, and what to do about it; None if they can't.
+
+    They can where they may write to one of its parents, unless that is like /tmp, in which no user can move folders of
+    others. Raises OSError if the folder can't be reached.
+    """
+    for parent in _parents(folder):
+        mode = parent.lstat().st_mode
+        if stat.S_ISDIR(mode) and mode & WRITABLE and not mode & stat.S_ISVTX:
+            return f"{parent} may be written by other users.", f"Close it: chmod go-w {parent}"
+    return None
+
+
+def _parents(folder: Path) -> list[Path]:
+    """Return all folders and symbolic links on the way to a folder."""
+    return [*{path: None for start in (folder.absolute(), folder.resolve()) for path in start.parents}]
 
 
 def check_cache_folder(root: Path, top: Path) -> None:
@@ -51,7 +69,7 @@ def check_cache_folder(root: Path, top: Path) -> None:
     Folders and files must belong to this user or to root, and only their owner may write to them. ``root`` may also be
     a folder like /tmp, in which no user can replace folders of others. Raises ConfigError.
     """
-    for part in {path: None for start in (root, root.resolve()) for path in start.parents}:
+    for part in _parents(root):
         if fault := parent_fault(part, part.lstat()):
             raise ConfigError(*fault)
     status = root.stat()

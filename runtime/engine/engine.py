@@ -260,6 +260,8 @@ class Engine:
         tasks, stopped = self._scheduler.schedule(self._beside)
         for sequence in stopped:
             self._runner.end(sequence)
+        if stopped and not self._scheduler.running:  # the last one ran alone: it would begin and stop for ever
+            self._fail(stopped[-1], EngineError("Pages for keys and values are missing.", "Load the model again."))
         tasks = [task for task in tasks if self._has_sampler(task.sequence)]
         return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
 

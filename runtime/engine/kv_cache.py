@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -18,7 +19,9 @@ from .saved_pages import Reading, SavedPage, SavedPages
 from .sequence import Sequence
 
 LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
+READ_SECONDS = 5.0  # time in which the next page is read, or those that are left are computed: a disk may hang
 NOTHING = Match((), None, 0)
+_log = logging.getLogger(__name__)
 
 
 class SequenceMemory(Protocol):
@@ -64,6 +67,7 @@ class _Fetch:
     pages: list[int]
     left: deque[SavedPage]
     reading: Reading
+    since: float  # time since which it waits for the next page
 
 
 class KVCache:
@@ -97,8 +101,9 @@ class KVCache:
     def fetch(self, sequence: Sequence, seconds: float = 0.0) -> bool:
         """Read pages on disk that have the first tokens of a sequence for which there is room, and that are not here.
 
-        Returns True once there are no more, and the sequence is to begin at once; False if they are not there after
-        ``seconds``. Pages are read for one sequence at a time. They may be taken from it, as they hold nothing yet.
+        Returns True once there are no more, or none comes for READ_SECONDS, and the sequence is to begin at once; False
+        if they are not there after ``seconds``. Pages are read for one sequence at a time. They may be taken from it,
+        as they hold nothing yet.
         """
         if self._saved is None:
             return True
@@ -107,7 +112,11 @@ class KVCache:
         deadline = time.monotonic() + seconds
         while (fetch := self._fetch) is not None and fetch.left:
             if (taken := fetch.reading.take(max(deadline - time.monotonic(), 0.0))) is None:
-                return False
+                if time.monotonic() - fetch.since < READ_SECONDS:
+                    return False
+                _log.warning("Keys and values are computed, as none were read from the disk for %g s.", READ_SECONDS)
+                break
+            fetch.since = time.monotonic()
             saved = fetch.left.popleft()
             if taken[0] is None or not self._saved.restore(saved, taken[0], fetch.pages[0]):
                 break
@@ -126,8 +135,13 @@ class KVCache:
         if found := saved.find(user, ids, match.tokens):
             node = match.nodes[-1] if match.nodes else self._tree.root(user)
             self._tree.pin(node)
-            pages = self._take(len(found), [node.page for node in match.nodes])
-            self._fetch = _Fetch(sequence, node, pages, deque(found[: len(pages)]), saved.read(found[: len(pages)]))
+            with ExitStack() as undo:
+                undo.callback(self._tree.unpin, node)
+                pages = self._take(len(found), [node.page for node in match.nodes])
+                undo.callback(self._free.release, pages)
+                left = found[: len(pages)]
+                self._fetch = _Fetch(sequence, node, pages, deque(left), saved.read(left), time.monotonic())
+                undo.pop_all()
 
     def cancel_fetch(self, sequence: Sequence | None = None) -> None:
         """Read no more pages for a sequence, None: for any, and release those that hold nothing."""
@@ -267,25 +281,37 @@ class KVCache:
         held.shared.append(node.page)
 
     def _take_snapshot(self, sequence: Sequence, held: _Held) -> None:
-        """Keep the state behind a sequence's computed tokens in the tree, if there is one and there is room."""
+        """Keep the state behind a sequence's computed tokens in the tree, if there is one and there is room.
+
+        If the memory for that is missing, the sequence goes on without.
+        """
         begin, end = PAGE_TOKENS * len(held.shared), sequence.computed
         if not self._keeps or not self._memory.has_states or end - held.saved < LEAST_TOKENS:
             return
         count, copied = self._memory.state_pages(sequence), int(end > begin)
-        if not count or self._obtainable() < count + copied:
+        if not count:
+            return
+        if self._tree.use_snapshot(held.node, sequence.ids[begin:end]):
+            held.saved = end
+            return
+        if self._obtainable() < count + copied:
             return
         self._evict_for(count + copied)
-        node, tokens = held.node, PAGE_TOKENS
-        if copied:  # the sequence writes further tokens into its own page
-            (page,), tokens = self._free.take_last(1), end - begin
-            self._memory.copy_page(held.own[0], page, tokens)
-            node, unneeded = self._tree.add(held.node, sequence.ids[begin:end], page)
-            self._free.release(unneeded)
         held.saved = end
-        if tokens not in node.snapshots:
-            pages = self._free.take_last(count)
-            self._memory.save_state(sequence, pages)
-            self._tree.add_snapshot(node, tokens, pages)
+        pages = self._free.take_last(count + copied)
+        try:
+            self._memory.save_state(sequence, pages[copied:])
+            if copied:  # the sequence writes further tokens into its own page
+                self._memory.copy_page(held.own[0], pages[0], end - begin)
+        except Exception as error:
+            self._free.release(pages)
+            _log.warning("The state of a sequence is not kept: %s: %s", type(error).__name__, error)
+            return
+        node = held.node
+        if copied:
+            node, unneeded = self._tree.add(node, sequence.ids[begin:end], pages[0])
+            self._free.release(unneeded)
+        self._tree.add_snapshot(node, end - begin or PAGE_TOKENS, pages[copied:])
 
     def _obtainable(self, kept: Iterable[int] = ()) -> int:
         """Return the number of pages that are free or can be evicted, without those in ``kept``."""

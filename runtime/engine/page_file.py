@@ -80,7 +80,8 @@ def write_page(
         name: of the page, NAME_BYTES.
         payload: its data is at ``head_bytes(layout)`` in ``memory``.
         memory: has room for the whole file.
-        before_piece: called before each write; it may wait.
+        before_piece: called before each write; it may wait. If it waits for long between two, another process may
+            remove the unfinished file.
     """
     text = _json(payload.layout)
     begin, size = head_bytes(payload.layout), len(payload.data)
@@ -89,11 +90,13 @@ def write_page(
     memory[:begin] = (head + crc32c(text, crc32c(head)).to_bytes(4, "little") + text).ljust(begin, b"\0")
     memory[end:total] = bytes(total - end)
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}{PARTIAL}")  # other processes may write the same page
+    before_piece()
     with _opened(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as (descriptor, is_direct):
         try:
             view = memoryview(memory)
             for at in range(0, total, PIECE):
-                before_piece()
+                if at:
+                    before_piece()
                 write_all(descriptor, view[at : min(at + PIECE, total)], at)
             if not is_direct:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -111,7 +114,10 @@ def read_page(path: Path, name: bytes, buffers: Buffers) -> tuple[Payload, mmap.
     Raises DamagedPageError if the file is not that page, and OSError, FileNotFoundError above all.
     """
     with _opened(path, os.O_RDONLY | os.O_NOFOLLOW) as (descriptor, is_direct):
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
+            raise DamagedPageError("a file of another user")
+        size = status.st_size
         if size % BLOCK or not 0 < size <= MOST_BYTES:
             raise DamagedPageError(f"{size:,} bytes")
         memory = buffers.take(size)

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import mmap
 import os
+import re
 import shutil
 import stat
 import threading
@@ -28,18 +29,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.ownership import private_fault
-from moetier.tiers.store.atomic import PARTIAL
+from moetier.tiers.ownership import private_fault, shared_fault
+from moetier.tiers.store.atomic import PARTIAL, make_folders
 
 from .page_file import Buffers, DamagedPageError, Payload, read_page, write_page
 
 PAGE = ".page"  # suffix of pages
+# names of folders and files; other ones are of other programs
+FOLDER_NAME = re.compile(r"[0-9a-f]{16}")
+FILE_NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(PAGE)}(\.[0-9a-f]{{8}}{re.escape(PARTIAL)})?")
 MODEL = "model"  # name of the file with the model's name
 LEFT = 60.0  # seconds after which an unfinished file is removed, as its process has ended
 RESERVE = 1 << 30  # bytes of the disk that are left to other programs, but no more than a tenth of it
 ROOM = 0.9  # share of the size that is left when pages are removed
 SWEEP = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
 STEP = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
+
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that say nothing of a file
 
 _log = logging.getLogger(__name__)
 
@@ -68,15 +74,15 @@ class Entry(NamedTuple):
 
 
 def open_folder(folder: Path) -> None:
-    """Make the folder of pages if it is missing, and check that no other user can enter or replace it.
+    """Make the folder of pages if it is missing, and check that no other user can enter, replace or move it.
 
     Raises ConfigError.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(folder.parent, 0o755)
         with contextlib.suppress(FileExistsError):  # whatever is there is checked below
             folder.mkdir(mode=0o700)
-        fault = private_fault(folder)
+        fault = private_fault(folder) or shared_fault(folder)
     except OSError as error:
         raise ConfigError(
             f"The folder {folder} can't be used for keys and values: {error.strerror}.", "Name another folder."
@@ -89,7 +95,7 @@ def entries(folder: Path) -> Iterator[Entry]:
     """Yield all pages and unfinished files in the folder, for all models."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as models:
         for model in models:
-            if model.is_dir(follow_symlinks=False):
+            if FOLDER_NAME.fullmatch(model.name) and model.is_dir(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError), os.scandir(model) as files:
                     yield from filter(None, map(_entry, files))
 
@@ -143,7 +149,7 @@ def _check_exists(folder: Path) -> None:
 
 
 def _entry(file: os.DirEntry[str]) -> Entry | None:
-    if not file.name.endswith((PAGE, PARTIAL)):
+    if not FILE_NAME.fullmatch(file.name):
         return None
     try:
         status = file.stat(follow_symlinks=False)
@@ -211,7 +217,9 @@ class PageFolder:
         return os.path.exists(self._path(name))  # noqa: PTH110 - called for each page of a prompt
 
     def read(self, name: bytes, depth: int) -> tuple[Payload, mmap.mmap] | None:
-        """Read a page, and note that it was used. Return None if there is none. One that is damaged is removed.
+        """Read a page, and note that it was used. Return None if there is none.
+
+        One that is damaged or can't be read is removed, so that it is written again.
 
         The memory that is returned with it is given back by ``release``. ``depth`` is the page's number in its
         sequence.
@@ -227,11 +235,15 @@ class PageFolder:
             with self._counting:
                 self.damaged += 1
             _log.warning("%s is not used, but computed again: %s", path, error)
-            if isinstance(error, DamagedPageError):
+            if getattr(error, "errno", None) not in SHORTAGES:
                 remove(path)
             return None
         self.touch(name, depth)
         return page
+
+    def remove(self, name: bytes) -> None:
+        """Remove a page that is of no use, so that it is written again."""
+        remove(self._path(name))
 
     def release(self, memory: mmap.mmap) -> None:
         """Take back the memory of a page."""
@@ -257,7 +269,8 @@ class PageFolder:
     ) -> int:
         """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
 
-        ``depth`` is the page's number in its sequence. Returns the size of the file. Raises OSError.
+        ``depth`` is the page's number in its sequence. Returns the size of the file; 0 if another process has removed
+        it, or its folder, meanwhile. Raises OSError.
         """
         if self._bytes is None:
             self.sweep()
@@ -270,6 +283,8 @@ class PageFolder:
             (self._folder / MODEL).write_text(self._model)
         try:
             written = write_page(self._path(name), name, payload, memory, before_piece)
+        except FileNotFoundError:
+            return 0
         except OSError:
             self._bytes = None  # other programs may have filled the disk
             raise

@@ -146,17 +146,34 @@ class PrefixTree:
             if _is_held(node):
                 return node, [page]
             # that of the sequence that runs, as pages with consecutive numbers are read fastest
-            unneeded, node.page = node.page, page
-            return node, [unneeded]
+            earlier, node.page = node.page, page
+            return node, [earlier]
         replaced = [
             child
             for length in range(1, len(key))
             if (child := parent.children.get(key[:length])) is not None and not child.pins
         ]
-        node = parent.children[key] = Node(key, page, parent, used=self._time)
+        node, unneeded = Node(key, page, parent, used=self._time), list[int]()
+        parent.children[key] = node
         for child in replaced:
-            node.snapshots |= child.snapshots
-        return node, [self.remove(child) for child in replaced]
+            unneeded.append(self.remove(child))
+            for count, state in child.snapshots.items():
+                if node.snapshots.setdefault(count, state) is not state:  # another one has it, too
+                    unneeded += state.pages
+        return node, unneeded
+
+    def use_snapshot(self, node: Node, rest: Sequence[int]) -> bool:
+        """Return whether there is a snapshot behind ``rest``, the tokens after a full node, and note that it was used.
+
+        If there are none after it, the snapshot is the node's own.
+        """
+        self._time += 1
+        candidates, tokens = (node.children.values(), len(rest)) if rest else ([node], PAGE_TOKENS)
+        for candidate in candidates:
+            if tokens in candidate.snapshots and candidate.tokens[: len(rest)] == tuple(rest):
+                candidate.used = candidate.snapshots[tokens].used = self._time
+                return True
+        return False
 
     def add_snapshot(self, node: Node, tokens: int, pages: list[int]) -> None:
         """Add the state behind the first ``tokens`` tokens of a node, which has none yet, in ``pages``."""

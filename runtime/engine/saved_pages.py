@@ -170,6 +170,8 @@ class SavedPages:
         finally:
             payload.data.release()
             self._folder.release(memory)
+        if not fits:
+            self._folder.remove(saved.name)
         return fits
 
     def cancel(self, reading: Reading) -> None:
@@ -197,6 +199,8 @@ class SavedPages:
         while True:
             with self._changed:
                 self._is_busy = False
+                if self._is_late():
+                    self._turns.clear()
                 is_there = self._changed.wait_for(lambda: bool(self._turns or self._closes_at), SWEEP_SECONDS)
                 turn = self._turns.popleft() if self._turns else None
                 self._is_busy = turn is not None
@@ -224,13 +228,13 @@ class SavedPages:
         for node in nodes:
             names.append(name := self._folder.follow(name, node.tokens))
         for depth, (node, name) in enumerate(zip(nodes, names, strict=True)):
-            if not self._folder.has(name) and not self._write_page(node, name, depth):
+            if not self._folder.has(name) and (self._is_late() or not self._write_page(node, name, depth)):
                 break
         for depth, name in enumerate(names):
             self._folder.touch(name, depth)
 
     def _write_page(self, node: Node, name: bytes, depth: int) -> bool:
-        """Write a page. Return False if it can't be: it was evicted, or the engine closes."""
+        """Write a page. Return False if it can't be: it was evicted, or another process has removed the file."""
         layout, tokens = self._memory.layout, len(node.tokens)
         begin, size = head_bytes(layout), tokens * sum(part.token_bytes for part in layout)
         memory = self._folder.memory(begin + size)
@@ -246,10 +250,14 @@ class SavedPages:
             self._count(written_bytes=written)
             with self._changed:
                 self._changed.wait_for(lambda: self._closes_at, max(began + written / RATE - time.monotonic(), 0))
-                return self._closes_at is None or time.monotonic() < self._closes_at
+            return bool(written)
         finally:
             data.release()
             self._folder.release(memory)
+
+    def _is_late(self) -> bool:
+        """Return whether the time is over in which pages are still written when the engine closes."""
+        return self._closes_at is not None and time.monotonic() >= self._closes_at
 
     def _wait_to_write(self) -> None:
         self._order.wait_to_write(lambda: self._closes_at is not None)
@@ -279,9 +287,11 @@ class SavedPages:
             return bool(self._turns) or self._is_busy
 
     def close(self) -> None:
-        """Write what is left, for some seconds, and end all threads."""
+        """Write what is left, for some seconds, and end all threads, unless the disk hangs."""
         with self._changed:
             self._closes_at = time.monotonic() + CLOSING
             self._changed.notify_all()
-        self._writer.join()
-        self._readers.shutdown(cancel_futures=True)
+        self._writer.join(2 * CLOSING)
+        ending = threading.Thread(target=partial(self._readers.shutdown, cancel_futures=True), daemon=True)
+        ending.start()
+        ending.join(CLOSING)

@@ -19,6 +19,7 @@ from torch import Tensor
 from toy_runner import ToyRunner, answer_alone, next_token
 
 from moetier.runtime.engine.engine import SCORED, Engine, EngineError
+from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
 from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, Sequence
@@ -142,6 +143,16 @@ def test_a_sequence_that_can_not_begin_ends_alone() -> None:
             tokens_of(engine, [*range(1, 80), 5])
         assert tokens_of(engine, PROMPTS[4]) == answer_alone(PROMPTS[4], 20, engine.context)
         assert engine.is_alive
+
+
+def test_a_sequence_for_which_pages_are_missing_fails_though_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would begin and stop for ever."""
+    with Engine(ToyRunner(), pages=8, max_sequences=2, chunk=64, context=1000) as engine:
+        monkeypatch.setattr(KVCache, "reserve", lambda *_: False)
+        with pytest.raises(EngineError, match="Pages for keys and values are missing"):
+            tokens_of(engine, PROMPTS[0])
+        monkeypatch.undo()
+        assert tokens_of(engine, PROMPTS[4]) == answer_alone(PROMPTS[4], 20, engine.context)
 
 
 def test_an_error_while_a_token_is_sampled_ends_only_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,40 @@ def test_nothing_is_evicted_for_a_snapshot_that_has_no_room() -> None:
     assert cache.free_pages() == 7 - 1 - 3
 
 
+def test_nothing_is_evicted_for_a_snapshot_that_is_there() -> None:
+    memory = WrittenStates(size=4)
+    cache = KVCache(17, memory)
+    cache.end(computed_in_parts(cache, memory, [*range(PAGE_TOKENS)])[0])
+    cache.end(computed_in_parts(cache, memory, [9] * (5 * PAGE_TOKENS))[0])
+    cache.end(computed_in_parts(cache, memory, [*range(PAGE_TOKENS), 7])[0])  # it uses the first snapshot
+    assert cache.free_pages() == 17 - 1 - 4 - 5 - 4 - 1
+    again, places = computed_in_parts(cache, memory, [*range(PAGE_TOKENS)])
+    assert places[0] == 0, "the snapshot is behind the last token, which is computed"
+    cache.end(again)
+    assert cache.free_pages() == 2
+
+
+@pytest.mark.parametrize("broken", ["save_state", "copy_page"])
+def test_a_sequence_goes_on_without_a_snapshot_for_which_memory_is_missing(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = WrittenStates()
+    cache = KVCache(8, memory)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, broken, fail)
+    sequence, _ = computed_in_parts(cache, memory, [*range(100)])
+    assert cache.free_pages() == 8 - 2
+    cache.end(sequence)
+    monkeypatch.undo()
+    again, places = computed_in_parts(cache, memory, [*range(100), 7])
+    assert places[0] == 0
+    cache.end(again)
+    assert computed_in_parts(cache, memory, [*range(100), 7, 8])[1][0] == PAGE_TOKENS
+
+
 def test_a_state_that_can_not_be_read_leaves_nothing_behind() -> None:
     memory = WrittenStates()
     cache = KVCache(8, memory)

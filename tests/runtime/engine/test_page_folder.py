@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import shutil
 import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,12 +35,13 @@ def opened(place: Path, size: int = 1 << 30, seconds: float = 7 * DAY, **more: o
     return PageFolder(PageOptions(place, size, seconds), "model", **{"binding": BINDING} | more)  # type: ignore[arg-type]
 
 
-def write(folder: PageFolder, name: bytes, data: bytes) -> int:
+def write(folder: PageFolder, name: bytes, data: bytes, *before_piece: Callable[[], None]) -> int:
     begin = head_bytes(LAYOUT)
     memory = folder.memory(begin + len(data))
     memory[begin : begin + len(data)] = data
     try:
-        return folder.write(name, 0, Payload(LAYOUT, memoryview(memory)[begin : begin + len(data)]), memory)
+        payload = Payload(LAYOUT, memoryview(memory)[begin : begin + len(data)])
+        return folder.write(name, 0, payload, memory, *before_piece)
     finally:
         folder.release(memory)
 
@@ -207,12 +210,13 @@ def test_unfinished_files_are_removed_but_not_those_of_a_process_that_writes(tmp
     folder = opened(tmp_path)
     write(folder, name(0), b"data")
     place = Path(next(entries(tmp_path)).path).parent
-    for file, age in (("new", 0), ("old", 100), ("future", -1000)):
-        path = place / f"{file}{PARTIAL}"
+    unfinished = [f"{name(1).hex()}.page.0123456{number}{PARTIAL}" for number in range(3)]
+    for file, age in zip(unfinished, (0, 100, -1000), strict=True):
+        path = place / file
         path.write_bytes(b"half")
         os.utime(path, (time.time() - age, time.time() - age))
     folder.sweep()
-    assert {Path(entry.path).name for entry in entries(tmp_path)} == {f"new{PARTIAL}", f"{name(0).hex()}.page"}
+    assert {Path(entry.path).name for entry in entries(tmp_path)} == {unfinished[0], f"{name(0).hex()}.page"}
 
 
 @pytest.mark.parametrize("files", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -222,7 +226,8 @@ def test_a_start_with_many_unfinished_files_is_quick(tmp_path: Path, files: int)
     write(folder, name(0), b"data")
     place = Path(next(entries(tmp_path)).path).parent
     for number in range(files // 2):
-        for file in (f"{number}{PARTIAL}", f"{name(number + 1).hex()}.page"):
+        page = f"{name(number + 1).hex()}.page"
+        for file in (page, f"{page}.01234567{PARTIAL}"):
             os.close(os.open(place / file, os.O_CREAT | os.O_WRONLY))
     begin = time.monotonic()
     folder = opened(tmp_path)
@@ -234,6 +239,71 @@ def test_a_start_with_many_unfinished_files_is_quick(tmp_path: Path, files: int)
     begin = time.monotonic()
     folder.sweep()  # in the background
     assert time.monotonic() - begin < 20
+
+
+def test_files_of_other_programs_stay(tmp_path: Path) -> None:
+    """The folder may be someone's home."""
+    folder, page = opened(tmp_path), f"{name(0).hex()}.page"
+    write(folder, name(1), b"data")
+    place = Path(next(entries(tmp_path)).path).parent
+    others = [tmp_path / "documents" / page, tmp_path / page, place / "my.page", place / f"big.iso{PARTIAL}"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of another program")
+        os.utime(path, (0, 0))
+    folder.sweep()
+    assert clear(tmp_path) == (1, FILE)
+    assert all(path.exists() for path in others)
+
+
+def test_what_can_not_be_read_is_removed_and_written_again(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    write(folder, name(0), b"data")
+    path = Path(next(entries(tmp_path)).path)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert read(folder, name(0)) is None
+    assert not folder.has(name(0))
+    assert (tmp_path / "elsewhere").exists()
+    write(folder, name(0), b"data")
+    assert read(folder, name(0)) == b"data"
+
+
+def test_too_many_open_files_remove_no_page(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    write(folder, name(0), b"data")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert read(folder, name(0)) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read(folder, name(0)) == b"data"
+
+
+def test_a_file_of_another_user_is_not_used(tmp_path: Path) -> None:
+    need_root()
+    folder = opened(tmp_path)
+    write(folder, name(0), b"data")
+    os.chown(next(entries(tmp_path)).path, NOBODY, NOBODY)
+    assert read(folder, name(0)) is None
+    assert not folder.has(name(0))
+
+
+def test_a_file_waits_for_its_turn_before_it_is_made(tmp_path: Path) -> None:
+    """Or another process would remove it, as of one that has ended."""
+    folder = opened(tmp_path)
+    later = opened(tmp_path, clock=lambda: time.time_ns() + 100 * 10**9)
+    assert write(folder, name(0), b"data", later.sweep)
+    assert read(folder, name(0)) == b"data"
+
+
+def test_a_page_that_another_process_removes_while_it_is_written_is_lost(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    write(folder, name(0), b"data")
+    assert not write(folder, name(1), b"data", lambda: shutil.rmtree(Path(next(entries(tmp_path)).path).parent))
+    assert write(folder, name(1), b"data")
+    assert read(folder, name(1)) == b"data"
 
 
 def test_a_damaged_file_is_removed_and_written_again(tmp_path: Path) -> None:
@@ -261,6 +331,28 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, mode: int) ->
     (tmp_path / "pages").chmod(mode)
     with pytest.raises(ConfigError, match="open to other users"):
         open_folder(tmp_path / "pages")
+
+
+@pytest.mark.parametrize(("mode", "is_refused"), [(0o777, True), (0o770, True), (0o1777, False), (0o755, False)])
+@pytest.mark.parametrize("way", ["shared/pages", "link/pages", "relative"])
+def test_a_folder_that_others_may_move_away_is_refused(
+    tmp_path: Path, mode: int, is_refused: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared" / "pages").mkdir(mode=0o700, parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    (tmp_path / "shared").chmod(mode)
+    monkeypatch.chdir(tmp_path / "shared")
+    folder = Path("pages") if way == "relative" else tmp_path / way
+    with pytest.raises(ConfigError, match="may be written by other") if is_refused else contextlib.nullcontext():
+        open_folder(folder)
+
+
+def test_parents_are_made_for_this_user_to_write(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        open_folder(tmp_path / "new" / "folder" / "pages")
+    finally:
+        os.umask(before)
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:

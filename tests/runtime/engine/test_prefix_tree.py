@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moetier.runtime.engine.prefix_tree import Node, PrefixTree
@@ -65,18 +65,24 @@ def test_leaves_are_evicted_first_and_pinned_nodes_not_at_all() -> None:
     st.lists(
         st.tuples(
             st.lists(st.integers(0, 1), min_size=1, max_size=4),  # of each page: which of two tokens it repeats
-            st.integers(1, PAGE_TOKENS),  # tokens of the last page
-            st.integers(0, 3),  # pages to evict
+            st.sampled_from([1, 20, 40, PAGE_TOKENS]),  # tokens of the last page
+            st.integers(0, 2),  # pages of a snapshot behind them
+            st.sampled_from([0, 0, 0, 1, 3]),  # pages to evict
         ),
         max_size=20,
     )
 )
-def test_what_is_matched_was_added_and_no_page_is_lost(operations: list[tuple[list[int], int, int]]) -> None:
+@example([([0], 1, 1, 0), ([0], 20, 0, 0), ([0], 1, 1, 0), ([0], 40, 0, 0)])  # two replaced pages have a snapshot each
+def test_what_is_matched_was_added_and_no_page_is_lost(operations: list[tuple[list[int], int, int, int]]) -> None:
     tree, added, page, gone = PrefixTree(), set[tuple[int, ...]](), 0, list[int]()
-    for tokens, length, evicted in operations:
+    for tokens, length, size, evicted in operations:
         ids = [token for token in tokens for _ in range(PAGE_TOKENS)][: PAGE_TOKENS * (len(tokens) - 1) + length]
-        gone += add_all(tree, ids, page)[1]
+        nodes, unneeded = add_all(tree, ids, page)
+        gone += unneeded
         page += len(tokens)
+        if size and length not in nodes[-1].snapshots:
+            tree.add_snapshot(nodes[-1], length, [*range(page, page + size)])
+            page += size
         added |= {tuple(ids[:end]) for end in range(1, len(ids) + 1)}
         gone += tree.evict(evicted)
         match = tree.match("", ids)

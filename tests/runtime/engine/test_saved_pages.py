@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from threads import wait_until
 from toy_runner import ToyRunner, answer_alone
 
-from moetier.runtime.engine import saved_pages
+from moetier.runtime.engine import kv_cache, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
@@ -205,6 +205,34 @@ def test_others_are_computed_while_pages_are_read(tmp_path: Path) -> None:
         assert [*begun, *first] == answer_alone([5, 6, 7], 900, 1000)[1:]
 
 
+def test_a_disk_that_hangs_stops_neither_requests_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    monkeypatch.setattr(kv_cache, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(saved_pages, "CLOSING", 0.2)
+    order = Waiting()
+    order.may_write.set()
+    try:
+        begin = time.monotonic()
+        with engine_with(tmp_path, order=order) as engine:
+            assert answer(engine, LONG)[1] == 0
+        assert time.monotonic() - begin < 10, "each read waits for 20 s"
+    finally:
+        order.may_read.set()
+
+
+def test_reads_that_can_not_begin_keep_no_page(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+    with engine_with(tmp_path, pages=8) as engine:
+        assert answer(engine, LONG[:100])[1]
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(engine.saved, "read", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                answer(engine, LONG)
+        answer(engine, [3] * (8 * PAGE_TOKENS - 5), 3)  # it needs all pages
+
+
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "cancelled"])
 def test_reading_ends_if_nothing_wants_it(tmp_path: Path, is_closed: bool) -> None:
     with engine_with(tmp_path) as engine:
@@ -245,6 +273,37 @@ def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest
         answer(engine, LONG)
         wait_until(lambda: len(files(tmp_path)) == 7)
         assert time.monotonic() - begin > 0.8, "they take a second, but for the pause after the last one"
+
+
+def test_closing_ends_in_time_though_many_turns_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved_pages, "CLOSING", 0.5)
+    order = Waiting()
+    order.may_read.set()
+    with engine_with(tmp_path, pages=200, order=order) as engine:
+        for number in range(1, 21):
+            answer(engine, [number, *LONG], 2)
+        monkeypatch.setattr(order, "wait_to_write", lambda _: time.sleep(0.4))  # a slow disk
+        order.may_write.set()
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 4, "a page of each turn would take 8 seconds"
+    assert files(tmp_path)
+
+
+def test_pages_that_do_not_fit_are_computed_and_written_again(tmp_path: Path) -> None:
+    with engine_with(tmp_path) as engine:
+        answer(engine, LONG)
+
+    class Other(ToyRunner):
+        def restore_page(self, *_: object) -> bool:
+            return False
+
+    order = Waiting()
+    order.may_read.set()
+    with engine_with(tmp_path, runner=Other(), order=order) as engine:
+        assert answer(engine, LONG)[1] == 0
+        assert len(files(tmp_path)) == 6, "the first page was removed"
+        order.may_write.set()
+    assert len(files(tmp_path)) == 7
 
 
 def test_a_full_disk_changes_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
