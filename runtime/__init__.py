@@ -41,6 +41,7 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-engine      computes the steps of all sequences (``engine.engine``)
         moetier-pages       reads pages of keys and values from the disk (``engine.saved_pages``)
         moetier-page-writer writes them (``engine.saved_pages``)
+        moetier-page-closer waits for the reads that are left (``engine.saved_pages``)
         moetier-masks       makes the masks of grammars (``engine.engine``)
         moetier-grammar     compiles a grammar (``engine.grammar``)
         moetier-watch       queries a daemon (``tools.top.watch``)

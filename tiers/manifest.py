@@ -75,9 +75,7 @@ class Manifest:
     record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; b"" in the manifest of an older store
     # in an object store: the config, the tokenizer's files and so on, from file name to sum; empty if unknown
     files: Mapping[str, FileSum] = field(default_factory=dict)
-    copied: Mapping[str, FileSum] = field(
-        default_factory=dict
-    )  # the same of files that were copied from the checkpoint
+    copied: Mapping[str, FileSum] = field(default_factory=dict)  # the same of files copied from the checkpoint
 
     @property
     def trunk_bits(self) -> int:

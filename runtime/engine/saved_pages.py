@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.tiers.disk_order import DiskOrder
+from moetier.tiers.threads import start_thread
 
 from .page_file import Payload, head_bytes
 from .page_folder import PageFolder
@@ -292,6 +293,5 @@ class SavedPages:
             self._closes_at = time.monotonic() + CLOSING
             self._changed.notify_all()
         self._writer.join(2 * CLOSING)
-        ending = threading.Thread(target=partial(self._readers.shutdown, cancel_futures=True), daemon=True)
-        ending.start()
-        ending.join(CLOSING)
+        end_readers = partial(self._readers.shutdown, cancel_futures=True)
+        start_thread("moetier-page-closer", end_readers).join(CLOSING)
