@@ -195,7 +195,7 @@ def test_a_damaged_record_is_read_from_the_other_copy(
         for _ in range(4):
             for key in records:
                 assert read(store, key) == records[key]
-        (said,) = caplog.messages
+        (said,) = [record.getMessage() for record in caplog.records if record.name == "moetier.tiers.store.mirror"]
         assert f"{tmp_path / bad}/" in said, "once: it is remembered"
         assert said.endswith(f"The record was read from {tmp_path / other} instead.")
         assert len(recovered) == 1
