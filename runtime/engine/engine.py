@@ -18,7 +18,7 @@ from torch import Tensor
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 from moetier.runtime.model.context import longest_context
-from moetier.tiers.closeable import closed_on_error
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
 
 from .kv_cache import KVCache
@@ -58,7 +58,7 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
     return SavedPages(folder, runner.memory, model.tiers.origin.order, keys)
 
 
-class Engine:
+class Engine(Closeable):
     """Computes the answers of many requests with one model.
 
     Requests may be submitted on any thread. Tokens are sampled on the engine's own thread.
@@ -220,12 +220,6 @@ class Engine:
             sequence.cancel()
         if sequence.error is not None:
             raise sequence.error
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Cancel all sequences, and end the thread after the layer that is being computed."""

@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PageOptions:
-    """Where pages are kept on disk.
+    """The folder for pages on disk, and its limits.
 
     Attributes:
         folder: the folder, for all models.

@@ -43,7 +43,7 @@ class PageBytes(Protocol):
 
     @property
     def layout(self) -> Sequence[Any]:
-        """What a page consists of, to be written as JSON. Each part has ``token_bytes``."""
+        """The parts of a page, in the order in which they are saved, for JSON. Each has ``token_bytes``."""
 
     def save_page(self, page: int, tokens: int, data: memoryview) -> None:
         """Write the first ``tokens`` tokens of a page into ``data``. Called on another thread than the engine's."""

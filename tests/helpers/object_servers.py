@@ -284,5 +284,5 @@ def _running(command: list[str], port: int, seconds: float = 30) -> Iterator[str
 
 @contextlib.contextmanager
 def silent(_: int) -> Iterator[Advance]:
-    """The progress of a transfer, which nobody sees."""
+    """A progress of a transfer that shows nothing."""
     yield lambda count: None

@@ -15,7 +15,7 @@ MODEL, QUESTION, LIMIT = "agent", "Who was don Abbondio?", 600
 
 
 class Address(BaseModel):
-    """Where somebody lives."""
+    """An address."""
 
     street: str = Field(max_length=12)
     number: int = Field(ge=1, le=99)

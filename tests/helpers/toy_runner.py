@@ -21,7 +21,7 @@ SAVED: dict[bytes, tuple[int, ...]] = {}  # by their digests, which are what is 
 
 
 class ToyLayer(NamedTuple):
-    """What a token takes in a file."""
+    """The bytes of a token in a file."""
 
     token_bytes: int
 

@@ -63,7 +63,7 @@ class Crowd:
                 await asyncio.sleep(random_.uniform(0.5, 2))
 
     async def _ask(self, random_: random.Random, *, is_slow: bool, has_key: bool) -> str:
-        """Send a request, read all of its answer, and return what came of it."""
+        """Send a request, read its whole answer, and return the outcome."""
         text, stream = " ".join(random_.choices(WORDS, k=random_.randrange(5, 40))), random_.random() < 0.5
         body: dict[str, Any] = {"max_tokens": random_.randrange(1, 24), "stream": stream}
         path = random_.choice(["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])

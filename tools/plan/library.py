@@ -54,7 +54,7 @@ class PlannedChoice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``plan`` returns."""
+    """A plan: the ways to store a model, and which of them is recommended."""
 
     model: str
     records: int  # experts of all blocks

@@ -105,7 +105,7 @@ class PageMemory:
 
     @property
     def layout(self) -> list[LayerShape]:
-        """What a page consists of: the parts that ``save_page`` writes, in order."""
+        """The parts of a page, in the order in which ``save_page`` writes them."""
         return [
             LayerShape(layer, str(keys.dtype).removeprefix("torch."), *keys.shape[1::2], *values.shape[1::2])
             for layer, (keys, values) in sorted(self._layers.items())

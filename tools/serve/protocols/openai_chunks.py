@@ -1,4 +1,4 @@
-"""What chat completions and text completions write alike: objects, chunks of streams, and numbers of tokens."""
+"""Parts of answers that chat completions and text completions share: objects, chunks of streams, numbers of tokens."""
 
 from __future__ import annotations
 
