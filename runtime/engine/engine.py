@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from moetier.runtime.generation.decoding import longest_prompt
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import longest_context
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS, PagedCache, PageMemory, StatePart
+from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory, StatePart
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.moe.experts import experts_modules
 

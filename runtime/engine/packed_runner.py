@@ -8,6 +8,7 @@ are computed in blocks of tokens, layer by layer (``moe/lockstep.py``).
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -23,6 +24,7 @@ from moetier.runtime.kernels.layer.attention_code import NO_WINDOW
 from moetier.runtime.kernels.layer.masks import Band, band_mask
 from moetier.runtime.kernels.layer.packing import Part, packed
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
+from moetier.runtime.kernels.layer.pages import KeyPages
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.model.prefill_memory import BLOCK
@@ -159,6 +161,7 @@ class _Step:
         self._memory = memory
         self._windows = windows
         self._tasks = tasks
+        self._pages = [KeyPages(array("q", task.pages)) for task in tasks]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of all new tokens, [1, heads, tokens, width], into their pages."""
@@ -170,10 +173,11 @@ class _Step:
         """Yield the attention of each task: query is [1, heads, tokens, width]."""
         window = self._windows[layer]
         queries = torch.split(query, [task.tokens for task in self._tasks], 2)
-        for task, q in zip(self._tasks, queries, strict=True):
+        for task, pages, q in zip(self._tasks, self._pages, queries, strict=True):
             first = 0 if window is None else max(0, task.begin - window + 1)
-            mask = band_mask(task.tokens, task.end - first, Band(first, window or NO_WINDOW), query.device)
-            yield Part(q, *self._memory.read(layer, task.pages, first, task.end), mask)
+            band = Band(first, window or NO_WINDOW, pages)
+            mask = band_mask(task.tokens, task.end - first, band, query.device)
+            yield Part(q, *self._memory.layers[layer], mask)
 
 
 class _PackedCache(Cache):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.tiers.disk_order import DiskOrder
 from moetier.tiers.threads import start_thread
 

@@ -16,7 +16,7 @@ from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.layer.eight_bits import SCALE_BYTES
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available, budget_for, usable
 from moetier.tiers.cache.budget import slots_for, smallest_budget

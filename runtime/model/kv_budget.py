@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from moetier.runtime.config import Size, TierConfig, format_bytes
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 from .context import longest_context
 

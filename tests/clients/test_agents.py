@@ -26,7 +26,7 @@ from readers import PATIENCE
 from recorded_requests import Asked, Usage, computed_before, recorded
 from transformers import AutoTokenizer
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moetier.runtime.engine import sequence as engine
 from moetier.runtime.engine.runner import Runner, Stopped, Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 VOCABULARY = 50
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig
 import moetier
 from moetier import Engine, Request
 from moetier.runtime.engine.page_folder import PageOptions
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.budgets import kv_cache_bytes
 
 ANSWER, TURN = 20, 24  # tokens of an answer, and of the next turn

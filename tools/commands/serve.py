@@ -89,7 +89,7 @@ def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:
         days = options.seconds / DAY
         return f"keys and values are kept in {options.folder}: at most {format_bytes(options.size)}, for {days:g} days"
     text = "keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: prompts that begin alike"
-    from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+    from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
     tokens = min(TOLD, kv.context)
     if not kv.page_bytes:

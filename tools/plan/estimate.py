@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.names import tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import READ_PIECE_BYTES

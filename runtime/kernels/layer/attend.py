@@ -6,7 +6,6 @@ once, for all the heads of queries that share them, and each piece of their posi
 
 from __future__ import annotations
 
-import itertools
 import struct
 from array import array
 
@@ -20,6 +19,7 @@ from moetier.runtime.kernels.products.api import CPU
 from .attention_code import BLOCK_ROWS, NO_WINDOW, AttentionKernel
 from .attention_piece import PIECE
 from .eight_bits import SCALE_BYTES
+from .pages import ONE_PAGE, KeyPages
 
 _scratch = Scratch()
 
@@ -34,6 +34,8 @@ def attend(
     sinks: Tensor | None = None,
     window: int = NO_WINDOW,
     first: int = 0,
+    pages: KeyPages | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """Compute causal attention of the last tokens of sequences.
 
@@ -49,14 +51,19 @@ def attend(
         sinks: [heads].
         window: most positions that a token attends to, its own included.
         first: position of the first key in its sequence.
+        pages: in which keys and values of a single sequence lie in ``key`` and ``value``; None: ``key`` and ``value``
+            have the keys and values from ``first`` on, one after the other.
+        length: number of keys from ``first`` on; None: that of ``key``.
 
     Returns:
         [batch, tokens, heads, values].
     """
     batch, heads, tokens, width = query.shape
-    key_heads, length, has_codes = key.shape[1], key.shape[2], key.dtype == torch.int8
+    key_heads, has_codes = key.shape[1], key.dtype == torch.int8
+    length = key.shape[2] if length is None else length
     values = value.shape[3] - SCALE_BYTES * has_codes
-    share, first = heads // key_heads, first % PIECE  # nothing is before the first key
+    # nothing is before the first key, so that positions are counted from the beginning of its piece
+    share, begin, first = heads // key_heads, first - first % PIECE, first % PIECE
     end = first + length
     out = torch.empty((batch, tokens, heads, values), dtype=query.dtype, device=CPU)
     pieces, block = -(-end // PIECE), max(1, min(tokens, BLOCK_ROWS // share))
@@ -77,23 +84,16 @@ def attend(
     nbytes = own + (items * compiled.item_bytes if spans > 1 else 0)
     scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
     scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
-    tables = [_table(tensor, first, pieces) for tensor in (key, value)]
+    places, skipped = (ONE_PAGE, first) if pages is None else (pages, 0)
+    bases = [tensor.data_ptr() - skipped * tensor.stride(2) * tensor.itemsize for tensor in (key, value)]
     sinks = None if sinks is None else sinks.contiguous()
     context = (
-        *(0, 0, items, key_heads, share, tokens, block, first, end, window, 0, width, values, pieces, spans),
-        *(query.data_ptr(), *query.stride()[:3], *(table.buffer_info()[0] for table in tables)),
-        *(*key.stride()[1:3], *value.stride()[1:3]),
+        *(0, 0, items, key_heads, share, tokens, block, first, end, window, 0, width, values, spans),
+        *(query.data_ptr(), *query.stride()[:3], *bases, places.address(begin), places.bits),
+        *(key.stride(0), value.stride(0), *key.stride()[1:3], *value.stride()[1:3]),
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride()[:2])),
         *(out.data_ptr(), scratch, compiled.thread_bytes, scratch + own, compiled.item_bytes, scale),
         0 if sinks is None else sinks.data_ptr(),
     )
     compiled.kernel.run(array("q", (*context, *bytes(blocks))), threads)
     return out
-
-
-def _table(tensor: Tensor, first: int, pieces: int) -> array[int]:
-    """Return the addresses of the pieces of keys or values [batch, heads, length, width]: [batch, pieces]."""
-    of_sequence, _, of_position, _ = (tensor.itemsize * stride for stride in tensor.stride())
-    begin = tensor.data_ptr() - first * of_position
-    numbers = itertools.product(range(len(tensor)), range(pieces))
-    return array("q", (begin + sequence * of_sequence + piece * PIECE * of_position for sequence, piece in numbers))

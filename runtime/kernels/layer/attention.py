@@ -30,7 +30,7 @@ from .attend import attend
 from .attention_code import NO_WINDOW
 from .attention_piece import STEP
 from .eight_bits import SCALE_BYTES
-from .masks import band_of, causal, causal_mask, sink_mask, written_out
+from .masks import Band, band_of, causal, causal_mask, in_order, sink_mask, written_out
 from .packing import attend_to_each, packed_step
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
@@ -99,6 +99,7 @@ def sink_attention(
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
             return y, None
+    key, value = (in_order(part, attention_mask) for part in (key, value))
     attention_mask = written_out(attention_mask)
     if attention_mask is not None and attention_mask.dtype == torch.bool:  # the function adds its mask to scores
         zeros = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
@@ -200,13 +201,14 @@ def causal_attention(
     if (step := packed_step()) is not None:
         named = {"dropout": dropout, "scaling": scaling, "position_bias": position_bias, **kwargs}
         return attend_to_each(step, causal_attention, module, query, named)
-    tokens, length = query.shape[2], key.shape[2]
+    tokens = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None and (tokens == 1 or is_causal):
         y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
         if y is not None:
             return y, None
-    attention_mask = written_out(attention_mask)
+    key, value = (in_order(part, attention_mask) for part in (key, value))
+    attention_mask, length = written_out(attention_mask), key.shape[2]
     if attention_mask is None and is_causal and 1 < tokens < length:  # see ``causal_mask``
         attention_mask = causal(tokens, length, length, query.device)
     values = value.shape[3]
@@ -232,17 +234,29 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor | None
 ) -> Tensor | None:
     """Compute ``causal_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
-    if (band := band_of(mask)) is not None:
-        mask = None
+    band, length = band_of(mask), None
+    if mask is not None and band is not None:
+        length, mask = mask.shape[3], None
     if torch.is_grad_enabled() or not _fits(query, key, value, mask):
         return None
     if sinks is not None and not fits_sinks(sinks, query.shape[1]):
         return None
     if query.stride(3) != 1:
         query = query.contiguous()
-    first, window = band or (0, NO_WINDOW)
+    first, window, pages = band or Band(0, NO_WINDOW)
     added = None if mask is None else _added(mask, len(query))
-    return attend(query, key, value, added, scaling=scaling, sinks=sinks, first=first, window=window)
+    return attend(
+        query,
+        key,
+        value,
+        added,
+        scaling=scaling,
+        sinks=sinks,
+        window=window,
+        first=first,
+        pages=pages,
+        length=length,
+    )
 
 
 def fits_sinks(sinks: Tensor, heads: int) -> bool:

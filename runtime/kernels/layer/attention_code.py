@@ -38,7 +38,7 @@ class AttentionContext(NamedTuple):
     """The i64 fields in the context of the compiled function.
 
     After the fields: one i64 for each block of query rows, its finished work items. Strides are in numbers. Positions
-    are counted from the beginning of piece 0.
+    are counted from the beginning of piece 0, which is that of a page too.
     """
 
     begun: int  # items that threads have taken
@@ -54,14 +54,17 @@ class AttentionContext(NamedTuple):
     after: int  # most positions after its own that a token attends to
     key_width: int  # D, of a query or key; a multiple of LANES
     value_width: int  # V; a multiple of LANES
-    pieces: int  # of a sequence
     spans: int  # items of a block: 1, or as many as pieces
     queries: int  # address of q
     query_sequence: int  # stride
     query_head: int  # stride
     query_token: int  # stride
-    keys: int  # address of a table [sequences, pieces] of the addresses of a piece's first position
-    values: int  # address of the same for values
+    keys: int  # address of place 0 of keys in memory
+    values: int  # the same for values
+    pages: int  # address of the numbers of the pages [pages], i64, in which the positions lie
+    page_bits: int  # a page has 1 << page_bits positions. In memory, those of page n begin at place n << page_bits
+    key_sequence: int  # stride
+    value_sequence: int  # stride
     key_head: int  # stride
     key_position: int  # stride
     value_head: int  # stride
@@ -80,7 +83,7 @@ class AttentionContext(NamedTuple):
 
 STRIDES = (  # of numbers of the kernel's type; the mask has others
     *("query_sequence", "query_head", "query_token"),
-    *("key_head", "key_position", "value_head", "value_position"),
+    *("key_sequence", "value_sequence", "key_head", "key_position", "value_head", "value_position"),
 )
 PLACE = {name: place for place, name in enumerate(AttentionContext.__annotations__)}  # index of a field
 CONTEXT = len(PLACE)
@@ -175,6 +178,7 @@ class _Attention(PieceEmitter):
         self._given = given = given._replace(**strides)
         self.key_width, self.value_width = given.key_width, given.value_width
         self.key_stride, self.value_stride = given.key_position, given.value_position
+        self.pages, self.page_bits = at.inttoptr(given.pages, POINTER), given.page_bits
         scaling = at.bitcast(at.trunc(given.scaling, I32), F32)
         self._scaling = self.spread(at.fmul(scaling, ir.Constant(F32, LOG2_E)), LANES)
         thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
@@ -249,14 +253,14 @@ class _Attention(PieceEmitter):
         return self._inside(self._sight(row, row))
 
     def _piece(self, index: Value) -> KeyPiece:
-        at, n, given, block = self.at, self.number, self._given, self._block
-        entry = at.mul(at.add(at.mul(block.sequence, given.pieces), index), n(8))
+        at, given, block = self.at, self._given, self._block
 
-        def address(table: Value, stride: Value) -> Value:
-            return at.add(self.load(at.inttoptr(table, POINTER), entry, I64), at.mul(block.head, stride))
+        def address(base: Value, of_sequence: Value, of_head: Value) -> Value:
+            return at.add(base, at.add(at.mul(block.sequence, of_sequence), at.mul(block.head, of_head)))
 
-        keys, values = address(given.keys, given.key_head), address(given.values, given.value_head)
-        return KeyPiece(keys, values, self._inside(block.sight))
+        keys = address(given.keys, given.key_sequence, given.key_head)
+        values = address(given.values, given.value_sequence, given.value_head)
+        return KeyPiece(keys, values, at.mul(index, self.number(PIECE)), self._inside(block.sight))
 
     @contextlib.contextmanager
     def _heads(self) -> Iterator[tuple[Value, Value, Value]]:

@@ -52,10 +52,11 @@ class Sight(NamedTuple):
 
 
 class KeyPiece(NamedTuple):
-    """Addresses of a head's keys and values of a piece, and what a block of rows attends to in it."""
+    """Keys and values of a head, a piece of them, and what a block of rows attends to in it."""
 
-    keys: Value  # i64
-    values: Value  # i64
+    keys: Value  # address of place 0 in memory, i64
+    values: Value  # the same for values, i64
+    first: Value  # position at which the piece begins, i64
     sight: Sight
 
 
@@ -71,6 +72,8 @@ class PieceEmitter(WordEmitter):
     value_width: Value  # V
     key_stride: Value  # bytes from one position to the next
     value_stride: Value
+    pages: Value  # pointer to the numbers of pages, of which each has the same number of positions
+    page_bits: Value  # logarithm of this number. The places of page n in memory begin at n << page_bits
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class PieceEmitter(WordEmitter):
         with self.loop(self._down(low, STEP), self._up(high, STEP), LANES) as position:
             self.keep(self.floats(0.0), self._value_scales, position)
         with self.loop(low, high) as position:
-            row = self._row(piece.values, self.value_stride, position)
+            row = self._row(piece, piece.values, self.value_stride, position)
             self._keep_scale(row, self.value_width, self._value_scales, position)
 
     def _keep_scale(self, row: Value, width: Value, scales: Value, position: Value) -> None:
@@ -178,8 +181,10 @@ class PieceEmitter(WordEmitter):
         with self.loop(begin, end, LANES) as first:
             with self.loop(n(0), n(LANES)) as i:  # row after row, as hardware prefetches
                 position = at.add(first, i)
-                key = self._row(piece.keys, self.key_stride, self._nearest(position, piece.sight))
-                ahead = self._row(piece.keys, self.key_stride, at.add(position, n(AHEAD)))
+                key, ahead = (
+                    self._row(piece, piece.keys, self.key_stride, self._nearest(to_read, piece.sight))
+                    for to_read in (position, at.add(position, n(AHEAD)))
+                )
                 target = at.gep(self._untransposed, [at.mul(i, self._word_bytes)])
                 self._copy_key(key, target, ahead if self.has_few_rows else None)
                 if self.has_codes:
@@ -206,7 +211,7 @@ class PieceEmitter(WordEmitter):
         at, n = self.at, self.number
         first = at.mul(step, n(self.numbers))
         positions = [self._nearest(at.add(first, n(i)), piece.sight) for i in range(self.numbers)]
-        return [self._row(piece.values, self.value_stride, position) for position in positions]
+        return [self._row(piece, piece.values, self.value_stride, position) for position in positions]
 
     def compute(self, piece: KeyPiece, row: Value, count: Value, sight: Sight, result: Value) -> None:
         """Emit m, z and s of ``count`` rows, at most ROWS, from row ``row`` of the queries on.
@@ -329,8 +334,13 @@ class PieceEmitter(WordEmitter):
         """Return the least finite numbers. As no m is less, there is no NaN where all scores of a piece are -inf."""
         return self.floats(torch.finfo(torch.float32).min)
 
-    def _row(self, base: Value, stride: Value, position: Value) -> Value:
-        return self.at.inttoptr(self.at.add(base, self.at.mul(position, stride)), POINTER)
+    def _row(self, piece: KeyPiece, base: Value, stride: Value, position: Value) -> Value:
+        """Emit a pointer to the key or value at a position of a piece. ``base``: address of place 0."""
+        at, n, bits = self.at, self.number, self.page_bits
+        index = at.add(piece.first, position)
+        page = self.load(self.pages, at.mul(at.lshr(index, bits), n(8)), I64)
+        on_page = at.and_(index, at.sub(at.shl(n(1), bits), n(1)))
+        return at.inttoptr(at.add(base, at.mul(at.add(at.shl(page, bits), on_page), stride)), POINTER)
 
     def _nearest(self, position: Value, sight: Sight) -> Value:
         return self.least(self.most(position, sight.low), self.at.sub(sight.high, self.number(1)))

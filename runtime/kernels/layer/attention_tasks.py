@@ -31,7 +31,7 @@ from .attention import NAME, SINKS, WITH_SINKS, asks_more, causal_attention, fit
 from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
 from .eight_bits import SCALE_BYTES
-from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow
+from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow, TokenPlace
 from .heads import heads_kernel
 from .masks import band_of
 from .norm import Scale, float_bits, is_quick_norm
@@ -74,7 +74,7 @@ class Token(NamedTuple):
     sin: Tensor  # [1, 1, angles]
     layer: GrowingLayer | GrowingWindow | PagedLayer  # of the cache
     room: CacheMemory  # of the layer
-    first: int  # place in ``room`` of the first token that is attended to
+    place: TokenPlace  # in ``room``
     length: int  # number of tokens that are attended to, this one included
     offset: int  # positions from the beginning of a piece to the first token that is attended to
     items: int  # number of items of the attention kernel
@@ -112,11 +112,10 @@ def token_of(
         or room.signature not in _signatures(variant, x.dtype)
     ):
         return None
-    first, last = layer.place
-    length, offset = last + 1 - first, layer.first_position % PIECE
+    length, offset = layer.length, layer.first_position % PIECE
     items = variant.key_heads * -(-(offset + length) // PIECE)
     threads = min(items, threads_for(variant.heads * length * (variant.width + variant.values)))
-    return Token(*position_embeddings, layer, room, first, length, offset, items, threads)
+    return Token(*position_embeddings, layer, room, layer.place, length, offset, items, threads)
 
 
 def _signatures(variant: AttentionVariant, dtype: torch.dtype) -> list[tuple[torch.dtype, int, int, int]]:
@@ -201,7 +200,6 @@ class AttentionTasks:
         """
         self._variant, self._threads, self._itemsize = variant, threads, 1 if has_codes else dtype.itemsize
         self._room: CacheMemory | None = None
-        self._tables = [array("q"), array("q")]  # addresses of the pieces of keys, and of values
         self.columns, self._output = matrices[0].columns, matrices[3]
         count, key_count, width, values = variant[:4]
         self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in variant.rows]
@@ -243,7 +241,6 @@ class AttentionTasks:
             after=0,
             key_width=width,
             value_width=values,
-            pieces=0,
             spans=0,
             queries=q,
             query_sequence=0,
@@ -251,6 +248,10 @@ class AttentionTasks:
             query_token=0,
             keys=0,
             values=0,
+            pages=0,
+            page_bits=0,
+            key_sequence=0,
+            value_sequence=0,
             key_head=0,
             key_position=0,
             value_head=0,
@@ -283,23 +284,22 @@ class AttentionTasks:
         """Set the addresses and numbers of a token. This must be done before each run."""
         new, all_, size, end = self._heads, self._attention, self._itemsize, token.offset + token.length
         new[heads.COS], new[heads.SIN] = token.cos.data_ptr(), token.sin.data_ptr()
-        strides, pieces = token.room.strides, token.items // self._variant.key_heads
+        strides, place = token.room.strides, token.place
         if token.room is not self._room:
             self._room = token.room
             new[heads.STRIDES], new[heads.STRIDES + 1] = size * strides[1], size * strides[4]
             all_[PLACE["key_head"] : PLACE["key_head"] + 4] = array("q", (*strides[1:3], *strides[4:]))
-        for place, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
-            start, step = begin + size * (token.first - token.offset) * stride, size * PIECE * stride
-            self._tables[place] = table = array("q", [start + piece * step for piece in range(pieces)])
-            all_[PLACE["keys"] + place] = table.buffer_info()[0]
-            new[heads.CACHE + place] = start + size * (end - 1) * stride
+        for number, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
+            all_[PLACE["keys"] + number] = begin + size * (place.first - token.offset) * stride
+            new[heads.CACHE + number] = begin + size * place.new * stride
+        all_[PLACE["pages"]], all_[PLACE["page_bits"]] = place.pages, place.page_bits
         own = self._threads * self._compiled.thread_bytes
         nbytes = own + token.items * self._compiled.item_bytes
         scratch = _scratch.take(nbytes, spare=nbytes // 4)
         all_[PLACE["scratch"]], all_[PLACE["results"]] = scratch, scratch + own
         all_[PLACE["threads"]], all_[PLACE["items"]] = 0, token.items
         all_[PLACE["first"]], all_[PLACE["end"]] = token.offset, end
-        all_[PLACE["pieces"]] = all_[PLACE["spans"]] = pieces
+        all_[PLACE["spans"]] = token.items // self._variant.key_heads
         all_[CONTEXT:] = self._finished
 
 

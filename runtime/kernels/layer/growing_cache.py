@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moetier.runtime.kernels.products.api import is_readable
 
+from .pages import ONE_PAGE
+
 TOKENS = 256  # memory is allocated for a multiple of this many tokens
 
 
@@ -74,6 +76,15 @@ class CacheMemory(NamedTuple):
     signature: tuple[torch.dtype, int, int, int]  # type, number of heads, width of keys, width of values
     addresses: tuple[int, int]  # of keys and values
     strides: tuple[int, ...]  # of keys, then of values: of sequences, heads and positions, in items
+
+
+class TokenPlace(NamedTuple):
+    """Where a new token's key and value, and those that it attends to, lie in a CacheMemory."""
+
+    pages: int  # address of the numbers of pages, from that on which a piece begins
+    page_bits: int  # logarithm of the number of places of a page
+    first: int  # place of the first token that is attended to, counted along these pages
+    new: int  # place of the new token
 
 
 class _InPlace(DynamicLayer):
@@ -188,9 +199,14 @@ class _InPlace(DynamicLayer):
         return room
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Places in ``room``: of the first token that a new one attends to, and of the new one."""
-        return self._begin, self._end
+    def place(self) -> TokenPlace:
+        """Where the new token, and those that it attends to, lie in ``room``."""
+        return TokenPlace(ONE_PAGE.numbers.buffer_info()[0], ONE_PAGE.bits, self._begin, self._end)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that a new one attends to, itself included."""
+        return self._end - self._begin + 1
 
     @property
     def first_position(self) -> int:

@@ -14,6 +14,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .attention_code import NO_WINDOW
 from .attention_piece import PIECE
+from .pages import KeyPages
 
 _BAND = "moetier_band"  # name of an attribute of masks
 
@@ -23,6 +24,7 @@ class Band(NamedTuple):
 
     first: int  # position of the first key in its sequence
     window: int  # most positions that a token attends to, its own included
+    pages: KeyPages | None = None  # in which keys and values lie; None: one after the other
 
 
 def band_of(mask: Tensor | None) -> Band | None:
@@ -46,7 +48,7 @@ def band_mask(tokens: int, length: int, band: Band, device: torch.device) -> Ten
     ``length`` is the number of keys, of which the first is at ``band.first``. The mask has no memory but its Band:
     ``written_out`` gives its numbers.
     """
-    if tokens == 1 and band.first % PIECE == 0:
+    if tokens == 1 and band.first % PIECE == 0 and band.pages is None:
         return None
     return with_band(torch.ones((), dtype=torch.bool, device=device).expand(1, 1, tokens, length), band)
 
@@ -58,6 +60,18 @@ def written_out(mask: Tensor | None) -> Tensor | None:
         return mask
     tokens, length = mask.shape[2:]
     return causal(tokens, length, min(band.window, length), mask.device)[None, None]
+
+
+def in_order(memory: Tensor, mask: Tensor | None) -> Tensor:
+    """Return keys or values one after the other, [1, heads, length, width], if a mask's Band says that they are not.
+
+    ``memory`` is [1, heads, places, width].
+    """
+    band = band_of(mask)
+    if mask is None or band is None or band.pages is None:
+        return memory
+    places = [*map(band.pages.place, range(band.first, band.first + mask.shape[3]))]
+    return memory.index_select(2, torch.tensor(places, device=memory.device))
 
 
 def causal_mask(**given: Any) -> Tensor | None:

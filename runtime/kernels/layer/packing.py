@@ -18,8 +18,8 @@ class Part(NamedTuple):
     """Attention of one sequence's new tokens."""
 
     query: Tensor  # [1, heads, tokens, width]
-    keys: Tensor  # [1, key heads, length, width]
-    values: Tensor  # [1, key heads, length, values]
+    keys: Tensor  # [1, key heads, places, width], of which the mask's ``Band`` says where the sequence's lie
+    values: Tensor  # [1, key heads, places, values]
     mask: Tensor | None  # as ``band_mask`` returns it
 
 
@@ -56,9 +56,6 @@ def attend_to_each(
     ``named`` are further arguments of the function. Returns [1, tokens, heads, values], and None in place of the
     attention weights.
     """
-    outputs = list[Tensor]()
     with packed(None):
-        for part in step.parts(module.layer_idx, query):
-            outputs.append(attend(module, *part, **named)[0])
-            del part  # keys and values may be copies
+        outputs = [attend(module, *part, **named)[0] for part in step.parts(module.layer_idx, query)]
     return torch.cat(outputs, 1), None

@@ -11,6 +11,7 @@ one sequence. ``state`` and ``set_state`` copy it, and a PageMemory holds such c
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from .attention_piece import PIECE
 from .eight_bits import in_codes
-from .growing_cache import CacheMemory, memory_of
-
-PAGE_TOKENS = 64  # tokens
+from .growing_cache import CacheMemory, TokenPlace, memory_of
+from .pages import PAGE_TOKENS, KeyPages
 
 
 class LayerShape(NamedTuple):
@@ -64,19 +65,19 @@ class PageMemory:
         self._pages = pages
         self._has_codes = bits == 8
         # keys and values [1, heads, pages * PAGE_TOKENS, width] of a layer. The kernel gives memory at the first write
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, pages: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [1, heads, tokens, width] of the tokens from ``begin`` on into a sequence's pages."""
         if self._has_codes:
             keys, values = in_codes(keys), in_codes(values)
-        if layer not in self._layers:
+        if layer not in self.layers:
             self._allocate(layer, keys, values)
         at, end = begin, begin + keys.shape[2]
         while at < end:
             count = min(PAGE_TOKENS - at % PAGE_TOKENS, end - at)
             place = PAGE_TOKENS * pages[at // PAGE_TOKENS] + at % PAGE_TOKENS
-            for memory, part in zip(self._layers[layer], (keys, values), strict=True):
+            for memory, part in zip(self.layers[layer], (keys, values), strict=True):
                 memory[:, :, place : place + count] = part[:, :, at - begin : at - begin + count]
             at += count
 
@@ -87,7 +88,7 @@ class PageMemory:
         """
         first = begin // PAGE_TOKENS
         used = pages[first : -(-end // PAGE_TOKENS)]
-        keys, values = self._layers[layer]
+        keys, values = self.layers[layer]
         if are_consecutive(used):
             place = PAGE_TOKENS * used[0] + begin % PAGE_TOKENS
             return keys.narrow(2, place, end - begin), values.narrow(2, place, end - begin)
@@ -99,7 +100,7 @@ class PageMemory:
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             for memory in layer:
                 memory.narrow(2, PAGE_TOKENS * target, tokens).copy_(memory.narrow(2, PAGE_TOKENS * source, tokens))
 
@@ -108,7 +109,7 @@ class PageMemory:
         """The parts of a page, in the order in which ``save_page`` writes them."""
         return [
             LayerShape(layer, str(keys.dtype).removeprefix("torch."), *keys.shape[1::2], *values.shape[1::2])
-            for layer, (keys, values) in sorted(self._layers.items())
+            for layer, (keys, values) in sorted(self.layers.items())
         ]
 
     def save_page(self, page: int, tokens: int, data: memoryview) -> None:
@@ -117,7 +118,7 @@ class PageMemory:
         May be called on any thread. If another thread writes the page meanwhile, the result is of no use.
         """
         at = 0
-        for _, layer in sorted(self._layers.items()):
+        for _, layer in sorted(self.layers.items()):
             for memory in layer:
                 part = _bytes_of(memory, page, tokens)
                 np.copyto(np.frombuffer(data, np.uint8, part.size, at).reshape(part.shape), part)
@@ -138,9 +139,9 @@ class PageMemory:
             return False
         at = 0
         for shape in shapes:
-            if shape.layer not in self._layers:
+            if shape.layer not in self.layers:
                 self._allocate(shape.layer, *(torch.empty(1, n, 0, w, dtype=shape.torch_dtype) for n, w in shape.parts))
-            for memory in self._layers[shape.layer]:
+            for memory in self.layers[shape.layer]:
                 part = _bytes_of(memory, page, tokens)
                 np.copyto(part, np.frombuffer(data, np.uint8, part.size, at).reshape(part.shape))
                 at += part.size
@@ -149,13 +150,13 @@ class PageMemory:
     def _allocate(self, layer: int, *like: Tensor) -> None:
         """Allocate the memory of a layer, for keys and values that are like the given ones, [1, heads, any, width]."""
         size = self._pages * PAGE_TOKENS
-        self._layers[layer] = tuple(  # type: ignore[assignment] # two tensors
+        self.layers[layer] = tuple(  # type: ignore[assignment] # two tensors
             part.new_empty((1, part.shape[1], size, part.shape[3])) for part in like
         )
 
     def room(self, layer: int) -> CacheMemory | None:
         """Return the memory of all pages in a layer, as compiled code needs it; None if it can't be read so."""
-        return memory_of(*self._layers[layer]) if layer in self._layers else None
+        return memory_of(*self.layers[layer]) if layer in self.layers else None
 
     @property
     def page_bytes(self) -> int:
@@ -188,7 +189,7 @@ class PageMemory:
                 at += part.numel()
 
     def _bytes_of(self, page: int) -> Iterator[Tensor]:
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             for memory in layer:
                 yield memory[0].narrow(1, PAGE_TOKENS * page, PAGE_TOKENS).view(torch.uint8)
 
@@ -212,14 +213,14 @@ class PagedCache(Cache):
     def __init__(self, memory: PageMemory, layers: Sequence[Any]) -> None:
         """``layers``: transformers' layers of a cache without tokens. Those with keys and values are replaced."""
         self.pages: list[int] = []
-        self.is_consecutive = True
+        self.key_pages = KeyPages(array("q"))
         replaced = [_paged(self, memory, *layer) for layer in enumerate(layers)]
         self._paged = [layer for layer in replaced if isinstance(layer, PagedLayer)]
         super().__init__(layers=replaced)
 
     def move(self, pages: list[int], computed: int) -> None:
         """Continue the sequence that has these pages after its first ``computed`` tokens."""
-        self.pages, self.is_consecutive = pages, are_consecutive(pages)
+        self.pages, self.key_pages = pages, KeyPages(array("q", pages))
         for layer in self._paged:
             layer.end, layer.is_initialized = computed, computed > 0
 
@@ -275,18 +276,22 @@ class PagedLayer(DynamicLayer):
         return self.end
 
     def room(self) -> CacheMemory | None:
-        """Return the memory of all pages, if the sequence's are consecutive. They have room for the next token."""
-        if not self._cache.is_consecutive:
-            return None
+        """Return the memory of all pages. Those of the sequence have room for the next token."""
         if self._room is None:
             self._room = self._memory.room(self._number)
         return self._room
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Places in ``room``: of the first token that a new one attends to, and of the new one."""
-        begin = PAGE_TOKENS * self._cache.pages[0]
-        return begin + self.first_position, begin + self.end
+    def place(self) -> TokenPlace:
+        """Where the new token, and those that it attends to, lie in ``room``."""
+        pages, first = self._cache.key_pages, self.first_position % PIECE
+        begin = self.first_position - first
+        return TokenPlace(pages.address(begin), pages.bits, first, pages.place(self.end))
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that a new one attends to, itself included."""
+        return self.end - self.first_position + 1
 
     @property
     def first_position(self) -> int:

@@ -23,7 +23,7 @@ from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
 from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, Sequence
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]

@@ -13,7 +13,7 @@ from toy_runner import WrittenPages, WrittenStates
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.sequence import Request, Sampled, Sequence
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 PAGES = 7

@@ -21,7 +21,7 @@ from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.engine.stream import Stream
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 PAGES, CONTEXT = 30, 2000
 WARM = 200  # requests before memory is counted, as allocators and caches of libraries grow at first

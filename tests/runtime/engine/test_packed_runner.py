@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def note(end: threading.Event, _: Sequence) -> None:
 
 
 def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages are consecutive, as those of a conversation usually are."""
+    """Conversations grow by turns, so that their pages are not consecutive."""
     computed, of = list[bool](), OneTokenLayer.of
 
     def seen(layer: OneTokenLayer, given: Any, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -147,12 +148,13 @@ def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypa
     monkeypatch.setattr(OneTokenLayer, "of", seen)
     model, _ = moetier.load(tinymix_4bit, daemon=None)
     with model.tiers, Engine.of(model, max_sequences=2) as engine:
-        ids = [*range(3, 60)]
+        conversations = [range(3, 60)], [range(99, 160)]
         for _ in range(3):
-            ids += [*engine.stream(Request(tuple(ids), 30, {"do_sample": False})), 7, 8, 9]
-            [*engine.stream(Request((99, 98, 97), 2))]  # of another conversation
+            for ids in conversations:
+                so_far = (*itertools.chain(*ids),)
+                ids += [[*engine.stream(Request(so_far, 60, {"do_sample": False}))], [7, 8, 9]]
         blocks = len(model.tiers.manifest.blocks)
-        assert sum(computed) >= blocks * 3 * 29
+        assert sum(computed) >= blocks * 6 * 59
         assert all(computed[blocks:]), "the first token finds out how layers can be computed"
 
 

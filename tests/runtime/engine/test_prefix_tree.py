@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moetier.runtime.engine.prefix_tree import Node, PrefixTree
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 
 def add_all(tree: PrefixTree, ids: Sequence[int], first_page: int, name: str = "") -> tuple[list[Node], list[int]]:

@@ -22,7 +22,7 @@ from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.tiers.disk_order import NO_ORDER, DiskOrder
 
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]

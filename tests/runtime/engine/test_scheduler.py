@@ -10,7 +10,7 @@ from toy_runner import WrittenPages
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.scheduler import Scheduler
 from moetier.runtime.engine.sequence import PATIENCE, Request, Sampled, Sequence
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 
 def scheduler_of(

@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 
 import moetier
 from moetier.runtime.config import TierConfig
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.kv_budget import LEAST_PAGES, WITH_STATES, KVBudget
 
 MiB = 1 << 20

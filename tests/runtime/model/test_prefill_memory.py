@@ -51,7 +51,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sequence import Request, Sequence
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model import budgets
 from moetier.runtime.model.budgets import kv_cache_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from moetier.runtime.kernels.layer.attend import attend
+from moetier.runtime.kernels.layer.attention_code import NO_WINDOW
 from moetier.runtime.kernels.layer.attention_piece import PIECE
+from moetier.runtime.kernels.layer.eight_bits import in_codes
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS, KeyPages
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -68,6 +72,30 @@ def test_chunks_change_no_bit(
     expected = scores.softmax(3)[..., :length] @ value.double().repeat_interleave(heads // 2, 1)
     near = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(whole.double(), expected.transpose(1, 2), atol=near, rtol=near)
+
+
+@DTYPES
+@pytest.mark.parametrize("has_codes", [False, True], ids=["as they are", "in 8 bits"])
+@pytest.mark.parametrize(("window", "first"), [(NO_WINDOW, 0), (300, 700)])
+@pytest.mark.usefixtures("processor")
+def test_pages_change_no_bit(dtype: torch.dtype, has_codes: bool, window: int, first: int) -> None:
+    """Keys and values may lie in pages in any order; what is in the others is not used."""
+    length = PIECE + 100
+    query, key, value = numbers(dtype, 6, length, (64, 48))
+    key, value = (in_codes(part) if has_codes else part for part in (key, value))
+    count = -(-(first + length) // PAGE_TOKENS)
+    pages = KeyPages(array("q", torch.randperm(count + 3, generator=torch.Generator().manual_seed(1))[:count].tolist()))
+    places = [pages.place(position) for position in range(first, first + length)]
+    memories = []
+    for part in (key, value):
+        unused = 127 if has_codes else math.nan
+        memories.append(part.new_full((1, 2, PAGE_TOKENS * (count + 3), part.shape[3]), unused))
+        memories[-1][:, :, places] = part
+    for tokens in (1, 7, 100):
+        given = {"window": window, "first": first}
+        in_order = attend(query[:, :, -tokens:], key, value, **given)
+        paged = attend(query[:, :, -tokens:], *memories, **given, pages=pages, length=length)
+        assert torch.equal(in_order, paged)
 
 
 @DTYPES

@@ -11,7 +11,8 @@ from instructions import FEATURES, processor_with
 from moetier.runtime.kernels.layer.attend import attend
 from moetier.runtime.kernels.layer.attention_piece import PIECE
 from moetier.runtime.kernels.layer.eight_bits import SCALE_BYTES, from_codes, in_codes
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS, PageMemory
+from moetier.runtime.kernels.layer.paged_cache import PageMemory
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 

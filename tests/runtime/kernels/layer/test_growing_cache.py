@@ -97,8 +97,8 @@ def test_what_is_written_into_a_windows_room_is_taken_over() -> None:
     for number in range(TOKENS // 2):
         room, more = layer.room(), pair(1, number, batch=1)
         assert room is not None
-        first, last = layer.place
-        assert last + 1 - first == min(other.get_seq_length() + 1, 9)
+        last = layer.place.new
+        assert last + 1 - layer.place.first == layer.length == min(other.get_seq_length() + 1, 9)
         for address, (_, head, position), new in zip(
             room.addresses, (room.strides[:3], room.strides[3:]), more, strict=True
         ):

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from moetier.runtime.engine.model_runner import cache_layers
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
-from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS, PagedCache, PageMemory
+from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 PAGES = 6
 CONSECUTIVE, SCATTERED = [2, 3, 4], [4, 0, 2]
@@ -52,8 +53,8 @@ def test_a_page_is_copied_up_to_a_token() -> None:
     assert torch.equal(values, 2 * copied)
 
 
-@pytest.mark.parametrize(("pages", "is_room"), [(CONSECUTIVE, True), (SCATTERED, False)])
-def test_compiled_layers_get_pages_that_are_consecutive(pages: list[int], is_room: bool) -> None:
+@pytest.mark.parametrize("pages", [CONSECUTIVE, SCATTERED])
+def test_compiled_layers_get_the_places_of_a_token(pages: list[int]) -> None:
     memory = PageMemory(PAGES)
     cache = PagedCache(memory, [DynamicLayer(), DynamicSlidingWindowLayer(16)])
     keys = torch.randn(1, 2, 100, 16)
@@ -61,9 +62,10 @@ def test_compiled_layers_get_pages_that_are_consecutive(pages: list[int], is_roo
     for number, layer in enumerate(cache.layers):
         assert layer.room() is None, "there is no memory yet"
         cache.update(keys, keys, number)
-        assert (layer.room() is not None) == is_room
-    begin = PAGE_TOKENS * pages[0]
-    assert [layer.place for layer in cache.layers] == [(begin, begin + 100), (begin + 85, begin + 100)]
+        assert layer.room() is not None
+    own = [(layer.place.first, layer.place.new, layer.length) for layer in cache.layers]
+    new = PAGE_TOKENS * pages[1] + 100 - PAGE_TOKENS
+    assert own == [(0, new, 101), (85, new, 16)]
     for layer in cache.layers:
         layer.extend()
         assert layer.get_seq_length() == 101

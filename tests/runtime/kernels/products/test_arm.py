@@ -211,19 +211,16 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype, has
     query = memory.copy(torch.randn(1, share * key_heads, BLOCK_ROWS // share, key_width, generator=random).to(dtype))
     rows = (torch.randn(1, key_heads, length, width, generator=random).to(dtype) for width in (key_width, value_width))
     key, value = (memory.copy(in_codes(part) if has_codes else part) for part in rows)
-    tables = [
-        memory.context([tensor.data_ptr() + piece * PIECE * tensor.stride(2) * tensor.itemsize for piece in range(3)])
-        for tensor in (key, value)
-    ]
+    pages = memory.context([0])  # a single one
     steps, results = [], []
     for name, queries in (("moetier_many", query), ("moetier_one", query[:, :, -1:])):
         tokens = queries.shape[2]
         out = memory.empty(1, tokens, share * key_heads, value_width, dtype=dtype)
         thread = 4 * (held_numbers(tokens * share, key_width, value_width) + 2 * tokens * share * result_numbers(48))
         given = AttentionContext(
-            *(0, 0, key_heads, key_heads, share, tokens, tokens, 0, length, NO_WINDOW, 0, key_width, value_width, 3, 1),
-            *(queries.data_ptr(), *query.stride()[:3], *(table.data_ptr() for table in tables)),
-            *(*key.stride()[1:3], *value.stride()[1:3], 0, 0, 0, out.data_ptr()),
+            *(0, 0, key_heads, key_heads, share, tokens, tokens, 0, length, NO_WINDOW, 0, key_width, value_width, 1),
+            *(queries.data_ptr(), *query.stride()[:3], key.data_ptr(), value.data_ptr()),
+            *(pages.data_ptr(), 62, 0, 0, *key.stride()[1:3], *value.stride()[1:3], 0, 0, 0, out.data_ptr()),
             *(memory.empty(thread, dtype=torch.uint8).data_ptr(), thread, 0, 4 * tokens * share * result_numbers(48)),
             *(int(torch.tensor(0.2).view(torch.int32)), 0),
         )
