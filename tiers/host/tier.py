@@ -28,6 +28,7 @@ from .demands import Demand, Event, Load, ThreadCaller
 from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
+from .page_turns import PageTurns
 from .session import Session, Timekeeper
 from .waiting import Notifier
 
@@ -35,8 +36,6 @@ from .waiting import Notifier
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
-# seconds after which a page is read once a read has ended, even while records are read for demands
-PAGE_PATIENCE = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +110,7 @@ class HostTier(Closeable):
                 loads_rest=loads_rest,
             )
             self._uses = self._ledger.uses
+            self.page_turns = PageTurns(self._monitor, self._ledger.loads)
             self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
             self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
             undo.callback(self.close)
@@ -264,39 +264,6 @@ class HostTier(Closeable):
     @transition
     def _warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
         self._ledger.warm(hottest)
-
-    # -- pages of keys and values --------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def reading_page(self) -> Iterator[None]:
-        """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
-        read = object()
-        try:
-            self._announce_page(read)
-            self._may_read_page(time.monotonic() + PAGE_PATIENCE)
-            yield
-        finally:
-            self._end_page(read)
-
-    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
-        """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
-        self._may_write(is_urgent)
-
-    @transition
-    def _announce_page(self, read: object) -> None:
-        self._ledger.loads.announce_page(read)
-
-    @waiting
-    def _may_read_page(self, late: float) -> bool | None:
-        return self._ledger.loads.may_read_page(is_urgent=time.monotonic() > late)
-
-    @posted
-    def _end_page(self, read: object) -> None:
-        self._ledger.loads.end_page(read)
-
-    @waiting
-    def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
-        return self._ledger.loads.may_write(is_urgent=is_urgent())
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""
