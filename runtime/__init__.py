@@ -76,7 +76,7 @@ are taken, and the rule for the fields.
         quantizer._lock         transformers' registries (``model.quantizer``)
         register._lock          the replacement of ``from_pretrained`` (``model.register``)
     clients
-        ClientContext.counting  the client's counters (``client.misses``)
+        ClientUses._counting    the client's counters (``client.uses``)
         Link._lock              requests that are sent, for the first time or again (``client.daemon_link``)
         Fallback._lock          the opening of the local store (``client.fallback``)
         Peers._state            the daemons, and which are away (``client.peers``)

@@ -78,7 +78,7 @@ class RemoteCompute:
         """True if a daemon serves computations now."""
         return any(peer.away is None and peer.store.computes for peer in self.store.peers)
 
-    def note_uses(self, block: int, experts: Iterable[int]) -> None:
+    def note_local(self, block: int, experts: Iterable[int]) -> None:
         """Count uses of ``experts`` by one token. All of them are cached."""
         self._uses[block].add([(expert, 1) for expert in experts], 1)
 

@@ -153,7 +153,7 @@ class HostedModel:
 
     def blocks(self) -> list[pb.Block]:
         """Return, for each block, which experts are in slots now and how often each was used."""
-        uses = self.host.uses()
+        uses = self.host.uses.counts()
         return [
             pb.Block(
                 ready=self.host.ready_experts(number),

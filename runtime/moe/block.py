@@ -48,7 +48,7 @@ class PendingOutputs(Protocol):
 class RemoteExperts(Protocol):
     """Interface of an object that has experts computed on other hosts."""
 
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+    def note_local(self, block: int, experts: Sequence[int]) -> None:
         """Note that one token has used ``experts`` of a block, whose records are all in this process's tier."""
 
     def send(

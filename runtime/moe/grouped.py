@@ -162,7 +162,7 @@ def _one_token(
         _note_uses(tiered, experts)
         if (out := token.compute(x, weights, residual)) is not None:
             return out
-        tiered.source.take_back_uses(tiered.block, experts)
+        tiered.source.uses.take_back(tiered.block, experts)
         tiered = replace(tiered, on_demand=None)  # it was called already
     if max(experts) >= kernels.experts or min(experts) < 0:
         return None
@@ -211,7 +211,7 @@ def _few_tokens(
     outputs = x.new_empty((len(rows), kernels.width))
     of_outputs = x.index_select(0, torch.tensor(rows, device=CPU))
     if not kernels.compute_found(of_outputs, lookup, [*counts.values()], outputs):
-        tiered.source.take_back_uses(tiered.block, [*counts])
+        tiered.source.uses.take_back(tiered.block, [*counts])
         # it was called already
         return _tokens(kernels, replace(tiered, on_demand=None), [Routed(x, index, weights)], lambda: None)
     out = torch.empty_like(x)
@@ -223,9 +223,9 @@ def _few_tokens(
 
 def _note_uses(tiered: TieredBlock, experts: Sequence[int]) -> None:
     """Note that ``experts`` are demanded, and that all their records are in memory and used without leases."""
-    tiered.source.note_uses(tiered.block, experts)
+    tiered.source.uses.note(tiered.block, experts)
     if tiered.remote_compute is not None:
-        tiered.remote_compute.note_uses(tiered.block, experts)
+        tiered.remote_compute.note_local(tiered.block, experts)
     if tiered.on_demand is not None:
         tiered.on_demand(tiered.block, experts)
 
@@ -267,7 +267,7 @@ def _tokens(
         order = torch.argsort(rows, stable=True)  # by token, and then by expert
         kernels.add_up(outputs, weights.reshape(-1)[places], order, bounds, sums, is_part=is_part)
         if kept := [span.expert for span in group if span.expert in recent]:
-            tiered.source.note_uses(tiered.block, kept)  # else the next experts of the prompt would evict them
+            tiered.source.uses.note(tiered.block, kept)  # else the next experts of the prompt would evict them
         between()
     if is_part:
         tiered.source.prefetch(tiered.block, ())

@@ -33,7 +33,7 @@ from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import CopySource, Lease, Residents
+from moetier.tiers.source import CopySource, Lease, NoUses, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
@@ -78,6 +78,7 @@ class DeviceTier:
             BudgetError: the device has not enough memory for the experts that one token uses in one block.
         """
         assert slots.keys() == manifest.layouts.keys()
+        self.uses = NoUses()  # ``residents`` returns None
         self._source = source
         self._device = device
         self._manifest = manifest
@@ -111,7 +112,7 @@ class DeviceTier:
         try:
             hits, missing, was_requested = self._begin(demand, distinct, wanted)
             if hits:
-                self._source.note_copy_uses(hits)
+                self._source.uses.note_copies(hits)
             if (
                 was_requested and not missing and not wanted
             ):  # cancel the requests; if records are missing, the source's demand does
@@ -125,11 +126,6 @@ class DeviceTier:
     def residents(self, block: int) -> Residents | None:
         """Return None, because compiled code can't look records up in a device tier."""
         return None
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Do nothing, because ``residents`` returns None, so no caller uses records without leases."""
-
-    take_back_uses = note_uses
 
     def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""

@@ -305,7 +305,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
-                    self.prefetches.note_uses((key,))
+                    self.prefetches.mark_used((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)

@@ -184,7 +184,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.note_uses((key,))
+            self._prefetches.mark_used((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()

@@ -106,7 +106,7 @@ class Session(AsyncCaller):
     @transition
     def _note_some_uses(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            self._uses.note_client_uses(keys)
+            self._uses.note_client(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.

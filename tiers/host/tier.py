@@ -19,7 +19,7 @@ from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
-from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
+from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Pause, Store
@@ -30,6 +30,7 @@ from .loaders import Loaders
 from .loads import LoadLimits
 from .page_turns import PageTurns
 from .session import Session, Timekeeper
+from .uses import HostUses
 from .waiting import Notifier
 
 # leases that are available together, and whether they are the last of the demand
@@ -109,7 +110,7 @@ class HostTier(Closeable):
                 policy=policy,
                 loads_rest=loads_rest,
             )
-            self._uses = self._ledger.uses
+            self.uses = HostUses(self._monitor, self._ledger.uses)
             self.page_turns = PageTurns(self._monitor, self._ledger.loads)
             self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
             self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
@@ -219,26 +220,6 @@ class HostTier(Closeable):
         if block not in self._residents:
             self._residents[block] = self._arena.residents(block, self.manifest.blocks[block].array)
         return self._residents[block]
-
-    @deferred
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand, as ``ExpertSource`` specifies."""
-        self._uses.note_uses(block, experts)
-
-    @deferred
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._uses.take_back_uses(experts)
-
-    @transition
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
-        self._uses.note_copy_uses(keys)
-
-    @transition
-    def uses(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of its uses."""
-        return self._uses.counts()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_read`` says which slots they take.

@@ -189,7 +189,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.callers.append(caller)
             assert vars(self.ledger.counters) == before
             if used:
-                self.ledger.uses.note_copy_uses([key])
+                self.ledger.uses.note_copies([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:

@@ -148,7 +148,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
     load = ledger.loads.take()
     assert load is not None
     ledger.loads.complete(load)
-    ledger.uses.note_client_uses([ExpertKey(1, 0)])
+    ledger.uses.note_client([ExpertKey(1, 0)])
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
