@@ -29,6 +29,7 @@ from contextlib import closing
 import torch
 
 from moetier.tiers.cache.policies import DEFAULT_POLICY
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, posted, transition, waiting
@@ -169,7 +170,7 @@ class DeviceTier:
 
     @transition
     def _absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        return [key for key in keys if not self._slots.pool(key.block).is_ready(key)]
+        return [key for key in keys if self._slots.pool(key.block).lookup(key) is not Lookup.HIT]
 
     @transition
     def stats(self) -> TierStats:
@@ -314,7 +315,7 @@ class DeviceTier:
             return None
         block, hits, missing = keys[0].block, list[ExpertKey](), list[ExpertKey]()
         demand.pool = self._slots.pool(block)
-        demand.is_scan = max(len(keys), wanted) > demand.pool.quota(block)
+        demand.is_scan = max(len(keys), wanted) > demand.pool.partitions.quota(block)
         self._demands[demand] = None
         if self._promotes:
             self._promoter.replace(block, (), ())
@@ -327,7 +328,7 @@ class DeviceTier:
             else:
                 demand.ready.append(slot)
                 hits.append(key)
-        demand.pool.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
+        demand.pool.partitions.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
         if missing:
             self._promoter.pause()
             demand.misses = True

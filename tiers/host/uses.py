@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, deferred, transition
 from moetier.tiers.stats import TierCounters
@@ -49,9 +50,9 @@ class Uses:
         self._prefetches.replace(pool, block, (), None)
         self._counts.update(keys)
         self._counters.count_lookups(hits=len(keys))
-        cached = [key for key in keys if pool.is_ready(key)]  # others were evicted since
+        cached = [key for key in keys if pool.lookup(key) is Lookup.HIT]  # others were evicted since
         self._prefetches.mark_used(cached)
-        pool.touch(reversed(cached), is_scan=len(keys) > pool.quota(block))
+        pool.partitions.touch(reversed(cached), is_scan=len(keys) > pool.partitions.quota(block))
 
     def take_back(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
@@ -64,7 +65,7 @@ class Uses:
         for key in keys:
             pool = self._pool_of[key.block]
             if pool.slot_of(key) is not None:
-                pool.touch((key,))
+                pool.partitions.touch((key,))
                 self._prefetches.mark_used((key,))
 
     def note_copies(self, keys: Sequence[ExpertKey]) -> None:

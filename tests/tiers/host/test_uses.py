@@ -8,6 +8,7 @@ from stores import keys
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.host.demands import Pool, Purpose
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.host.uses import Uses
@@ -55,7 +56,7 @@ def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     assert tier.counters.hits == 2
     tier.uses.note_client([ExpertKey(0, 0)])
     assert tier.counters.hits == 3
-    assert not tier.pool.is_ready(ExpertKey(0, 0))
+    assert tier.pool.lookup(ExpertKey(0, 0)) is not Lookup.HIT
 
 
 def test_discarded_hits_are_no_hits() -> None:
