@@ -90,7 +90,7 @@ are taken, and the rule for the fields.
         SessionCall._state      whether a stream has ended (``daemon.clients``)
         ControlServer._state    the control connections (``daemon.control_server``)
         HostedModel._opening    the start of the thread that imports the compiler (``daemon.hosted_model``)
-        SessionCounts._lock     counts of a client, or of a model's clients (``daemon.hosted_model``)
+        ClientCounts._lock      counts of a model's clients (``daemon.client_counts``)
         OpenCalls._lock         the calls of other hosts that are under way (``daemon.leases``)
         FetchCalls._state       the records that fetches lease (``daemon.fetch``)
         ComputeCalls._state     code that is or will be compiled (``daemon.compute``)
