@@ -191,8 +191,12 @@ class SessionCall:
     def _release(self, message: pb.Release) -> None:
         if (block := self._session.block_of(message.request)) is None:  # it has failed since the client sent this
             return
-        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(message.experts)]
-        self._session.release(message.request, keys)
+        if message.experts:
+            self._session.release(
+                message.request, [ExpertKey(block, expert) for expert in dict.fromkeys(message.experts)]
+            )
+        else:
+            self._session.end(message.request)
         if self._session.block_of(message.request) is None:
             self._on_ended()
 

@@ -78,7 +78,7 @@ class Client:
                 self.over(request)
         else:
             self.over(request)
-            self.session.release(request)
+            self.session.end(request)
 
 
 class LedgerMachine(RuleBasedStateMachine):
