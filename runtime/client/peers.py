@@ -101,7 +101,10 @@ class Peers:
             peer.counts.count(computed=outputs, computed_bytes=nbytes)
 
     def shares(self) -> list[Share]:
-        """Return what came from each daemon, in the order in which they were named, and from former ones."""
+        """Return the records and outputs that each daemon has given, in the order of the daemons' names in the options.
+
+        Those of daemons that have left their DNS name come last, as one share.
+        """
         with self._state:
             shares = [
                 peer.counts.share(peer.name, peer.away.cause if peer.away else "", peer.failures) for peer in self

@@ -280,7 +280,7 @@ class Clients:
                 raise _no_client()
             if client.model is None:
                 raise UnknownModelError(
-                    "This session id is not for a model.", "Send the digest of a store on the control socket."
+                    "The client has registered without a model.", "Send the digest of a store on the control socket."
                 )
             if self._stopping:
                 raise _stopping()

@@ -36,7 +36,7 @@ class PendingOutputs(Protocol):
         """The experts that other hosts compute."""
 
     def collect(self, outputs: int) -> list[int]:
-        """Wait for the outputs, and write them to their places from ``outputs`` on, an address.
+        """Wait for the outputs, and write each to its row of [outputs, hidden] at the address ``outputs``.
 
         Return the experts that no host has computed.
         """
@@ -46,18 +46,27 @@ class PendingOutputs(Protocol):
 
 
 class RemoteExperts(Protocol):
-    """Interface of an object that has experts computed on other hosts."""
+    """Interface of an object that has absent experts computed on other hosts, where that takes less time."""
 
     def note_local(self, block: int, experts: Sequence[int]) -> None:
-        """Note that one token has used ``experts`` of a block, whose records are all in this process's tier."""
+        """Count a use of each of ``experts`` by one token, whose records were all in this process's tier.
+
+        The counts decide which experts are worth a slot here.
+        """
 
     def send(
         self, products: ExpertKernels, block: int, x: int, tokens: int, tokens_of: TokensOfExperts
     ) -> PendingOutputs:
         """Choose experts that other hosts compute faster, and send them the hidden states of these experts' tokens.
 
-        ``x`` is the address of the hidden states [tokens, hidden]. ``tokens_of`` has all experts that are used. The
-        caller closes the result.
+        Args:
+            products: compiled code for the block's experts, with the type and the width of hidden states.
+            block: number of the block.
+            x: address of the hidden states [tokens, hidden], contiguous.
+            tokens: number of tokens of x.
+            tokens_of: all experts that are used, and the tokens of each.
+
+        The caller closes the result.
         """
 
 

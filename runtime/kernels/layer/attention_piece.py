@@ -224,7 +224,7 @@ class PieceEmitter(WordEmitter):
         self._unite(piece, row, count, sight, result)
 
     def sight_of(self, row: Value) -> Sight:
-        """Emit what a row attends to in the present piece."""
+        """Emit the range of the present piece's positions that row ``row`` of the queries attends to."""
         raise NotImplementedError
 
     def add_mask(self, scores: Value, row: Value, begin: Value, end: Value) -> None:
