@@ -1,7 +1,7 @@
 """Run several forward passes of one model in lockstep, and compute each block's experts for all of them together.
 
-A long prompt is divided into chunks, because attention of all its tokens would take too much memory. Each chunk is a
-forward pass of its own, in a greenlet, which pauses at each block's experts until all passes are there. So the experts
+A long prompt is computed in several forward passes, because attention of all its tokens would take too much memory.
+Each pass runs in a greenlet, which pauses at each block's experts until all passes are there. So the experts
 of a block are read once for the whole prompt.
 """
 
@@ -19,7 +19,7 @@ from .experts import compute_together, pausing
 
 
 class Pass(NamedTuple):
-    """A forward pass of a chunk of a prompt."""
+    """A forward pass of some tokens of a prompt."""
 
     run: Callable[[], Any]
     is_wanted: Callable[[], bool] = lambda: True  # if it returns False, the rest is not computed
