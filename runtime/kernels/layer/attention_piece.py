@@ -52,7 +52,7 @@ class Sight(NamedTuple):
 
 
 class KeyPiece(NamedTuple):
-    """Addresses of a head's keys and values of a piece, and what a block of rows attends to in it."""
+    """Addresses of a head's keys and values of a piece, and what a strip of rows attends to in it."""
 
     keys: Value  # i64
     values: Value  # i64

@@ -236,7 +236,7 @@ class AttentionTasks:
             key_heads=key_count,
             share=share,
             tokens=1,
-            block=1,
+            strip=1,
             first=0,
             end=0,
             window=NO_WINDOW,
