@@ -497,4 +497,4 @@ def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(m
     remote = RemoteCompute(store, host)
     with pytest.raises(KeyboardInterrupt):
         remote.send(products, 0, 0, 1, {0: ([0], [0]), 1: ([0], [1])})
-    assert remote.reserve(remote_compute._Part(peer, 0, [], {}), remote_compute.MAX_WAITING)
+    assert remote.reserve(remote_compute._PeerCall(peer, 0, [], {}), remote_compute.MAX_WAITING)
