@@ -76,7 +76,7 @@ are taken, and the rule for the fields.
         quantizer._lock         transformers' registries (``model.quantizer``)
         register._lock          the replacement of ``from_pretrained`` (``model.register``)
     clients
-        ClientContext.counting  the client's counters (``client.misses``)
+        ClientUses._counting    the client's counters (``client.uses``)
         Link._lock              requests that are sent, for the first time or again (``client.daemon_link``)
         Fallback._lock          the opening of the local store (``client.fallback``)
         Peers._state            the daemons, and which are away (``client.peers``)
@@ -90,7 +90,7 @@ are taken, and the rule for the fields.
         SessionCall._state      whether a stream has ended (``daemon.clients``)
         ControlServer._state    the control connections (``daemon.control_server``)
         HostedModel._opening    the start of the thread that imports the compiler (``daemon.hosted_model``)
-        SessionCounts._lock     counts of a client, or of a model's clients (``daemon.hosted_model``)
+        ClientCounts._lock      counts of a model's clients (``daemon.client_counts``)
         OpenCalls._lock         the calls of other hosts that are under way (``daemon.leases``)
         FetchCalls._state       the records that fetches lease (``daemon.fetch``)
         ComputeCalls._state     code that is or will be compiled (``daemon.compute``)

@@ -84,18 +84,14 @@ class Lock(NamedTuple):
     @property
     def prefixes(self) -> tuple[str, ...]:
         """The text before the names of the lock and of its fields, such as ``self.``, in code that uses them."""
-        return ("",) if isinstance(self.owner, ast.Module) else HELD_AS.get(self.name, ("self.",))
+        return ("",) if isinstance(self.owner, ast.Module) else ("self.",)
 
     def functions(self) -> Iterator[tuple[Function, bool]]:
         """Yield the functions that may change what the lock guards, and whether they need not take it."""
-        trees: list[ast.AST] = [self.owner]
-        if self.name in HELD_AS:
-            trees = [ast.parse(path.read_text()) for path in sorted(self.path.parent.glob("*.py"))]
-        for tree in trees:
-            for node in outermost_functions(tree):
-                holds = f"holds ``{self.attribute}``" in (ast.get_docstring(node) or "")
-                if node.name != "__init__":
-                    yield node, holds or node.name in self.exempt
+        for node in outermost_functions(self.owner):
+            holds = f"holds ``{self.attribute}``" in (ast.get_docstring(node) or "")
+            if node.name != "__init__":
+                yield node, holds or node.name in self.exempt
 
 
 def outermost_functions(tree: ast.AST) -> Iterator[Function]:
@@ -194,8 +190,6 @@ CHANGES = {
     "take_back_hits",
     "update",
 }
-# locks whose fields other classes of the package change, and what stands before their names there
-HELD_AS = {"ClientContext.counting": ("context.", "self._context.")}
 # fields of which no change can be seen here, and why
 UNSEEN = {
     "CachedStore._fetched": "``_count`` gets it as an argument, and holds the lock",

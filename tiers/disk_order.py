@@ -5,8 +5,8 @@
     3. reads of records for prefetches and the warm-up
     4. writes of pages
 
-The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier`` is the DiskOrder
-of its process. Where a daemon reads the records, its clients can't know when, and use ``NO_ORDER``.
+The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier.page_turns`` is the
+DiskOrder of its process. Where a daemon reads the records, its clients can't know when, and use ``NO_ORDER``.
 """
 
 from __future__ import annotations

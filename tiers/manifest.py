@@ -274,7 +274,14 @@ def _array(name: str, layout: Fields) -> str:
 
 
 def _sums(value: Fields, names: re.Pattern[str], what: str, least: int) -> dict[str, FileSum]:
-    """Parse a dictionary from the names of files, which match ``names``, to their sums, of ``least`` bytes or more."""
+    """Parse a dictionary from file names to sizes and checksums. Raises ValueError if it can't be used.
+
+    Args:
+        value: the dictionary.
+        names: pattern of permitted names.
+        what: words for a file, for errors.
+        least: the smallest permitted size in bytes.
+    """
     sums = {}
     for name, entry in value.members():
         if not names.fullmatch(name):

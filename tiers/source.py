@@ -71,8 +71,66 @@ class Residents(NamedTuple):
         return self[:7]
 
 
-class ExpertSource(Protocol[Record]):
+class ResidentUses(Protocol):
+    """Interface that counts demands whose records the caller finds through ``ExpertSource.residents``, unleased."""
+
+    def note(self, block: int, experts: Sequence[int]) -> None:
+        """Count a demand for ``experts`` of a block.
+
+        The caller may also have leased them for a long prompt, and count those uses that are to keep them in memory.
+        This has the effect of a demand that finds all its records: each record counts as a hit, and the block's
+        prefetch requests are cancelled. The order of eviction is updated later, but before the next record is evicted.
+        Returns at once.
+        """
+
+    def take_back(self, block: int, experts: Sequence[int]) -> None:
+        """Count the hits of an earlier ``note`` as discarded, because records were replaced during their use.
+
+        The caller then repeats the demand, and the repeated demand is counted.
+        """
+
+
+class CopyUses(ResidentUses, Protocol):
+    """Interface that also counts demands which have found copies in the tier above."""
+
+    def note_copies(self, keys: Sequence[ExpertKey]) -> None:
+        """Note that demands have found the records of ``keys`` in the tier above. Returns at once.
+
+        If this source has prefetched one of the records, and the tier above copied it through ``pin``, the prefetch
+        now counts as useful. The order of eviction does not change.
+        """
+
+
+class NoUses:
+    """The ``ResidentUses`` of a source without residents: no caller uses its records without leases."""
+
+    def note(self, block: int, experts: Sequence[int]) -> None:
+        """Do nothing: what the caller has leased is counted already."""
+
+    def take_back(self, block: int, experts: Sequence[int]) -> None:
+        """Do nothing."""
+
+
+class PrefetchSource(Protocol):
+    """Interface of a source to which predictions are sent."""
+
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
+        """Request prefetches of ``keys``, which all belong to ``block``. Returns at once.
+
+        The requests replace the block's earlier requests whose reads have not begun. A demand for the block cancels all
+        of the block's requests whose reads have not begun.
+        """
+
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Return those of ``keys`` whose records are not READY in this source. Never waits for a read."""
+
+
+class ExpertSource(PrefetchSource, Protocol[Record]):
     """Interface of a source of experts: a tier, or the client of a daemon. Thread-safe."""
+
+    @property
+    def uses(self) -> ResidentUses:
+        """Counts the demands that are computed without leases."""
 
     def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Record], None, None]:
         """Yield a lease for each distinct key: first for the records that the source holds, then for others on arrival.
@@ -105,36 +163,11 @@ class ExpertSource(Protocol[Record]):
             ClosedError: the source was closed.
         """
 
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand for ``experts`` of a block. The caller uses their records through ``residents``, unleased.
-
-        The caller may also have leased them for a long prompt, and count those uses that are to keep them in memory.
-        This has the effect of a demand that finds all its records: each record counts as a hit, and the block's
-        prefetch requests are cancelled. The order of eviction is updated later, but before the next record is evicted.
-        Returns at once.
-        """
-
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note_uses`` as discarded, because records were replaced during their use.
-
-        The caller then repeats the demand, and the repeated demand is counted.
-        """
-
     def end_leases(self) -> None:
         """End all leases of the calling thread. Call this after an exception, which may have left leases open.
 
         The iterators that gave these leases must not be used any more.
         """
-
-    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Request prefetches of ``keys``, which all belong to ``block``. Returns at once.
-
-        The requests replace the block's earlier requests whose reads have not begun. A demand for the block cancels all
-        of the block's requests whose reads have not begun.
-        """
-
-    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return those of ``keys`` whose records are not READY in this source. Never waits for a read."""
 
     def stats(self) -> TierStats:
         """Return what the source has counted since it was opened, and the state of its slots."""
@@ -146,17 +179,14 @@ class ExpertSource(Protocol[Record]):
 class CopySource(ExpertSource[Record], Protocol[Record]):
     """Interface of a source below another tier, which copies records from the source."""
 
+    @property
+    def uses(self) -> CopyUses:
+        """Counts the demands that are computed without leases, or with copies in the tier above."""
+
     def pin(self, key: ExpertKey) -> AbstractContextManager[Lease[Record] | None]:
         """Return a context manager that gives a lease of the record if it is READY in this source, else None.
 
         The lease ends with the ``with`` block. Never waits. This is not a demand: it is not counted as a hit, miss or
         use, and it changes neither the order of eviction nor prefetch requests. A copy of the record is valid only if
         the lease is still valid when the copy has ended.
-        """
-
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
-        """Note that demands have found the records of ``keys`` in the tier above. Returns at once.
-
-        If this source has prefetched one of the records, and the tier above copied it through ``pin``, the prefetch
-        now counts as useful. The order of eviction does not change.
         """

@@ -264,7 +264,7 @@ def _block(
 def _cut_down(path: str, module: Any, recipes: Mapping[str, Recipe]) -> None:
     """Cut parameters of an Experts module that can be made for one expert at a time down to one expert, [1, ...]."""
     for name, parameter in _own(path, module):
-        if recipes[f"{path}.{name}"].apart:
+        if recipes[f"{path}.{name}"].is_separable:
             one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
             setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
 

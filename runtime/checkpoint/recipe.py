@@ -44,8 +44,8 @@ class Recipe:
     sources: Mapping[str, list[SourceTensor]]
 
     @property
-    def apart(self) -> bool:
-        """True if the parameter can be made for one expert at a time."""
+    def is_separable(self) -> bool:
+        """True if the parameter can be made for one expert at a time, from rows of its sources."""
         operations = self.converter.operations if self.converter else []
         return all(map(_keeps_experts_apart, operations)) and all(
             len(tensors) == self.experts or (len(tensors) == 1 and tensors[0].shape[:1] == (self.experts,))
@@ -195,9 +195,9 @@ class BlockBlueprint:
     recipes: Mapping[str, Recipe]
 
     @property
-    def apart(self) -> bool:
+    def is_separable(self) -> bool:
         """True if its experts can be made one at a time; otherwise the block is read whole, once."""
-        return all(recipe.apart for recipe in self.recipes.values())
+        return all(recipe.is_separable for recipe in self.recipes.values())
 
     @property
     def files(self) -> frozenset[Path]:
@@ -218,7 +218,7 @@ class Merging:
 
     def make(self, recipe: Recipe, expert: int) -> torch.Tensor:
         """Return one expert's slice of a parameter: [rows, columns], or [size] for a bias."""
-        if recipe.apart:
+        if recipe.is_separable:
             return recipe.make(expert, self._turn)
         with self._turn:
             if recipe.parameter not in self._whole:

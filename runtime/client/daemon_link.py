@@ -139,7 +139,7 @@ class Link:
         """Send a prefetch request. It is lost while the daemon is away."""
         self._send(pb.ClientMessage(prefetch=pb.Prefetch(requested=pb.Experts(block=block, experts=experts))))
 
-    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+    def report_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Report uses of records that were found in the arena's directory, the least recently used first.
 
         The report is sent before the next request, and after half a second at the latest.

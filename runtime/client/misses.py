@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
@@ -16,10 +15,10 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.locks import POLL_SECONDS
 from moetier.tiers.source import Lease
-from moetier.tiers.stats import TierCounters
 
 from .daemon_link import Link, SlotAnswer, SlotRequest
 from .fallback import Fallback
+from .uses import ClientUses
 
 AWAY_GRACE = 1.0  # seconds that a daemon may be away before the local store is read
 _RETRY = 0.1  # seconds before a request that failed because the daemon was ending is sent again
@@ -27,14 +26,13 @@ _RETRY = 0.1  # seconds before a request that failed because the daemon was endi
 
 @dataclass(eq=False, slots=True)
 class ClientContext:
-    """Objects and counts that a client's tier shares with all its misses."""
+    """Objects that a client's tier shares with all its misses."""
 
     link: Link
     fallback: Fallback
+    uses: ClientUses
     timeout: float  # seconds for which a miss waits for the daemon
     check_open: Callable[[], None]  # raises ClosedError once the tier is closed
-    counting: threading.Lock = field(default_factory=threading.Lock)  # guards: ``counters``. No finalizer takes it
-    counters: TierCounters = field(default_factory=partial(TierCounters, "daemon"))
     by_thread: dict[int, Misses] = field(default_factory=dict)  # misses that hold or await leases
 
 
@@ -86,8 +84,7 @@ class Misses:
                 if self.missing:  # otherwise close() cancels the request and so releases this lease
                     context.link.release(request, expert)
             else:  # the daemon that granted the slot is gone, and another one has refilled it
-                with context.counting:
-                    context.counters.count(discarded=1)
+                context.uses.count(discarded=1)
                 context.link.cancel(request)
                 self.submit([expert, *request.awaited])
 
@@ -119,8 +116,7 @@ class Misses:
                 else:  # granted a second time, as it was requested again meanwhile
                     link.release(answer.request, answer.event.key.expert)
         finally:
-            with context.counting:
-                context.counters.count_wait(time.monotonic() - began)
+            context.uses.count(waited=time.monotonic() - began)
 
     def _next_answer(self, due: float) -> SlotAnswer | None:
         """Return the next answer; None if there is none before ``due`` (monotonic clock), or within POLL_SECONDS."""
@@ -135,8 +131,7 @@ class Misses:
         Raises the request's error if neither is possible, as after ``deadline`` (monotonic clock).
         """
         if isinstance(error, StoreError):
-            with self._context.counting:
-                self._context.counters.count(failures=1)
+            self._context.uses.count(failures=1)
         is_ending = isinstance(error, UnavailableError | ClosedError)
         if not is_ending and not isinstance(error, ExhaustedError):
             raise error

@@ -45,7 +45,7 @@ def rendezvous(names: Iterable[str], key: ExpertKey) -> list[str]:
 
 
 class Peer:
-    """One of several daemons, and whether it is away."""
+    """One of several daemons, and whether it is away. ``Peers`` calls the methods that change it, under its lock."""
 
     def __init__(self, name: str, store: RemoteStore) -> None:
         self.name = name
@@ -55,6 +55,31 @@ class Peer:
         self.away: MoetierError | None = None  # the reason while it is away
         self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
         self.next_check = 0.0  # on the monotonic clock
+
+    def note_away(self, error: MoetierError, *, is_failure: bool = False) -> None:
+        """Note that the daemon is away, and when to check it again. ``is_failure``: it was not away before."""
+        self.failures += is_failure
+        self.away = error
+        self.backoff = min(max(SHORTEST, 2 * self.backoff), LONGEST)
+        self.next_check = time.monotonic() + self.backoff
+
+    def note_back(self) -> None:
+        """Note that the daemon serves the store again."""
+        self.away = None
+
+    def note_record(self, nbytes: int) -> None:
+        """Count a record that the daemon has given. The next time that it is away, it is checked soon."""
+        self.counts.count(records=1, bytes=nbytes)
+        self.backoff = 0.0
+
+    def share(self) -> Share:
+        """Return what the daemon has given."""
+        return self.counts.share(self.name, self.away.cause if self.away else "", self.failures)
+
+    def leave(self, former: ShareCounts) -> None:
+        """Add the counts to those of former daemons, and from now on what calls under way still give."""
+        former.count(**asdict(self.counts))
+        self.counts = former
 
 
 class Peers:
@@ -92,8 +117,7 @@ class Peers:
     def count_record(self, peer: Peer, nbytes: int) -> None:
         """Count a record that a daemon has given."""
         with self._state:
-            peer.counts.count(records=1, bytes=nbytes)
-            peer.backoff = 0.0
+            peer.note_record(nbytes)
 
     def count_computed(self, peer: Peer, outputs: int, nbytes: int) -> None:
         """Count ``outputs`` that a daemon has computed, and the bytes that were sent for them in both directions."""
@@ -101,11 +125,12 @@ class Peers:
             peer.counts.count(computed=outputs, computed_bytes=nbytes)
 
     def shares(self) -> list[Share]:
-        """Return what came from each daemon, in the order in which they were named, and from former ones."""
+        """Return the records and outputs that each daemon has given, in the order of the daemons' names in the options.
+
+        Those of daemons that have left their DNS name come last, as one share.
+        """
         with self._state:
-            shares = [
-                peer.counts.share(peer.name, peer.away.cause if peer.away else "", peer.failures) for peer in self
-            ]
+            shares = [peer.share() for peer in self]
             if self._former != ShareCounts():
                 shares.append(self._former.share("former daemons"))
         return shares
@@ -181,15 +206,12 @@ class Peers:
             if peer.away is not None or peer.failures != failures or self._closed or is_former:
                 return
             _log.warning("the daemon %s is away: %s", peer.name, error.cause)
-            peer.failures += 1
-            self._note_away(peer, error)
+            self._note_away(peer, error, is_failure=True)
         self._start_watcher()
 
-    def _note_away(self, peer: Peer, error: MoetierError) -> None:
-        """Note that a peer is away, and when to check it again. The caller holds ``_state``."""
-        peer.away = error
-        peer.backoff = min(max(SHORTEST, 2 * peer.backoff), LONGEST)
-        peer.next_check = time.monotonic() + peer.backoff
+    def _note_away(self, peer: Peer, error: MoetierError, *, is_failure: bool = False) -> None:
+        """Note that a peer is away, as ``Peer.note_away`` does. The caller holds ``_state``."""
+        peer.note_away(error, is_failure=is_failure)
         self._next_resolve = 0.0  # another daemon may have taken its place
         self._state.notify_all()
 
@@ -231,7 +253,7 @@ class Peers:
                 self._note_away(peer, error)
             else:
                 _log.warning("the daemon %s is back", peer.name)
-                peer.away = None
+                peer.note_back()
                 self._state.notify_all()
 
     # -- daemons that come and go -------------------------------------------------------------------------------------
@@ -270,8 +292,7 @@ class Peers:
             self._peers = peers | new
             self._orders = {}
             for peer in former:
-                self._former.count(**asdict(peer.counts))
-                peer.counts = self._former  # calls may be under way
+                peer.leave(self._former)
             self._state.notify_all()
         for peer in former:
             _log.info("the daemon %s has gone", peer.name)

@@ -70,15 +70,15 @@ class RemoteCompute:
         self._uses = [RecentUses(block.experts) for block in self._manifest.blocks]
         self._least: dict[int, tuple[int, float]] = {}  # by block: demands left until it is looked up again, and uses
         self.seconds = OutputSeconds()
-        self._lock = threading.Lock()  # guards: ``_waiting``, and the outputs of each part
-        self._waiting: set[_Part] = set()  # parts with outputs that are waited for
+        self._lock = threading.Lock()  # guards: ``_waiting``, and the outputs of each call
+        self._waiting: set[_PeerCall] = set()  # calls with outputs that are waited for
 
     @property
     def is_possible(self) -> bool:
         """True if a daemon serves computations now."""
         return any(peer.away is None and peer.store.computes for peer in self.store.peers)
 
-    def note_uses(self, block: int, experts: Iterable[int]) -> None:
+    def note_local(self, block: int, experts: Iterable[int]) -> None:
         """Count uses of ``experts`` by one token. All of them are cached."""
         self._uses[block].add([(expert, 1) for expert in experts], 1)
 
@@ -134,38 +134,38 @@ class RemoteCompute:
         self._least[block] = (left - 1, least)
         return least
 
-    def reserve(self, part: _Part, outputs: int) -> bool:
-        """Add outputs to a part, which is waited for, and return True; False if there would be too many in all."""
+    def reserve(self, call: _PeerCall, outputs: int) -> bool:
+        """Add outputs to a call, which is waited for, and return True; False if there would be too many in all."""
         with self._lock:
             if sum(waiting.outputs for waiting in self._waiting) + outputs > MAX_WAITING:
                 return False
-            self._waiting.add(part)
-            part.outputs += outputs
+            self._waiting.add(call)
+            call.outputs += outputs
             return True
 
-    def free(self, parts: Iterable[_Part]) -> None:
-        """Note that the outputs of ``parts`` are not needed any more."""
+    def free(self, calls: Iterable[_PeerCall]) -> None:
+        """Note that the outputs of ``calls`` are not needed any more."""
         with self._lock:
-            self._waiting.difference_update(parts)
+            self._waiting.difference_update(calls)
 
 
 @dataclass(slots=True, eq=False)
-class _Part:
-    """The part of a block's computation that is sent to one daemon."""
+class _PeerCall:
+    """A call that sends a part of a block's computation to one daemon."""
 
     peer: Peer
     failures: int  # of the peer, before the call
     experts: list[int]
     picked: dict[int, None]  # numbers of the tokens whose hidden states are sent
     outputs: int = 0  # number of outputs
-    call: Any = None  # gRPC's call, or the MoetierError with which it could not begin
+    rpc: Any = None  # gRPC's call, or the MoetierError with which it could not begin
     crc: int = 0  # checksum of the request
     began: float = 0.0
 
     @property
     def is_late(self) -> bool:
         """True if the call has so little time left that it may end although the daemon has answered."""
-        return not isinstance(self.call, MoetierError) and self.call.time_remaining() < self.peer.store.timeout / 2
+        return not isinstance(self.rpc, MoetierError) and self.rpc.time_remaining() < self.peer.store.timeout / 2
 
 
 class RemoteOutputs:
@@ -181,13 +181,13 @@ class RemoteOutputs:
         self._x = x
         self._tokens_of = tokens_of
         self._failures = Counter[str]()  # by name of a daemon: how many of its calls have failed
-        self._parts: list[_Part] = []
+        self._calls: list[_PeerCall] = []
         self.experts: Collection[int] = ()  # experts that were sent
         self.is_timed = False  # false if records are fetched meanwhile, for which this thread waits first
 
     def send(self, experts: Sequence[int]) -> None:
         """Send experts to their daemons, in one call to each. Experts beyond the limits of a call are left out."""
-        parts: dict[str, _Part] = {}
+        calls: dict[str, _PeerCall] = {}
         row_bytes = self._products.row_bytes
         for expert in experts:
             peer = next(
@@ -200,22 +200,22 @@ class RemoteOutputs:
             )
             if peer is None:
                 continue
-            if (part := parts.get(peer.name)) is None:
-                part = parts[peer.name] = _Part(peer, peer.failures, [], {})
-                self._parts.append(part)  # before anything is reserved for it
+            if (call := calls.get(peer.name)) is None:
+                call = calls[peer.name] = _PeerCall(peer, peer.failures, [], {})
+                self._calls.append(call)  # before anything is reserved for it
             own, _ = self._tokens_of[expert]
-            picked = part.picked | dict.fromkeys(own)
-            outputs = part.outputs + len(own)
+            picked = call.picked | dict.fromkeys(own)
+            outputs = call.outputs + len(own)
             if len(picked) * row_bytes > INPUT_BYTES or outputs > MAX_OUTPUTS or outputs * row_bytes > OUTPUT_BYTES:
                 continue
-            if not self._owner.reserve(part, len(own)):
+            if not self._owner.reserve(call, len(own)):
                 break
-            part.experts.append(expert)
-            part.picked = picked
-        self._parts = [part for part in self._parts if part.experts]
-        for part in self._parts:
-            self._begin(part)
-        self.experts = {expert for part in self._parts for expert in part.experts}
+            call.experts.append(expert)
+            call.picked = picked
+        self._calls = [call for call in self._calls if call.experts]
+        for call in self._calls:
+            self._begin(call)
+        self.experts = {expert for call in self._calls for expert in call.experts}
 
     def collect(self, outputs: int) -> list[int]:
         """Wait for all outputs, and write them to their places from ``outputs`` on, an address.
@@ -225,19 +225,19 @@ class RemoteOutputs:
         computed.
         """
         left: list[int] = []
-        while self._parts:
-            parts, failed = self._parts, list[int]()
-            for part in parts:
-                is_late = part.is_late
-                data = self._read(part)
+        while self._calls:
+            calls, failed = self._calls, list[int]()
+            for call in calls:
+                is_late = call.is_late
+                data = self._read(call)
                 if isinstance(data, MoetierError):
                     if not (is_late and isinstance(data, UnavailableError)):
-                        self._note_failure(part, data)
-                    failed += part.experts
+                        self._note_failure(call, data)
+                    failed += call.experts
                 else:
-                    self._place(part, data, outputs)
+                    self._place(call, data, outputs)
             if not failed and self.is_timed:  # the daemons compute at the same time
-                self._owner.seconds.add(time.monotonic() - parts[0].began, sum(part.outputs for part in parts))
+                self._owner.seconds.add(time.monotonic() - calls[0].began, sum(call.outputs for call in calls))
             self.close()
             if failed:
                 self.send(failed)
@@ -246,21 +246,21 @@ class RemoteOutputs:
 
     def close(self) -> None:
         """Cancel all calls. Idempotent."""
-        parts, self._parts = self._parts, []
-        self._owner.free(parts)
-        for part in parts:
-            if part.call is not None and not isinstance(part.call, MoetierError):
-                part.call.cancel()
+        calls, self._calls = self._calls, []
+        self._owner.free(calls)
+        for call in calls:
+            if call.rpc is not None and not isinstance(call.rpc, MoetierError):
+                call.rpc.cancel()
 
-    def _begin(self, part: _Part) -> None:
-        """Send the hidden states of a part to its daemon. If that fails, ``_read`` returns the error."""
-        numbers = {token: number for number, token in enumerate(sorted(part.picked))}
+    def _begin(self, call: _PeerCall) -> None:
+        """Send the hidden states of a call to its daemon. If that fails, ``_read`` returns the error."""
+        numbers = {token: number for number, token in enumerate(sorted(call.picked))}
         size = self._products.row_bytes
         activation = self._products.activation
         request = pb.ComputeRequest(
             digest=self._store.manifest.digest,
             block=self._block,
-            experts=part.experts,
+            experts=call.experts,
             hidden_states=b"".join([ctypes.string_at(self._x + token * size, size) for token in numbers]),
             dtype=_TYPES[self._products.floats.itemsize],
             activation=pb.Activation(
@@ -272,57 +272,57 @@ class RemoteOutputs:
                 gated=activation.gated,
             ),
         )
-        if len(numbers) > 1 or part.outputs > len(part.experts):  # a token may name an expert twice
-            for expert in part.experts:
+        if len(numbers) > 1 or call.outputs > len(call.experts):  # a token may name an expert twice
+            for expert in call.experts:
                 own, _ = self._tokens_of[expert]
                 request.counts.append(len(own))
                 request.picked.extend([numbers[token] for token in own])
-        part.began = time.monotonic()
+        call.began = time.monotonic()
         try:
-            part.call, part.crc = part.peer.store.compute(request, part.outputs * size)
+            call.rpc, call.crc = call.peer.store.compute(request, call.outputs * size)
         except MoetierError as error:
-            part.call = error.with_traceback(None)
+            call.rpc = error.with_traceback(None)
 
-    def _read(self, part: _Part) -> bytearray | MoetierError:
-        """Return the outputs of a part, or the error of the daemon or the network."""
-        if isinstance(part.call, MoetierError):
-            return part.call
-        size = part.outputs * self._products.row_bytes
+    def _read(self, call: _PeerCall) -> bytearray | MoetierError:
+        """Return the outputs of a call, or the error of the daemon or the network."""
+        if isinstance(call.rpc, MoetierError):
+            return call.rpc
+        size = call.outputs * self._products.row_bytes
         data, crc = bytearray(), None
         try:
-            for message in part.call:
+            for message in call.rpc:
                 piece, crc = decode_piece(message)
                 data += piece
                 if len(data) > size:
                     break
         except CALL_ERRORS as error:
             # without the traceback: gRPC's error is the call itself, and its frames hold the tier
-            return error_of(error.with_traceback(None), part.peer.store.address.target)
+            return error_of(error.with_traceback(None), call.peer.store.address.target)
         except ProtocolError as error:
             return error.with_traceback(None)
         if len(data) != size or crc is None:
             return ProtocolError(
-                f"The daemon {part.peer.name} did not send outputs of {size:,} bytes with a checksum.", SAME_VERSION
+                f"The daemon {call.peer.name} did not send outputs of {size:,} bytes with a checksum.", SAME_VERSION
             )
-        if crc != crc32c(memoryview(data), part.crc):
+        if crc != crc32c(memoryview(data), call.crc):
             return ChecksumError(
-                f"Checksum mismatch in a computation by the daemon {part.peer.name}.", "Check the network, or use TLS."
+                f"Checksum mismatch in a computation by the daemon {call.peer.name}.", "Check the network, or use TLS."
             )
-        self._store.peers.count_computed(part.peer, part.outputs, len(part.picked) * self._products.row_bytes + size)
+        self._store.peers.count_computed(call.peer, call.outputs, len(call.picked) * self._products.row_bytes + size)
         return data
 
-    def _place(self, part: _Part, data: bytearray, outputs: int) -> None:
+    def _place(self, call: _PeerCall, data: bytearray, outputs: int) -> None:
         size = self._products.row_bytes
         source = ctypes.addressof(ctypes.c_char.from_buffer(data))
-        for number, output in enumerate(output for expert in part.experts for output in self._tokens_of[expert][1]):
+        for number, output in enumerate(output for expert in call.experts for output in self._tokens_of[expert][1]):
             ctypes.memmove(outputs + output * size, source + number * size, size)
 
-    def _note_failure(self, part: _Part, error: MoetierError) -> None:
+    def _note_failure(self, call: _PeerCall, error: MoetierError) -> None:
         """Note that a call has failed. After ATTEMPTS the daemon is skipped for this block, or until its next check."""
-        name = part.peer.name
+        name = call.peer.name
         if isinstance(error, _AWAY):
             self._failures[name] = ATTEMPTS
-            self._store.peers.lose(part.peer, error, part.failures)
+            self._store.peers.lose(call.peer, error, call.failures)
         elif isinstance(error, ExhaustedError | BudgetError):
             # it has no time or no memory, or is compiling code: it is asked again for the next block
             self._failures[name] = ATTEMPTS
@@ -333,7 +333,7 @@ class RemoteOutputs:
             if isinstance(error, StoreError):
                 return
             if self._failures[name] < ATTEMPTS:
-                part.peer.store.renew()
+                call.peer.store.renew()
             else:
-                part.peer.store.stop_computing()
+                call.peer.store.stop_computing()
                 _log.warning("The daemon %s is not asked to compute any more.", name)

@@ -8,8 +8,8 @@ request (``misses``). While the daemon is away or full, misses are read from the
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ClosedError
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
@@ -27,6 +27,7 @@ from .daemon_link import Link
 from .fallback import Fallback
 from .mapped_arena import MappedArena
 from .misses import ClientContext, Misses
+from .uses import ClientUses
 
 
 class DaemonTier(Closeable):
@@ -62,14 +63,11 @@ class DaemonTier(Closeable):
         self._fallback = fallback
         self._fork_guard = ForkGuard()
         self._closed = False
-        # Both sets change without a lock: each call of a set's method is atomic, and if two threads compute one block,
-        # at most a use or the end of a prefetch is reported twice.
-        self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
-        self._copied: set[ExpertKey] = set()  # keys pinned for a copy, and not reported as used since then
         self._arena = MappedArena.of(control, manifest)
         with closed_on_error(self._arena):
             self._link = Link(folder, manifest.digest, control, self._connected)
-        self._context = ClientContext(self._link, fallback, timeout, self._check_open)
+        self.uses = ClientUses(self._link)
+        self._context = ClientContext(self._link, fallback, self.uses, timeout, self._check_open)
 
     def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
@@ -83,63 +81,38 @@ class DaemonTier(Closeable):
         self._manifest.check_keys(block, keys)
         self._check_open()
         arena = self._arena
-        self._copied.difference_update(keys)  # this demand is reported to the daemon in any case
-        cached, missing = [], []
-        for key in dict.fromkeys(keys):
-            if (placement := arena.directory.find(key)) is None:
-                missing.append(key.expert)
-            else:
-                cached.append((key, *placement))
-        if cached:
-            self._link.note_uses([hit[0] for hit in reversed(cached)])
-        if block in self._prefetching and not wanted:
-            self._prefetching.discard(block)
-            if not missing:  # with misses, their request tells the daemon that the demand has come
-                self._link.prefetch(block, [])
-        with self._context.counting:
-            self._context.counters.count_lookups(hits=len(cached), misses=len(missing))
-        rest = Misses(self._context, block, wanted)
-        try:
+        placements = {key: arena.directory.find(key) for key in keys}
+        cached = {key: placement for key, placement in placements.items() if placement is not None}
+        missing = [key for key in placements if key not in cached]
+        self.uses.note_demand(block, [*cached], missing, is_part=wanted > 0)
+        with closing(Misses(self._context, block, wanted)) as misses:
             if missing:
-                rest.submit(missing)
-            proofs = []
-            for number, (key, slot, generation) in enumerate(cached, 1):
-                lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
-                proofs.append((key.expert, proof))
-                yield lease
-                if self._closed:
-                    self._check_open()
-            if lost := [expert for expert, proof in proofs if proof.is_valid is False]:
-                with self._context.counting:
-                    self._context.counters.take_back_hits(len(lost))
-                    self._context.counters.count_lookups(misses=len(lost))
-                rest.submit(lost)
-            if rest.missing:
-                yield from rest.leases()
-        finally:
-            rest.close()
+                misses.submit([key.expert for key in missing])
+            yield from self._lease_cached(arena, cached, misses)
+            yield from misses.leases()
+
+    def _lease_cached(
+        self, arena: MappedArena, cached: Mapping[ExpertKey, tuple[TierSlot, int]], misses: Misses
+    ) -> Iterator[Lease[memoryview]]:
+        """Yield leases of records that the arena has, and request those again that were replaced meanwhile.
+
+        ``cached`` has for each key the slot and its generation.
+        """
+        proofs = []
+        for number, (key, (slot, generation)) in enumerate(cached.items(), 1):
+            lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
+            proofs.append((key.expert, proof))
+            yield lease
+            if self._closed:
+                self._check_open()
+        if lost := [expert for expert, proof in proofs if proof.is_valid is False]:
+            self.uses.note_lost(len(lost))
+            misses.submit(lost)
 
     def residents(self, block: int) -> Residents | None:
         """Return where the block's records are in the daemon's arena, as ``ExpertSource`` says."""
         self._check_open()
         return self._arena.residents(block, self._manifest.blocks[block].array)
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Report uses to the daemon, as ``ExpertSource`` says."""
-        distinct = dict.fromkeys(experts)
-        if self._copied:
-            self._copied.difference_update([ExpertKey(block, expert) for expert in distinct])
-        self._link.note_uses([ExpertKey(block, expert) for expert in reversed(distinct)])
-        if block in self._prefetching:
-            self._prefetching.discard(block)
-            self._link.prefetch(block, [])
-        with self._context.counting:
-            self._context.counters.count_lookups(hits=len(distinct))
-
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Take back uses in this client's counters, as ``ExpertSource`` says. The daemon goes on counting them."""
-        with self._context.counting:
-            self._context.counters.take_back_hits(len(set(experts)))
 
     def end_leases(self) -> None:
         """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
@@ -156,13 +129,7 @@ class DaemonTier(Closeable):
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
-        if self.absent(keys):
-            self._prefetching.add(block)
-        elif block in self._prefetching:
-            self._prefetching.discard(block)
-        else:
-            return
-        self._link.prefetch(block, [key.expert for key in keys])
+        self.uses.prefetch(block, [key.expert for key in keys], is_needed=bool(self.absent(keys)))
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return absent keys as ``ExpertSource`` says: those that are not in the arena's directory."""
@@ -183,21 +150,11 @@ class DaemonTier(Closeable):
             return
         lease, proof = arena.lease(key, *placement)
         with ExitStack() as undo:
-            undo.callback(self._copied.discard, key)
-            self._copied.add(key)  # before the copy is made, as a demand may find the copy at once
+            undo.callback(self.uses.forget_copy, key)
+            self.uses.note_copy(key)  # before the copy is made, as a demand may find the copy at once
             yield lease
             if proof.is_valid:
                 undo.pop_all()
-
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses of copies, as ``CopySource`` says: each key once after its record was pinned for a copy.
-
-        The daemon counts the reported uses as hits.
-        """
-        unreported = [key for key in keys if key in self._copied]
-        self._copied.difference_update(unreported)
-        if unreported:
-            self._link.note_uses(unreported)
 
     def stats(self) -> TierStats:
         """Return the counters.
@@ -207,10 +164,7 @@ class DaemonTier(Closeable):
         self._fork_guard.check()
         layout, fallback = self._arena.layout, self._fallback.host
         ready = 0 if self._closed else self._arena.directory.ready
-        with self._context.counting:
-            stats = self._context.counters.snapshot(
-                slots=layout.slots, ready=ready, leased=None, slot_bytes=layout.nbytes - layout.directory_bytes
-            )
+        stats = self.uses.stats(slots=layout.slots, ready=ready, slot_bytes=layout.nbytes - layout.directory_bytes)
         if fallback is None:
             return stats
         reads = fallback.stats()
@@ -236,9 +190,9 @@ class DaemonTier(Closeable):
 
         In a forked child, only the child's own mappings and descriptors are closed.
         """
-        with ExitStack() as closing:
-            closing.callback(self._arena.close)
-            closing.callback(self._fallback.close)
+        with ExitStack() as ending:
+            ending.callback(self._arena.close)
+            ending.callback(self._fallback.close)
             if self._fork_guard.is_owner:
                 self._closed = True
                 self._link.close()

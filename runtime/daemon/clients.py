@@ -31,8 +31,9 @@ from moetier.tiers.errors import (
 from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
+from .client_counts import StreamCounts
 from .control_server import Welcome
-from .hosted_model import HostedModel, SessionCounts
+from .hosted_model import HostedModel
 from .log import log_event
 
 MAX_REQUESTS = 256  # most open requests of one client
@@ -49,19 +50,19 @@ class Client:
     model: HostedModel | None
     number: int = 0
     call: SessionCall | None = None
-    counts: SessionCounts = field(default_factory=SessionCounts)  # over all its streams
     began: float = field(default_factory=time.monotonic)
 
     def describe(self) -> pb.Client:
         """Return the message that describes the client in ``Stats``."""
         call = self.call  # read only once, as the thread of the stream sets it to None
+        counts = StreamCounts() if self.model is None else self.model.counts.of(self.number)
         return pb.Client(
             number=self.number,
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.leases,
-            hits=self.counts.hits,
-            misses=self.counts.misses,
+            hits=counts.hits,
+            misses=counts.misses,
         )
 
 
@@ -107,7 +108,7 @@ class SessionCall:
                 self._on_ended()
                 self._model.log_failure(event.error)
                 message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
-            self._count(bytes_out=message.ByteSize())
+            self._count(StreamCounts(bytes_out=message.ByteSize()))
             yield message
         if self._error is not None:
             raise self._error
@@ -119,7 +120,7 @@ class SessionCall:
         """
         with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
             for message in messages:
-                self._count(bytes_in=len(message))
+                self._count(StreamCounts(bytes_in=len(message)))
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
@@ -154,7 +155,7 @@ class SessionCall:
             case "uses":
                 keys = [key for entry in message.uses.blocks for key in self._keys(entry)]
                 self._session.note_uses(keys)
-                self._count(hits=len(keys))
+                self._count(StreamCounts(hits=len(keys)))
             case "prefetch":
                 requested = message.prefetch.requested
                 self._session.prefetch(requested.block, self._keys(requested))
@@ -173,7 +174,7 @@ class SessionCall:
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._count(requests=1, misses=len(keys))
+        self._count(StreamCounts(requests=1, misses=len(keys)))
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -184,16 +185,18 @@ class SessionCall:
         except MoetierError as error:
             self._events.put(Failed(request, error))
 
-    def _count(self, **counts: int) -> None:
-        """Count an event of the client, as ``SessionCounts.count`` specifies."""
-        self._client.counts.count(**counts)
-        self._model.counts.count(**counts)
+    def _count(self, event: StreamCounts) -> None:
+        self._model.counts.count(self._client.number, event)
 
     def _release(self, message: pb.Release) -> None:
         if (block := self._session.block_of(message.request)) is None:  # it has failed since the client sent this
             return
-        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(message.experts)]
-        self._session.release(message.request, keys)
+        if message.experts:
+            self._session.release(
+                message.request, [ExpertKey(block, expert) for expert in dict.fromkeys(message.experts)]
+            )
+        else:
+            self._session.end(message.request)
         if self._session.block_of(message.request) is None:
             self._on_ended()
 
@@ -238,7 +241,8 @@ class Clients:
                 return Welcome("", {})
             model = self._model(digest)
             welcome = Welcome(model.name, model.slots, model.host.export())
-            self._clients[session] = Client(pid, model, next(self._numbers))
+            client = self._clients[session] = Client(pid, model, next(self._numbers))
+            model.counts.register(client.number)
         log_event(_log, "client", pid=pid, model=model.name)
         return welcome
 
@@ -250,6 +254,7 @@ class Clients:
         if call is not None:
             call.end(_no_client())
         if client.model is not None:
+            client.model.counts.unregister(client.number)
             log_event(_log, "client-gone", pid=client.pid, model=client.model.name)
 
     # -- for the gRPC service -----------------------------------------------------------------------------------------
@@ -275,7 +280,7 @@ class Clients:
                 raise _no_client()
             if client.model is None:
                 raise UnknownModelError(
-                    "This session id is not for a model.", "Send the digest of a store on the control socket."
+                    "The client has registered without a model.", "Send the digest of a store on the control socket."
                 )
             if self._stopping:
                 raise _stopping()

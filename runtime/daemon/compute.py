@@ -131,11 +131,10 @@ class ComputeCalls:
             raise _too_much(asked)
         experts = list(request.experts)
         keys = [ExpertKey(request.block, expert) for expert in experts]
-        if not keys or len(set(keys)) < len(keys):
-            raise ProtocolError(
-                f"A computation names no expert, or an expert twice: {len(keys)}, {len(set(keys))} of them distinct.",
-                SAME_VERSION,
-            )
+        if not keys:
+            raise ProtocolError("A computation names no expert.", SAME_VERSION)
+        if len(set(keys)) < len(keys):
+            raise ProtocolError(f"A computation names an expert twice: {experts}.", SAME_VERSION)
         self._manifest.check_keys(request.block, keys)
         products = self._products_for(request)
         row_bytes = products.width * _TYPES[request.dtype].itemsize

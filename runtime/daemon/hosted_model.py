@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.trunk import check_sum
 from moetier.tiers.threads import start_thread
 
+from .client_counts import ClientCounts
 from .fetch import FetchCalls
 from .leases import no_thread
 from .log import RateLimitedLog, log_event
@@ -29,29 +30,6 @@ if TYPE_CHECKING:
 TRUNK_SHARE = 0.1  # share of the time in which the trunk is checked; the rest is left to reads of records
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class SessionCounts:
-    """Counts of all streams of a client, or of all clients of a model. Thread-safe."""
-
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards: the fields below
-    requests: int = 0  # requests for experts
-    hits: int = 0  # hits that clients have reported
-    misses: int = 0  # experts that clients have requested
-    bytes_in: int = 0
-    bytes_out: int = 0
-
-    def count(
-        self, *, requests: int = 0, hits: int = 0, misses: int = 0, bytes_in: int = 0, bytes_out: int = 0
-    ) -> None:
-        """Count an event."""
-        with self._lock:
-            self.requests += requests
-            self.hits += hits
-            self.misses += misses
-            self.bytes_in += bytes_in
-            self.bytes_out += bytes_out
 
 
 class HostedModel:
@@ -79,7 +57,7 @@ class HostedModel:
         self._opener: threading.Thread | None = None
         self._compute_calls: ComputeCalls | MoetierError | None = None  # set by the opener
         self._failures = RateLimitedLog(_log, "read-failed")
-        self.counts = SessionCounts()
+        self.counts = ClientCounts()
         self._closing = threading.Event()
         with contextlib.ExitStack() as undo:
             if learn:
@@ -132,6 +110,7 @@ class HostedModel:
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
         """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers of each."""
+        counts = self.counts.sum()
         stats, compute_calls, fetched = self.host.stats(), self._compute_calls, self.fetch_calls.counts()
         computed = {} if compute_calls is None or isinstance(compute_calls, MoetierError) else compute_calls.counts()
         return pb.ModelStats(
@@ -143,17 +122,17 @@ class HostedModel:
             leases=leases,
             recovered=self.host.recovered,
             fault="" if self.host.fault is None else self.host.fault.cause,
-            requests=self.counts.requests,
-            used=self.counts.hits,
-            session_bytes_in=self.counts.bytes_in,
-            session_bytes_out=self.counts.bytes_out,
+            requests=counts.requests,
+            used=counts.hits,
+            session_bytes_in=counts.bytes_in,
+            session_bytes_out=counts.bytes_out,
             **fetched,
             **computed,
         )
 
     def blocks(self) -> list[pb.Block]:
         """Return, for each block, which experts are in slots now and how often each was used."""
-        uses = self.host.uses()
+        uses = self.host.uses.counts()
         return [
             pb.Block(
                 ready=self.host.ready_experts(number),

@@ -118,7 +118,7 @@ class CallLeases:
                 if left:
                     self._session.release(number, [granted.key for granted in batch])
         finally:
-            self._session.release(number, ())
+            self._session.end(number)
             del self._answers[number]
 
     def close(self) -> None:

@@ -82,7 +82,8 @@ class KVCache:
     ) -> None:
         """Use at most ``pages`` pages of ``memory``.
 
-        ``keeps``: whether a sequence may continue after pages of another one. ``saved``: pages on disk, if any are.
+        ``keeps``: whether pages stay once their sequence has ended, so that others with the same first tokens continue
+        after them. ``saved``: pages on disk, if any are.
         """
         self.size = pages
         self._keeps = keeps

@@ -162,7 +162,7 @@ def _sliced(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stopping(model: Any, should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Raise Stopped in the block before a block of experts if ``should_stop`` returns True."""
+    """Within the ``with`` block, raise Stopped before the experts of a layer if ``should_stop`` returns True then."""
     if should_stop is None:
         yield
         return

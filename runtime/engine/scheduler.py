@@ -29,12 +29,18 @@ class Scheduler:
         scored: int | None = None,
         prefill_block: int | None = None,
     ) -> None:
-        """Run at most ``max_sequences`` sequences at a time, and compute at most ``chunk`` tokens of prompts in a step.
+        """Make a scheduler of sequences that have their pages in ``cache``.
 
-        Behind other tokens, or beside other sequences, at most ``later`` are computed, as they take more memory. Of a
-        prompt that is scored, at most ``scored``, as each has logits for the whole vocabulary. Prompts of more than
-        ``prefill_block`` tokens are computed together, and short ones beside them. If it is None, prompts are computed
-        one by one.
+        Args:
+            cache: the pages.
+            max_sequences: most sequences that run at a time.
+            chunk: most tokens of prompts that are computed in a step.
+            later: most tokens of a prompt that are computed behind earlier ones or beside other sequences, which takes
+                more memory; None for ``chunk``.
+            scored: most tokens of a prompt that is scored, as each has logits for the whole vocabulary; None for
+                ``chunk``.
+            prefill_block: prompts of more tokens are computed together, and short ones beside them; None to compute
+                prompts one by one.
         """
         self._cache = cache
         self._max_sequences = max_sequences

@@ -141,7 +141,7 @@ class Sequence:
 
     @property
     def progress(self) -> Progress:
-        """How much of the prompt is computed. May be read on any thread."""
+        """The computed tokens of the prompt, and the estimated time for the others. May be read on any thread."""
         total = len(self.request.ids)
         done = min(self.computed + int(self.underway), total)
         new = done - self.cached

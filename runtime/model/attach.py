@@ -24,9 +24,9 @@ from moetier.runtime.machine.threads import use_threads
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
-from moetier.runtime.moe.grouped import quick_activation
 from moetier.runtime.moe.layers import use_quick_layers
 from moetier.runtime.moe.linear import QuantizedLinear, quantized_linears
+from moetier.runtime.moe.quick import quick_activation
 from moetier.runtime.moe.routers import use_quick_routers
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation

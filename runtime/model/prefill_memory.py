@@ -19,7 +19,8 @@ from moetier.runtime.kernels.products.api import FLOATS, Kernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.moe.experts import experts_modules, output_bytes
-from moetier.runtime.moe.grouped import GROUP_OUTPUTS, quick_activation
+from moetier.runtime.moe.grouped import GROUP_OUTPUTS
+from moetier.runtime.moe.quick import quick_activation
 from moetier.tiers.manifest import Block, Manifest
 
 from .context import SNAPSHOT_TOKENS, can_resume, has_states

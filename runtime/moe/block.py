@@ -1,4 +1,4 @@
-"""TieredBlock: the state of a block whose experts are in tiers, and the leases of its records.
+"""TieredBlock: the state of a block whose experts are in tiers; a demand for its experts, and its leases.
 
 ``RemoteExperts`` is the interface of an object that has its experts computed on other hosts.
 """
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class PendingOutputs(Protocol):
         """The experts that other hosts compute."""
 
     def collect(self, outputs: int) -> list[int]:
-        """Wait for the outputs, and write them to their places from ``outputs`` on, an address.
+        """Wait for the outputs, and write each to its row of [outputs, hidden] at the address ``outputs``.
 
         Return the experts that no host has computed.
         """
@@ -46,18 +46,27 @@ class PendingOutputs(Protocol):
 
 
 class RemoteExperts(Protocol):
-    """Interface of an object that has experts computed on other hosts."""
+    """Interface of an object that has absent experts computed on other hosts, where that takes less time."""
 
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Note that one token has used ``experts`` of a block, whose records are all in this process's tier."""
+    def note_local(self, block: int, experts: Sequence[int]) -> None:
+        """Count a use of each of ``experts`` by one token, whose records were all in this process's tier.
+
+        The counts decide which experts are worth a slot here.
+        """
 
     def send(
         self, products: ExpertKernels, block: int, x: int, tokens: int, tokens_of: TokensOfExperts
     ) -> PendingOutputs:
         """Choose experts that other hosts compute faster, and send them the hidden states of these experts' tokens.
 
-        ``x`` is the address of the hidden states [tokens, hidden]. ``tokens_of`` has all experts that are used. The
-        caller closes the result.
+        Args:
+            products: compiled code for the block's experts, with the type and the width of hidden states.
+            block: number of the block.
+            x: address of the hidden states [tokens, hidden], contiguous.
+            tokens: number of tokens of x.
+            tokens_of: all experts that are used, and the tokens of each.
+
+        The caller closes the result.
         """
 
 
@@ -65,7 +74,7 @@ class RemoteExperts(Protocol):
 class TieredBlock:
     """State of an experts module whose parameters were removed, stored as the module's attribute ``tiered``.
 
-    It is frozen, but ``compiled`` is a cache: ``runtime.moe.grouped`` adds the kernels that it compiles.
+    It is frozen, but ``compiled`` is a cache: ``runtime.moe.quick`` adds the kernels that it compiles.
     """
 
     block: int  # number of the block
@@ -84,6 +93,51 @@ class TieredBlock:
         refuse_copy()
 
 
+class RoutedTokens(NamedTuple):
+    """Tokens, and the experts that compute them."""
+
+    x: Tensor  # [tokens, hidden]
+    top_k_index: Tensor  # [tokens, top_k]
+    weights: Tensor  # [tokens, top_k]
+
+
+class BlockDemand:
+    """A demand for experts of a block. Some may be leased, some used without leases, some computed on other hosts."""
+
+    def __init__(self, tiered: TieredBlock) -> None:
+        self.tiered = tiered
+        self._is_noted = False
+
+    def note(self, experts: Collection[int]) -> None:
+        """Call ``on_demand`` of the block with all ``experts`` of the demand, unless it was called before."""
+        if not self._is_noted and self.tiered.on_demand is not None:
+            self._is_noted = True
+            self.tiered.on_demand(self.tiered.block, experts)
+
+    def leases(self, experts: Collection[int], wanted: int = 0) -> Generator[list[Lease[Tensor]], None, None]:
+        """Lease experts, and yield lists of leases that are valid at the same time.
+
+        Records are uint8 [record bytes]. ``wanted`` is that of ``ExpertSource.acquire``. The demand is noted before the
+        leases are yielded if all are available together; otherwise after the first list has been computed: at that time
+        other experts are still being read, so the call delays nothing.
+        """
+        block, source = self.tiered.block, self.tiered.source
+        _open.source = source
+        left, together = len(experts), list[Lease[Tensor]]()
+        with closing(source.acquire([ExpertKey(block, expert) for expert in experts], wanted)) as leases:
+            for lease in leases:
+                together.append(lease)
+                left -= 1
+                if lease.more:
+                    continue
+                if left <= 0:
+                    self.note(experts)
+                yield together
+                together = []
+                self.note(experts)
+        _open.source = None
+
+
 def refuse_copy(*_: object) -> NoReturn:
     """Refuse to copy or pickle a model with tiers, or a part of it. Raises MoetierError."""
     raise MoetierError(
@@ -98,36 +152,6 @@ def end_open_leases() -> None:
         _open.source = None
         with suppress(MoetierError):  # the source may be closed, or belong to another process
             cut.end_leases()
-
-
-def arriving_leases(
-    tiered: TieredBlock, experts: Collection[int], wanted: int = 0
-) -> Generator[list[Lease[Tensor]], None, None]:
-    """Lease a block's experts, and yield lists of leases that are valid at the same time.
-
-    Records are uint8 [record bytes]. ``wanted`` is that of ``ExpertSource.acquire``. ``tiered.on_demand`` is called
-    once. If all experts are available together, it is called before they are yielded. Otherwise it is called after the
-    first list has been computed: at that time other experts are still being read, so the call delays nothing.
-    """
-    _open.source = tiered.source
-    left = len(experts)
-    on_demand = tiered.on_demand  # set to None once it was called
-    with closing(tiered.source.acquire([ExpertKey(tiered.block, expert) for expert in experts], wanted)) as leases:
-        together = []
-        for lease in leases:
-            together.append(lease)
-            left -= 1
-            if lease.more:
-                continue
-            if on_demand is not None and left <= 0:
-                on_demand(tiered.block, experts)
-                on_demand = None
-            yield together
-            together = []
-            if on_demand is not None:
-                on_demand(tiered.block, experts)
-                on_demand = None
-    _open.source = None
 
 
 def tokens_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:

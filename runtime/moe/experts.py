@@ -4,7 +4,7 @@ transformers decorates each architecture's Experts class with ``use_experts_impl
 flags has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier removes the
 parameters of these modules. There are two ways to compute a block. The *exact* way computes one expert after the other,
 with the same bits as the architecture's own eager forward pass. The *quick* way computes experts that are available
-together in one call of compiled code, directly from their records (``grouped.py``). A module whose activation compiled
+together in one call of compiled code, directly from their records (``quick.py``). A module whose activation compiled
 code does not have (``activation.py``), or which norms its outputs, is computed one expert after the other too, but with
 products from records (``kernels/products/packed.py``).
 """
@@ -27,11 +27,11 @@ from moetier.runtime.libraries.transformers_internals import apply_gate, is_expe
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
-from .block import TieredBlock, arriving_leases, end_open_leases, tokens_of_experts
+from .block import BlockDemand, RoutedTokens, TieredBlock, end_open_leases, tokens_of_experts
 from .gradients import without_gradient
-from .grouped import Routed, compute_grouped, kernels_of
+from .quick import compute_quick, kernels_of
 
-_pause: ContextVar[Callable[[Any, Routed], Tensor] | None] = ContextVar("moetier_pause", default=None)
+_pause: ContextVar[Callable[[Any, RoutedTokens], Tensor] | None] = ContextVar("moetier_pause", default=None)
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
@@ -80,7 +80,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     tiered: TieredBlock = self.tiered
     if hidden_states.device != tiered.device:
         raise moved_error(hidden_states.device, tiered.device)
-    routed = Routed(hidden_states, top_k_index, top_k_weights)
+    routed = RoutedTokens(hidden_states, top_k_index, top_k_weights)
     if (pause := _pause.get()) is not None:
         return pause(self, routed)
     if not torch.is_grad_enabled():
@@ -91,25 +91,25 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def compute_together(
-    module: Any, parts: Sequence[Routed], between: Callable[[], object] = lambda: None
+    module: Any, calls: Sequence[RoutedTokens], between: Callable[[], object] = lambda: None
 ) -> Generator[Tensor, None, None]:
     """Compute an Experts module without gradients for several calls together, and yield their results [tokens, hidden].
 
-    Each expert is leased once for all of them. ``between`` is called between parts of the work, while no expert is
+    Each expert is leased once for all of them. ``between`` is called between groups of experts, while no expert is
     leased.
     """
     end_open_leases()
     tiered: TieredBlock = module.tiered
-    kernels = kernels_of(module, tiered, parts[0].x.dtype)
-    if kernels is not None and all(has_memory(part.x) and has_memory(part.weights) for part in parts):
-        yield from compute_grouped(kernels, tiered, parts, between)
+    kernels = kernels_of(module, tiered, calls[0].x.dtype)
+    if kernels is not None and all(has_memory(call.x) and has_memory(call.weights) for call in calls):
+        yield from compute_quick(kernels, tiered, calls, between)
         return
-    together = [torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)]
+    together = [torch.cat(tensors) if len(calls) > 1 else tensors[0] for tensors in zip(*calls, strict=True)]
     out = tiered.kernels.with_room(partial(_eager, module, tiered, *together))
-    yield from torch.split(out, [len(part.x) for part in parts])
+    yield from torch.split(out, [len(call.x) for call in calls])
 
 
-def pausing(pause: Callable[[Any, Routed], Tensor]) -> Context:
+def pausing(pause: Callable[[Any, RoutedTokens], Tensor]) -> Context:
     """Return a context in which Experts modules return what ``pause`` does: [tokens, hidden] for a module's inputs."""
     context = copy_context()
     context.run(_pause.set, pause)
@@ -154,7 +154,7 @@ def _eager(
     waiting, computed = deque(tokens_of), dict[int, Tensor]()
     out = torch.zeros_like(hidden_states, dtype=accumulate)
 
-    with closing(arriving_leases(tiered, tokens_of)) as arriving:
+    with closing(BlockDemand(tiered).leases(tokens_of)) as arriving:
         for leases in arriving:
             for lease in leases:
                 tokens, positions = tokens_of[lease.key.expert]

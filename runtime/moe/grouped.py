@@ -1,7 +1,4 @@
-"""The quick way to compute a block: experts that are available together are computed in one call of compiled code.
-
-If all experts of a few tokens are resident, it takes no lease: compiled code looks the records up, and proves
-afterwards that none of them was replaced. The result does not depend on which experts are available together.
+"""Experts that are leased, and computed with compiled code as they arrive.
 
 Experts of many tokens are computed in groups, in ascending order, and each group's outputs are added to the tokens'
 sums. So each expert is leased once for all tokens of a prompt, and the memory for outputs is that of one group.
@@ -10,162 +7,32 @@ A long prompt needs nearly all experts, of which memory keeps those of its last 
 
 from __future__ import annotations
 
-import itertools
 from array import array
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetier.runtime.kernels.experts.expert_code import Activation
-from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels, RecordLookup
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
-from moetier.runtime.kernels.products.api import CPU, FLOATS, Kernels, is_readable
-from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
-from moetier.tiers.layout import ExpertKey, RecordLayout
+from moetier.runtime.kernels.products.api import CPU
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
-from .activation import activation_of
-from .block import TieredBlock, TokensOfExperts, arriving_leases, end_open_leases
-from .snapshot import Trials, has_global_hooks
+from .block import BlockDemand, RoutedTokens, TieredBlock, TokensOfExperts
 
 READ_AHEAD = 6  # experts that are read before their group is computed
 RECENT = 48  # last tokens of a prompt, whose experts stay in memory: the next tokens need many of the same
 GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
 
-def one_token(
-    module: Any, x: Tensor, experts: Sequence[int], weights: Tensor, residual: Tensor | None
-) -> Tensor | None:
-    """Compute ``experts_forward`` of one token without gradients, and add the residual if there is one.
-
-    Args:
-        module: the Experts module.
-        x: [1, hidden] on a CPU.
-        experts: [top_k].
-        weights: [1, top_k].
-        residual: one that ``is_row_like`` x.
-
-    Returns:
-        The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
-    """
-    tiered: TieredBlock | None = getattr(module, "tiered", None)
-    if tiered is None or tiered.device != x.device or weights.dtype not in FLOATS:
-        return None
-    kernels = kernels_of(module, tiered, x.dtype)
-    if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
-        return None
-    end_open_leases()
-    return _one_token(kernels, tiered, x, experts, weights, residual)
-
-
-def is_row_like(other: Tensor, x: Tensor) -> bool:
-    """Return whether compiled code can add ``other``, which a module has returned, to a row of the type of x [1, K].
-
-    It must be [1, K] too. It may have more leading dimensions.
-    """
-    return is_readable(other) and other.dtype == x.dtype and other.numel() == x.numel() == other.shape[-1]
-
-
-def kernels_of(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
-    """Return compiled code for a block's experts, with hidden states of ``dtype``; None if they can't be compiled.
-
-    Without it, experts are computed one after the other (``experts.py``).
-    """
-    parts = children_of(module).values()
-    if any(hooks_after(part) or hooks_before(part) for part in parts if part is not None) or has_global_hooks():
-        return None  # compiled code does not call the activation, and so none of its hooks
-    variant = (dtype, *parts)
-    if (trials := tiered.compiled.get(variant)) is None:
-        trials = tiered.compiled.setdefault(variant, Trials())
-    return trials.result(module, partial(_compile, module, tiered, dtype))
-
-
-def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
-    activation = quick_activation(module, tiered.layout, tiered.kernels)
-    if activation is None or tiered.kernels.processor is None:
-        return None
-    computed = dtype if dtype in FLOATS else torch.float32
-    return ExpertKernels(tiered.layout, activation, computed, module.num_experts, tiered.kernels.processor)
-
-
-def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
-    """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
-    activation = activation_of(module) if kernels.processor is not None else None
-    return activation if activation is not None and ExpertKernels.can_compile(layout, activation) else None
-
-
-class Routed(NamedTuple):
-    """Tokens, and the experts that compute them."""
-
-    x: Tensor  # [tokens, hidden]
-    top_k_index: Tensor  # [tokens, top_k]
-    weights: Tensor  # [tokens, top_k]
-
-
-def compute_grouped(
-    kernels: ExpertKernels, tiered: TieredBlock, parts: Sequence[Routed], between: Callable[[], object] = lambda: None
-) -> Iterator[Tensor]:
-    """Compute ``experts_forward`` with compiled code for several calls together, and yield [tokens, hidden] of each.
-
-    An expert is leased once for all of them. ``between`` is called when no expert is leased.
-    """
-    given = [_checked(kernels, *part) for part in parts]
-    (x, index, weights), dtype = given[0], parts[0].x.dtype
-    if len(parts) == len(x) == 1 and (out := _one_token(kernels, tiered, x, index.tolist()[0], weights)) is not None:
-        yield out.to(dtype)
-        return
-    few = index.numel() <= BATCH_OUTPUTS and len(parts) == 1 and tiered.remote_compute is None
-    if few and (out := _few_tokens(kernels, tiered, x, index, weights)) is not None:
-        yield out.to(dtype)
-        return
-    sums, sizes = _tokens(kernels, tiered, given, between), [len(part.x) for part in given]
-    del given, x, index, weights  # callers may free the inputs before they take the results
-    for part in torch.split(sums, sizes):
-        yield part.to(dtype)
-
-
-def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Routed:
-    """Return tokens in the type that compiled code takes. Raises ValueError if shapes do not fit."""
-    shape = top_k_index.shape
-    if x.shape != (shape[0], kernels.width) or weights.shape != shape:
-        given = f"{[*x.shape]}, {[*shape]} and {[*weights.shape]}"
-        raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
-    weights = weights if weights.dtype in FLOATS else weights.float()
-    return Routed(x.to(kernels.dtype).contiguous(), top_k_index, weights.contiguous())
-
-
-def _one_token(
-    kernels: ExpertKernels,
-    tiered: TieredBlock,
-    x: Tensor,
-    experts: Sequence[int],
-    weights: Tensor,
-    residual: Tensor | None = None,
-) -> Tensor | None:
-    """Compute a single token, x [1, hidden], and add ``residual`` if there is one.
-
-    If all experts are resident, they are found and used without a lease. Returns [1, hidden], or the shape of
-    ``residual``; None if the router names an expert twice, or an expert that the block does not have.
-    """
-    if not experts or len(set(experts)) < len(experts):
-        return None
-    residents = tiered.source.residents(tiered.block)
-    token = kernels.one_token(len(experts), weights.dtype, has_residual=residual is not None)
-    if residents is not None and token.find(experts, residents):
-        _note_uses(tiered, experts)
-        if (out := token.compute(x, weights, residual)) is not None:
-            return out
-        tiered.source.take_back_uses(tiered.block, experts)
-        tiered = replace(tiered, on_demand=None)  # it was called already
-    if max(experts) >= kernels.experts or min(experts) < 0:
-        return None
+def compute_token(
+    kernels: ExpertKernels, demand: BlockDemand, x: Tensor, experts: Sequence[int], weights: Tensor
+) -> Tensor:
+    """Compute a token, x [1, hidden] with weights [1, top_k] of distinct ``experts``. Returns [1, hidden]."""
     places = {expert: place for place, expert in enumerate(experts)}
     outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype, device=CPU)
 
@@ -174,104 +41,97 @@ def _one_token(
         at = array("q", [places[lease.key.expert] for lease in leases])
         kernels.compute(x, array("q", jobs), at, outputs)
 
-    def placed() -> TokensOfExperts:
+    def tokens_of() -> TokensOfExperts:
         return {expert: ([0], [place]) for expert, place in places.items()}
 
-    _experts(kernels, tiered, x, places, placed, compute, outputs)
-    order, bounds = (
-        torch.tensor(numbers, device=CPU)
-        for numbers in (sorted(range(len(experts)), key=experts.__getitem__), (0, len(experts)))
-    )
+    _compute(kernels, demand, x, places, tokens_of, compute, outputs)
+    order = torch.tensor(sorted(range(len(experts)), key=experts.__getitem__), device=CPU)
     out = torch.empty_like(x)
-    kernels.add_up(outputs, weights.reshape(-1), order, bounds, out)
-    return out if residual is None else residual + out
-
-
-def _few_tokens(
-    kernels: ExpertKernels, tiered: TieredBlock, x: Tensor, index: Tensor, weights: Tensor
-) -> Tensor | None:
-    """Compute a few tokens, x [tokens, hidden], whose experts are all resident, without leases.
-
-    The numbers of outputs are sorted in Python, which takes less time than calling torch as often. Returns None if an
-    expert is not resident.
-    """
-    if (residents := tiered.source.residents(tiered.block)) is None:
-        return None
-    tokens, k = index.shape
-    chosen = index.reshape(-1).tolist()
-    by_expert = sorted(range(tokens * k), key=chosen.__getitem__)  # places of outputs, by expert and then by token
-    counts = Counter(chosen[place] for place in by_expert)  # ascending by expert
-    lookup = RecordLookup(kernels, len(counts))
-    if not counts or not lookup.find([*counts], residents):
-        return None
-    _note_uses(tiered, [*counts])
-    rows, order = [place // k for place in by_expert], list[list[int]]([] for _ in range(tokens))
-    for output, token in enumerate(rows):
-        order[token].append(output)
-    outputs = x.new_empty((len(rows), kernels.width))
-    of_outputs = x.index_select(0, torch.tensor(rows, device=CPU))
-    if not kernels.compute_found(of_outputs, lookup, [*counts.values()], outputs):
-        tiered.source.take_back_uses(tiered.block, [*counts])
-        # it was called already
-        return _tokens(kernels, replace(tiered, on_demand=None), [Routed(x, index, weights)], lambda: None)
-    out = torch.empty_like(x)
-    ordered = torch.tensor([*itertools.chain.from_iterable(order)], device=CPU)
-    bounds = torch.arange(0, tokens * k + 1, k, device=CPU)
-    kernels.add_up(outputs, weights.reshape(-1)[torch.tensor(by_expert, device=CPU)], ordered, bounds, out)
+    kernels.add_up(outputs, weights.reshape(-1), order, torch.tensor((0, len(experts)), device=CPU), out)
     return out
 
 
-def _note_uses(tiered: TieredBlock, experts: Sequence[int]) -> None:
-    """Note that ``experts`` are demanded, and that all their records are in memory and used without leases."""
-    tiered.source.note_uses(tiered.block, experts)
-    if tiered.remote_compute is not None:
-        tiered.remote_compute.note_uses(tiered.block, experts)
-    if tiered.on_demand is not None:
-        tiered.on_demand(tiered.block, experts)
-
-
-def _tokens(
-    kernels: ExpertKernels, tiered: TieredBlock, parts: Sequence[Routed], between: Callable[[], object]
+def compute_tokens(
+    kernels: ExpertKernels, demand: BlockDemand, calls: Sequence[RoutedTokens], between: Callable[[], object]
 ) -> Tensor:
-    """Compute the tokens of all parts. Return their sums [tokens, hidden], in fp32 if there were several groups."""
-    index, weights = (torch.cat([part[number] for part in parts]) for number in (1, 2))
-    tokens, k = index.shape
-    experts = index.reshape(-1).clamp(max=kernels.experts)
-    by_expert = torch.argsort(experts, stable=True)  # places of all outputs in ``index``, by expert and then by token
-    counts = torch.bincount(experts, minlength=kernels.experts + 1)[:-1]
-    groups = _groups(counts.tolist())
-    is_part = len(groups) > 1
-    if is_part:
-        sums = torch.zeros((tokens, kernels.width), device=CPU)
-    else:  # without a group no expert computes anything
-        sums = (parts[0].x.new_empty if groups else parts[0].x.new_zeros)((tokens, kernels.width))
-    experts_used = counts.nonzero()[:, 0].tolist()
-    recent = {*index[-RECENT:].flatten().tolist()} if is_part else set[int]()
-    on_demand, wanted = tiered.on_demand, len(experts_used) if is_part else 0
-    if is_part:
-        tiered = replace(tiered, on_demand=None)
-    buffer = parts[0].x.new_empty((max((group[-1].end - group[0].begin for group in groups), default=0), kernels.width))
-    for number, group in enumerate(groups):
-        if is_part:
-            _read_ahead(tiered, experts_used, group)
-        begin, end = group[0].begin, group[-1].end
-        places = by_expert[begin:end]
-        own = places.div(k, rounding_mode="floor")
-        computed, rows = torch.unique(own, return_inverse=True)
-        outputs, spans = buffer[: end - begin], [Span(e, b - begin, c - begin) for e, b, c in group]
-        _group(kernels, tiered, _rows(parts, computed), spans, rows, outputs, wanted)
-        if is_part and on_demand is not None and not number:
-            on_demand(tiered.block, experts_used)
-        bounds = torch.zeros(tokens + 1, dtype=torch.int64, device=CPU)
-        torch.cumsum(torch.bincount(own, minlength=tokens), 0, out=bounds[1:])
-        order = torch.argsort(rows, stable=True)  # by token, and then by expert
-        kernels.add_up(outputs, weights.reshape(-1)[places], order, bounds, sums, is_part=is_part)
-        if kept := [span.expert for span in group if span.expert in recent]:
-            tiered.source.note_uses(tiered.block, kept)  # else the next experts of the prompt would evict them
-        between()
-    if is_part:
-        tiered.source.prefetch(tiered.block, ())
+    """Compute the tokens of all calls together. Return their sums [tokens, hidden].
+
+    The sums are fp32 if there are several groups of experts. ``between`` is called after each group, while no expert is
+    leased.
+    """
+    outputs = Outputs.of(calls, kernels.experts)
+    groups = _groups(outputs.counts)
+    if len(groups) > 1:
+        return _compute_groups(kernels, demand, outputs, groups, between)
+    x, shape = calls[0].x, (outputs.tokens, kernels.width)
+    if not groups:  # no expert computes anything
+        return x.new_zeros(shape)
+    sums = x.new_empty(shape)
+    _add_group(kernels, demand, outputs, groups[0], sums, x.new_empty((groups[0][-1].end, kernels.width)))
+    between()
     return sums
+
+
+def _compute_groups(
+    kernels: ExpertKernels,
+    demand: BlockDemand,
+    outputs: Outputs,
+    groups: Sequence[Sequence[Span]],
+    between: Callable[[], object],
+) -> Tensor:
+    """Compute several groups of experts of a long prompt. Return fp32 sums [tokens, hidden]."""
+    tiered = demand.tiered
+    sums = torch.zeros((outputs.tokens, kernels.width), device=CPU)
+    buffer = outputs.calls[0].x.new_empty((max(group[-1].end - group[0].begin for group in groups), kernels.width))
+    used = [expert for expert, count in enumerate(outputs.counts) if count]
+    recent = outputs.recent()
+    for group in groups:
+        _read_ahead(tiered, used, group)
+        _add_group(kernels, demand, outputs, group, sums, buffer, wanted=used)
+        if kept := [span.expert for span in group if span.expert in recent]:
+            tiered.source.uses.note(tiered.block, kept)  # else the next experts of the prompt would evict them
+        between()
+    tiered.source.prefetch(tiered.block, ())
+    return sums
+
+
+class Outputs(NamedTuple):
+    """The outputs of all experts for the tokens of some calls, before they are computed.
+
+    They are in ascending order of experts, those of one expert in ascending order of tokens.
+    """
+
+    calls: Sequence[RoutedTokens]
+    top_k_index: Tensor  # [tokens, top_k] of all calls
+    weights: Tensor  # [tokens * top_k]
+    places: Tensor  # for each output, its place in ``weights``
+    counts: list[int]  # for each expert, its number of outputs
+
+    @classmethod
+    def of(cls, calls: Sequence[RoutedTokens], experts: int) -> Outputs:
+        """Sort the outputs of a block that has so many experts. Those of other experts come last, and are ignored."""
+        index = torch.cat([call.top_k_index for call in calls])
+        chosen = index.reshape(-1).clamp(max=experts)
+        counts = torch.bincount(chosen, minlength=experts + 1)[:-1].tolist()
+        weights = torch.cat([call.weights for call in calls]).reshape(-1)
+        return cls(calls, index, weights, torch.argsort(chosen, stable=True), counts)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of all calls."""
+        return len(self.top_k_index)
+
+    def recent(self) -> set[int]:
+        """Return the experts of the last tokens."""
+        return {*self.top_k_index[-RECENT:].flatten().tolist()}
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states of ``tokens``, ascending numbers [n] among those of all calls: [n, hidden]."""
+        ends = torch.tensor([len(call.x) for call in self.calls], device=CPU).cumsum(0)
+        numbers = torch.bincount(torch.bucketize(tokens, ends, right=True), minlength=len(self.calls)).tolist()
+        starts = [0, *ends.tolist()]
+        chosen = zip(self.calls, torch.split(tokens, numbers), starts, strict=False)
+        return torch.cat([call.x.index_select(0, own - start) for call, own, start in chosen if len(own)])
 
 
 class Span(NamedTuple):
@@ -306,39 +166,61 @@ def _read_ahead(tiered: TieredBlock, used: Sequence[int], group: Sequence[Span])
         tiered.source.prefetch(tiered.block, ahead)
 
 
-def _rows(parts: Sequence[Routed], tokens: Tensor) -> Tensor:
-    """Return the hidden states of ``tokens``, ascending numbers [n] among those of all parts: [n, hidden]."""
-    ends = torch.tensor([len(part.x) for part in parts], device=CPU).cumsum(0)
-    numbers = torch.bincount(torch.bucketize(tokens, ends, right=True), minlength=len(parts)).tolist()
-    starts = [0, *ends.tolist()]
-    chosen = zip(parts, torch.split(tokens, numbers), starts, strict=False)
-    return torch.cat([part.x.index_select(0, own - start) for part, own, start in chosen if len(own)])
-
-
-def _group(
+def _add_group(
     kernels: ExpertKernels,
-    tiered: TieredBlock,
+    demand: BlockDemand,
+    outputs: Outputs,
+    group: Sequence[Span],
+    sums: Tensor,
+    buffer: Tensor,
+    wanted: Sequence[int] = (),
+) -> None:
+    """Compute a group of experts, and write their weighted outputs to ``sums``, or add them if others are ``wanted``.
+
+    Args:
+        kernels: compiled code.
+        demand: the block's demand.
+        outputs: the outputs of all groups.
+        group: the outputs of each expert of this group.
+        sums: [tokens, hidden], of all tokens.
+        buffer: has room for the group's outputs.
+        wanted: all experts of the demand, if the group has only some of them.
+    """
+    begin, end = group[0].begin, group[-1].end
+    places, computed = outputs.places[begin:end], buffer[: end - begin]
+    token_of = places.div(outputs.top_k_index.shape[1], rounding_mode="floor")
+    tokens, rows = torch.unique(token_of, return_inverse=True)
+    spans = {expert: Span(expert, first - begin, last - begin) for expert, first, last in group}
+    _compute_spans(kernels, demand, outputs.states(tokens), spans, rows, computed, len(wanted))
+    bounds = torch.zeros(outputs.tokens + 1, dtype=torch.int64, device=CPU)
+    torch.cumsum(torch.bincount(token_of, minlength=outputs.tokens), 0, out=bounds[1:])
+    order = torch.argsort(rows, stable=True)  # by token, and then by expert
+    kernels.add_up(computed, outputs.weights[places], order, bounds, sums, is_part=bool(wanted))
+
+
+def _compute_spans(
+    kernels: ExpertKernels,
+    demand: BlockDemand,
     x: Tensor,
-    spans: Sequence[Span],
+    spans: Mapping[int, Span],
     rows: Tensor,
     outputs: Tensor,
     wanted: int,
 ) -> None:
-    """Compute a group of experts.
+    """Compute the outputs of a group of experts.
 
     Args:
         kernels: compiled code.
-        tiered: the block.
+        demand: the block's demand.
         x: [tokens, hidden].
-        spans: outputs of each expert.
+        spans: by expert, its outputs.
         rows: [R], the row of x for each output.
         outputs: [R, hidden].
         wanted: as in ``ExpertSource.acquire``.
     """
-    span_of = {span[0]: span for span in spans}
 
     def compute(leases: Sequence[Lease[Tensor]]) -> None:
-        for batch in _batches(leases, span_of):
+        for batch in _batches(leases, spans):
             jobs, first = array("q"), 0
             for lease, begin, end in batch:
                 jobs.extend((lease.record.data_ptr(), first, end - begin))
@@ -347,15 +229,15 @@ def _group(
             places = array("q", (place for _, begin, end in batch for place in range(begin, end)))
             kernels.compute(x.index_select(0, gathered), jobs, places, outputs)
 
-    def placed() -> TokensOfExperts:
-        return {expert: (rows[begin:end].tolist(), range(begin, end)) for expert, begin, end in spans}
+    def tokens_of() -> TokensOfExperts:
+        return {expert: (rows[begin:end].tolist(), range(begin, end)) for expert, begin, end in spans.values()}
 
-    _experts(kernels, tiered, x, span_of, placed, compute, outputs, wanted)
+    _compute(kernels, demand, x, spans, tokens_of, compute, outputs, wanted)
 
 
-def _experts(
+def _compute(
     kernels: ExpertKernels,
-    tiered: TieredBlock,
+    demand: BlockDemand,
     x: Tensor,
     experts: Collection[int],
     tokens_of: Callable[[], TokensOfExperts],
@@ -367,24 +249,23 @@ def _experts(
 
     ``compute`` computes experts that are leased together. ``tokens_of`` returns what each expert computes.
     """
-    left = experts
+    left, tiered = experts, demand.tiered
     if tiered.remote_compute is not None:
         with closing(tiered.remote_compute.send(kernels, tiered.block, x.data_ptr(), len(x), tokens_of())) as sent:
-            if sent.experts and tiered.on_demand is not None:
-                tiered.on_demand(tiered.block, experts)
-                tiered = replace(tiered, on_demand=None)
-            _arriving(tiered, [expert for expert in experts if expert not in sent.experts], compute, wanted)
+            if sent.experts:
+                demand.note(experts)
+            _compute_leased(demand, [expert for expert in experts if expert not in sent.experts], compute, wanted)
             left = sent.collect(outputs.data_ptr())
-    _arriving(tiered, left, compute, wanted)
+    _compute_leased(demand, left, compute, wanted)
 
 
-def _arriving(
-    tiered: TieredBlock, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None], wanted: int
+def _compute_leased(
+    demand: BlockDemand, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None], wanted: int
 ) -> None:
     """Call ``compute`` with the leases of experts that are available together, until all were computed."""
     if not experts:
         return
-    with closing(arriving_leases(tiered, experts, wanted)) as arriving:
+    with closing(demand.leases(experts, wanted)) as arriving:
         for leases in arriving:
             compute(leases)
             for lease in leases:

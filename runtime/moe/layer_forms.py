@@ -136,12 +136,20 @@ def _names_layer(kind: type) -> bool:
 
 
 class _Trial:
-    """A copy of a layer whose norms have random weights, inputs of some tokens, and its results for the last token."""
+    """A comparison of compiled code with a layer: a copy of the layer, inputs of three tokens, and its results.
+
+    The copy's norms have random weights, so that a norm that is left out, or used twice, changes the results.
+    """
 
     def __init__(self, layer: Any, parts: Parts, dtype: torch.dtype, angles: int, scale: float) -> None:
-        """``dtype``: type of hidden states, cos and sin; ``angles``: width of cos and of sin.
+        """Compute the tokens with a copy of ``layer``.
 
-        ``scale``: mean of the norms' weights.
+        Args:
+            layer: the decoder layer.
+            parts: names of its modules.
+            dtype: type of hidden states, cos and sin.
+            angles: width of cos and of sin.
+            scale: mean of the norms' weights.
         """
         self.layer = twin = _twin(layer)
         self.attention = children_of(twin)[parts.attention]

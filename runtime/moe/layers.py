@@ -23,8 +23,8 @@ from moetier.runtime.kernels.products.api import CPU, is_readable
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before, without_subclasses
 
 from .gates import Observer
-from .grouped import is_row_like, one_token
 from .layer_forms import LayerForm, find_form, key_of, parts_of
+from .quick import is_row_like, one_token
 from .routers import quick_class, tensors_of
 from .snapshot import MOST_TRIALS, Snapshot, has_global_hooks, hooks_of
 

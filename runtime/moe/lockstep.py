@@ -1,7 +1,7 @@
 """Run several forward passes of one model in lockstep, and compute each block's experts for all of them together.
 
-A long prompt is computed in parts, because attention of all its tokens would take too much memory. Each part is a
-forward pass of its own, in a greenlet, which pauses at each block's experts until all parts are there. So the experts
+A long prompt is computed in several forward passes, because attention of all its tokens would take too much memory.
+Each pass runs in a greenlet, which pauses at each block's experts until all passes are there. So the experts
 of a block are read once for the whole prompt.
 """
 
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+from .block import RoutedTokens
 from .experts import compute_together, pausing
-from .grouped import Routed
 
 
 class Pass(NamedTuple):
-    """A forward pass of a part of a prompt."""
+    """A forward pass of some tokens of a prompt."""
 
     run: Callable[[], Any]
     is_wanted: Callable[[], bool] = lambda: True  # if it returns False, the rest is not computed
@@ -30,7 +30,7 @@ class _Paused(NamedTuple):
 
     thread: greenlet
     module: Any
-    routed: Routed
+    routed: RoutedTokens
 
 
 def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) -> list[Any]:
@@ -41,9 +41,9 @@ def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) ->
 
     Args:
         passes: forward passes, which are called without gradients.
-        between: is called between parts of the work, while no expert is leased, with the number of times that passes
-            have gone on: once for each block of experts, and once more. It may compute with the model, and raise an
-            exception, which ends all passes.
+        between: is called between groups of experts and passes, while no expert is leased, with the number of times
+            that passes have gone on: once for each block of experts, and once more. It may compute with the model, and
+            raise an exception, which ends all passes.
     """
     results: list[Any] = [None] * len(passes)
     paused: dict[int, _Paused] = {}  # by number of the pass, ascending
@@ -60,17 +60,17 @@ def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) ->
             paused[number] = _Paused(thread, *reached)
 
     try:
-        for number, part in enumerate(passes):
-            if part.is_wanted():
-                thread = greenlet(part.run)
+        for number, one in enumerate(passes):
+            if one.is_wanted():
+                thread = greenlet(one.run)
                 thread.gr_context = pausing(_pause)
                 proceed(number, thread)
                 between(done)
         while paused:
             for number in [number for number in paused if not passes[number].is_wanted()]:
                 paused.pop(number).thread.throw()  # GreenletExit
-            module = next((part.module for part in paused.values()), None)
-            waiting = [number for number, part in paused.items() if part.module is module]
+            module = next((one.module for one in paused.values()), None)
+            waiting = [number for number, one in paused.items() if one.module is module]
             if not waiting:
                 break
             routed = [paused[number].routed for number in waiting]
@@ -85,7 +85,7 @@ def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) ->
     return results
 
 
-def _pause(module: Any, routed: Routed) -> Tensor:
+def _pause(module: Any, routed: RoutedTokens) -> Tensor:
     """Return the outputs of an Experts module once ``run_in_lockstep`` has computed them."""
     outputs: Tensor = getcurrent().parent.switch((module, routed))
     return outputs

@@ -98,7 +98,10 @@ def has_global_hooks() -> bool:
 
 
 class Trials(Generic[Result]):
-    """Results of trials of one module, by its numbers. Threads may use it at the same time."""
+    """Cache of what trials of one module have found: a result for each set of its numbers (``numbers_of``).
+
+    Thread-safe: if two threads try at once, one result is kept.
+    """
 
     def __init__(self) -> None:
         self._results: dict[Any, Result | None] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from moetier.runtime.config import SpeculationMode
 from moetier.runtime.moe.gates import Observation
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import ExpertSource
+from moetier.tiers.source import PrefetchSource
 
 from .controller import Controller
 from .predictor import Prediction, Ranking, Shortcuts
@@ -59,7 +59,7 @@ class Admission:
     requested record. The next best experts are included because many wrong predictions are nearly right.
     """
 
-    def __init__(self, source: ExpertSource[Any], experts: Sequence[int], *, most: int | None = None) -> None:
+    def __init__(self, source: PrefetchSource, experts: Sequence[int], *, most: int | None = None) -> None:
         """Request prefetches from ``source``.
 
         ``experts`` has the number of experts of each block. ``most`` is the largest number of absent records in one
@@ -104,7 +104,7 @@ class Speculation:
     def __init__(
         self,
         shortcuts: Shortcuts,
-        source: ExpertSource[Any],
+        source: PrefetchSource,
         *,
         look_ahead: int,
         mode: SpeculationMode = SpeculationMode.AUTO,

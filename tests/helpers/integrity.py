@@ -59,9 +59,10 @@ def check_pool(pool: SlotPool) -> None:
     pins = pool._pins
     assert min(pins) >= 0
     assert not any(pins[slot] for slot in pool._free)
-    placed = [(key, number) for number, policy in enumerate(pool._policies) for key in policy]
-    assert sorted(placed) == sorted((key, pool._partition_of[key.block]) for key in held)
-    assert [len(policy) for policy in pool._policies] == [len(list(policy)) for policy in pool._policies]
+    placed = [(key, number) for number, policy in enumerate(pool.partitions._policies) for key in policy]
+    assert sorted(placed) == sorted((key, pool.partitions._number_of[key.block]) for key in held)
+    sizes = [len(policy) for policy in pool.partitions._policies]
+    assert sizes == [len(list(policy)) for policy in pool.partitions._policies]
 
 
 def check_loads(loads: Loads) -> None:

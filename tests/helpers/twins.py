@@ -16,7 +16,7 @@ from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.layout import Bits, ExpertKey, RecordLayout
 from moetier.tiers.quant.codec import encode, layout_for
-from moetier.tiers.source import Lease
+from moetier.tiers.source import Lease, NoUses
 from moetier.tiers.stats import TierCounters, TierStats
 
 BLOCK = 5
@@ -27,6 +27,7 @@ class OneSlot:
     """An ExpertSource with a single slot, which the next record overwrites: what is kept of a lease is lost."""
 
     def __init__(self, records: Sequence[Tensor], order: Callable[[list[int]], Iterable[int]]) -> None:
+        self.uses = NoUses()
         self.records = records
         self.order = order
         self.slot = torch.zeros_like(records[0])
@@ -46,12 +47,6 @@ class OneSlot:
 
     def residents(self, block: int) -> None:
         return None
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Nothing is kept."""
-
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        raise AssertionError("nothing is resident here")
 
     def end_leases(self) -> None:
         """Nothing is kept of who acquired."""

@@ -20,6 +20,7 @@ class UnsteadySource:
 
     def __init__(self, source: CopySource[Any], seed: int = 0, share: float = 0.5) -> None:
         self.source = source
+        self.uses = source.uses
         self.random = random.Random(seed)
         self.share = share
         self.broken = 0  # leases that did not hold
@@ -48,17 +49,8 @@ class UnsteadySource:
                 lease = Lease(lease.key, _garbage(lease.record), -1 - lease.slot, lambda: False)
             yield lease
 
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
-        self.source.note_copy_uses(keys)
-
     def residents(self, block: int) -> None:
         return None  # so that all is leased
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        self.source.note_uses(block, experts)
-
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        raise AssertionError("nothing is resident here")
 
     def end_leases(self) -> None:
         self.source.end_leases()

@@ -359,9 +359,9 @@ def test_a_prediction_that_was_copied_is_useful_when_it_is_used_above(roomy: Ope
             assert lease is not None
             assert lease.validate()
     assert roomy.host.stats().useful == 0
-    roomy.source.note_copy_uses(keys(1, 0, 2))  # 2 was not predicted
+    roomy.source.uses.note_copies(keys(1, 0, 2))  # 2 was not predicted
     wait_until(lambda: roomy.host.stats().useful == 1)
-    roomy.source.note_copy_uses(keys(1, 0))
+    roomy.source.uses.note_copies(keys(1, 0))
     roomy.take(1, 0, 3, 5)
     wait_until(lambda: roomy.host.stats().useful == 3)
     stats = roomy.host.stats()
@@ -501,8 +501,8 @@ def test_a_noted_use_counts_as_a_hit_and_cancels_prefetches(roomy: Opened) -> No
     residents_of(roomy, 0)
     roomy.take(0, 0, 1, 2)
     before = roomy.source.stats()
-    roomy.source.note_uses(0, [2, 1])
-    roomy.source.note_uses(0, [0])
+    roomy.source.uses.note(0, [2, 1])
+    roomy.source.uses.note(0, [0])
     after = roomy.source.stats()
     assert after.hits - before.hits == 3
     assert after.misses == before.misses
@@ -513,7 +513,7 @@ def test_many_noted_uses_need_no_other_call(roomy: Opened) -> None:
     roomy.take(0, 0)
     before = roomy.source.stats().hits
     for _ in range(2000):
-        roomy.source.note_uses(0, [0])
+        roomy.source.uses.note(0, [0])
     assert roomy.source.stats().hits - before == 2000
 
 
@@ -525,8 +525,8 @@ def test_noted_uses_decide_what_is_evicted(kind: str, folder: Path) -> None:
         opened.take(0, 1)
         opened.take(0, 2)
         for _ in range(20):
-            opened.source.note_uses(0, [0])
-            opened.source.note_uses(0, [2])
+            opened.source.uses.note(0, [0])
+            opened.source.uses.note(0, [2])
         opened.take(0, 3)
         found = residents_of(opened, 0)
         assert [expert for expert in range(6) if look(found, expert)] == [0, 2, 3]

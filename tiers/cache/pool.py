@@ -19,11 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from itertools import chain
+from typing import NamedTuple
 
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .budget import Partition
+from .partitions import Partitions
 from .policies import DEFAULT_POLICY, POLICIES, Policy
 
 
@@ -35,10 +38,18 @@ class Lookup(Enum):
     HIT = "its slot is READY"
 
 
+class SlotCounts(NamedTuple):
+    """How many slots of a pool are in each state. Other slots are EMPTY."""
+
+    ready: int
+    loading: int
+    leased: int  # those of the READY slots that are pinned
+
+
 class SlotPool:
     """Slots for records of one layout, ``slot_bytes`` each. Slot 0 of the pool is slot ``first`` of the tier.
 
-    With the policy "lru", a partition within its quota holds the same records as an LRU cache with that many slots.
+    ``partitions`` has the quotas of blocks, and notes which records are used.
     """
 
     def __init__(
@@ -57,7 +68,8 @@ class SlotPool:
             first: number of the pool's first slot in the tier.
             slot_bytes: size of a slot in bytes.
         """
-        self.slot_count = sum(partition.quota for partition in partitions)
+        self.partitions = Partitions(partitions, make_policy)
+        self.slot_count = self.partitions.slot_count
         self.first = first
         self.slot_bytes = slot_bytes
         # A slot is READY if it has a key and is not LOADING. The methods change the state in such an order that only
@@ -68,19 +80,12 @@ class SlotPool:
         self._slots: dict[ExpertKey, PoolSlot] = {}
         # an ordered set, of which the last slot is taken first
         self._free = dict.fromkeys(map(PoolSlot, reversed(range(self.slot_count))))
-        self._quotas = [partition.quota for partition in partitions]
-        self._partition_of = {block: number for number, part in enumerate(partitions) for block in part.blocks}
-        self._policies = [make_policy(quota) for quota in self._quotas]
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def slot_of(self, key: ExpertKey) -> PoolSlot | None:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None."""
         return self._slots.get(key)
-
-    def is_ready(self, key: ExpertKey) -> bool:
-        """Return whether the record of ``key`` is in a READY slot."""
-        return self.lookup(key) is Lookup.HIT
 
     def lookup(self, key: ExpertKey) -> Lookup:
         """Return the state of the record of ``key``."""
@@ -111,20 +116,10 @@ class SlotPool:
         """Return whether the slot is READY and not pinned."""
         return not self._pins[slot] and self._keys[slot] is not None and slot not in self._loading
 
-    @property
-    def ready(self) -> int:
-        """The number of READY slots."""
-        return len(self._slots) - len(self._loading)
-
-    @property
-    def loading(self) -> int:
-        """The number of LOADING slots."""
-        return len(self._loading)
-
-    @property
-    def leased(self) -> int:
-        """The number of READY slots that are pinned."""
-        return sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
+    def counts(self) -> SlotCounts:
+        """Return how many slots are in each state."""
+        leased = sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
+        return SlotCounts(len(self._slots) - len(self._loading), len(self._loading), leased)
 
     def begin_fill(
         self, slot: PoolSlot, key: ExpertKey, *, is_scan: bool = False, is_prefetch: bool = False
@@ -147,14 +142,11 @@ class SlotPool:
         if evicted is None:
             del self._free[slot]
         else:
-            self._policy(evicted).remove(evicted)
+            self.partitions.remove(evicted)
             del self._slots[evicted]
         self._keys[slot] = key
         self._slots[key] = slot
-        policy = self._policy(key)
-        policy.add(key, is_scan=is_scan)
-        if is_prefetch:
-            policy.demote(key)
+        self.partitions.add(key, is_scan=is_scan, is_prefetch=is_prefetch)
         return evicted
 
     def complete_fill(self, slot: PoolSlot) -> None:
@@ -166,7 +158,7 @@ class SlotPool:
         assert slot in self._loading, f"slot {slot} is not loading"
         key = self.key(slot)
         self._pins[slot] = 0
-        self._policy(key).remove(key)
+        self.partitions.remove(key)
         del self._slots[key]
         self._keys[slot] = None
         self._loading.remove(slot)
@@ -192,13 +184,9 @@ class SlotPool:
 
     # -- evictions ----------------------------------------------------------------------------------------------------
 
-    def quota(self, block: int) -> int:
-        """Return the quota of the block's partition, in slots. A demand for more records than the quota is a scan."""
-        return self._quotas[self._partition_of[block]]
-
     def vacancy(self, block: int) -> PoolSlot | None:
         """Return an EMPTY slot, or None if there is no such slot or the block's partition has no room in its quota."""
-        return self._empty() if self._surplus(self._partition_of[block]) < 0 else None
+        return self._empty() if self.partitions.has_room(block) else None
 
     def choose(
         self,
@@ -221,53 +209,30 @@ class SlotPool:
             is_scan: whether the demand for the record is a scan.
             keep: returns True for keys whose records must not be evicted.
         """
-        number = self._partition_of[block]
         slot: PoolSlot | None = None
-        if self._surplus(number) < 0:
+        if self.partitions.has_room(block):
             # If the partition is below its quota and no slot is EMPTY, another partition is above its quota.
             slot = self._empty()
             if slot is None:
-                borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
-                slot = self._first_victim(borrowers, keep)
+                slot = self._first_victim(self.partitions.borrowed(), keep)
         if slot is None:
-            slot = self._first_victim([number], keep, is_scan=is_scan)
+            slot = self._first_victim(self.partitions.victims(block, is_scan=is_scan), keep)
         if slot is None and may_borrow:
             slot = self._empty()
             if slot is None:
-                slot = self._first_victim([number, *self._by_surplus()], keep)
+                slot = self._first_victim(chain(self.partitions.victims(block), self.partitions.all_victims()), keep)
         return slot
-
-    def touch(self, keys: Iterable[ExpertKey], *, is_scan: bool = False) -> None:
-        """Note that demands use the records of ``keys``, in this order. All of them must have slots."""
-        for key in keys:
-            self._policies[self._partition_of[key[0]]].touch(key, is_scan=is_scan)
-
-    def _policy(self, key: ExpertKey) -> Policy:
-        return self._policies[self._partition_of[key.block]]
 
     def _empty(self) -> PoolSlot | None:
         return next(reversed(self._free), None)
 
-    def _first_victim(
-        self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, is_scan: bool = False
-    ) -> PoolSlot | None:
-        """Return the slot of the record to evict, from the first of the partitions ``numbers`` that has such a record.
-
-        The slot must be evictable, and ``keep`` false for the key. Returns None if no partition has such a record.
-        """
-        for number in numbers:
-            for key in self._policies[number].victims(is_scan=is_scan):
-                slot = self._slots[key]
-                if self.is_evictable(slot) and not keep(key):
-                    return slot
+    def _first_victim(self, keys: Iterable[ExpertKey], keep: Callable[[ExpertKey], bool]) -> PoolSlot | None:
+        """Return the slot of the first of ``keys`` that is evictable, and for which ``keep`` is false; or None."""
+        for key in keys:
+            slot = self._slots[key]
+            if self.is_evictable(slot) and not keep(key):
+                return slot
         return None
-
-    def _surplus(self, number: int) -> int:
-        return len(self._policies[number]) - self._quotas[number]
-
-    def _by_surplus(self) -> list[int]:
-        """Return the numbers of all partitions, beginning with the partition that is furthest above its quota."""
-        return sorted(range(len(self._policies)), key=lambda number: -self._surplus(number))
 
     # -- repair -------------------------------------------------------------------------------------------------------
 
@@ -298,21 +263,16 @@ class SlotPool:
                 self._free[slot] = None
             else:
                 self._slots[key] = slot
-        for policy in self._policies:
-            for key in set(policy).difference(self._slots):
-                policy.remove(key)
-        placed = set[ExpertKey]().union(*self._policies)
-        for key in self._slots:
-            if key not in placed:
-                self._policy(key).add(key, is_scan=False)
+        self.partitions.repair(self._slots)
 
 
 def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
     """Return the statistics of a tier: its counters, and the state of the slots in its ``pools``."""
     pools = list(pools)
+    counts = [pool.counts() for pool in pools]
     return counters.snapshot(
         slots=sum(pool.slot_count for pool in pools),
-        ready=sum(pool.ready for pool in pools),
-        leased=sum(pool.leased for pool in pools),
+        ready=sum(count.ready for count in counts),
+        leased=sum(count.leased for count in counts),
         slot_bytes=sum(pool.slot_count * pool.slot_bytes for pool in pools),
     )

@@ -79,7 +79,7 @@ class DeviceSlots:
     @property
     def copying(self) -> int:
         """Number of slots that are being filled."""
-        return sum(pool.loading for pool in self.pools.values())
+        return sum(pool.counts().loading for pool in self.pools.values())
 
     @property
     def counts(self) -> dict[str, int]:

@@ -113,13 +113,13 @@ class DeviceFill:
             slot = pool.pin_ready(key)
             assert slot is not None
             self._counters.count(joined=1)
-            pool.touch((key,), is_scan=demand.is_scan)
+            pool.partitions.touch((key,), is_scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
         if state is Lookup.LOADING or (slot := self._choose(demand, key.block)) is None:
             return None if wait else False
         self._begin(demand, slot, key)
-        pool.touch((key,), is_scan=demand.is_scan)
+        pool.partitions.touch((key,), is_scan=demand.is_scan)
         return True
 
     def promote(self, lease: Lease[memoryview]) -> None:

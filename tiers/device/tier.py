@@ -29,11 +29,12 @@ from contextlib import closing
 import torch
 
 from moetier.tiers.cache.policies import DEFAULT_POLICY
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import CopySource, Lease, Residents
+from moetier.tiers.source import CopySource, Lease, NoUses, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
@@ -78,6 +79,7 @@ class DeviceTier:
             BudgetError: the device has not enough memory for the experts that one token uses in one block.
         """
         assert slots.keys() == manifest.layouts.keys()
+        self.uses = NoUses()  # ``residents`` returns None
         self._source = source
         self._device = device
         self._manifest = manifest
@@ -111,7 +113,7 @@ class DeviceTier:
         try:
             hits, missing, was_requested = self._begin(demand, distinct, wanted)
             if hits:
-                self._source.note_copy_uses(hits)
+                self._source.uses.note_copies(hits)
             if (
                 was_requested and not missing and not wanted
             ):  # cancel the requests; if records are missing, the source's demand does
@@ -125,11 +127,6 @@ class DeviceTier:
     def residents(self, block: int) -> Residents | None:
         """Return None, because compiled code can't look records up in a device tier."""
         return None
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Do nothing, because ``residents`` returns None, so no caller uses records without leases."""
-
-    take_back_uses = note_uses
 
     def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
@@ -173,7 +170,7 @@ class DeviceTier:
 
     @transition
     def _absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        return [key for key in keys if not self._slots.pool(key.block).is_ready(key)]
+        return [key for key in keys if self._slots.pool(key.block).lookup(key) is not Lookup.HIT]
 
     @transition
     def stats(self) -> TierStats:
@@ -318,7 +315,7 @@ class DeviceTier:
             return None
         block, hits, missing = keys[0].block, list[ExpertKey](), list[ExpertKey]()
         demand.pool = self._slots.pool(block)
-        demand.is_scan = max(len(keys), wanted) > demand.pool.quota(block)
+        demand.is_scan = max(len(keys), wanted) > demand.pool.partitions.quota(block)
         self._demands[demand] = None
         if self._promotes:
             self._promoter.replace(block, (), ())
@@ -331,7 +328,7 @@ class DeviceTier:
             else:
                 demand.ready.append(slot)
                 hits.append(key)
-        demand.pool.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
+        demand.pool.partitions.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
         if missing:
             self._promoter.pause()
             demand.misses = True

@@ -79,6 +79,7 @@ class HostViews:
     """The device tier of a CPU. It leases views of the source's records, and neither copies nor caches records."""
 
     def __init__(self, source: ExpertSource[memoryview]) -> None:
+        self.uses = source.uses
         self._source = source
         self._views = SlotViews()
         self._closed = False
@@ -96,14 +97,6 @@ class HostViews:
         """Return what the source returns: the addresses with which compiled code finds the block's records, or None."""
         self._check_open()
         return self._source.residents(block)
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Pass a demand that uses records without leases on to the source, to be counted."""
-        self._source.note_uses(block, experts)
-
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Let the source count the hits of an earlier ``note_uses`` as discarded."""
-        self._source.take_back_uses(block, experts)
 
     def end_leases(self) -> None:
         """End all leases of the calling thread in the source."""

@@ -5,16 +5,19 @@ Other packages use ``tier.HostTier``, ``warmup``, and the events in ``demands``.
 
 The tier's state is the ledger (``ledger``, with its parts ``demands``, ``waiting``, ``slots``, ``loads``, ``prefetch``
 and ``uses``) and the arena's directory. One lock guards all of it: that of the tier's ``tiers.locks.Monitor``. Each
-change is a *transition*, a method with one of the decorators of ``tiers.locks``; ``tier``, ``loaders`` and ``session``
-have all of them. No transition waits for a read or for another transition; the first session starts a thread in one.
-Records are written into slots without the lock, by the one loader that has taken the load of the slot.
+change is a *transition*, a method with one of the decorators of ``tiers.locks``; ``tier``, ``uses``, ``page_turns``,
+``loaders`` and ``session`` have all of them. No transition waits for a read or for another transition; the first
+session starts a thread in one. Records are written into slots without the lock, by the one loader that has taken the
+load of the slot.
 
     thread                  transitions
-    any thread that demands HostTier._begin, _next_leases, which sleeps until a record arrives, and _end
+    any thread that demands HostTier._begin, _next_leases, which sleeps until a record arrives, and _end;
+                            HostUses
     moetier-loader-N        Loaders._take; then the read; then _complete, or _fail if the read failed
     moetier-timekeeper      Timekeeper._expire; runs if there are sessions
-    moetier-learner         HostTier.uses and warm (``warmup``)
+    moetier-learner         HostUses.counts and HostTier._warm (``warmup``)
     threads of a daemon     methods of Session, which never wait for a record
+    threads of an engine    PageTurns: they read and write pages of keys and values
     any finalizer           HostTier._end, which is posted: another thread may run it
 
 If a read fails, the slot becomes EMPTY, and every demand that waits for the record gets the error (``Loads.fail``): an

@@ -122,7 +122,7 @@ class Ledger:
         if not wanted:
             self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
         distinct = dict.fromkeys(keys)
-        demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.quota(demand.block))
+        demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.partitions.quota(demand.block))
         hits = []
         for key in distinct:
             if not caller.is_full and (slot := pool.pin_ready(key)) is not None:
@@ -133,7 +133,7 @@ class Ledger:
         if demand.pending:
             self._take_slots(demand)
         # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
-        pool.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
+        pool.partitions.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
     def next_leases(self, demand: Demand) -> tuple[list[PoolSlot], bool] | None:
@@ -163,7 +163,7 @@ class Ledger:
         If the record of a key is READY, its slot is pinned for the demand. Otherwise the demand joins the load of the
         record that is in progress, or begins a load.
         """
-        demand.pool.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
+        demand.pool.partitions.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
 
     def release(self, demand: Demand, keys: Iterable[ExpertKey] | None = None) -> None:
         """End the demand's leases of ``keys``, or all of its leases if ``keys`` is None.
@@ -305,7 +305,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
-                    self.prefetches.note_uses((key,))
+                    self.prefetches.mark_used((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)

@@ -184,7 +184,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.note_uses((key,))
+            self._prefetches.mark_used((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
@@ -221,7 +221,7 @@ class Loads:
         After so many demands, the other records will soon be needed, too. So of a model that is hardly used, only what
         demands need is read; of any other, at most twice as much.
         """
-        if pool in self._rest and 2 * (pool.ready + pool.loading) >= pool.slot_count:
+        if pool in self._rest and 2 * len(pool.keys) >= pool.slot_count:
             blocks = self._rest.pop(pool)
             keys = [ExpertKey(number, expert) for number, block in blocks.items() for expert in range(block.experts)]
             if len(keys) == pool.slot_count:

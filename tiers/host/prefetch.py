@@ -158,7 +158,7 @@ class PrefetchQueue:
         """Note that the tier above may copy a record."""
         self._copied.add(key)
 
-    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
+    def mark_used(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self._copied.discard(key)

@@ -81,16 +81,18 @@ class Session(AsyncCaller):
         self._ledger.begin(self._ledger.demand(keys[0].block, self, request, timeout), keys, wanted)
 
     @transition
-    def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
-        """End the leases of ``keys`` that a request holds. If there are no ``keys``, end the whole request.
+    def release(self, request: int, keys: Sequence[ExpertKey]) -> None:
+        """End the leases of ``keys`` that a request holds.
 
         Keys without a lease are ignored, because the request may have failed since the caller decided to release them.
         """
-        if (demand := self.demands.get(request)) is None:
-            return
-        if keys:
+        if (demand := self.demands.get(request)) is not None:
             self._ledger.release(demand, keys)
-        else:
+
+    @transition
+    def end(self, request: int) -> None:
+        """End a request: release all its leases, and cancel what it waits for. No effect once it is over."""
+        if (demand := self.demands.get(request)) is not None:
             self._ledger.end(demand)
 
     def note_uses(self, keys: Sequence[ExpertKey]) -> None:
@@ -106,7 +108,7 @@ class Session(AsyncCaller):
     @transition
     def _note_some_uses(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            self._uses.note_client_uses(keys)
+            self._uses.note_client(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.

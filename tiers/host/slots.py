@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import POLICIES
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.manifest import Manifest
 
@@ -33,11 +34,11 @@ class HostSlots:
 
     def is_ready(self, key: ExpertKey) -> bool:
         """Return whether the record of ``key`` is READY."""
-        return self.pool_of[key.block].is_ready(key)
+        return self.pool_of[key.block].lookup(key) is Lookup.HIT
 
     def quotas(self) -> list[int]:
         """Return for each block the quota of its partition, in slots."""
-        return [pool.quota(block) for block, pool in enumerate(self.pool_of)]
+        return [pool.partitions.quota(block) for block, pool in enumerate(self.pool_of)]
 
     def starved(self) -> list[Demand]:
         """Return the first starved demand of each pool that has one."""

@@ -19,7 +19,7 @@ from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
-from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
+from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Pause, Store
@@ -28,15 +28,15 @@ from .demands import Demand, Event, Load, ThreadCaller
 from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
+from .page_turns import PageTurns
 from .session import Session, Timekeeper
+from .uses import HostUses
 from .waiting import Notifier
 
 # leases that are available together, and whether they are the last of the demand
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
-# seconds after which a page is read once a read has ended, even while records are read for demands
-PAGE_PATIENCE = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ class HostTier(Closeable):
                 policy=policy,
                 loads_rest=loads_rest,
             )
-            self._uses = self._ledger.uses
+            self.uses = HostUses(self._monitor, self._ledger.uses)
+            self.page_turns = PageTurns(self._monitor, self._ledger.loads)
             self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
             self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
             undo.callback(self.close)
@@ -220,26 +221,6 @@ class HostTier(Closeable):
             self._residents[block] = self._arena.residents(block, self.manifest.blocks[block].array)
         return self._residents[block]
 
-    @deferred
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand, as ``ExpertSource`` specifies."""
-        self._uses.note_uses(block, experts)
-
-    @deferred
-    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
-        self._uses.take_back_uses(experts)
-
-    @transition
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``CopySource`` specifies. The result of ``uses`` includes them."""
-        self._uses.note_copy_uses(keys)
-
-    @transition
-    def uses(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of its uses."""
-        return self._uses.counts()
-
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. ``PrefetchQueue.next_read`` says which slots they take.
 
@@ -264,39 +245,6 @@ class HostTier(Closeable):
     @transition
     def _warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
         self._ledger.warm(hottest)
-
-    # -- pages of keys and values --------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def reading_page(self) -> Iterator[None]:
-        """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
-        read = object()
-        try:
-            self._announce_page(read)
-            self._may_read_page(time.monotonic() + PAGE_PATIENCE)
-            yield
-        finally:
-            self._end_page(read)
-
-    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
-        """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
-        self._may_write(is_urgent)
-
-    @transition
-    def _announce_page(self, read: object) -> None:
-        self._ledger.loads.announce_page(read)
-
-    @waiting
-    def _may_read_page(self, late: float) -> bool | None:
-        return self._ledger.loads.may_read_page(is_urgent=time.monotonic() > late)
-
-    @posted
-    def _end_page(self, read: object) -> None:
-        self._ledger.loads.end_page(read)
-
-    @waiting
-    def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
-        return self._ledger.loads.may_write(is_urgent=is_urgent())
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""

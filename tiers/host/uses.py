@@ -1,7 +1,7 @@
 """Uses of records: by demands of the host tier, and by callers that find records without a demand of this tier.
 
 Compiled code finds records in the arena's directory, and so do clients of a daemon; other demands find copies in the
-tier above. Callers hold the host tier's lock.
+tier above. ``Uses`` is a part of the ledger: its callers hold the host tier's lock. ``HostUses`` has the transitions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.locks import Monitor, deferred, transition
 from moetier.tiers.stats import TierCounters
 
 from .demands import Pool
@@ -39,34 +41,62 @@ class Uses:
         """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
         self._counts.update([*hits, *misses])
         self._counters.count_lookups(hits=len(hits), misses=len(misses))
-        self._prefetches.note_uses(hits)
+        self._prefetches.mark_used(hits)
 
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+    def note_found(self, block: int, experts: Sequence[int]) -> None:
         """Note a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
         pool = self._pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self._prefetches.replace(pool, block, (), None)
         self._counts.update(keys)
         self._counters.count_lookups(hits=len(keys))
-        cached = [key for key in keys if pool.is_ready(key)]  # others were evicted since
-        self._prefetches.note_uses(cached)
-        pool.touch(reversed(cached), is_scan=len(keys) > pool.quota(block))
+        cached = [key for key in keys if pool.lookup(key) is Lookup.HIT]  # others were evicted since
+        self._prefetches.mark_used(cached)
+        pool.partitions.touch(reversed(cached), is_scan=len(keys) > pool.partitions.quota(block))
 
-    def take_back_uses(self, experts: Sequence[int]) -> None:
-        """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
+    def take_back(self, experts: Sequence[int]) -> None:
+        """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
         self._counters.take_back_hits(len(set(experts)))
 
-    def note_client_uses(self, keys: Sequence[ExpertKey]) -> None:
+    def note_client(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""
         self._counters.count_lookups(hits=len(keys))
         self._counts.update(keys)
         for key in keys:
             pool = self._pool_of[key.block]
             if pool.slot_of(key) is not None:
-                pool.touch((key,))
-                self._prefetches.note_uses((key,))
+                pool.partitions.touch((key,))
+                self._prefetches.mark_used((key,))
 
-    def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:
+    def note_copies(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses of copies in the tier above. They are hits of that tier, not of this one."""
-        self._prefetches.note_uses(keys)
+        self._prefetches.mark_used(keys)
         self._counts.update(keys)
+
+
+class HostUses:
+    """The ``CopyUses`` of a host tier, which also returns what was counted."""
+
+    def __init__(self, monitor: Monitor, uses: Uses) -> None:
+        self._monitor = monitor
+        self._uses = uses
+
+    @deferred
+    def note(self, block: int, experts: Sequence[int]) -> None:
+        """Count a demand, as ``ResidentUses`` specifies."""
+        self._uses.note_found(block, experts)
+
+    @deferred
+    def take_back(self, block: int, experts: Sequence[int]) -> None:
+        """Count the hits of an earlier ``note`` as discarded, as ``ResidentUses`` specifies."""
+        self._uses.take_back(experts)
+
+    @transition
+    def note_copies(self, keys: Sequence[ExpertKey]) -> None:
+        """Note uses in the tier above, as ``CopyUses`` specifies. The result of ``counts`` includes them."""
+        self._uses.note_copies(keys)
+
+    @transition
+    def counts(self) -> dict[ExpertKey, int]:
+        """Return a dictionary from each key to the number of its uses."""
+        return self._uses.counts()

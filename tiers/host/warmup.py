@@ -82,7 +82,7 @@ class Learner:
         self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
         self._every = every
         self._ending = threading.Event()
-        self._saved = host.uses()
+        self._saved = host.uses.counts()
         self._thread = start_thread("moetier-learner", self._run)
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Learner:
             self._save()
 
     def _save(self) -> None:
-        uses = self._host.uses()
+        uses = self._host.uses.counts()
         new = {key: count - self._saved.get(key, 0) for key, count in uses.items()}
         self._saved = uses
         if used := {key: count for key, count in new.items() if count}:

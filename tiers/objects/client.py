@@ -201,10 +201,18 @@ class Objects(Closeable):
                 since, count = since + seconds, 0
 
     def _try(self, name: str, attempt: Callable[[bool], Result], *, fresh: bool = False, act: str = "read") -> Result:
-        """Call ``attempt`` until it succeeds: for RETRY_SECONDS if failures may pass, or RETRIES times.
+        """Call ``attempt`` until it succeeds, and return its result.
 
-        ``attempt`` gets whether to ask past caches on the way: if ``fresh``, and after a wrong answer. ``fresh`` also
-        makes the first call count as a retry. ``act`` is what is done with the object, for errors.
+        Failures that may pass are retried for RETRY_SECONDS; others, such as wrong answers, at most RETRIES times.
+
+        Args:
+            name: the object, for errors.
+            attempt: makes one request. Its argument is True if caches on the way must be bypassed, as after a wrong
+                answer.
+            fresh: bypass caches from the first call on, and count that call as a retry.
+            act: the participle of what is done with the object, for errors.
+
+        Raises StoreReadError with the last failure, and ClosedError after ``close``.
         """
         end, delay, wrong, retry = math.inf, BACKOFF_SECONDS, 0, fresh
         while not self._closing.is_set():

@@ -71,7 +71,7 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     """
     from moetier.runtime.machine.memory import shortage
     from moetier.tools.doctor import machine, model_directory
-    from moetier.tools.doctor.machine import State, fail, look
+    from moetier.tools.doctor.machine import State, fail, findings_of
 
     light = {"python": machine.python, "libraries": machine.libraries, "config": machine.configuration}
     others: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -85,15 +85,15 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
         "daemons": machine.daemons,
     }
     for name, at in light.items():
-        yield from look(name, at)
+        yield from findings_of(name, at)
     if short := shortage():
         yield fail("memory", short, "Free some memory, or raise the control group's limit. Other checks were skipped.")
         return
     for name, at in others.items():  # these import torch, which takes memory
-        yield from look(name, at)
+        yield from findings_of(name, at)
     if directory is not None:
-        of_store = list(look("store", partial(model_directory.health, directory, checksums=checksums)))
+        of_store = list(findings_of("store", partial(model_directory.health, directory, checksums=checksums)))
         yield from of_store
         if any(finding.state is State.FAIL for finding in of_store):
             return  # broken records can't be used to measure the disk
-    yield from look("disk", partial(model_directory.disk, directory, seconds))
+    yield from findings_of("disk", partial(model_directory.disk, directory, seconds))

@@ -113,7 +113,9 @@ def _check(name: str, folder: Path, is_sure: bool) -> None:
     elif real != folder or (folder / GROUP).is_symlink():
         raise TargetError(f"{folder} leads through a link.", "Remove the link and the folder yourself.")
     elif not is_sure and not sys.stdin.isatty():
-        raise UsageError(f"{name} is the folder {folder}, which rm removes only if it is told so.", "Give --yes.")
+        raise UsageError(
+            f"{name} is a converted model, in {folder}: rm removes it only after a question.", "Give --yes."
+        )
     check_unused(name, folder)
 
 

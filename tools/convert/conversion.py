@@ -126,7 +126,7 @@ class Conversion:
                 f"{len(self.matrices)} matrices of the trunk, {weights:,} weights, are quantised: "
                 f"{format_bytes(size)}, {size * 8 / max(weights, 1):.2f} bits a weight"
             )
-        if whole := [block.path for block in blueprint.blocks if not block.apart]:
+        if whole := [block.path for block in blueprint.blocks if not block.is_separable]:
             lines.append(f"read as whole blocks, as the checkpoint does not store their experts apart: {whole[0]}, ...")
         if any(dtype == "float32" for block in blueprint.blocks for _, dtype in block.parameters.values()):
             lines.append("experts are in float32: weights that stay in 16 bits are rounded to bfloat16")

@@ -96,7 +96,7 @@ class Encoder:
             quantised = [p for p in layout.projections if p.bits != 16 and not p.coding]
             codes = max(sizes) if quantised else 0
             band = max((band_bytes(p, itemsize) for p in quantised), default=0)
-            if block.apart:
+            if block.is_separable:
                 reading, held = 2 * itemsize * max(sizes), itemsize * max(sizes) + codes
             else:
                 reading, held = itemsize * block.experts * (sum(sizes) + max(sizes)) + codes, codes
@@ -147,7 +147,9 @@ class Encoder:
         A block that is read as a whole must be encoded alone.
         """
         blocks = self.blueprint.blocks
-        return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
+        return all(
+            k.block == key.block or (blocks[k.block].is_separable and blocks[key.block].is_separable) for k, _ in ahead
+        )
 
     def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightError]:
         layout, expert = self.manifest.layout(key.block), Expert(self.blueprint.blocks[key.block], key.expert, merging)

@@ -62,10 +62,10 @@ def fail(name: str, text: str, advice: str) -> Finding:
     return Finding(name, State.FAIL, as_options(text), as_options(advice))
 
 
-def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of the check ``at``. An error becomes a finding called ``name``, so other checks can go on."""
+def findings_of(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of ``check``. If it raises, yield a failure called ``name``, so that other checks go on."""
     try:
-        yield from at()
+        yield from check()
     except MoetierError as error:
         yield fail(name, error.cause, error.fix)
     except Exception as error:  # such as a broken library, or a file that this kernel does not have

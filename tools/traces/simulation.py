@@ -130,13 +130,13 @@ class SimulatedTier:
         in a host tier. Of that, the keys in ``kept`` count as used by a demand of their own.
         """
         missing = [key for key in keys if self._pool.slot_of(key) is None]
-        if is_prompt and len(keys) > self._pool.quota(keys[0].block):
+        if is_prompt and len(keys) > self._pool.partitions.quota(keys[0].block):
             self._stream(keys, missing, kept)
         else:
             for key in reversed(keys):
                 if self._pool.slot_of(key) is None:
                     self._load(key, keys)
-                self._pool.touch((key,))
+                self._pool.partitions.touch((key,))
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
@@ -160,8 +160,8 @@ class SimulatedTier:
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey], kept: Collection[ExpertKey]) -> None:
         """Use resident experts first, as a host tier does. Load each other one up to AHEAD loads before it is used."""
         resident = [key for key in keys if key not in set(missing)]
-        self._pool.touch(reversed(resident), is_scan=True)
-        self._pool.touch([key for key in resident if key in kept])
+        self._pool.partitions.touch(reversed(resident), is_scan=True)
+        self._pool.partitions.touch([key for key in resident if key in kept])
         waiting = deque(map(self._slot, resident))
         for slot in waiting:
             self._pool.pin(slot)
@@ -175,7 +175,7 @@ class SimulatedTier:
                 self._pool.unpin((waiting or loaded).popleft())
             self._fill(chosen, key, is_scan=True)
             if key in kept:
-                self._pool.touch((key,))
+                self._pool.partitions.touch((key,))
             self._pool.pin(chosen)
             loaded.append(chosen)
         for slot in (*waiting, *loaded):

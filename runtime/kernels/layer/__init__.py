@@ -2,7 +2,7 @@
 
     attend           attention of one or many tokens
     attention        replaces transformers' attention functions
-    attention_code   emits attention: blocks of rows, and how their pieces are merged
+    attention_code   emits attention: strips of rows, and how their pieces are merged
     attention_piece  emits the attention of some rows to one piece
     attention_tasks  one token's attention as tasks, from the hidden state to the output projection
     heads            emits norms and rotation of queries and keys, and their place in a cache

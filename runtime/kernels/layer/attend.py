@@ -16,7 +16,7 @@ from moetier.runtime.kernels.jit.processor import this_processor
 from moetier.runtime.kernels.jit.team import Scratch, threads_for
 from moetier.runtime.kernels.products.api import CPU
 
-from .attention_code import BLOCK_ROWS, NO_WINDOW, AttentionKernel
+from .attention_code import NO_WINDOW, STRIP_ROWS, AttentionKernel
 from .attention_piece import PIECE
 from .eight_bits import SCALE_BYTES
 from .pages import ONE_PAGE, KeyPages
@@ -66,16 +66,16 @@ def attend(
     share, begin, first = heads // key_heads, first - first % PIECE, first % PIECE
     end = first + length
     out = torch.empty((batch, tokens, heads, values), dtype=query.dtype, device=CPU)
-    pieces, block = -(-end // PIECE), max(1, min(tokens, BLOCK_ROWS // share))
-    blocks = batch * key_heads * -(-tokens // block)
+    pieces, strip = -(-end // PIECE), max(1, min(tokens, STRIP_ROWS // share))
+    strips = batch * key_heads * -(-tokens // strip)
     threads = threads_for(batch * heads * tokens * length * (width + values))
-    spans = pieces if tokens == 1 or blocks < 2 * threads else 1
-    items = blocks * spans
+    spans = pieces if tokens == 1 or strips < 2 * threads else 1
+    items = strips * spans
     threads = min(items, threads)
     compiled = AttentionKernel.of(
         this_processor(),
         query.dtype,
-        block * share,
+        strip * share,
         (width, values),
         None if sinks is None else sinks.dtype,
         has_codes=has_codes,
@@ -88,12 +88,12 @@ def attend(
     bases = [tensor.data_ptr() - skipped * tensor.stride(2) * tensor.itemsize for tensor in (key, value)]
     sinks = None if sinks is None else sinks.contiguous()
     context = (
-        *(0, 0, items, key_heads, share, tokens, block, first, end, window, 0, width, values, spans),
+        *(0, 0, items, key_heads, share, tokens, strip, first, end, window, 0, width, values, spans),
         *(query.data_ptr(), *query.stride()[:3], *bases, places.address(begin), places.bits),
         *(key.stride(0), value.stride(0), *key.stride()[1:3], *value.stride()[1:3]),
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride()[:2])),
         *(out.data_ptr(), scratch, compiled.thread_bytes, scratch + own, compiled.item_bytes, scale),
         0 if sinks is None else sinks.data_ptr(),
     )
-    compiled.kernel.run(array("q", (*context, *bytes(blocks))), threads)
+    compiled.kernel.run(array("q", (*context, *bytes(strips))), threads)
     return out

@@ -1,12 +1,12 @@
 """Emit the compiled code of attention, for one or many new tokens. ``attention.py`` runs it.
 
-A *query group* is one head of keys and values of a sequence, with all the heads of queries that share it. A *block* is
+A *query group* is one head of keys and values of a sequence, with all the heads of queries that share it. A *strip* is
 a query group's rows for some tokens next to one another. Its pieces (``attention_piece.py``) are merged in their order
 (Milakov & Gimelshein 2018, arXiv 1805.02867). Pieces begin at fixed positions, so that a row's result depends on what
 it attends to only: neither on the tokens that are computed with it nor on the number of threads.
 
-An item of work is a block with one of the pieces, or with all of them. In the former case the thread that computes the
-last item of a block merges its pieces.
+An item of work is a strip with one of the pieces, or with all of them. In the former case the thread that computes the
+last item of a strip merges its pieces.
 
 A *sink* is a score of a head of queries that belongs to no position: it takes part in the softmax, but has no value
 (Xiao et al. 2023, arXiv 2309.17453).
@@ -30,14 +30,14 @@ from moetier.runtime.kernels.products.words import has_pairs
 from .attention_piece import LOG2_E, PIECE, ROWS, KeyPiece, PieceEmitter, Sight, held_numbers, result_numbers
 
 ATTEND = "moetier_attend"  # name of the compiled function
-BLOCK_ROWS = 10 * ROWS  # most rows of a block; more would need more memory than the processor's caches have
+STRIP_ROWS = 10 * ROWS  # most rows of a strip; more would need more memory than the processor's caches have
 NO_WINDOW = 1 << 40  # positions
 
 
 class AttentionContext(NamedTuple):
     """The i64 fields in the context of the compiled function.
 
-    After the fields: one i64 for each block of query rows, its finished work items. Strides are in numbers. Positions
+    After the fields: one i64 for each strip of query rows, its finished work items. Strides are in numbers. Positions
     are counted from the beginning of piece 0, which is that of a page too.
     """
 
@@ -47,14 +47,14 @@ class AttentionContext(NamedTuple):
     key_heads: int
     share: int  # heads of queries that share a head of keys
     tokens: int  # new tokens of a sequence
-    block: int  # tokens of a block
+    strip: int  # tokens of a strip
     first: int  # position of the first key
     end: int  # position after the last key
     window: int  # most positions that a token attends to up to its own
     after: int  # most positions after its own that a token attends to
     key_width: int  # D, of a query or key; a multiple of LANES
     value_width: int  # V; a multiple of LANES
-    spans: int  # items of a block: 1, or as many as pieces
+    spans: int  # items of a strip: 1, or as many as pieces
     queries: int  # address of q
     query_sequence: int  # stride
     query_head: int  # stride
@@ -75,7 +75,7 @@ class AttentionContext(NamedTuple):
     out: int  # address of the output
     scratch: int  # address of the threads' memory
     thread_bytes: int  # of a thread's memory
-    results: int  # address of the results of items, if a block has several
+    results: int  # address of the results of items, if a strip has several
     item_bytes: int  # of the results of an item
     scaling: int  # bits of the fp32 factor of scores
     sinks: int  # address of the sinks; 0 if there are none
@@ -90,7 +90,7 @@ CONTEXT = len(PLACE)
 
 
 class AttentionKernel(NamedTuple):
-    """The compiled function ``ATTEND(context)`` for blocks of a number of rows, and the memory that it needs."""
+    """The compiled function ``ATTEND(context)`` for strips of a number of rows, and the memory that it needs."""
 
     kernel: Kernel
     thread_bytes: int  # of a thread's memory
@@ -108,7 +108,7 @@ class AttentionKernel(NamedTuple):
         *,
         has_codes: bool = False,
     ) -> AttentionKernel:
-        """Return the function for blocks of ``rows`` rows.
+        """Return the function for strips of ``rows`` rows.
 
         ``widths``: of queries and keys, and of values. ``sink_dtype``: type of the sinks; None: the same.
         ``has_codes``: whether keys and values are in 8 bits.
@@ -144,15 +144,15 @@ def attention_module(
     """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
     q [sequences, heads, tokens, D], keys, values and out [sequences, tokens, heads, V] are of ``dtype``, and sinks
-    [heads] of ``sink_dtype``. The mask is fp32 [sequences, tokens, positions rounded up to a multiple of STEP]. A block
+    [heads] of ``sink_dtype``. The mask is fp32 [sequences, tokens, positions rounded up to a multiple of STEP]. A strip
     has at most ROWS rows if ``has_few_rows``. Keys and values are those of ``in_codes`` if ``has_codes``.
     """
     variant = {"has_pairs": has_pairs, "has_few_rows": has_few_rows, "has_codes": has_codes}
     return _Attention(dtype, processor, sink_dtype, **variant).finish()
 
 
-class _Block(NamedTuple):
-    """The block of an item, all i64."""
+class _Strip(NamedTuple):
+    """The strip of an item, all i64."""
 
     sequence: Value
     head: Value  # of keys and values
@@ -163,7 +163,7 @@ class _Block(NamedTuple):
 
 
 class _Attention(PieceEmitter):
-    _block: _Block  # of the present item
+    _strip: _Strip  # of the present item
     _base: Value  # first position of the present piece
 
     def __init__(self, dtype: Dtype, processor: Processor, sink_dtype: Dtype, **variant: bool) -> None:
@@ -183,7 +183,7 @@ class _Attention(PieceEmitter):
         self._scaling = self.spread(at.fmul(scaling, ir.Constant(F32, LOG2_E)), LANES)
         thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
         memory = at.inttoptr(at.add(given.scratch, at.mul(thread, given.thread_bytes)), POINTER)
-        self._state = self.hold(memory, at.mul(given.block, given.share))  # of the pieces before
+        self._state = self.hold(memory, at.mul(given.strip, given.share))  # of the pieces before
         self._result = at.gep(self._state, [given.item_bytes])
         with self.items(begun, given.items) as item:
             self._compute_item(context, item)
@@ -192,8 +192,8 @@ class _Attention(PieceEmitter):
         at, n, given = self.at, self.number, self._given
         is_split = at.icmp_signed(">", given.spans, n(1))
         number, span = at.udiv(item, given.spans), at.urem(item, given.spans)
-        self._block = block = self._block_of(number)
-        begin, end = at.udiv(block.sight.low, n(PIECE)), at.udiv(at.add(block.sight.high, n(PIECE - 1)), n(PIECE))
+        self._strip = strip = self._strip_of(number)
+        begin, end = at.udiv(strip.sight.low, n(PIECE)), at.udiv(at.add(strip.sight.high, n(PIECE - 1)), n(PIECE))
         results = at.inttoptr(at.add(given.results, at.mul(at.sub(item, span), given.item_bytes)), POINTER)
         self._take_queries()
         self._begin()
@@ -204,8 +204,8 @@ class _Attention(PieceEmitter):
             piece = self._piece(index)
             self.arrange(piece)
             result = at.select(is_split, at.gep(results, [at.mul(index, given.item_bytes)]), self._result)
-            with self.loop(n(0), block.rows, ROWS) as row:
-                count = self.least(at.sub(block.rows, row), n(ROWS))
+            with self.loop(n(0), strip.rows, ROWS) as row:
+                count = self.least(at.sub(strip.rows, row), n(ROWS))
                 sight = self._sight(row, at.sub(at.add(row, count), n(1)))
                 self.compute(piece, row, count, self._inside(sight), result)
                 with at.if_then(at.not_(is_split)):
@@ -214,19 +214,19 @@ class _Attention(PieceEmitter):
         others = at.atomic_rmw("add", finished, n(1), "acq_rel")  # the last thread sees what the others wrote
         with at.if_then(at.icmp_signed("==", at.add(others, n(1)), given.spans)):
             with at.if_then(is_split), self.loop(begin, end) as index:
-                self._merge(n(0), block.rows, at.gep(results, [at.mul(index, given.item_bytes)]))
+                self._merge(n(0), strip.rows, at.gep(results, [at.mul(index, given.item_bytes)]))
             self._end()
 
-    def _block_of(self, number: Value) -> _Block:
-        """Emit the block with a number. A group's last tokens come first, because they attend to the most positions."""
+    def _strip_of(self, number: Value) -> _Strip:
+        """Emit the strip with a number. A group's last tokens come first, because they attend to the most positions."""
         at, n, given = self.at, self.number, self._given
-        blocks = at.udiv(at.add(given.tokens, at.sub(given.block, n(1))), given.block)
-        group, later = at.udiv(number, blocks), at.urem(number, blocks)
-        token = at.mul(at.sub(at.sub(blocks, n(1)), later), given.block)
-        tokens = self.least(given.block, at.sub(given.tokens, token))
+        strips = at.udiv(at.add(given.tokens, at.sub(given.strip, n(1))), given.strip)
+        group, later = at.udiv(number, strips), at.urem(number, strips)
+        token = at.mul(at.sub(at.sub(strips, n(1)), later), given.strip)
+        tokens = self.least(given.strip, at.sub(given.tokens, token))
         sequence, head = at.udiv(group, given.key_heads), at.urem(group, given.key_heads)
         low, high = self._sight_of(token).low, self._sight_of(at.sub(at.add(token, tokens), n(1))).high
-        return _Block(sequence, head, token, tokens, at.mul(tokens, given.share), Sight(low, high))
+        return _Strip(sequence, head, token, tokens, at.mul(tokens, given.share), Sight(low, high))
 
     def _sight_of(self, token: Value) -> Sight:
         """Emit what a token attends to, in positions of the sequence."""
@@ -237,9 +237,9 @@ class _Attention(PieceEmitter):
         )
 
     def _sight(self, first: Value, last: Value) -> Sight:
-        """Emit what any of the rows ``first`` .. ``last`` of the block attends to, in positions of the sequence."""
-        at, block, share = self.at, self._block, self._given.share
-        one, other = (self._sight_of(at.add(block.token, at.udiv(row, share))) for row in (first, last))
+        """Emit what any of the rows ``first`` .. ``last`` of the strip attends to, in positions of the sequence."""
+        at, strip, share = self.at, self._strip, self._given.share
+        one, other = (self._sight_of(at.add(strip.token, at.udiv(row, share))) for row in (first, last))
         return Sight(one.low, other.high)
 
     def _inside(self, sight: Sight) -> Sight:
@@ -253,26 +253,26 @@ class _Attention(PieceEmitter):
         return self._inside(self._sight(row, row))
 
     def _piece(self, index: Value) -> KeyPiece:
-        at, given, block = self.at, self._given, self._block
+        at, given, strip = self.at, self._given, self._strip
 
         def address(base: Value, of_sequence: Value, of_head: Value) -> Value:
-            return at.add(base, at.add(at.mul(block.sequence, of_sequence), at.mul(block.head, of_head)))
+            return at.add(base, at.add(at.mul(strip.sequence, of_sequence), at.mul(strip.head, of_head)))
 
         keys = address(given.keys, given.key_sequence, given.key_head)
         values = address(given.values, given.value_sequence, given.value_head)
-        return KeyPiece(keys, values, at.mul(index, self.number(PIECE)), self._inside(block.sight))
+        return KeyPiece(keys, values, at.mul(index, self.number(PIECE)), self._inside(strip.sight))
 
     @contextlib.contextmanager
     def _heads(self) -> Iterator[tuple[Value, Value, Value]]:
-        """Emit a loop over the block's rows. Yields the row, its token, and its head of queries."""
-        at, n, given, block = self.at, self.number, self._given, self._block
-        with self.loop(n(0), block.rows) as row:
-            token = at.add(block.token, at.udiv(row, given.share))
-            yield row, token, at.add(at.mul(block.head, given.share), at.urem(row, given.share))
+        """Emit a loop over the strip's rows. Yields the row, its token, and its head of queries."""
+        at, n, given, strip = self.at, self.number, self._given, self._strip
+        with self.loop(n(0), strip.rows) as row:
+            token = at.add(strip.token, at.udiv(row, given.share))
+            yield row, token, at.add(at.mul(strip.head, given.share), at.urem(row, given.share))
 
     def _take_queries(self) -> None:
-        at, given, block = self.at, self._given, self._block
-        start = at.add(given.queries, at.mul(block.sequence, given.query_sequence))
+        at, given, strip = self.at, self._given, self._strip
+        start = at.add(given.queries, at.mul(strip.sequence, given.query_sequence))
         with self._heads() as (row, token, head):
             offset = at.add(at.mul(head, given.query_head), at.mul(token, given.query_token))
             self.copy_query(at.inttoptr(at.add(start, offset), POINTER), row)
@@ -283,10 +283,10 @@ class _Attention(PieceEmitter):
 
     def add_mask(self, scores: Value, row: Value, begin: Value, end: Value) -> None:
         """Emit the addition of the mask, if there is one, to a row's scores."""
-        at, n, given, block = self.at, self.number, self._given, self._block
+        at, n, given, strip = self.at, self.number, self._given, self._strip
         with at.if_then(at.icmp_signed("!=", given.mask, n(0))):
-            token = at.add(block.token, at.udiv(row, given.share))
-            start = at.add(at.mul(block.sequence, given.mask_sequence), at.mul(token, given.mask_token))
+            token = at.add(strip.token, at.udiv(row, given.share))
+            start = at.add(at.mul(strip.sequence, given.mask_sequence), at.mul(token, given.mask_token))
             start = at.mul(start, n(4))
             mask = at.inttoptr(at.add(at.add(given.mask, start), at.mul(self._base, n(4))), POINTER)
             with self.loop(begin, end, LANES) as i:
@@ -336,15 +336,15 @@ class _Attention(PieceEmitter):
         self.keep(mixed, state, self.value_width)
 
     def _end(self) -> None:
-        """Emit the outputs of the block: s / z."""
-        at, n, given, block = self.at, self.number, self._given, self._block
+        """Emit the outputs of the strip: s / z."""
+        at, n, given, strip = self.at, self.number, self._given, self._strip
         heads = at.mul(given.key_heads, given.share)
         with self._heads() as (row, token, head):
             state = self.result_of(self._state, row)
             z = self._number(state, at.add(self.value_width, n(1)))
             nothing = at.fcmp_ordered("==", z, self.floats(0.0))  # a token that attends to nothing gives 0
             inverse = at.select(nothing, self.floats(0.0), at.fdiv(self.floats(1.0), z))
-            number = at.add(at.mul(at.add(at.mul(block.sequence, given.tokens), token), heads), head)
+            number = at.add(at.mul(at.add(at.mul(strip.sequence, given.tokens), token), heads), head)
             start = at.mul(at.mul(number, self.value_width), n(self.dtype.itemsize))
             out = at.inttoptr(at.add(given.out, start), POINTER)
             with self.loop(n(0), self.value_width, LANES) as i:

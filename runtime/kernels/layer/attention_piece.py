@@ -52,7 +52,7 @@ class Sight(NamedTuple):
 
 
 class KeyPiece(NamedTuple):
-    """Keys and values of a head, a piece of them, and what a block of rows attends to in it."""
+    """Keys and values of a head, a piece of them, and what a strip of rows attends to in it."""
 
     keys: Value  # address of place 0 in memory, i64
     values: Value  # the same for values, i64
@@ -229,7 +229,7 @@ class PieceEmitter(WordEmitter):
         self._unite(piece, row, count, sight, result)
 
     def sight_of(self, row: Value) -> Sight:
-        """Emit what a row attends to in the present piece."""
+        """Emit the range of the present piece's positions that row ``row`` of the queries attends to."""
         raise NotImplementedError
 
     def add_mask(self, scores: Value, row: Value, begin: Value, end: Value) -> None:

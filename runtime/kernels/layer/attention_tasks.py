@@ -234,7 +234,7 @@ class AttentionTasks:
             key_heads=key_count,
             share=share,
             tokens=1,
-            block=1,
+            strip=1,
             first=0,
             end=0,
             window=NO_WINDOW,
@@ -281,7 +281,7 @@ class AttentionTasks:
         self._last.write(self._output, y)
 
     def at(self, token: Token) -> None:
-        """Set the addresses and numbers of a token. This must be done before each run."""
+        """Write a token's addresses and positions into the contexts of the tasks. Call this before each run."""
         new, all_, size, end = self._heads, self._attention, self._itemsize, token.offset + token.length
         new[heads.COS], new[heads.SIN] = token.cos.data_ptr(), token.sin.data_ptr()
         strides, place = token.room.strides, token.place

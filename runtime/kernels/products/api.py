@@ -115,9 +115,9 @@ class Kernels:
             except torch.OutOfMemoryError as error:
                 said = str(error)
         numbers = said.partition(" If reserved but")[0].partition("\n")[0]  # torch's advice on its allocator follows
-        given = f"after its tier gave back {freed:,} bytes" if freed else "and its tier can't be smaller"
+        relief = f"after its tier gave back {freed:,} bytes" if freed else "and its tier has no slots to give back"
         raise BudgetError(
-            f"The device ran out of memory, {given}: {numbers}",
+            f"The device ran out of memory, {relief}: {numbers}",
             "Give its tier less (`device_memory`), compute fewer tokens at a time (moetier generate --prefill-chunk), "
             "or free memory of the device.",
         )

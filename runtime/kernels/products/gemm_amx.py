@@ -62,10 +62,10 @@ class AmxTile(TileEmitter):
 
     @contextlib.contextmanager
     def _blocks(self) -> Iterator[tuple[Value, Value]]:
-        """Emit a loop over the rows of x in blocks of ``_height``. Yields two row numbers of each block.
+        """Emit a loop over the rows of x in strips of ``_height``. Yields two row numbers of each strip.
 
-        The first is that of the first row that no block had before, the second that of the block's first row. They
-        differ only in the last block: it has ``_height`` rows, too, and so repeats rows if fewer are left.
+        The first is that of the first row that no strip had before, the second that of the strip's first row. They
+        differ only in the last strip: it has ``_height`` rows, too, and so repeats rows if fewer are left.
         """
         with self.loop(self.number(0), self._rows, HEIGHT) as row:
             yield row, self._least(row, self.at.sub(self._rows, self._height))
@@ -97,7 +97,7 @@ class AmxTile(TileEmitter):
         self.intrinsic(f"llvm.x86.{name}", ir.VoidType(), *numbers)
 
     def _multiply(self, x: Value, codes: Value, sums: Value) -> None:
-        """Multiply a group of a block of rows of x with its unpacked codes, and store the sums."""
+        """Multiply a group of a strip of rows of x with its unpacked codes, and store the sums."""
         at, n, group = self.at, self.number, self._variant.group
         for total in _SUMS:
             self._instruction("tilezero", total)

@@ -93,11 +93,11 @@ class Avx2Tile(TileEmitter):
             for height in (4, 2, 1):
                 whole = at.and_(rows, n(-height))
                 with self.loop(begun, whole, height) as row:
-                    self._emit_block(g, [at.add(row, n(i)) for i in range(height)], codes, pairs, totals)
+                    self._emit_strip(g, [at.add(row, n(i)) for i in range(height)], codes, pairs, totals)
                 begun = whole
         self._write_totals(totals, n(0), rows)
 
-    def _emit_block(
+    def _emit_strip(
         self, g: Value, rows: Sequence[Value], codes: Value, pairs: list[tuple[Value, Value]], totals: Value
     ) -> None:
         """Multiply unpacked codes of group ``g`` with some rows of x."""

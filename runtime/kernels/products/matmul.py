@@ -1,6 +1,6 @@
 """The product of many rows with a matrix that is not quantised, y = x @ W.T. Its bits are those of ``gemv.py``.
 
-An item of work is a block of rows of x and CHUNK rows of W. A thread copies the block's words to memory of its own,
+An item of work is a strip of rows of x and CHUNK rows of W. A thread copies the strip's words to memory of its own,
 which stays in the processor's second cache, and multiplies them with ROWS rows of W at a time.
 """
 
@@ -22,10 +22,10 @@ from .words import HEIGHTS, WIDE_HEIGHTS, WORD
 
 MATMUL = "moetier_matmul"  # name of the compiled function
 CHUNK = 64  # rows of W; a multiple of ROWS
-BLOCK_BYTES = 800 << 10  # most bytes of a block's words
+STRIP_BYTES = 800 << 10  # most bytes of a strip's words
 PADDING = WORD * LANES  # bytes between rows of words, so that they lie in different sets of a cache
 # Number of i64 fields in the context. In order: items that threads have taken, threads that have begun, all items;
-# addresses of x, W and y; rows of x, N, K; rows of a block; the address of the threads' memory, and bytes of a thread's
+# addresses of x, W and y; rows of x, N, K; rows of a strip; the address of the threads' memory, and bytes of a thread's
 CONTEXT = 12
 _scratch = Scratch()
 
@@ -39,14 +39,14 @@ def matmul(x: Tensor, weight: Tensor, output: torch.dtype) -> Tensor:
     y = torch.empty((tokens, max(rows, ROWS)), dtype=output, device=CPU)
     pairs = pairs_of(this_processor(), x.dtype, weight.dtype, columns)
     row_bytes = WORD * columns // (2 if pairs else 1) + PADDING
-    blocks = -(-tokens * row_bytes // BLOCK_BYTES)
-    block = -(-tokens // (blocks * HEIGHTS[0])) * HEIGHTS[0]
-    nbytes = (block + ROWS) * row_bytes
-    items = -(-tokens // block) * -(-rows // CHUNK)
+    strips = -(-tokens * row_bytes // STRIP_BYTES)
+    strip = -(-tokens // (strips * HEIGHTS[0])) * HEIGHTS[0]
+    nbytes = (strip + ROWS) * row_bytes
+    items = -(-tokens // strip) * -(-rows // CHUNK)
     threads = min(items, threads_for(tokens * rows * columns))
     memory = (_scratch.take(threads * nbytes), nbytes)
     addresses = (part.data_ptr() for part in (x, weight, y))
-    context = array("q", (0, 0, items, *addresses, tokens, rows, columns, block, *memory))
+    context = array("q", (0, 0, items, *addresses, tokens, rows, columns, strip, *memory))
     matmul_kernel(this_processor(), x.dtype, weight.dtype, output, pairs).run(context, threads)
     return y if rows >= ROWS else y[:, :rows].contiguous()
 
@@ -78,27 +78,27 @@ class _Matmul(DotEmitter):
         at, n = self.at, self.number
         (context,) = self.function.args
         begun, (_, items, x, matrix, y, *sizes, scratch, nbytes) = self.fields(CONTEXT)
-        tokens, self._rows, columns, block_tokens = sizes
+        tokens, self._rows, columns, strip_tokens = sizes
         x, self._matrix, self._y = (at.inttoptr(address, POINTER) for address in (x, matrix, y))
         self._words = self.words(columns)
         self._word_bytes = at.add(at.mul(self._words, n(WORD)), n(PADDING))  # of a row of words
         self._stored_bytes = at.mul(columns, n(kept.itemsize))  # of a row of W
         self._product_bytes = at.mul(self.most(self._rows, n(ROWS)), n(output.itemsize))  # of a row of y
         thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
-        self._block = at.inttoptr(at.add(scratch, at.mul(thread, nbytes)), POINTER)
-        self._copies = at.gep(self._block, [at.mul(block_tokens, self._word_bytes)])  # of ROWS rows of W
-        copied = at.alloca(I64)  # number of the block whose words are in memory
+        self._strip = at.inttoptr(at.add(scratch, at.mul(thread, nbytes)), POINTER)
+        self._copies = at.gep(self._strip, [at.mul(strip_tokens, self._word_bytes)])  # of ROWS rows of W
+        copied = at.alloca(I64)  # number of the strip whose words are in memory
         at.store(n(-1), copied)
         chunks = at.udiv(at.add(self._rows, n(CHUNK - 1)), n(CHUNK))
         with self.items(begun, items) as item:
-            block, chunk = at.udiv(item, chunks), at.urem(item, chunks)
-            token = at.mul(block, block_tokens)
-            count = self.least(block_tokens, at.sub(tokens, token))
-            with at.if_then(at.icmp_signed("!=", at.load(copied), block)):
-                at.store(block, copied)
+            strip, chunk = at.udiv(item, chunks), at.urem(item, chunks)
+            token = at.mul(strip, strip_tokens)
+            count = self.least(strip_tokens, at.sub(tokens, token))
+            with at.if_then(at.icmp_signed("!=", at.load(copied), strip)):
+                at.store(strip, copied)
                 with self.loop(n(0), count) as t:
                     source = at.gep(x, [at.mul(at.add(token, t), at.mul(columns, n(given.itemsize)))])
-                    self._copy(source, at.gep(self._block, [at.mul(t, self._word_bytes)]), given)
+                    self._copy(source, at.gep(self._strip, [at.mul(t, self._word_bytes)]), given)
             first = at.mul(chunk, n(CHUNK))
             with self.loop(first, self.least(self._rows, at.add(first, n(CHUNK))), ROWS) as row:
                 # some rows are computed again if fewer than ROWS are left
@@ -112,7 +112,7 @@ class _Matmul(DotEmitter):
             self.store(words, target, at.mul(i, n(WORD)))
 
     def _multiply(self, token: Value, count: Value, first: Value) -> None:
-        """Emit the products of the block's ``count`` rows, from ``token`` on, with ROWS rows of W from ``first`` on."""
+        """Emit the products of the strip's ``count`` rows, from ``token`` on, with ROWS rows of W from ``first`` on."""
         at, n = self.at, self.number
         # an only row is multiplied several times if W has fewer than ROWS
         rows = [self.least(at.add(first, n(i)), at.sub(self._rows, n(1))) for i in range(ROWS)]
@@ -133,7 +133,7 @@ class _Matmul(DotEmitter):
                 for row in following:
                     self.prefetch(row, offset, 64, near=False)
             places = [at.add(t, n(i)) for i in range(height)]
-            x = [at.gep(self._block, [at.mul(place, self._word_bytes)]) for place in places]
+            x = [at.gep(self._strip, [at.mul(place, self._word_bytes)]) for place in places]
             for start in range(0, ROWS, width):
                 sums = self.dots_of_words(matrix[start : start + width], x, self._words)
                 offset = at.mul(at.add(first, n(start)), n(self.output.itemsize))

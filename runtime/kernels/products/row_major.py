@@ -115,8 +115,8 @@ class RowTile(RowEmitter):
             begun = n(0)
             for height in (2, 1) if coding.is_exact else (4, 2, 1):
                 whole = at.and_(rows, n(-height))
-                with self.loop(begun, whole, height) as block:
-                    own = [at.add(block, n(i)) for i in range(height)]
+                with self.loop(begun, whole, height) as strip:
+                    own = [at.add(strip, n(i)) for i in range(height)]
                     places = [self.place(totals, at.mul(x, n(of_codes)), numbers) for x in own]
                     sums = [self._variable(numbers) for _ in own]
                     for place, total in zip(places, sums, strict=True):

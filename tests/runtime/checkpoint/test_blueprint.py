@@ -69,7 +69,7 @@ def test_each_expert_is_what_transformers_loads(model_type: str, tmp_path: Path)
         )
     of_experts = sum(t.nbytes for parameters in stored.values() for t in parameters.values())
     assert of_experts + sum(t.nbytes for t in trunk.values()) == sum(t.nbytes for t in original.values())
-    apart = {block.apart for block in plan(source).planned.blueprint.blocks}
+    apart = {block.is_separable for block in plan(source).planned.blueprint.blocks}
     assert apart == {model_type not in READ_WHOLE}
 
 

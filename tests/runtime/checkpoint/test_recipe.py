@@ -60,7 +60,7 @@ def recipe(
 
 def test_one_expert_is_a_slice_of_the_whole(tensors: dict[str, list[SourceTensor]]) -> None:
     made = recipe(tensors, MERGE, loading.Concatenate(dim=1))
-    assert made.apart
+    assert made.is_separable
     assert not made.direct
     whole = recipe(tensors, MERGE, loading.Concatenate(dim=1), shape=(EXPERTS, 2 * ROWS, COLUMNS)).make(None)
     for expert in range(EXPERTS):
@@ -72,7 +72,7 @@ def test_one_expert_is_a_slice_of_the_whole(tensors: dict[str, list[SourceTensor
 def test_rows_that_stay_as_they_are_are_named_without_reading(tensors: dict[str, list[SourceTensor]]) -> None:
     assert recipe(tensors, MERGE, loading.Concatenate(dim=1)).by_expert() == [tensors[ONE], tensors[OTHER]]
     turned = recipe(tensors, MERGE, loading.Concatenate(dim=1), loading.Transpose(1, 2))
-    assert turned.apart
+    assert turned.is_separable
     with pytest.raises(ValueError, match=f"transformers changes {PARAMETER} on loading"):
         turned.by_expert()
     lacking = {ONE: tensors[ONE], OTHER: tensors[OTHER][1:]}
@@ -82,7 +82,7 @@ def test_rows_that_stay_as_they_are_are_named_without_reading(tensors: dict[str,
 
 @pytest.mark.parametrize("operation", [loading.Concatenate(dim=0), loading.Transpose(0, 1), loading.Chunk(dim=0)])
 def test_what_mixes_experts_is_made_whole(operation: Any, tensors: dict[str, list[SourceTensor]]) -> None:
-    assert not recipe({ONE: tensors[ONE]}, MERGE, operation).apart
+    assert not recipe({ONE: tensors[ONE]}, MERGE, operation).is_separable
 
 
 def test_one_tensor_of_all_experts_is_read_in_slices(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_one_tensor_of_all_experts_is_read_in_slices(tmp_path: Path) -> None:
     path.write_bytes(weights.numpy().tobytes())
     stored = StoredTensor("all", "F32", (EXPERTS, ROWS, COLUMNS), path, 0)
     made = recipe({PARAMETER: [stored]}, shape=(1, ROWS, COLUMNS))
-    assert made.apart
+    assert made.is_separable
     assert made.direct
     assert torch.equal(made.make(2), weights[2])
     assert list(made.parts) == [stored]
@@ -135,7 +135,7 @@ def test_an_expert_with_weights_that_are_no_numbers_is_named(tensors: dict[str, 
     block = BlockBlueprint(
         "layers.0.mlp", EXPERTS, 1, False, {"gate_up_proj": ((4, 4), "float32")}, {"gate_up_proj": made}
     )
-    assert block.apart
+    assert block.is_separable
     assert len(block.files) == 2 * EXPERTS
     assert list(Expert(block, 0, Merging())) == ["gate_up_proj"]
     file = tensors[OTHER][1].parts[0].file

@@ -182,7 +182,7 @@ def test_one_release_cancels_a_request(link: Link, daemon: Daemon) -> None:
 
 def test_hits_are_reported_block_by_block_ahead_of_the_next_request(link: Link, daemon: Daemon) -> None:
     stream = daemon.stream()
-    link.note_uses([*keys(0, 3, 1), *keys(2, 2), *keys(0, 0)])
+    link.report_uses([*keys(0, 3, 1), *keys(2, 2), *keys(0, 0)])
     request(link, 5)
     used = stream.hear().uses
     assert [(entry.block, list(entry.experts)) for entry in used.blocks] == [(0, [3, 1]), (2, [2]), (0, [0])]
@@ -193,7 +193,7 @@ def test_closing_reports_the_last_hits_and_wakes_who_waits(link: Link, daemon: D
     stream = daemon.stream()
     _, next_answer = request(link, 1)
     assert stream.hear().HasField("acquire")
-    link.note_uses(keys(0, 2))
+    link.report_uses(keys(0, 2))
     link.close()
     link.close()
     assert list(stream.hear().uses.blocks[0].experts) == [2]

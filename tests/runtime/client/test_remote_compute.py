@@ -35,7 +35,7 @@ from moetier.runtime.client.remote_compute import RemoteCompute
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
-from moetier.runtime.moe import grouped
+from moetier.runtime.moe import quick
 from moetier.runtime.wire.address import Credentials
 from moetier.runtime.wire.piece import encode_piece
 from moetier.runtime.wire.status_codes import abort
@@ -356,7 +356,7 @@ def test_records_are_prefetched_where_no_daemon_can_compute_the_experts(
             model = load(bare, [daemon.card.listen], token, smallest_ram(tinymix_4bit))
             with model.tiers:
                 modes.append(model.tiers.speculation.stats().mode)
-            monkeypatch.setattr(grouped, "activation_of", lambda module: None)
+            monkeypatch.setattr(quick, "activation_of", lambda module: None)
     assert modes == ["off", "auto"]
 
 
@@ -497,4 +497,4 @@ def test_outputs_are_waited_for_no_more_if_an_error_ends_the_choice_of_daemons(m
     remote = RemoteCompute(store, host)
     with pytest.raises(KeyboardInterrupt):
         remote.send(products, 0, 0, 1, {0: ([0], [0]), 1: ([0], [1])})
-    assert remote.reserve(remote_compute._Part(peer, 0, [], {}), remote_compute.MAX_WAITING)
+    assert remote.reserve(remote_compute._PeerCall(peer, 0, [], {}), remote_compute.MAX_WAITING)

@@ -93,7 +93,7 @@ def test_a_copy_that_was_interrupted_is_no_use(store: MappedStore, tmp_path: Pat
             with tier.pin(ExpertKey(1, 3)) as lease:
                 assert lease is not None
                 assert lease.validate()
-            tier.note_copy_uses(keys(1, 0, 3))
+            tier.uses.note_copies(keys(1, 0, 3))
         assert daemon.wait_for("clients == 0").used == 1
 
 

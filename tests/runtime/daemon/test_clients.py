@@ -110,7 +110,7 @@ def test_who_names_no_store_or_an_unknown_one_gets_no_stream(clients: Clients) -
         clients.register("a", "0" * 64, 1)
     assert not clients.knows("a")
     assert clients.register("b", None, 1).descriptor is None
-    with pytest.raises(UnknownModelError, match="not for a model"), streaming(clients, "b"):
+    with pytest.raises(UnknownModelError, match="registered without a model"), streaming(clients, "b"):
         pass
     assert clients.stats()[0].clients == 0
 

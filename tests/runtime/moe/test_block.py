@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moetier
-from moetier.runtime.moe.block import arriving_leases
+from moetier.runtime.moe.block import BlockDemand
 from moetier.runtime.moe.experts import experts_modules
 
 RAM = 4 << 20  # 18 of 64 experts: two or three of a block
@@ -27,7 +27,7 @@ def demand(tinymix_4bit: Path) -> Iterator[Callable[..., Events]]:
 
         def run(*experts: int) -> Events:
             events.clear()
-            for leases in arriving_leases(tiered, experts):
+            for leases in BlockDemand(tiered).leases(experts):
                 events.append([lease.key.expert for lease in leases])
             return [*events]
 

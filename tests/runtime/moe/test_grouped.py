@@ -22,7 +22,7 @@ from moetier.runtime.moe import grouped
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import experts_forward
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Lease
+from moetier.tiers.source import Lease, NoUses
 
 KINDS = ["mixtral", "gpt_oss", "nemotron_h", "muse_spark", "aria"]  # plain; biased; no gate; normed; transposed
 
@@ -32,6 +32,7 @@ class Groups:
     is kept of a group is lost when the next comes."""
 
     def __init__(self, records: Sequence[Tensor], random: Random, broken: float = 0.0) -> None:
+        self.uses = NoUses()
         self.records = records
         self.random = random
         self.broken = broken
@@ -39,9 +40,6 @@ class Groups:
 
     def residents(self, block: int) -> None:
         return None
-
-    def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        pass
 
     def absent(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
         return keys

@@ -23,7 +23,8 @@ from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.growing_cache import TOKENS, use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.row import use_row_weights
-from moetier.runtime.moe import grouped, layers
+from moetier.runtime.moe import layers
+from moetier.runtime.moe import quick as quick_way
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.layer_forms import LayerForm, find_form
 from moetier.runtime.moe.layers import OneTokenLayer, QuickLayer, use_quick_layers
@@ -305,9 +306,9 @@ def test_a_number_that_changes_with_each_token_ends_trials(
     model: Any, part: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as a counter of calls: else each token would wait for a trial."""
-    spies = Mock(wraps=layers.find_form), Mock(wraps=grouped.activation_of)
+    spies = Mock(wraps=layers.find_form), Mock(wraps=quick_way.activation_of)
     monkeypatch.setattr(layers, "find_form", spies[0])
-    monkeypatch.setattr(grouped, "activation_of", spies[1])
+    monkeypatch.setattr(quick_way, "activation_of", spies[1])
 
     def trials() -> int:
         return sum(spy.call_count for spy in spies)

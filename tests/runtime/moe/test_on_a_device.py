@@ -204,7 +204,7 @@ def test_a_device_that_stays_without_memory_fails_with_the_numbers() -> None:
         assert tier.stats().slots == 36
         while tier.shrink():
             pass
-        with pytest.raises(BudgetError, match="and its tier can't be smaller: CUDA out of memory"):
+        with pytest.raises(BudgetError, match="and its tier has no slots to give back: CUDA out of memory"):
             experts_forward(twin, *given)
         kernels._scratch = real  # type: ignore[method-assign]
         experts_forward(twin, *given)  # it goes on, now that there is memory

@@ -13,7 +13,7 @@ from comparison import convert_tiny, smallest_ram
 from torch import Tensor
 
 import moetier
-from moetier.runtime.moe import grouped
+from moetier.runtime.moe import grouped, quick
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import ClosedError
@@ -88,7 +88,7 @@ def test_a_few_tokens_take_no_lease_and_have_the_bits_of_those_that_do(
 ) -> None:
     acquire(model, 0, 1)
     with monkeypatch.context() as leased:
-        leased.setattr(grouped, "BATCH_OUTPUTS", 4)
+        leased.setattr(quick, "BATCH_OUTPUTS", 4)
         expected = few_tokens(model)
     monkeypatch.setattr(type(model.tiers.device_tier), "acquire", None)
     before, demands = model.tiers.host.stats(), list[tuple[Any, ...]]()

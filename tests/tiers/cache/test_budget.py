@@ -156,7 +156,7 @@ class Cache:
                 self._fill(slot, key)
                 self.pool.pin(slot)
                 slots[key] = slot
-        self.pool.touch(reversed(keys))
+        self.pool.partitions.touch(reversed(keys))
         for slot in slots.values():
             self.pool.unpin(slot)
         check_pool(self.pool)

@@ -80,7 +80,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.slot_of(key) == slot
         states = {READY: Lookup.HIT, LOADING: Lookup.LOADING}
         assert self.pool.lookup(key) == (Lookup.MISS if slot is None else states[self.model[slot][1]])
-        assert self.pool.is_ready(key) == (self.pool.lookup(key) is Lookup.HIT)
 
     @rule(block=st.integers(0, 1))
     def choose(self, block: int) -> None:
@@ -106,9 +105,12 @@ class PoolMachine(RuleBasedStateMachine):
                 assert (self.pool.key(slot), self.pool._pins[slot]) == (key, pins)
             assert self.pool.is_evictable(slot) == (state == READY and not pins)
             assert self.pool.contents()[slot] == (key, state == LOADING)
-        assert self.pool.ready == sum(state == READY for _, state, _ in self.model.values())
-        assert self.pool.loading == sum(state == LOADING for _, state, _ in self.model.values())
-        assert self.pool.leased == sum(state == READY and pins > 0 for _, state, pins in self.model.values())
+        states = [(state, pins > 0) for _, state, pins in self.model.values()]
+        assert self.pool.counts() == (
+            sum(state == READY for state, _ in states),
+            sum(state == LOADING for state, _ in states),
+            states.count((READY, True)),
+        )
 
 
 TestPool = PoolMachine.TestCase
@@ -192,8 +194,8 @@ def test_what_is_to_be_kept_is_not_chosen() -> None:
         lambda pool: pool._loading.add(2),
         lambda pool: pool._pins.__setitem__(0, -1),
         lambda pool: pool._pins.__setitem__(2, 1),
-        lambda pool: pool._policies[1].add(ExpertKey(0, 0), is_scan=False),
-        lambda pool: pool._policies[0].remove(ExpertKey(0, 0)),
+        lambda pool: pool.partitions._policies[1].add(ExpertKey(0, 0), is_scan=False),
+        lambda pool: pool.partitions._policies[0].remove(ExpertKey(0, 0)),
     ],
 )
 def test_check_integrity_sees_what_is_wrong(corrupt: Callable[[SlotPool], None]) -> None:

@@ -479,12 +479,12 @@ def guesses(host: HostTier) -> tuple[int, ...]:
 
 
 def test_a_promotion_is_no_demand_of_the_host(host: HostTier, tier: DeviceTier) -> None:
-    before, uses = host.stats(), host.uses()
+    before, uses = host.stats(), host.uses.counts()
     tier.prefetch(0, keys(0, 0, 1))
     promoted(tier, 2)
     idle(tier)
     assert host.stats() == before
-    assert host.uses() == uses
+    assert host.uses.counts() == uses
 
 
 def test_a_promotion_keeps_no_record_in_the_host(device: FakeDevice) -> None:

@@ -89,6 +89,6 @@ def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
     ledger.end(demand(ledger, pool, 1, 3))
     demand(ledger, pool, 1, 0, 1, 0)
-    ledger.uses.note_client_uses([ExpertKey(1, 0)])
-    ledger.uses.note_copy_uses([ExpertKey(0, 2)])
+    ledger.uses.note_client([ExpertKey(1, 0)])
+    ledger.uses.note_copies([ExpertKey(0, 2)])
     assert ledger.uses.counts() == {(1, 3): 1, (1, 0): 2, (1, 1): 1, (0, 2): 1}

@@ -14,6 +14,7 @@ from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool, Purpose, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
@@ -77,7 +78,7 @@ class Client:
                 self.over(request)
         else:
             self.over(request)
-            self.session.release(request)
+            self.session.end(request)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -129,7 +130,7 @@ class LedgerMachine(RuleBasedStateMachine):
         keys = [ExpertKey(block, expert) for expert in experts]
         pool = self.ledger.slots.pool_of[block]
         with self.monitor.transition():
-            ready = {key for key in keys if pool.is_ready(key)}
+            ready = {key for key in keys if pool.lookup(key) is Lookup.HIT}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
             caller = Caller(Demand(pool, block, ThreadCaller(len(self.callers))), keys)
             self.callers.append(caller)
@@ -183,13 +184,13 @@ class LedgerMachine(RuleBasedStateMachine):
         before = copy.deepcopy(vars(self.ledger.counters))
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
-            assert (slot is not None) == (pool.is_ready(key) and not pool.starved)
+            assert (slot is not None) == ((pool.lookup(key) is Lookup.HIT) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)
             assert vars(self.ledger.counters) == before
             if used:
-                self.ledger.uses.note_copy_uses([key])
+                self.ledger.uses.note_copies([key])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:

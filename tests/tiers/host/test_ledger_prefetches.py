@@ -148,7 +148,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
     load = ledger.loads.take()
     assert load is not None
     ledger.loads.complete(load)
-    ledger.uses.note_client_uses([ExpertKey(1, 0)])
+    ledger.uses.note_client([ExpertKey(1, 0)])
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
@@ -223,11 +223,11 @@ def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
     arrive_all(ledger)
     second = demand(ledger, pool, 3, 0, 1)
     arrive_all(ledger)
-    assert pool.ready == 5, "and nothing more, as long as so little is used"
+    assert pool.counts().ready == 5, "and nothing more, as long as so little is used"
     third = demand(ledger, pool, 4, 3, 0)
     assert [read_next(ledger) for _ in range(8)] == [(4, 3), (4, 0), (1, 3), (3, 2), (3, 3), (4, 1), (4, 2), None]
     found = ledger.counters
-    assert (pool.ready, found.misses, found.warmed, found.evictions) == (12, 7, 5, 0)
+    assert (pool.counts().ready, found.misses, found.warmed, found.evictions) == (12, 7, 5, 0)
     for made in (first, second, third):
         ledger.end(made)
     check_ledger(ledger)
@@ -240,4 +240,4 @@ def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(co
         made = demand(ledger, pool, block, 0, 1, 2)
         arrive_all(ledger)
         ledger.end(made)
-    assert (pool.ready, ledger.counters.warmed) == (9, 0)
+    assert (pool.counts().ready, ledger.counters.warmed) == (9, 0)

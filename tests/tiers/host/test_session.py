@@ -93,7 +93,7 @@ def test_what_is_ready_is_granted_at_once_and_the_rest_as_it_arrives(gate: Gated
             assert client.record(event) == RECORDS[event.key]
         assert client.session.outstanding == 3
         check_integrity(tier)
-        client.session.release(2)
+        client.session.end(2)
         assert client.session.outstanding == 0
         stats = tier.stats()
         assert (stats.hits, stats.misses) == (1, 3)
@@ -114,7 +114,7 @@ def test_a_request_waits_while_it_has_nothing(gate: GatedReader) -> None:
         gate.release(ExpertKey(0, 1))
         client.granted(1)
         assert (tier.stats().waits, tier.stats().leased) == (1, 2), "it had one all the time"
-        client.session.release(1)
+        client.session.end(1)
         client.take(2, keys(0, 0, 1))
         assert (tier.stats().waits, tier.stats().leased) == (1, 0), "a hit is no wait"
         client.session.acquire(3, keys(1, 0, 1))
@@ -172,7 +172,7 @@ def test_what_a_session_gives_back_goes_to_its_own_other_request() -> None:
         client.session.acquire(2, keys(1, 0))
         check_integrity(tier)
         assert client.events.empty()
-        client.session.release(1)
+        client.session.end(1)
         client.granted(2)
         check_integrity(tier)
 
@@ -202,7 +202,7 @@ def test_a_session_that_holds_all_its_leases_is_told_so() -> None:
         error = client.failed(2)
         assert isinstance(error, ExhaustedError)
         assert "holds all of its 1 leases" in error.cause
-        client.session.release(1)
+        client.session.end(1)
         client.take(3, keys(0, 1))
 
 
@@ -320,7 +320,7 @@ def test_close_gives_back_and_lets_loads_go_on(gate: GatedReader) -> None:
             client.session.acquire(2, keys(0, 0))
         with pytest.raises(ClosedError):
             client.session.prefetch(0, keys(0, 0))
-        client.session.release(1)
+        client.session.end(1)
         check_integrity(tier)
         gate.open()
         other.granted(1)
@@ -379,7 +379,7 @@ def test_a_session_that_ends_early_evicts_no_more_than_it_may_load() -> None:
         gate.shut()
         for request in range(100):
             client.session.acquire(request, keys(1, 60 + request))
-            client.session.release(request)
+            client.session.end(request)
         check_integrity(tier)
         assert client.session.outstanding == 0
         assert ready - tier.stats().ready <= 4
@@ -423,7 +423,7 @@ def test_nor_does_a_threads_prefill(slots: int) -> None:
         gate.wait_begun(ExpertKey(1, 7))
         gate.open()
         assert decode.granted(1).key == ExpertKey(1, 7)
-        decode.session.release(1)
+        decode.session.end(1)
         prefill.result()
         leases.close()
         check_integrity(tier)
@@ -520,7 +520,7 @@ def test_a_storm_of_sessions_and_threads(slots: int) -> None:
                         assert one.record(event) == RECORDS[event.key], "a lease whose bytes are another's"
                         wanted.remove(event.key)
                         if chance.random() < 0.1:
-                            one.session.release(request)
+                            one.session.end(request)
                             break
                         one.session.release(request, [event.key])
                     if chance.random() < 0.3:

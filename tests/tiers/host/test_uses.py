@@ -8,6 +8,7 @@ from stores import keys
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
+from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.host.demands import Pool, Purpose
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.host.uses import Uses
@@ -42,7 +43,7 @@ class Tier:
 
 def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None:
     tier = Tier()
-    tier.uses.note_uses(0, [0, 1, 0])
+    tier.uses.note_found(0, [0, 1, 0])
     assert (tier.counters.hits, tier.counters.misses) == (2, 0)
     tier.fill(ExpertKey(0, 7))
     assert sorted(tier.pool.keys) == keys(0, 0, 1, 7), "2 was not used"
@@ -51,25 +52,25 @@ def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None
 def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     tier = Tier()
     tier.fill(ExpertKey(0, 7))
-    tier.uses.note_uses(0, [0, 1])
+    tier.uses.note_found(0, [0, 1])
     assert tier.counters.hits == 2
-    tier.uses.note_client_uses([ExpertKey(0, 0)])
+    tier.uses.note_client([ExpertKey(0, 0)])
     assert tier.counters.hits == 3
-    assert not tier.pool.is_ready(ExpertKey(0, 0))
+    assert tier.pool.lookup(ExpertKey(0, 0)) is not Lookup.HIT
 
 
 def test_discarded_hits_are_no_hits() -> None:
     tier = Tier()
-    tier.uses.note_uses(0, [0, 1, 2])
-    tier.uses.take_back_uses([0, 2, 2])
+    tier.uses.note_found(0, [0, 1, 2])
+    tier.uses.take_back([0, 2, 2])
     assert (tier.counters.hits, tier.counters.discarded) == (1, 2)
 
 
 def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> None:
     for use in (
-        lambda tier: tier.uses.note_uses(0, [1]),
-        lambda tier: tier.uses.note_client_uses([ExpertKey(0, 1)]),
-        lambda tier: tier.uses.note_copy_uses(keys(0, 1)),
+        lambda tier: tier.uses.note_found(0, [1]),
+        lambda tier: tier.uses.note_client([ExpertKey(0, 1)]),
+        lambda tier: tier.uses.note_copies(keys(0, 1)),
     ):
         tier = Tier()
         tier.prefetched(ExpertKey(0, 1))
@@ -78,14 +79,14 @@ def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> N
         assert (tier.counters.useful, tier.counters.late) == (1, 0)
     tier = Tier()
     tier.prefetches.replace(tier.pool, 0, keys(0, 5), None)
-    tier.uses.note_uses(0, [1])
+    tier.uses.note_found(0, [1])
     assert not tier.prefetches.is_requested(ExpertKey(0, 5))
 
 
 def test_uses_of_all_callers_are_counted() -> None:
     tier = Tier()
-    tier.uses.note_uses(0, [0, 1])
-    tier.uses.note_client_uses([ExpertKey(0, 1)])
-    tier.uses.note_copy_uses(keys(0, 1, 6))
+    tier.uses.note_found(0, [0, 1])
+    tier.uses.note_client([ExpertKey(0, 1)])
+    tier.uses.note_copies(keys(0, 1, 6))
     assert tier.uses.counts() == {(0, 0): 1, (0, 1): 3, (0, 6): 1}
     assert tier.counters.hits == 3, "those of the tier above are hits of that tier"

@@ -270,7 +270,7 @@ def test_closing_twice_keeps_once_and_a_forked_child_nothing(store: ExpertStore)
     with HostTier(store, slots={"records": 6}) as tier:
         learner = Learner(tier)
         take(tier, 0, 2)
-        tier.note_copy_uses([ExpertKey(0, 1)])  # as a tier above says
+        tier.uses.note_copies([ExpertKey(0, 1)])  # as a tier above says
         assert in_fork(learner.close) == "returned None"
         assert kept(store) == {}
     learner.close()  # behind the tier

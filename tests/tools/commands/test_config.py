@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.doctor.machine import State, configuration, look
+from moetier.tools.doctor.machine import State, configuration, findings_of
 from moetier.tools.main import main
 
 
@@ -75,7 +75,7 @@ def test_a_value_that_can_not_be_names_its_place(
     cause, fix = capsys.readouterr().err.splitlines()
     assert f"{config}, [general] {key}: " in cause
     assert "Give " in fix
-    (found,) = look("config", configuration)
+    (found,) = findings_of("config", configuration)
     assert (found.state, f"[general] {key}: " in found.found) == (State.FAIL, True)
 
 

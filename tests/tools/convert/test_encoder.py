@@ -53,7 +53,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(records, "encode", hold)
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "two", Options(workers=2, fast=True))
     blocks = conversion.planned.blueprint.blocks
-    assert not any(block.apart for block in blocks)
+    assert not any(block.is_separable for block in blocks)
     conversion.run()
     assert made == {(recipe.parameter, None): 1 for block in blocks for recipe in block.recipes.values()}
     assert tree(tmp_path / "two") == tree(tmp_path / "one")

@@ -14,7 +14,7 @@ from stores import NASTY, layout_of, make_store
 from moetier.runtime.wire.address import CARD
 from moetier.testing import in_fork
 from moetier.tools.doctor import machine as doctor_machine
-from moetier.tools.doctor.machine import Finding, State, fail, lines_of, look, ok
+from moetier.tools.doctor.machine import Finding, State, fail, findings_of, lines_of, ok
 
 
 @pytest.fixture
@@ -56,13 +56,13 @@ def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "config.toml"
     monkeypatch.setenv("MOETIER_CONFIG", str(path))
     path.write_text("[convert]\nbits = 3\n")
-    (found,) = look("config", doctor_machine.configuration)
+    (found,) = findings_of("config", doctor_machine.configuration)
     assert (found.state, f"{path}, [convert] bits" in found.found) == (State.OK, True)
     monkeypatch.setenv("MOETIER_VERSION", "1")
-    unknown, _ = look("config", doctor_machine.configuration)
+    unknown, _ = findings_of("config", doctor_machine.configuration)
     assert (unknown.state, "MOETIER_VERSION" in unknown.found) == (State.WARN, True)
     path.write_text("[convert]\nbits = 5\n")
-    _, found = look("config", doctor_machine.configuration)
+    _, found = findings_of("config", doctor_machine.configuration)
     assert (found.state, "16, 8, 4, 3, 2" in found.advice) == (State.FAIL, True)
 
 
@@ -94,7 +94,7 @@ def test_a_look_that_breaks_is_a_finding() -> None:
     def break_down() -> list[Finding]:
         raise RuntimeError("no\nsuch thing")
 
-    (found,) = look("thing", break_down)
+    (found,) = findings_of("thing", break_down)
     assert (found.state, found.found) == (State.FAIL, "RuntimeError: no such thing")
 
 

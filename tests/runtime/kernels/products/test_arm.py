@@ -30,8 +30,8 @@ from moetier.runtime.kernels.jit.processor import Dot, Processor, arm_features, 
 from moetier.runtime.kernels.jit.team import compile_kernel
 from moetier.runtime.kernels.layer.attention_code import (
     ATTEND,
-    BLOCK_ROWS,
     NO_WINDOW,
+    STRIP_ROWS,
     AttentionContext,
     attention_module,
 )
@@ -208,7 +208,7 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype, has
     """Many tokens at once, and the last of them alone, which has the same bits."""
     share, key_heads, length, key_width, value_width = 3, 2, 2 * PIECE + 9, 32, 48
     random = torch.Generator().manual_seed(3)
-    query = memory.copy(torch.randn(1, share * key_heads, BLOCK_ROWS // share, key_width, generator=random).to(dtype))
+    query = memory.copy(torch.randn(1, share * key_heads, STRIP_ROWS // share, key_width, generator=random).to(dtype))
     rows = (torch.randn(1, key_heads, length, width, generator=random).to(dtype) for width in (key_width, value_width))
     key, value = (memory.copy(in_codes(part) if has_codes else part) for part in rows)
     pages = memory.context([0])  # a single one

@@ -1,0 +1,59 @@
+"""Counts of the clients of a model that the daemon serves."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(slots=True)
+class StreamCounts:
+    """Counts of all streams of a client."""
+
+    requests: int = 0  # requests for experts
+    hits: int = 0  # hits that the client has reported
+    misses: int = 0  # experts that the client has requested
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def add(self, other: StreamCounts) -> None:
+        """Add the counts of ``other``."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+class ClientCounts:
+    """Counts of each client of a model, by its number. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards: ``_by_client``, ``_gone``
+        self._by_client: dict[int, StreamCounts] = {}
+        self._gone = StreamCounts()  # of all clients that have gone
+
+    def register(self, client: int) -> None:
+        """Count what this client does, from now on."""
+        with self._lock:
+            self._by_client[client] = StreamCounts()
+
+    def unregister(self, client: int) -> None:
+        """Keep the counts of a client that has gone only in the sum."""
+        with self._lock:
+            self._gone.add(self._by_client.pop(client))
+
+    def count(self, client: int, event: StreamCounts) -> None:
+        """Count an event of a client."""
+        with self._lock:
+            self._by_client.get(client, self._gone).add(event)
+
+    def of(self, client: int) -> StreamCounts:
+        """Return the counts of a client; zeros if it has gone."""
+        with self._lock:
+            return replace(self._by_client.get(client, StreamCounts()))
+
+    def sum(self) -> StreamCounts:
+        """Return the counts of all clients since the start of the daemon."""
+        with self._lock:
+            counts = replace(self._gone)
+            for client in self._by_client.values():
+                counts.add(client)
+            return counts

@@ -1,0 +1,153 @@
+"""The quick way to compute a block: experts that are available together are computed in one call of compiled code.
+
+If all experts of a few tokens are resident, no lease is taken (``resident.py``). Otherwise experts are leased, and
+those of many tokens are computed in groups (``grouped.py``). The result is the same bits in each case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetier.runtime.kernels.experts.expert_code import Activation
+from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
+from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
+from moetier.runtime.kernels.products.api import FLOATS, Kernels, is_readable
+from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before
+from moetier.tiers.layout import RecordLayout
+
+from . import grouped, resident
+from .activation import activation_of
+from .block import BlockDemand, RoutedTokens, TieredBlock, end_open_leases
+from .snapshot import Trials, has_global_hooks
+
+
+def one_token(
+    module: Any, x: Tensor, experts: Sequence[int], weights: Tensor, residual: Tensor | None
+) -> Tensor | None:
+    """Compute ``experts_forward`` of one token without gradients, and add the residual if there is one.
+
+    Args:
+        module: the Experts module.
+        x: [1, hidden] on a CPU.
+        experts: [top_k].
+        weights: [1, top_k].
+        residual: one that ``is_row_like`` x.
+
+    Returns:
+        The sum, in the shape of ``residual``, else [1, hidden]; None if the compiled code can't compute these inputs.
+    """
+    tiered: TieredBlock | None = getattr(module, "tiered", None)
+    if tiered is None or tiered.device != x.device or weights.dtype not in FLOATS:
+        return None
+    kernels = kernels_of(module, tiered, x.dtype)
+    if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
+        return None
+    end_open_leases()
+    return _one_token(kernels, BlockDemand(tiered), x, experts, weights, residual)
+
+
+def is_row_like(other: Tensor, x: Tensor) -> bool:
+    """Return whether compiled code can add ``other``, which a module has returned, to the row x [1, hidden].
+
+    It must have the type and the numbers of x, in any shape [..., 1, hidden] with leading dimensions of 1.
+    """
+    return is_readable(other) and other.dtype == x.dtype and other.numel() == x.numel() == other.shape[-1]
+
+
+def kernels_of(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    """Return compiled code for a block's experts, with hidden states of ``dtype``; None if they can't be compiled.
+
+    Without it, experts are computed one after the other (``experts.py``).
+    """
+    children = children_of(module).values()
+    if any(hooks_after(child) or hooks_before(child) for child in children if child is not None) or has_global_hooks():
+        return None  # compiled code does not call the activation, and so none of its hooks
+    variant = (dtype, *children)
+    if (trials := tiered.compiled.get(variant)) is None:
+        trials = tiered.compiled.setdefault(variant, Trials())
+    return trials.result(module, partial(_compile, module, tiered, dtype))
+
+
+def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    activation = quick_activation(module, tiered.layout, tiered.kernels)
+    if activation is None or tiered.kernels.processor is None:
+        return None
+    computed = dtype if dtype in FLOATS else torch.float32
+    return ExpertKernels(tiered.layout, activation, computed, module.num_experts, tiered.kernels.processor)
+
+
+def quick_activation(module: Any, layout: RecordLayout, kernels: Kernels) -> Activation | None:
+    """Return the activation with which a block's experts are computed in the quick way; None if they can't be."""
+    activation = activation_of(module) if kernels.processor is not None else None
+    return activation if activation is not None and ExpertKernels.can_compile(layout, activation) else None
+
+
+def compute_quick(
+    kernels: ExpertKernels,
+    tiered: TieredBlock,
+    calls: Sequence[RoutedTokens],
+    between: Callable[[], object] = lambda: None,
+) -> Iterator[Tensor]:
+    """Compute ``experts_forward`` with compiled code for several calls together, and yield [tokens, hidden] of each.
+
+    An expert is leased once for all of them. ``between`` is called when no expert is leased. Callers may remove the
+    inputs from ``calls`` before they take the results.
+    """
+    dtype, sizes = calls[0].x.dtype, [len(call.x) for call in calls]
+    sums = _sums(kernels, BlockDemand(tiered), [_checked(kernels, *call) for call in calls], between)
+    for out in torch.split(sums, sizes):
+        yield out.to(dtype)
+
+
+def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> RoutedTokens:
+    """Return tokens in the type that compiled code takes. Raises ValueError if shapes do not fit."""
+    shape = top_k_index.shape
+    if x.shape != (shape[0], kernels.width) or weights.shape != shape:
+        given = f"{[*x.shape]}, {[*shape]} and {[*weights.shape]}"
+        raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
+    weights = weights if weights.dtype in FLOATS else weights.float()
+    return RoutedTokens(x.to(kernels.dtype).contiguous(), top_k_index, weights.contiguous())
+
+
+def _sums(
+    kernels: ExpertKernels, demand: BlockDemand, calls: Sequence[RoutedTokens], between: Callable[[], object]
+) -> Tensor:
+    """Compute the tokens of all calls. Return their sums [tokens, hidden]."""
+    if len(calls) == 1:
+        x, index, weights = calls[0]
+        out: Tensor | None = None
+        if len(x) == 1:
+            out = _one_token(kernels, demand, x, index.tolist()[0], weights)
+        if out is None and index.numel() <= BATCH_OUTPUTS and demand.tiered.remote_compute is None:
+            out = resident.compute_tokens(kernels, demand, x, index, weights)
+        if out is not None:
+            return out
+    return grouped.compute_tokens(kernels, demand, calls, between)
+
+
+def _one_token(
+    kernels: ExpertKernels,
+    demand: BlockDemand,
+    x: Tensor,
+    experts: Sequence[int],
+    weights: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """Compute a single token, x [1, hidden], and add ``residual`` if there is one.
+
+    Returns [1, hidden], or the shape of ``residual``; None if the router names an expert twice, or an expert that the
+    block does not have.
+    """
+    if not experts or len(set(experts)) < len(experts):
+        return None
+    if (out := resident.compute_token(kernels, demand, x, experts, weights, residual)) is not None:
+        return out
+    if max(experts) >= kernels.experts or min(experts) < 0:
+        return None
+    out = grouped.compute_token(kernels, demand, x, experts, weights)
+    return out if residual is None else residual + out
