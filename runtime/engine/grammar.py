@@ -222,8 +222,11 @@ def _bounds_of_bytes() -> Any:
 
 
 def _without_percent(literal: re.Match[str]) -> str:
-    """Return a string, regular expression or comment of Lark, with %json written in another way: it is only text."""
-    return re.sub(r"\\.|%(?=json)", lambda part: r"\x25" if part[0] in ("%", r"\%") else part[0], literal[0])
+    """Return a string, regular expression or comment of Lark, with %json written in another way: it is only text.
+
+    Strings of JSON, which follow %regex, have this escape, too.
+    """
+    return re.sub(r"\\.|%(?=json)", lambda part: r"\u0025" if part[0] in ("%", r"\%") else part[0], literal[0])
 
 
 def _llguidance() -> Any:

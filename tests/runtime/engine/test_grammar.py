@@ -344,3 +344,9 @@ def test_a_directive_behind_text_is_refused(compiler: GrammarCompiler, before: s
 def test_a_tokenizer_must_be_a_fast_one() -> None:
     with pytest.raises(ConfigError, match="no fast tokenizer"):
         GrammarCompiler(object())
+def test_the_name_of_a_directive_may_be_in_another(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(Grammar.lark('start: "x" %regex {"substring_chunks": ["%json"]} "y"'))
+    answers = {loaded[1].decode(walk(grammar, seed, 20, frozenset({1}))[:-1]) for seed in range(20)}
+    assert answers == {"xy", "x%jsony"}
+
+
