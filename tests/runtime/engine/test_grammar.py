@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import time
@@ -24,6 +25,7 @@ from moetier.runtime.engine.grammar import CompiledGrammar, Grammar, GrammarComp
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.tiers.errors import ConfigError
 
+from moetier.runtime.engine.sampling import NoTokenError, Sampler
 PERSON = {
     "type": "object",
     "properties": {
@@ -205,7 +207,7 @@ def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any]
             for options in ({"do_sample": False}, {"do_sample": True})
         ]
         for stream in bad:
-            with pytest.raises((GrammarError, RuntimeError)):
+            with pytest.raises(NoTokenError):
                 tuple(stream)
             assert stream.sequence.finish is Finish.FAILED
         assert len([*other]) > 0
@@ -253,6 +255,16 @@ def chain(links: int, **more: Any) -> dict[str, Any]:
     ("grammar", "said"),
     [
         (Grammar.json_schema({"type": "strin"}), "Invalid type"),
+@pytest.mark.parametrize("samples", [False, True])
+def test_scores_that_are_no_numbers_choose_nothing(samples: bool) -> None:
+    """Not even a token that is allowed: the weights of the model are wrong, or its numbers overflow."""
+    sampler = Sampler([5], lambda _, scores: scores, samples=samples)
+    assert sampler(torch.tensor([0.0, 1000.0])).token == 1
+    for scores in [0.0, math.nan], [-math.inf, -math.inf]:
+        with pytest.raises(NoTokenError):
+            sampler(torch.tensor(scores))
+
+
         (Grammar.json_schema({"not": {"type": "string"}}), 'Unimplemented keys: \\["not"\\]'),
         (Grammar.json_schema(False), "not"),
         (Grammar.json_schema({"$ref": "#/no"}), "does not exist"),
