@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moetier.tiers.errors import ConfigError, MoetierError
+
+from .type_schema import schema_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -55,13 +57,18 @@ class Grammar:
     parts: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool, *, lenient: bool = False) -> Grammar:
-        """Return the grammar of JSON that is valid by a JSON schema. Properties come in the schema's order.
+    def json_schema(cls, schema: Any, *, lenient: bool = False) -> Grammar:
+        """Return the grammar of JSON that is valid by a schema. Properties come in the schema's order.
 
-        A ``lenient`` one ignores keywords that llguidance does not know, and treats ``oneOf`` as ``anyOf``. So it
-        allows answers that are not valid.
+        ``schema`` is a JSON schema, or a type that pydantic knows: a model, a dataclass, ``list[int]``. An answer by
+        such a type has no other properties than its fields. A ``lenient`` grammar ignores keywords that llguidance does
+        not know, and treats ``oneOf`` as ``anyOf``. So it allows answers that are not valid.
+
+        Raises ConfigError if pydantic is not installed, or can't make a schema of the type.
         """
         options = {"whitespace_pattern": BLANKS, "lenient": lenient, "coerce_one_of": lenient}
+        if not isinstance(schema, Mapping | bool):
+            schema = schema_of(schema)
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
         return cls(json.dumps({"json_schema": {**schema, "x-guidance": options}}))
@@ -146,6 +153,12 @@ class GrammarCompiler:
             if isinstance(self._made, GrammarError):
                 raise self._made.fresh()
             return self._made
+
+
+@lru_cache(4)
+def compiler_of(tokenizer: Any) -> GrammarCompiler:
+    """Return a compiler that is made once for a tokenizer. Raises what ``GrammarCompiler`` raises."""
+    return GrammarCompiler(tokenizer)
 
 
 class CompiledGrammar:

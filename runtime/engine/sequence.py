@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass, field
 from typing import Any
 
-from .grammar import CompiledGrammar
+from .grammar import CompiledGrammar, Grammar, compiler_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,38 @@ class Request:
     grammar: CompiledGrammar | None = None
     logprobs: int | None = None
     scores_prompt: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        prompt: str | ManyOf[Mapping[str, Any]],
+        max_new_tokens: int,
+        *,
+        schema: Any = None,
+        **more: Any,
+    ) -> Request:
+        """Return a request for the continuation of a text, or for the answer to messages.
+
+        Args:
+            tokenizer: the model's.
+            prompt: a text, or messages for the model's chat template.
+            max_new_tokens: most tokens of the answer.
+            schema: what the answer must be: JSON that is valid by a JSON schema, or by a type that pydantic knows, such
+                as a model. See ``Grammar.json_schema``.
+            more: further attributes.
+
+        Raises ConfigError if there can be no grammar for the tokenizer or the type, and GrammarError if the schema
+        can't be compiled.
+        """
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            text = tokenizer.apply_chat_template([*prompt], tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if schema is not None:
+            more["grammar"] = compiler_of(tokenizer).compile(Grammar.json_schema(schema))
+        return cls(tuple(ids), max_new_tokens, **more)
 
 
 @dataclass(frozen=True, slots=True)
