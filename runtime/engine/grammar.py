@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Limits of grammars, which may come from clients. What they allow is compiled or refused in about a tenth of a second.
+MOST_PATTERN_LETTERS = 1 << 16  # of a regular expression
 MOST_REGEX_LETTERS = 10_000  # of a Lark grammar with %regex, of which each letter may be many states
 MOST_LETTERS = 1 << 20  # of a grammar with its parts
 MOST_OBJECTS = 5_000  # of a schema
@@ -82,13 +83,20 @@ class Grammar:
     def regex(cls, pattern: str) -> Grammar:
         """Return the grammar of the texts that a regular expression, in the syntax of Rust, matches as a whole.
 
-        Raises ConfigError if llguidance is not installed.
+        Raises ConfigError if llguidance is not installed, and GrammarError if the expression is too long.
         """
+        if len(pattern) > MOST_PATTERN_LETTERS:
+            raise _too_large(f"a regular expression of more than {MOST_PATTERN_LETTERS:,} letters")
         return cls.lark(f"start: /{_llguidance().regex_to_lark(pattern, '')}/")
 
     @classmethod
     def lark(cls, text: str, parts: Mapping[str, Grammar] | None = None) -> Grammar:
-        """Return a grammar in llguidance's variant of Lark. ``@name`` in it stands for one of ``parts``."""
+        """Return a grammar in llguidance's variant of Lark. ``@name`` in it stands for one of ``parts``.
+
+        Raises GrammarError if it is too long.
+        """
+        if len(text) > MOST_LETTERS:
+            raise _too_large(f"more than {MOST_LETTERS:,} letters")
         assert not any(part.parts for part in (parts or {}).values())
         named = tuple((name, part.definition) for name, part in (parts or {}).items())
         return cls(json.dumps({"lark_grammar": _LITERALS.sub(_without_percent, text)}), named)

@@ -341,6 +341,13 @@ def test_what_can_not_be_compiled_is_refused_at_once(compiler: GrammarCompiler, 
     assert min(taken) < 0.1
 
 
+@pytest.mark.parametrize("make", [Grammar.regex, Grammar.lark])
+def test_a_text_that_is_far_too_long_is_not_even_read(make: Any) -> None:
+    """llguidance would read it for minutes."""
+    with pytest.raises(GrammarError, match="letters"):
+        make("\\" * (16 << 20))
+
+
 @pytest.mark.parametrize(
     "schema",
     [
