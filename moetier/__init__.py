@@ -5,7 +5,8 @@ The public names are imported when they are first used, so that ``import moetier
     plan(SRC), convert(SRC, DST), pull(ID)             -> frozen reports
     load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer), also as a context manager
     Engine.of(model, max_sequences=...)                computes several requests at a time: Request(ids, max_new_tokens)
-    GrammarCompiler(tokenizer).compile(Grammar...)     what an answer may be: a JSON schema, a regular expression, Lark
+    Request.of(tokenizer, text, ..., schema=...)       an answer by a schema: a model of pydantic, or a dictionary
+    GrammarCompiler(tokenizer).compile(Grammar...)     what an answer may be: a regular expression, Lark
     register(ram=..., exact=..., daemon=...)           afterwards plain from_pretrained(DIR) works
 
 The subpackages in this folder are links to the folders proto, tiers, runtime and tools beside it, where the code is:

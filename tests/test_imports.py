@@ -59,7 +59,7 @@ HOMES = {
     "starlette": {"tools.serve", "tools.ray.session_ids"},
     "ray": {"tools.ray"},
     "uvicorn": {"tools.serve"},
-    "pydantic": {"tools.serve"},
+    "pydantic": {"tools.serve", "runtime.engine.type_schema"},
     "pydantic_core": {"tools.serve"},
     "llguidance": {"runtime.engine"},
     "prometheus_client": {"runtime.daemon", "tools.serve"},

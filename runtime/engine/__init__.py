@@ -9,6 +9,7 @@
 - ``runner``: the interface of what computes a step; ``model_runner``: one sequence at a time, for any architecture;
   ``packed_runner``: tokens of several sequences in one forward pass; ``faster_way``: whether that is faster.
 - ``sampling``: chooses the next token of a sequence from its logits.
-- ``grammar``: what an answer may be; ``constraint``: leaves only the tokens that a grammar allows.
+- ``grammar``: what an answer may be; ``type_schema``: JSON schemas of Python types; ``constraint``: leaves only the
+  tokens that a grammar allows.
 - ``engine``: the loop of steps, on a thread of its own; ``stream``: the tokens of an answer, as they are sampled.
 """

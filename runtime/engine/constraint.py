@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Collection
 from concurrent.futures import Executor, Future
+from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .grammar import CompiledGrammar, Matcher
+from .grammar import CompiledGrammar, Grammar, Matcher, compiler_of
 
 QUICK_SECONDS = 0.0005  # a mask that takes longer is made while the model computes
 WEIGHT = 0.25  # of a mask's time in the mean
@@ -73,8 +74,13 @@ class GrammarProcessor(LogitsProcessor):
     """Logits processor for one call of ``generate()``, with any number of rows.
 
     Example:
-        ``model.generate(**inputs, logits_processor=[GrammarProcessor(compiler.compile(grammar))])``
+        ``model.generate(**inputs, logits_processor=[GrammarProcessor.of(tokenizer, schema)])``
     """
+
+    @classmethod
+    def of(cls, tokenizer: Any, schema: Any) -> GrammarProcessor:
+        """Return a processor for answers by ``schema``, as ``Request.of`` takes it. Raises what that raises."""
+        return cls(compiler_of(tokenizer).compile(Grammar.json_schema(schema)))
 
     def __init__(self, grammar: CompiledGrammar, ends: Collection[int] | None = None) -> None:
         """``ends`` are the tokens that end a row; None: the tokenizer's own."""

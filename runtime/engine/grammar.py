@@ -10,16 +10,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moetier.tiers.errors import ConfigError, MoetierError
+
+from .type_schema import schema_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from torch import Tensor
 
 # Limits of grammars, which may come from clients. What they allow is compiled or refused in about a tenth of a second.
+MOST_PATTERN_LETTERS = 1 << 16  # of a regular expression
 MOST_REGEX_LETTERS = 10_000  # of a Lark grammar with %regex, of which each letter may be many states
 MOST_LETTERS = 1 << 20  # of a grammar with its parts
 MOST_OBJECTS = 5_000  # of a schema
@@ -55,13 +58,18 @@ class Grammar:
     parts: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool, *, lenient: bool = False) -> Grammar:
-        """Return the grammar of JSON that is valid by a JSON schema. Properties come in the schema's order.
+    def json_schema(cls, schema: Any, *, lenient: bool = False) -> Grammar:
+        """Return the grammar of JSON that is valid by a schema. Properties come in the schema's order.
 
-        A ``lenient`` one ignores keywords that llguidance does not know, and treats ``oneOf`` as ``anyOf``. So it
-        allows answers that are not valid.
+        ``schema`` is a JSON schema, or a type that pydantic knows: a model, a dataclass, ``list[int]``. An answer by
+        such a type has no other properties than its fields. A ``lenient`` grammar ignores keywords that llguidance does
+        not know, and treats ``oneOf`` as ``anyOf``. So it allows answers that are not valid.
+
+        Raises ConfigError if pydantic is not installed, or can't make a schema of the type.
         """
         options = {"whitespace_pattern": BLANKS, "lenient": lenient, "coerce_one_of": lenient}
+        if not isinstance(schema, Mapping | bool):
+            schema = schema_of(schema)
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
         return cls(json.dumps({"json_schema": {**schema, "x-guidance": options}}))
@@ -75,13 +83,20 @@ class Grammar:
     def regex(cls, pattern: str) -> Grammar:
         """Return the grammar of the texts that a regular expression, in the syntax of Rust, matches as a whole.
 
-        Raises ConfigError if llguidance is not installed.
+        Raises ConfigError if llguidance is not installed, and GrammarError if the expression is too long.
         """
+        if len(pattern) > MOST_PATTERN_LETTERS:
+            raise _too_large(f"a regular expression of more than {MOST_PATTERN_LETTERS:,} letters")
         return cls.lark(f"start: /{_llguidance().regex_to_lark(pattern, '')}/")
 
     @classmethod
     def lark(cls, text: str, parts: Mapping[str, Grammar] | None = None) -> Grammar:
-        """Return a grammar in llguidance's variant of Lark. ``@name`` in it stands for one of ``parts``."""
+        """Return a grammar in llguidance's variant of Lark. ``@name`` in it stands for one of ``parts``.
+
+        Raises GrammarError if it is too long.
+        """
+        if len(text) > MOST_LETTERS:
+            raise _too_large(f"more than {MOST_LETTERS:,} letters")
         assert not any(part.parts for part in (parts or {}).values())
         named = tuple((name, part.definition) for name, part in (parts or {}).items())
         return cls(json.dumps({"lark_grammar": _LITERALS.sub(_without_percent, text)}), named)
@@ -146,6 +161,12 @@ class GrammarCompiler:
             if isinstance(self._made, GrammarError):
                 raise self._made.fresh()
             return self._made
+
+
+@lru_cache(4)
+def compiler_of(tokenizer: Any) -> GrammarCompiler:
+    """Return a compiler that is made once for a tokenizer. Raises what ``GrammarCompiler`` raises."""
+    return GrammarCompiler(tokenizer)
 
 
 class CompiledGrammar:
@@ -222,8 +243,11 @@ def _bounds_of_bytes() -> Any:
 
 
 def _without_percent(literal: re.Match[str]) -> str:
-    """Return a string, regular expression or comment of Lark, with %json written in another way: it is only text."""
-    return re.sub(r"\\.|%(?=json)", lambda part: r"\x25" if part[0] in ("%", r"\%") else part[0], literal[0])
+    """Return a string, regular expression or comment of Lark, with %json written in another way: it is only text.
+
+    Strings of JSON, which follow %regex, have this escape, too.
+    """
+    return re.sub(r"\\.|%(?=json)", lambda part: r"\u0025" if part[0] in ("%", r"\%") else part[0], literal[0])
 
 
 def _llguidance() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind
+from moetier.tiers.errors import MoetierError
 
 from .constraint import Constraint
 from .sequence import Sampled, Sequence
 
 TOKENS = 256  # memory is allocated for a multiple of this many token ids
+
+
+class NoTokenError(MoetierError):
+    """No token can be chosen by the scores of a model."""
 
 
 class Sampler:
@@ -64,16 +70,30 @@ class Sampler:
             return token in self.ends
         return self._constraint.is_complete
 
+    def _chosen(self, scores: Tensor) -> int:
+        """Return a token by scores [1, vocabulary]. Raises NoTokenError if one of them is NaN, or all are -inf."""
+        if self._random is None:
+            token = int(scores.argmax())  # NaN counts as the largest
+            is_possible = float(scores[0, token]) > -math.inf
+        else:
+            probabilities = scores.softmax(-1)
+            is_possible = not math.isnan(probabilities[0, 0])  # then all of them are
+            token = int(torch.multinomial(probabilities, 1, generator=self._random)) if is_possible else 0
+        if not is_possible:
+            raise NoTokenError(
+                "There is no next token: the model's scores are not numbers, or the options exclude all tokens.",
+                "Check the model (`moetier verify`), or change the options.",
+            )
+        return token
+
     def __call__(self, logits: Tensor) -> Sampled:
         """Return the next token, chosen by its logits [vocabulary], and append it to the ids.
 
-        Raises GrammarError if the grammar of the request allows none.
+        Raises GrammarError if the grammar of the request allows none, and NoTokenError if there is none for another
+        reason.
         """
         scores = self._processors(self._ids[:, : self._length], logits.to("cpu", torch.float32, copy=True)[None])
-        if self._random is None:
-            token = int(scores.argmax())
-        else:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+        token = self._chosen(scores)
         if self._length == self._ids.shape[1]:
             self._ids = torch.nn.functional.pad(self._ids, (0, self._length))
         self._ids[0, self._length] = token

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from moetier.tiers.errors import MoetierError
 
-from .grammar import CompiledGrammar
+from .grammar import CompiledGrammar, Grammar, compiler_of
 
 PATIENCE = 60.0  # seconds after which a request without a deadline goes before new ones with a deadline
 
@@ -42,6 +43,38 @@ class Request:
     logprobs: int | None = None
     scores_prompt: bool = False
     deadline: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        prompt: str | ManyOf[Mapping[str, Any]],
+        max_new_tokens: int,
+        *,
+        schema: Any = None,
+        **more: Any,
+    ) -> Request:
+        """Return a request for the continuation of a text, or for the answer to messages.
+
+        Args:
+            tokenizer: the model's.
+            prompt: a text, or messages for the model's chat template.
+            max_new_tokens: most tokens of the answer.
+            schema: what the answer must be: JSON that is valid by a JSON schema, or by a type that pydantic knows, such
+                as a model. See ``Grammar.json_schema``.
+            more: further attributes.
+
+        Raises ConfigError if there can be no grammar for the tokenizer or the type, and GrammarError if the schema
+        can't be compiled.
+        """
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            text = tokenizer.apply_chat_template([*prompt], tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if schema is not None:
+            more["grammar"] = compiler_of(tokenizer).compile(Grammar.json_schema(schema))
+        return cls(tuple(ids), max_new_tokens, **more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
-"""Measure the cost of answers of a given form: microseconds for a mask, and the share of a step.
+"""Measure the cost of answers of a given form: what a grammar takes of a step, and microseconds for a mask.
 
-    python tests/measurements/masks.py DIR --tokens 200 --rounds 5
+    python tests/measurements/masks.py DIR --tokens 200 --rounds 9
 
 An engine answers with a grammar and without, by turns: random tokens, as the models of measurements have random
-weights. Then the masks of such answers are made alone. ``--vocabulary N``: random words are added to the tokenizer
-until it has N tokens.
+weights. The time that a step waits for its mask is measured in the step, for the first token of an answer apart. Each
+pair of answers also gives what the grammar adds to a step, whatever the reason; that has the noise of whole steps. Then
+the masks of such answers are made alone. ``--thread``: all masks are made on the other thread, as slow ones are.
+``--vocabulary N``: random words are added to the tokenizer until it has N tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import random
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import moetier
+from moetier.runtime.engine import constraint, sampling
 
 SCHEMA = {
     "type": "array",
@@ -50,6 +53,30 @@ def larger(tokenizer: Any, vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=tokenizer.eos_token)
 
 
+class Timed(constraint.Constraint):
+    """Constraint that notes the seconds of each token in the step."""
+
+    answers: ClassVar[list[list[float]]] = []
+
+    def __init__(self, grammar: Any) -> None:
+        super().__init__(grammar)
+        self._taken = list[float]()
+        self.answers.append(self._taken)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Note the seconds of a mask."""
+        began = time.perf_counter()
+        bounded = super().__call__(input_ids, scores)
+        self._taken.append(time.perf_counter() - began)
+        return bounded
+
+    def advance(self, token: int) -> None:
+        """Add the seconds of a token that was chosen."""
+        began = time.perf_counter()
+        super().advance(token)
+        self._taken[-1] += time.perf_counter() - began
+
+
 def seconds_per_token(engine: moetier.Engine, request: moetier.Request) -> float:
     """Answer a request, and return the seconds that each token but the first took."""
     stream = iter(engine.stream(request))
@@ -73,15 +100,25 @@ def masks_alone(grammar: Any, end: int, tokens: int) -> list[float]:
     return taken
 
 
+def spread(seconds: list[float]) -> str:
+    """Return the median of times, with the least and the most, in microseconds."""
+    middle, least, most = (1e6 * value for value in (statistics.median(seconds), min(seconds), max(seconds)))
+    return f"{middle:.0f} us ({least:.0f} to {most:.0f})"
+
+
 def main() -> None:
     """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--thread", action="store_true")
     parser.add_argument("--vocabulary", type=int, default=0)
     options = parser.parse_args()
-    model, tokenizer = moetier.load(options.directory)
+    if options.thread:
+        constraint.QUICK_SECONDS = 0.0
+    sampling.Constraint = Timed  # type: ignore[misc]
+    model, tokenizer = moetier.load(options.directory, ram="100%")
     assert tokenizer is not None
     ids = tuple(tokenizer("Chi era don Abbondio?")["input_ids"])
     if options.vocabulary:
@@ -96,8 +133,15 @@ def main() -> None:
                 taken = seconds_per_token(engine, request)
                 if number >= 0:
                     found[name].append(taken)
-    free, formed = (statistics.median(found[name]) for name in ("free", "formed"))
-    print(f"a step: {free * 1e3:.3f} ms; with a grammar {formed * 1e3:.3f} ms ({formed / free - 1:+.1%})")
+    step = statistics.median(found["free"])
+    waits = [statistics.mean(taken[1:]) for taken in Timed.answers[1:]]
+    firsts = [taken[0] for taken in Timed.answers]
+    added = [formed - free for formed, free in zip(found["formed"], found["free"], strict=True)]
+    print(
+        f"a step: {spread(found['free'])}; it waits for a mask: {spread(waits)}, {statistics.median(waits) / step:.1%}"
+    )
+    print(f"the first mask: {spread(firsts)}")
+    print(f"a grammar adds, in pairs of answers: {spread(added)}, {statistics.median(added) / step:+.1%}")
     taken_alone = sorted(masks_alone(grammar, tokenizer.eos_token_id or 0, options.tokens * options.rounds))
     middle, late = taken_alone[len(taken_alone) // 2], taken_alone[len(taken_alone) * 99 // 100]
     print(f"a mask of {len(tokenizer):,} tokens: median {middle * 1e6:.0f} us, 99 % within {late * 1e6:.0f} us")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
@@ -42,10 +43,11 @@ class EarlyDifference:
                 self._prompts.popitem(last=False)
             places = [place for other in earlier if (place := difference(other, ids)) is not None]
             is_new = all(_common(other, ids) < EARLY * len(ids) for other in earlier)
-            earlier.append(ids)
+            earlier.append(array("i", ids))
             if not places or not is_new or self._is_logged:
                 return
             self._is_logged = True
+            self._prompts.clear()
         _log.warning(
             "the prompts of a client differ from token %s on, and are the same again soon after it. All that follows "
             "is computed anew each time. If the client writes a header or a number there, --leave-out can leave it out "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic
@@ -23,6 +23,8 @@ from .protocols.refusal import Refusal
 from .waiting import kept_alive, on_thread
 
 ALIVE_SECONDS = 10.0  # longest silence of a stream
+# log probabilities of an answer in one piece: more would take 100 MB, and stop other threads for a fifth of a second
+MOST_SCORES = 1 << 17
 
 
 class Endpoint:
@@ -61,7 +63,9 @@ class Endpoint:
                 if body.stream:
                     response = StreamingResponse(events, media_type="text/event-stream")
                 else:
-                    response = JSONResponse(await self._whole(reply, choices))
+                    answers = await self._whole(choices)
+                    write = partial(self._written, reply, answers)  # with log probabilities, it takes up to a second
+                    response = await on_thread(write) if any(each.tokens for each in answers) else write()
                 response.headers["x-request-id"] = response.headers["request-id"] = choices.id
                 await response(scope, receive, send)
         finally:
@@ -70,10 +74,13 @@ class Endpoint:
     def _jobs(self, content: bytes, content_type: str, user: str) -> tuple[QueryBody, list[list[Job]]]:
         """Return a request's valid body, and the jobs that it asks for. ``user`` is the name of its API key.
 
-        Raises Refusal if the body is invalid, or a prompt is empty or exceeds the context.
+        Raises Refusal if the body is invalid, a prompt is empty or exceeds the context, or there could be too many log
+        probabilities.
         """
         body = self._unknown.checked(content, content_type, self._protocol.body, self._name)
-        return body, self._prompts.jobs(body.query(), body.prompt_field, user)
+        jobs = self._prompts.jobs(body.query(), body.prompt_field, user)
+        check_scores(jobs, is_streamed=bool(body.stream))
+        return body, jobs
 
     def _stream(self, reply: Reply, choices: Choices) -> AsyncGenerator[str]:
         """Return a stream of server-sent events. If an answer fails, its error comes last."""
@@ -87,11 +94,33 @@ class Endpoint:
 
         return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(choices.say()))
 
-    async def _whole(self, reply: Reply, choices: Choices) -> dict[str, Any]:
+    async def _whole(self, choices: Choices) -> list[Answered]:
         answers = defaultdict[int, Answered](Answered)
         async for number, event in choices.events():
             answers[number].add(event)
-        return self._protocol.whole(reply, [answers[number] for number in sorted(answers)])
+        return [answers[number] for number in sorted(answers)]
+
+    def _written(self, reply: Reply, answers: list[Answered]) -> JSONResponse:
+        return JSONResponse(self._protocol.whole(reply, answers))
+
+
+def check_scores(jobs: Sequence[Sequence[Job]], *, is_streamed: bool) -> None:
+    """Raise Refusal if answers could have more than MOST_SCORES log probabilities.
+
+    Those of new tokens do not count if they are streamed, because they are not kept.
+    """
+    requests = [job.request for each in jobs for job in each if job.request.logprobs is not None]
+    scores = sum(
+        (1 + (request.logprobs or 0))
+        * (len(request.ids) * request.scores_prompt + (0 if is_streamed else request.max_new_tokens))
+        for request in requests
+    )
+    if scores > MOST_SCORES:
+        message = (
+            f"logprobs: the answers could have {scores:,} log probabilities, and {MOST_SCORES:,} are possible. Ask for "
+            "fewer answers, tokens or likely tokens, or stream them."
+        )
+        raise Refusal(400, message, param="logprobs")
 
 
 class BodyEndpoint(Generic[AnyBody]):

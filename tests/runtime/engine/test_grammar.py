@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
 
 pytest.importorskip("llguidance", reason='pip install ".[serve]"')
+
+from pydantic import BaseModel, Field, TypeAdapter
 
 import moetier
 from moetier.runtime.engine import constraint
@@ -21,7 +25,9 @@ from moetier.runtime.engine import grammar as grammars
 from moetier.runtime.engine.constraint import GrammarProcessor
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarError, Matcher
+from moetier.runtime.engine.sampling import NoTokenError, Sampler
 from moetier.runtime.engine.sequence import Finish, Request
+from moetier.runtime.generation.conversation import PLAIN_TEMPLATE
 from moetier.tiers.errors import ConfigError
 
 PERSON = {
@@ -136,6 +142,42 @@ def test_rows_and_beams_of_generate(loaded: tuple[Any, Any], compiler: GrammarCo
             assert re.fullmatch(CODE, tokenizer.decode(row, skip_special_tokens=True))
 
 
+class Child(BaseModel):
+    name: str = Field(max_length=8)
+    kind: Literal["monk", "priest"]
+
+
+@dataclass
+class Parent:
+    children: Annotated[list[Child], Field(min_length=1, max_length=2)]
+    city: Literal["Lecco"] | None = None
+
+
+@pytest.mark.parametrize("prompt", ["Chi era?", [{"role": "user", "content": "Chi era?"}]], ids=["text", "messages"])
+def test_a_type_is_a_schema(loaded: tuple[Any, Any], prompt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer has no other properties than the fields."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(tokenizer, "chat_template", PLAIN_TEMPLATE)
+    with Engine.of(model) as engine:
+        for seed in range(3):
+            request = moetier.Request.of(tokenizer, prompt, 900, schema=Parent, decoding=SAMPLED, seed=seed)
+            answer = json.loads(tokenizer.decode([*engine.stream(request)], skip_special_tokens=True))
+            assert {*answer} <= {"children", "city"}
+            assert all([*child] == ["name", "kind"] for child in answer["children"])
+            TypeAdapter(Parent).validate_python(answer)
+    inputs = tokenizer("Chi era?", return_tensors="pt")
+    processor = GrammarProcessor.of(tokenizer, {"enum": [[1, 2]]})
+    ids = model.generate(**inputs, max_new_tokens=20, logits_processor=[processor])[0]
+    answer = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert json.loads(answer) == [1, 2]
+
+
+@pytest.mark.parametrize("schema", [5, [1, 2], object(), Callable[[], None], "Person"])
+def test_what_is_no_schema_is_refused(loaded: tuple[Any, Any], schema: Any) -> None:
+    with pytest.raises(ConfigError, match="can't be a schema: "):
+        moetier.Request.of(loaded[1], "?", 5, schema=schema)
+
+
 def allowed_by(matcher: Matcher, ends: frozenset[int]) -> list[int]:
     """Return the tokens that may come next."""
     tokens: list[int] = (matcher.bounds(ends) > 0).nonzero().flatten().tolist()
@@ -205,12 +247,22 @@ def test_a_grammar_that_fails_ends_only_its_own_sequence(loaded: tuple[Any, Any]
             for options in ({"do_sample": False}, {"do_sample": True})
         ]
         for stream in bad:
-            with pytest.raises((GrammarError, RuntimeError)):
+            with pytest.raises(NoTokenError):
                 tuple(stream)
             assert stream.sequence.finish is Finish.FAILED
         assert len([*other]) > 0
         assert other.sequence.finish in (Finish.END, Finish.LENGTH)
         assert engine.is_alive
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_scores_that_are_no_numbers_choose_nothing(samples: bool) -> None:
+    """Not even a token that is allowed: the weights of the model are wrong, or its numbers overflow."""
+    sampler = Sampler([5], lambda _, scores: scores, samples=samples)
+    assert sampler(torch.tensor([0.0, 1000.0])).token == 1
+    for scores in [0.0, math.nan], [-math.inf, -math.inf]:
+        with pytest.raises(NoTokenError):
+            sampler(torch.tensor(scores))
 
 
 def test_answers_that_are_cancelled_leave_the_others(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
@@ -289,6 +341,13 @@ def test_what_can_not_be_compiled_is_refused_at_once(compiler: GrammarCompiler, 
     assert min(taken) < 0.1
 
 
+@pytest.mark.parametrize("make", [Grammar.regex, Grammar.lark])
+def test_a_text_that_is_far_too_long_is_not_even_read(make: Any) -> None:
+    """llguidance would read it for minutes."""
+    with pytest.raises(GrammarError, match="letters"):
+        make("\\" * (16 << 20))
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -333,6 +392,12 @@ def test_the_name_of_a_directive_may_be_text(
     loaded: tuple[Any, Any], compiler: GrammarCompiler, grammar: Grammar, text: str
 ) -> None:
     assert loaded[1].decode(walk(compiler.compile(grammar), 0, 20, frozenset({1}))[:-1]) == text
+
+
+def test_the_name_of_a_directive_may_be_in_another(loaded: tuple[Any, Any], compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(Grammar.lark('start: "x" %regex {"substring_chunks": ["%json"]} "y"'))
+    answers = {loaded[1].decode(walk(grammar, seed, 20, frozenset({1}))[:-1]) for seed in range(20)}
+    assert answers == {"xy", "x%jsony"}
 
 
 @pytest.mark.parametrize("before", [r'"\\"', '/"/', '"a"i', "/\\//", '"//"', '/[^"]/', '"" #"\n|'])

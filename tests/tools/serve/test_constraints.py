@@ -225,6 +225,7 @@ def test_tools_that_make_no_sense(ask: Ask, parameters: Any) -> None:
             {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
             "structured_outputs: response_format says already",
         ),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs: The grammar is too large"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs: llguidance can't use the grammar"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs: give one of"),
         ({"structured_outputs": {"grammar": 'start: %json {"multipleOf": 999983}'}}, "structured_outputs: "),

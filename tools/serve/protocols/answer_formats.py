@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moetier.runtime.engine.grammar import Grammar
+from moetier.runtime.engine.grammar import Grammar, GrammarError
 
 from .body import NotEmpty, Open
 from .query import AnswerFormat
@@ -54,9 +54,12 @@ class StructuredOutputs(BaseModel):
 
 
 def format_of(asked: ResponseFormat | None, outputs: StructuredOutputs | None) -> AnswerFormat | None:
-    """Return what the text of an answer must be; None: any text. Raises Refusal if it is said twice."""
+    """Return what the text of an answer must be; None: any text. Raises Refusal if it is said twice, or too long."""
     if asked is None or asked.type == "text":
-        return None if outputs is None else _outputs(outputs)
+        try:
+            return None if outputs is None else AnswerFormat(_grammar(outputs), "structured_outputs")
+        except GrammarError as error:
+            raise Refusal(400, f"structured_outputs: {error.cause}", param="structured_outputs") from None
     if outputs is not None:
         message = "structured_outputs: response_format says already what the answer must be."
         raise Refusal(400, message, param="structured_outputs")
@@ -65,13 +68,11 @@ def format_of(asked: ResponseFormat | None, outputs: StructuredOutputs | None) -
     return AnswerFormat.of_json(asked.json_schema.definition, asked.json_schema.strict, "response_format")
 
 
-def _outputs(asked: StructuredOutputs) -> AnswerFormat:
+def _grammar(asked: StructuredOutputs) -> Grammar:
     if asked.regex is not None:
-        grammar = Grammar.regex(asked.regex)
-    elif asked.choice is not None:
-        grammar = Grammar.regex("|".join(map(re.escape, asked.choice)))
-    elif asked.grammar is not None:
-        grammar = Grammar.lark(asked.grammar)
-    else:
-        grammar = Grammar.json_object() if asked.json_ is None else Grammar.json_schema(asked.json_)
-    return AnswerFormat(grammar, "structured_outputs")
+        return Grammar.regex(asked.regex)
+    if asked.choice is not None:
+        return Grammar.regex("|".join(map(re.escape, asked.choice)))
+    if asked.grammar is not None:
+        return Grammar.lark(asked.grammar)
+    return Grammar.json_object() if asked.json_ is None else Grammar.json_schema(asked.json_)

@@ -12,6 +12,8 @@ from .body import QueryBody
 from .events import Answered, Events
 from .refusal import Refusal
 
+LINE_ENDS = {end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)}  # some clients take them for the end of a line
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -49,6 +51,6 @@ class Protocol(ABC):
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> str:
-    """Return a server-sent event with JSON as its data."""
-    text = f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """Return a server-sent event with JSON as its data, in one line."""
+    text = f"data: {json.dumps(data, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
     return text if name is None else f"event: {name}\n{text}"

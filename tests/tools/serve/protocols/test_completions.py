@@ -124,6 +124,7 @@ def test_log_probabilities_are_those_of_the_model(served: Served) -> None:
     assert [offset for part in streamed for offset in part.text_offset] == logprobs.text_offset
     assert served.ask().choices[0].logprobs is None
     assert refused(served, logprobs=21).param == "logprobs"
+    assert refused(served, logprobs=20, n=128, max_tokens=300).param == "logprobs", "too many are kept"
 
 
 @pytest.mark.parametrize("most", [0, 1])

@@ -1,0 +1,26 @@
+"""Pages: parts of a memory of keys and values, in which the consecutive tokens of a sequence lie."""
+
+from __future__ import annotations
+
+from array import array
+from typing import NamedTuple
+
+PAGE_TOKENS = 64  # tokens of a page; a power of two
+
+
+class KeyPages(NamedTuple):
+    """Pages that hold a sequence's keys and values, in the order of its tokens."""
+
+    numbers: array[int]  # i64
+    bits: int = PAGE_TOKENS.bit_length() - 1  # page n has the places from n << bits to before (n + 1) << bits
+
+    def address(self, position: int) -> int:
+        """Return the address of the number of the page that begins at a position of the sequence."""
+        return self.numbers.buffer_info()[0] + self.numbers.itemsize * (position >> self.bits)
+
+    def place(self, position: int) -> int:
+        """Return the place in memory of a position of the sequence."""
+        return (self.numbers[position >> self.bits] << self.bits) + (position & ((1 << self.bits) - 1))
+
+
+ONE_PAGE = KeyPages(array("q", [0]), 62)  # for tokens that lie next to one another from place 0 on
