@@ -43,6 +43,7 @@ LEFT = 60.0  # seconds after which an unfinished file is removed, as its process
 RESERVE = 1 << 30  # bytes of the disk that are left to other programs, but no more than a tenth of it
 ROOM = 0.9  # share of the size that is left when pages are removed
 SWEEP = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
+STATE = (-1,)  # in place of tokens: their ids are not negative
 STEP = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
 
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that say nothing of a file
@@ -207,7 +208,7 @@ class PageFolder:
 
     @staticmethod
     def follow(name: bytes, tokens: Sequence[int]) -> bytes:
-        """Return the name of the page with ``tokens`` after the page ``name``."""
+        """Return the name of the page with ``tokens`` after the page ``name``; that of the state there for STATE."""
         return hashlib.sha256(name + array("q", tokens).tobytes()).digest()
 
     # -- pages --------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class PageFolder:
         depth: int,
         payload: Payload,
         memory: mmap.mmap,
-        before_piece: Callable[[], None] = lambda: None,
+        before_piece: Callable[[int], None] = lambda _: None,
     ) -> int:
         """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
 

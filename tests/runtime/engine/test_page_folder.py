@@ -35,7 +35,7 @@ def opened(place: Path, size: int = 1 << 30, seconds: float = 7 * DAY, **more: o
     return PageFolder(PageOptions(place, size, seconds), "model", **{"binding": BINDING} | more)  # type: ignore[arg-type]
 
 
-def write(folder: PageFolder, name: bytes, data: bytes, *before_piece: Callable[[], None]) -> int:
+def write(folder: PageFolder, name: bytes, data: bytes, *before_piece: Callable[[int], None]) -> int:
     begin = head_bytes(LAYOUT)
     memory = folder.memory(begin + len(data))
     memory[begin : begin + len(data)] = data
@@ -294,14 +294,14 @@ def test_a_file_waits_for_its_turn_before_it_is_made(tmp_path: Path) -> None:
     """Or another process would remove it, as of one that has ended."""
     folder = opened(tmp_path)
     later = opened(tmp_path, clock=lambda: time.time_ns() + 100 * 10**9)
-    assert write(folder, name(0), b"data", later.sweep)
+    assert write(folder, name(0), b"data", lambda _: later.sweep())
     assert read(folder, name(0)) == b"data"
 
 
 def test_a_page_that_another_process_removes_while_it_is_written_is_lost(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     write(folder, name(0), b"data")
-    assert not write(folder, name(1), b"data", lambda: shutil.rmtree(Path(next(entries(tmp_path)).path).parent))
+    assert not write(folder, name(1), b"data", lambda _: shutil.rmtree(Path(next(entries(tmp_path)).path).parent))
     assert write(folder, name(1), b"data")
     assert read(folder, name(1)) == b"data"
 
