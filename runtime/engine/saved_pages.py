@@ -395,4 +395,7 @@ class SavedPages:
             self._changed.notify_all()
         self._writer.join(2 * CLOSING)
         end_readers = partial(self._readers.shutdown, cancel_futures=True)
-        start_thread("moetier-page-closer", end_readers).join(CLOSING)
+        closer = start_thread("moetier-page-closer", end_readers)
+        closer.join(CLOSING)
+        if not (self._writer.is_alive() or closer.is_alive()):
+            self._folder.close()
