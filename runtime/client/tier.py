@@ -26,6 +26,7 @@ from moetier.tiers.stats import TierStats
 from .daemon_link import Link
 from .fallback import Fallback
 from .mapped_arena import MappedArena
+from .miss_order import MissOrder
 from .misses import ClientContext, Misses
 
 
@@ -152,10 +153,13 @@ class DaemonTier(Closeable):
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` says, unless the daemon is away.
 
-        No message is sent if all records are in the directory and no earlier request for the block may be open.
+        No message is sent if all records are in the directory and no earlier request for the block may be open. While a
+        page of keys and values is read, nothing new is requested.
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
+        if self.order.is_reading_page:
+            keys = ()
         if self.absent(keys):
             self._prefetching.add(block)
         elif block in self._prefetching:
@@ -215,6 +219,11 @@ class DaemonTier(Closeable):
             return stats
         reads = fallback.stats()
         return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)
+
+    @property
+    def order(self) -> MissOrder:
+        """When pages of keys and values may be read and written."""
+        return self._context.order
 
     @property
     def address(self) -> Address:

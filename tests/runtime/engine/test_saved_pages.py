@@ -14,6 +14,7 @@ import pytest
 from faults import flip_bit, mounted, remounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import NO_ORDER
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
@@ -24,7 +25,7 @@ from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
-from moetier.tiers.disk_order import NO_ORDER, DiskOrder
+from moetier.tiers.disk_order import DiskOrder
 
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
 LONG = [at % 49 + 1 for at in range(400)]

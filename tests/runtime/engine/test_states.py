@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
+from orders import NO_ORDER
 from transformers import DynamicCache
 
 from moetier.runtime.engine.engine import Engine
@@ -20,7 +21,6 @@ from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
-from moetier.tiers.disk_order import NO_ORDER
 
 GREEDY = {"do_sample": False}
 # in alphabetical order; the states of the first three are those of most large models
