@@ -77,6 +77,7 @@ are taken, and the rule for the fields.
         register._lock          the replacement of ``from_pretrained`` (``model.register``)
     clients
         ClientUses._counting    the client's counters (``client.uses``)
+        MissOrder._changed      misses that wait, and pages that are read (``client.miss_order``)
         Link._lock              requests that are sent, for the first time or again (``client.daemon_link``)
         Fallback._lock          the opening of the local store (``client.fallback``)
         Peers._state            the daemons, and which are away (``client.peers``)

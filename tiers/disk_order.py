@@ -6,12 +6,12 @@
     4. writes of pages
 
 The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier.page_turns`` is the
-DiskOrder of its process. Where a daemon reads the records, its clients can't know when, and use ``NO_ORDER``.
+DiskOrder of its process. Where a daemon reads the records, ``client.miss_order`` knows those that its own process waits
+for.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -32,16 +32,3 @@ class DiskOrder(Protocol):
 
         ``is_urgent`` is called at the end of each read, and must return at once.
         """
-
-
-class _NoOrder:
-    """Never waits."""
-
-    def reading_page(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
-        pass
-
-
-NO_ORDER: DiskOrder = _NoOrder()

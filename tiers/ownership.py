@@ -35,26 +35,18 @@ def private_fault(folder: Path) -> tuple[str, str] | None:
     Raises OSError if the folder can't be reached.
     """
     status = folder.lstat()
+    parents = (parent_fault(parent, parent.lstat()) for parent in _parents(folder))
+    return access_fault(folder, status) or next(filter(None, parents), None)
+
+
+def access_fault(folder: Path, status: os.stat_result) -> tuple[str, str] | None:
+    """Return why other users could enter a folder with ``status``, and what to do about it; None if they can't."""
     if not stat.S_ISDIR(status.st_mode):
         return f"{folder} is not a folder.", "Name another folder."
     if status.st_uid != os.getuid():
         return f"{folder} belongs to another user.", "Use a folder of your own."
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         return f"{folder} is open to other users.", f"Close it: chmod 700 {folder}"
-    faults = (parent_fault(parent, parent.lstat()) for parent in _parents(folder))
-    return next(filter(None, faults), None)
-
-
-def shared_fault(folder: Path) -> tuple[str, str] | None:
-    """Return why other users could move a folder away, and what to do about it; None if they can't.
-
-    They can where they may write to one of its parents, unless that is like /tmp, in which no user can move folders of
-    others. Raises OSError if the folder can't be reached.
-    """
-    for parent in _parents(folder):
-        mode = parent.lstat().st_mode
-        if stat.S_ISDIR(mode) and mode & WRITABLE and not mode & stat.S_ISVTX:
-            return f"{parent} may be written by other users.", f"Close it: chmod go-w {parent}"
     return None
 
 

@@ -18,6 +18,7 @@ from moetier.tiers.source import Lease
 
 from .daemon_link import Link, SlotAnswer, SlotRequest
 from .fallback import Fallback
+from .miss_order import MissOrder
 from .uses import ClientUses
 
 AWAY_GRACE = 1.0  # seconds that a daemon may be away before the local store is read
@@ -33,6 +34,7 @@ class ClientContext:
     uses: ClientUses
     timeout: float  # seconds for which a miss waits for the daemon
     check_open: Callable[[], None]  # raises ClosedError once the tier is closed
+    order: MissOrder = field(default_factory=MissOrder)
     by_thread: dict[int, Misses] = field(default_factory=dict)  # misses that hold or await leases
 
 
@@ -90,33 +92,37 @@ class Misses:
 
     def _wait(self) -> SlotAnswer | HostTier:
         """Return the next answer that grants a slot, or the fallback's tier if the daemon grants none in time."""
-        context, link, fallback = self._context, self._context.link, self._context.fallback
-        began = time.monotonic()
-        deadline = began + context.timeout
+        context, began = self._context, time.monotonic()
         try:
-            while True:
-                context.check_open()
-                away = link.away_since
-                due = (
-                    deadline
-                    if away is None or fallback.error
-                    else min(deadline, max(away, began - AWAY_GRACE) + AWAY_GRACE)
-                )
-                answer = self._next_answer(due)
-                if answer is None:
-                    if time.monotonic() >= due and (host := fallback.open()) is not None:
-                        return host
-                    if time.monotonic() >= deadline:
-                        raise self._timeout_error()
-                elif not isinstance(answer.event, Granted):
-                    if (host := self._fail(answer.request, answer.event.error, deadline)) is not None:
-                        return host
-                elif answer.event.key.expert in self.missing:
-                    return answer
-                else:  # granted a second time, as it was requested again meanwhile
-                    link.release(answer.request, answer.event.key.expert)
+            with context.order.waiting_for_records():
+                return self._granted(began)
         finally:
             context.uses.count(waited=time.monotonic() - began)
+
+    def _granted(self, began: float) -> SlotAnswer | HostTier:
+        context, link, fallback = self._context, self._context.link, self._context.fallback
+        deadline = began + context.timeout
+        while True:
+            context.check_open()
+            away = link.away_since
+            due = (
+                deadline
+                if away is None or fallback.error
+                else min(deadline, max(away, began - AWAY_GRACE) + AWAY_GRACE)
+            )
+            answer = self._next_answer(due)
+            if answer is None:
+                if time.monotonic() >= due and (host := fallback.open()) is not None:
+                    return host
+                if time.monotonic() >= deadline:
+                    raise self._timeout_error()
+            elif not isinstance(answer.event, Granted):
+                if (host := self._fail(answer.request, answer.event.error, deadline)) is not None:
+                    return host
+            elif answer.event.key.expert in self.missing:
+                return answer
+            else:  # granted a second time, as it was requested again meanwhile
+                link.release(answer.request, answer.event.key.expert)
 
     def _next_answer(self, due: float) -> SlotAnswer | None:
         """Return the next answer; None if there is none before ``due`` (monotonic clock), or within POLL_SECONDS."""

@@ -26,6 +26,7 @@ from moetier.tiers.stats import TierStats
 from .daemon_link import Link
 from .fallback import Fallback
 from .mapped_arena import MappedArena
+from .miss_order import MissOrder
 from .misses import ClientContext, Misses
 from .uses import ClientUses
 
@@ -125,10 +126,13 @@ class DaemonTier(Closeable):
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` says, unless the daemon is away.
 
-        No message is sent if all records are in the directory and no earlier request for the block may be open.
+        No message is sent if all records are in the directory and no earlier request for the block may be open. While a
+        page of keys and values is read, nothing new is requested.
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
+        if self.order.is_reading_page:
+            keys = ()
         self.uses.prefetch(block, [key.expert for key in keys], is_needed=bool(self.absent(keys)))
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
@@ -169,6 +173,11 @@ class DaemonTier(Closeable):
             return stats
         reads = fallback.stats()
         return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)
+
+    @property
+    def order(self) -> MissOrder:
+        """When pages of keys and values may be read and written."""
+        return self._context.order
 
     @property
     def address(self) -> Address:

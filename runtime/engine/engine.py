@@ -45,8 +45,8 @@ class EngineError(MoetierError):
 
 def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str, bytes] | None) -> SavedPages | None:
     """Return the pages of a model on disk; None if it has no pages to save. Raises ConfigError."""
-    if not runner.can_resume or runner.has_states:
-        _log.warning("The model keeps more than keys and values: nothing of it is kept in %s.", disk.folder)
+    if not runner.can_resume:
+        _log.warning("The model computes whole prompts: nothing of it is kept in %s.", disk.folder)
         return None
     if model.device.type != "cpu":
         raise ConfigError(
@@ -55,7 +55,7 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
         )
     manifest = model.tiers.manifest
     folder = PageFolder(disk, manifest.model, binding_of(model, manifest))
-    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys)
+    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=runner.has_states)
 
 
 class Engine(Closeable):

@@ -6,16 +6,17 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 from .free_pages import FreePages
 from .prefix_tree import Match, Node, PrefixTree
-from .saved_pages import Reading, SavedPage, SavedPages
+from .saved_pages import Page, Reading, SavedPage, SavedPages
 from .sequence import Sequence
 
 LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
@@ -60,14 +61,20 @@ class _Held:
 
 @dataclass(slots=True)
 class _Fetch:
-    """Pages that are being read: those up to ``node`` are in the tree; ``pages`` are for those that are left."""
+    """Pages that are being looked for or read: those up to ``node`` are in the tree."""
 
     sequence: Sequence
     node: Node
-    pages: list[int]
-    left: deque[SavedPage]
-    reading: Reading
-    since: float  # time since which it waits for the next page
+    finding: Future[list[SavedPage]]
+    since: float  # time since which it waits for the result, or for the next page
+    reading: Reading | None = None  # once they were found
+    left: deque[SavedPage] = field(default_factory=deque[SavedPage])
+    pages: list[int] = field(default_factory=list[int])  # for those that are left
+
+    @property
+    def next(self) -> Future[Any]:
+        """What it waits for."""
+        return self.finding if self.reading is None else self.reading.next
 
 
 class KVCache:
@@ -93,6 +100,7 @@ class KVCache:
         self._held: dict[Sequence, _Held] = {}
         self._saved = saved if keeps else None
         self._fetch: _Fetch | None = None  # what is being read for the sequence that waits first
+        self._hung: Future[Any] | None = None  # a read that took too long: until its end, nothing is read
 
     def has_pages_for(self, sequence: Sequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
@@ -106,26 +114,23 @@ class KVCache:
         if they are not there after ``seconds``. Pages are read for one sequence at a time. They may be taken from it,
         as they hold nothing yet.
         """
-        if self._saved is None:
+        if self._saved is None or (self._hung is not None and not self._hung.done()):
             return True
         if self._fetch is None or self._fetch.sequence is not sequence:
             self._begin_fetch(self._saved, sequence)
         deadline = time.monotonic() + seconds
-        while (fetch := self._fetch) is not None and fetch.left:
-            if (taken := fetch.reading.take(max(deadline - time.monotonic(), 0.0))) is None:
-                if time.monotonic() - fetch.since < READ_SECONDS:
-                    return False
-                _log.warning("Keys and values are computed, as none were read from the disk for %g s.", READ_SECONDS)
-                break
-            fetch.since = time.monotonic()
-            saved = fetch.left.popleft()
-            if taken[0] is None or not self._saved.restore(saved, taken[0], fetch.pages[0]):
-                break
-            node, unneeded = self._tree.add(fetch.node, saved.tokens, fetch.pages.pop(0))
-            self._free.release(unneeded)
-            self._tree.pin(node)
-            self._tree.unpin(fetch.node)
-            fetch.node = node
+        try:
+            while self._go_on(self._saved, max(deadline - time.monotonic(), 0.0)):
+                pass
+        except TimeoutError:
+            assert self._fetch is not None
+            if time.monotonic() - self._fetch.since < READ_SECONDS:
+                return False
+            _log.warning("Keys and values are computed, as none were read from the disk for %g s.", READ_SECONDS)
+            self._hung = self._fetch.next
+        except BaseException:
+            self.cancel_fetch()
+            raise
         self.cancel_fetch()
         return True
 
@@ -133,15 +138,61 @@ class KVCache:
         self.cancel_fetch()
         user, ids = sequence.request.user, _reusable(sequence)
         match = self._tree.match(user, ids)
-        if found := saved.find(user, ids, match.tokens):
-            node = match.nodes[-1] if match.nodes else self._tree.root(user)
+        state = self._match(sequence)[0].tokens
+        node = match.nodes[-1] if match.nodes else self._tree.root(user)
+        self._fetch = _Fetch(sequence, node, saved.find(user, ids, match.tokens, state), time.monotonic())
+        self._tree.pin(node)
+
+    def _go_on(self, saved: SavedPages, seconds: float) -> bool:
+        """Let the next page that is read be found in the tree. Returns False if there is none.
+
+        Raises TimeoutError if it is not there after ``seconds``.
+        """
+        if (fetch := self._fetch) is None:  # its pages were taken from it
+            return False
+        if fetch.reading is None:
+            fetch.left = deque(fetch.finding.result(seconds))
+            count = sum(not page.is_state for page in fetch.left)
+            pages = self._take(count, [node.page for node in fetch.node.path])
+            if self._fetch is not fetch:  # its node was unpinned for them
+                self._free.release(pages)
+                return False
+            fetch.pages = pages
+            fetch.reading = saved.read([*fetch.left])
+            return bool(fetch.left) and len(pages) == count
+        read, page = fetch.reading.take(seconds), fetch.left.popleft()
+        fetch.since = time.monotonic()
+        if read is None:
+            return False
+        if page.is_state:
+            self._restore_state(saved, fetch.sequence, page, read)
+        elif not saved.restore(page, read, fetch.pages[:1]):
+            return False
+        else:
+            node, unneeded = self._tree.add(fetch.node, page.tokens, fetch.pages.pop(0))
+            self._free.release(unneeded)
             self._tree.pin(node)
-            with ExitStack() as undo:
-                undo.callback(self._tree.unpin, node)
-                pages = self._take(len(found), [node.page for node in match.nodes])
-                undo.callback(self._free.release, pages)
-                left = found[: len(pages)]
-                self._fetch = _Fetch(sequence, node, pages, deque(left), saved.read(left), time.monotonic())
+            self._tree.unpin(fetch.node)
+            fetch.node = node
+        return bool(fetch.left)
+
+    def _restore_state(self, saved: SavedPages, sequence: Sequence, state: SavedPage, read: Page) -> None:
+        """Add a state that was read to the tree, unless there is no room for it, or it has come there meanwhile."""
+        match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
+        count, pages = saved.pages_of_state(read), list[int]()
+        if match.tokens == state.end and tokens not in (node := match.partial or match.nodes[-1]).snapshots:
+            self._tree.pin(node)
+            self._free.release(self._tree.evict(count - len(self._free)))
+            self._tree.unpin(node)
+            if len(self._free) >= count:
+                pages = self._free.take_last(count)
+        if not pages:
+            saved.release(read)
+            return
+        with ExitStack() as undo:
+            undo.callback(self._free.release, pages)
+            if saved.restore(state, read, pages):
+                self._tree.add_snapshot(node, tokens, pages)
                 undo.pop_all()
 
     def cancel_fetch(self, sequence: Sequence | None = None) -> None:
@@ -152,7 +203,8 @@ class KVCache:
             and (sequence is None or sequence is fetch.sequence)
         ):
             self._fetch = None
-            self._saved.cancel(fetch.reading)
+            if fetch.reading is not None:
+                self._saved.cancel(fetch.reading)
             self._tree.unpin(fetch.node)
             self._free.release(fetch.pages)
 

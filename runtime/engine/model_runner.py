@@ -7,6 +7,8 @@ One with states besides keys and values resumes from a copy of them (``kv_cache`
 from __future__ import annotations
 
 import contextlib
+import json
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ from .sampling import Sampler, prepared
 from .sequence import Sequence
 
 ALIGNMENT = 8  # bytes: the size of the largest type
+HEAD = struct.Struct("<Q")  # bytes of the JSON that a copy of a state begins with
 
 
 class ModelRunner(Runner):
@@ -38,7 +41,6 @@ class ModelRunner(Runner):
         self.memory = PageMemory(pages, bits=bits)
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
         self._caches: dict[Sequence, PagedCache] = {}  # if the model can resume
-        self._state: dict[StatePart, Tensor] = {}  # of any sequence: types and shapes of a copy
 
     def sampler(self, sequence: Sequence) -> Sampler:
         """Return a sampler that chooses tokens as the model's ``generate()`` would."""
@@ -94,30 +96,29 @@ class ModelRunner(Runner):
         cache = self._caches.get(sequence)
         if cache is None or cache.get_seq_length() != sequence.computed or not (state := cache.state()):
             return 0
-        return -(-sum(_padded(part) for part in state.values()) // self.memory.page_bytes)
+        return -(-sum(map(_padded, (_head(state), *state.values()))) // self.memory.page_bytes)
 
     def save_state(self, sequence: Sequence, pages: list[int]) -> None:
-        """Write the state of a sequence into pages, one tensor after the other."""
+        """Write the state of a sequence into pages: places, types and shapes of tensors, and one after the other."""
         state = self._caches[sequence].state()
-        self._state = {place: torch.empty_like(part, device="meta") for place, part in state.items()}
-        numbers = torch.zeros(sum(map(_padded, state.values())), dtype=torch.uint8)
-        for part, place in zip(state.values(), self._places(), strict=True):
-            numbers[place] = part.contiguous().flatten().view(torch.uint8)
+        parts = _head(state), *state.values()
+        numbers, begin = torch.zeros(sum(map(_padded, parts)), dtype=torch.uint8), 0
+        for part in parts:
+            numbers[begin : begin + part.nbytes] = part.contiguous().flatten().view(torch.uint8)
+            begin += _padded(part)
         self.memory.save(pages, numbers)
 
     def load_state(self, sequence: Sequence, pages: list[int]) -> None:
         """Let a sequence that begins continue from the state in pages."""
-        numbers = self.memory.load(pages, sum(map(_padded, self._state.values())))
-        cache = self._caches[sequence] = PagedCache(self.memory, cache_layers(self._model))
-        parts = zip(self._state.items(), self._places(), strict=True)
-        cache.set_state({where: numbers[at].view(part.dtype).view(part.shape) for (where, part), at in parts})
-
-    def _places(self) -> Iterator[slice]:
-        """Yield where the bytes of each tensor of a state are in its copy."""
-        begin = 0
-        for part in self._state.values():
-            yield slice(begin, begin + part.nbytes)
+        numbers = self.memory.load(pages, len(pages) * self.memory.page_bytes)
+        end = HEAD.size + HEAD.unpack(bytes(numbers[: HEAD.size]))[0]
+        begin, state = -(-end // ALIGNMENT) * ALIGNMENT, dict[StatePart, Tensor]()
+        for place, dtype, shape in json.loads(bytes(numbers[HEAD.size : end])):
+            part = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            state[StatePart(*place)] = numbers[begin : begin + part.nbytes].view(part.dtype).view(shape)
             begin += _padded(part)
+        cache = self._caches[sequence] = PagedCache(self.memory, cache_layers(self._model))
+        cache.set_state(state)
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the first ``tokens`` tokens of a page to another page."""
@@ -142,6 +143,13 @@ def cache_of(model: Any, tokens: int, *, bits: int) -> PagedCache:
 def windows_of(model: Any) -> list[int | None]:
     """Return, for each layer of a model that can resume, most tokens that a token attends to; None: all."""
     return [getattr(layer, "sliding_window", None) for layer in cache_layers(model)]
+
+
+def _head(state: dict[StatePart, Tensor]) -> Tensor:
+    """Return what a copy of a state begins with, uint8 [bytes]: the JSON of places, types and shapes of its tensors."""
+    parts = [(place, str(part.dtype).removeprefix("torch."), part.shape) for place, part in state.items()]
+    text = json.dumps(parts, separators=(",", ":")).encode()
+    return torch.frombuffer(bytearray(HEAD.pack(len(text)) + text), dtype=torch.uint8)
 
 
 def _padded(part: Tensor) -> int:

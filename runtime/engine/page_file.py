@@ -1,4 +1,4 @@
-"""A file with the keys and values of a page: written under another name and renamed, checked as a whole when read.
+"""A file with the keys and values of a page, or the pages of a state: renamed once it is whole, checked when read.
 
     magic and version, sizes, name of the page, CRC-32C of the data     HEAD
     what the data is, as JSON
@@ -29,6 +29,7 @@ from moetier.tiers.store.checksum import crc32c
 BLOCK = 4096  # O_DIRECT reads and writes whole blocks, from and to memory that begins at one
 NAME_BYTES = 32
 PIECE = 1 << 20  # most bytes of one write
+LARGEST_KEPT = 16 << 20  # bytes of memory that is used again; a state takes more, but is seldom read or written
 MOST_BYTES = 1 << 30  # of a file; a longer one is no page
 # magic, version, bytes of the JSON, bytes of the data, CRC-32C of the data, name, CRC-32C of all this and the JSON
 HEAD = struct.Struct("<8sIIQI32sI")
@@ -48,7 +49,10 @@ class DamagedPageError(Exception):
 
 
 class Buffers:
-    """Memory for whole files, which begins at a block. It is used again, as new memory is slow. Thread-safe."""
+    """Memory for whole files, which begins at a block. Up to LARGEST_KEPT bytes are used again, as new memory is slow.
+
+    Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._free: dict[int, list[mmap.mmap]] = {}
@@ -62,6 +66,8 @@ class Buffers:
 
     def release(self, memory: mmap.mmap) -> None:
         """Let memory be taken again."""
+        if len(memory) > LARGEST_KEPT:
+            return  # the kernel takes it back once nothing refers to it
         self._free.setdefault(len(memory), []).append(memory)
 
 
@@ -71,7 +77,7 @@ def head_bytes(layout: Any) -> int:
 
 
 def write_page(
-    path: Path, name: bytes, payload: Payload, memory: mmap.mmap, before_piece: Callable[[], None] = lambda: None
+    path: Path, name: bytes, payload: Payload, memory: mmap.mmap, before_piece: Callable[[int], None] = lambda _: None
 ) -> int:
     """Write a page to ``path``. Return the size of the file. Raises OSError; then there is no file.
 
@@ -80,8 +86,8 @@ def write_page(
         name: of the page, NAME_BYTES.
         payload: its data is at ``head_bytes(layout)`` in ``memory``.
         memory: has room for the whole file.
-        before_piece: called before each write; it may wait. If it waits for long between two, another process may
-            remove the unfinished file.
+        before_piece: called before each write with its size; it may wait. If it waits for long between two, another
+            process may remove the unfinished file.
     """
     text = _json(payload.layout)
     begin, size = head_bytes(payload.layout), len(payload.data)
@@ -90,14 +96,15 @@ def write_page(
     memory[:begin] = (head + crc32c(text, crc32c(head)).to_bytes(4, "little") + text).ljust(begin, b"\0")
     memory[end:total] = bytes(total - end)
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}{PARTIAL}")  # other processes may write the same page
-    before_piece()
+    before_piece(min(PIECE, total))
     with _opened(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as (descriptor, is_direct):
         try:
             view = memoryview(memory)
             for at in range(0, total, PIECE):
+                size = min(PIECE, total - at)
                 if at:
-                    before_piece()
-                write_all(descriptor, view[at : min(at + PIECE, total)], at)
+                    before_piece(size)
+                write_all(descriptor, view[at : at + size], at)
             if not is_direct:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             partial.rename(path)

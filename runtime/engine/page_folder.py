@@ -22,6 +22,7 @@ import shutil
 import stat
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.ownership import private_fault, shared_fault
+from moetier.tiers.ownership import access_fault
 from moetier.tiers.store.atomic import PARTIAL, make_folders
 
 from .page_file import Buffers, DamagedPageError, Payload, read_page, write_page
@@ -43,6 +44,7 @@ LEFT = 60.0  # seconds after which an unfinished file is removed, as its process
 RESERVE = 1 << 30  # bytes of the disk that are left to other programs, but no more than a tenth of it
 ROOM = 0.9  # share of the size that is left when pages are removed
 SWEEP = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
+STATE = (-1,)  # in place of tokens: their ids are not negative
 STEP = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
 
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that say nothing of a file
@@ -73,22 +75,44 @@ class Entry(NamedTuple):
     path: str
 
 
-def open_folder(folder: Path) -> None:
-    """Make the folder of pages if it is missing, and check that no other user can enter, replace or move it.
+def open_folder(folder: Path) -> int:
+    """Make the folder of pages if it is missing, and check that no other user can enter it. Return its descriptor.
 
-    Raises ConfigError.
+    Its files are reached by the descriptor. So others may write into its parents: if they put another folder in its
+    place, that is not used. Raises ConfigError.
     """
     try:
         make_folders(folder.parent, 0o755)
         with contextlib.suppress(FileExistsError):  # whatever is there is checked below
             folder.mkdir(mode=0o700)
-        fault = private_fault(folder) or shared_fault(folder)
+        if folder.is_symlink() or not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder.", "Name another folder.")
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(
             f"The folder {folder} can't be used for keys and values: {error.strerror}.", "Name another folder."
         ) from None
-    if fault is not None:
+    status = os.fstat(descriptor)
+    if fault := access_fault(folder, status):
+        os.close(descriptor)
+        if status.st_uid != os.getuid() and os.access(folder, os.W_OK):
+            fault = fault[0], f"Name a folder in it, which is then made for this user alone: {folder}/pages"
         raise ConfigError(*fault)
+    return descriptor
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Path]:
+    """Open the folder of pages as ``open_folder`` does. Yield a path on which only the opened folder is reached."""
+    descriptor = open_folder(folder)
+    try:
+        yield _path_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _path_of(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}")
 
 
 def entries(folder: Path) -> Iterator[Entry]:
@@ -113,23 +137,25 @@ def models_in(folder: Path) -> list[ModelPages]:
     """Return the models that have pages in a folder, the one that was used last first. Raises ConfigError."""
     _check_exists(folder)
     by_model = dict[Path, list[Entry]]()
-    for entry in entries(folder):
-        by_model.setdefault(Path(entry.path).parent, []).append(entry)
-    models = [
-        ModelPages(_name(place), len(files), sum(file.bytes for file in files), max(files).used)
-        for place, files in by_model.items()
-    ]
+    with opened(folder) as root:
+        for entry in entries(root):
+            by_model.setdefault(Path(entry.path).parent, []).append(entry)
+        models = [
+            ModelPages(_name(place), len(files), sum(file.bytes for file in files), max(files).used)
+            for place, files in by_model.items()
+        ]
     return sorted(models, key=lambda model: -model.used)
 
 
 def clear(folder: Path) -> tuple[int, int]:
     """Remove all pages and unfinished files in a folder. Return their number, and their bytes. Raises ConfigError."""
     _check_exists(folder)
-    removed = [entry for entry in entries(folder) if remove(entry.path)]
-    for place in {Path(entry.path).parent for entry in removed}:
-        remove(place / MODEL)
-        with contextlib.suppress(OSError):  # a server has just written a page
-            place.rmdir()
+    with opened(folder) as root:
+        removed = [entry for entry in entries(root) if remove(entry.path)]
+        for place in {Path(entry.path).parent for entry in removed}:
+            remove(place / MODEL)
+            with contextlib.suppress(OSError):  # a server has just written a page
+                place.rmdir()
     return len(removed), sum(entry.bytes for entry in removed)
 
 
@@ -145,7 +171,6 @@ def _check_exists(folder: Path) -> None:
         raise ConfigError(
             f"There is no folder {folder}.", "Name the folder that servers use (moetier serve --kv-cache-dir)."
         )
-    open_folder(folder)
 
 
 def _entry(file: os.DirEntry[str]) -> Entry | None:
@@ -165,7 +190,7 @@ def remove(path: str | Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        _log.warning("%s can't be removed: %s", path, error.strerror)
+        _log.warning("%s can't be removed: %s", os.path.realpath(path), error.strerror)
         return False
     return True
 
@@ -186,18 +211,23 @@ class PageFolder:
 
         Raises ConfigError if the folder can't be used.
         """
-        open_folder(options.folder)
         self.options = options
         self.damaged = 0  # number of files that were no pages, or not those that they should have been
-        self._folder = options.folder / binding.hex()[:16]
-        self._model = model
         self._binding = binding
+        self._open()
+        self._model = model
         self._clock = clock
         self._buffers = Buffers()
         self._counting = threading.Lock()  # guards: ``damaged``
         self._bytes: int | None = None  # of all pages, when they were counted, and those written since; None: unknown
         self._unswept = 0  # bytes written since then
         self._most = options.size  # most bytes of all pages, less if the disk is nearly full
+
+    def _open(self) -> None:
+        descriptor = open_folder(self.options.folder)
+        self.close = weakref.finalize(self, os.close, descriptor)  # a thread whose disk hangs may still use it
+        self._root = _path_of(descriptor)
+        self._folder = self._root / self._binding.hex()[:16]
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -207,7 +237,7 @@ class PageFolder:
 
     @staticmethod
     def follow(name: bytes, tokens: Sequence[int]) -> bytes:
-        """Return the name of the page with ``tokens`` after the page ``name``."""
+        """Return the name of the page with ``tokens`` after the page ``name``; that of the state there for STATE."""
         return hashlib.sha256(name + array("q", tokens).tobytes()).digest()
 
     # -- pages --------------------------------------------------------------------------------------------------------
@@ -234,7 +264,8 @@ class PageFolder:
         except (OSError, DamagedPageError) as error:
             with self._counting:
                 self.damaged += 1
-            _log.warning("%s is not used, but computed again: %s", path, error)
+            shown = self.options.folder / path.relative_to(self._root)
+            _log.warning("%s is not used, but computed again: %s", shown, error)
             if getattr(error, "errno", None) not in SHORTAGES:
                 remove(path)
             return None
@@ -265,13 +296,16 @@ class PageFolder:
         depth: int,
         payload: Payload,
         memory: mmap.mmap,
-        before_piece: Callable[[], None] = lambda: None,
+        before_piece: Callable[[int], None] = lambda _: None,
     ) -> int:
         """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
 
         ``depth`` is the page's number in its sequence. Returns the size of the file; 0 if another process has removed
         it, or its folder, meanwhile. Raises OSError.
         """
+        if not self._root.stat().st_nlink:  # another process has removed it
+            self.close()
+            self._open()
         if self._bytes is None:
             self.sweep()
         if self._most < len(payload.data):  # it would be removed at once
@@ -303,7 +337,7 @@ class PageFolder:
         future, because the clock was set back, counts as used now.
         """
         now, kept = self._clock(), list[Entry]()
-        for entry in entries(self.options.folder):
+        for entry in entries(self._root):
             is_unfinished = entry.path.endswith(PARTIAL)
             if abs(now - entry.used) > LEFT * 1e9 if is_unfinished else self._is_old(entry.used):
                 remove(entry.path)
@@ -314,7 +348,7 @@ class PageFolder:
                 entry = entry._replace(used=now)
             kept.append(entry)
         total = sum(entry.bytes for entry in kept)
-        disk = shutil.disk_usage(self.options.folder)
+        disk = shutil.disk_usage(self._root)
         self._most = min(self.options.size, total + disk.free - min(RESERVE, disk.total // 10))
         if total > self._most:
             for entry in sorted(kept):

@@ -23,8 +23,13 @@ from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 class StateSnapshot:
     """The state of a sequence behind some of its tokens."""
 
-    pages: list[int]  # numbers of the pages in which it lies
+    pages: list[int]  # numbers of the pages in which it lies; none once it is no longer in the tree
     used: int  # time at which it was last matched or added
+
+    def remove(self) -> list[int]:
+        """Note that it is no longer in the tree, and return its pages."""
+        pages, self.pages = self.pages, []
+        return pages
 
 
 @dataclass(eq=False, slots=True)
@@ -159,7 +164,7 @@ class PrefixTree:
             unneeded.append(self.remove(child))
             for count, state in child.snapshots.items():
                 if node.snapshots.setdefault(count, state) is not state:  # another one has it, too
-                    unneeded += state.pages
+                    unneeded += state.remove()
         return node, unneeded
 
     def use_snapshot(self, node: Node, rest: Sequence[int]) -> bool:
@@ -229,7 +234,7 @@ def _is_evictable(node: Node) -> bool:
 def _remove_snapshot(node: Node, tokens: int) -> list[int]:
     """Remove a snapshot, if the node still has it, and return its pages."""
     state = node.snapshots.pop(tokens, None)
-    return [] if state is None else state.pages
+    return [] if state is None else state.remove()
 
 
 def _is_held(node: Node) -> bool:

@@ -8,6 +8,7 @@
     sources         the host tier: this process's own, or a daemon's
     budgets         memory besides experts, and the budgets for experts
     kv_budget       memory for keys and values, and the context
+    working_states  memory for the states of sequences besides
     same_bits       whether a token has the same bits in every company
     prefill_memory  memory that a prompt takes
     context         the longest context

@@ -26,6 +26,7 @@ from moetier.tiers.manifest import Manifest
 from .context import can_resume, has_states
 from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
+from .working_states import state_bytes
 
 # Most of the memory that trunk and cache leave, for the tokens of a prompt that are computed together, if not all
 # experts fit: by default, and if an option says how many tokens.
@@ -41,7 +42,7 @@ class Needs:
 
     trunk: int = 0  # the part of the trunk whose memory still counts as free
     kv: KVBudget = NO_KV  # keys and values
-    scratch: int = 0  # scratch memory of computations
+    scratch: int = 0  # scratch memory of computations, and states of sequences besides keys and values
     prefill: Prefill = NO_PREFILL  # tokens of a prompt that are computed together
 
     @classmethod
@@ -68,6 +69,7 @@ class Needs:
             matrices: layouts of the trunk's quantised matrices.
         """
         scratch = scratch_elements(manifest, matrices, kernels) * model.dtype.itemsize
+        scratch += (config.sequences + 1) * state_bytes(model)  # one more, as a copy of one becomes a snapshot
         kv = KVBudget.of(
             model.config,
             config,
@@ -208,8 +210,8 @@ def kv_cache_bytes(
 ) -> int:
     """Estimate the bytes of the KV caches of ``batch`` contexts of ``tokens`` each, from a transformers config.
 
-    ``bits``: 8, or 16 for keys and values of ``dtype``. States of a constant size (convolutions, recurrent layers) are
-    not counted, nor are indexers' keys.
+    ``bits``: 8, or 16 for keys and values of ``dtype``. States of a constant size (``state_bytes``) and indexers' keys
+    are not counted.
     """
     text = config.get_text_config(decoder=True)
     layers = text.per_layer_config  # some models differ from layer to layer

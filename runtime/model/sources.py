@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import TierConfig
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address
-from moetier.tiers.disk_order import NO_ORDER, DiskOrder
+from moetier.tiers.disk_order import DiskOrder
 from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
@@ -39,10 +39,10 @@ class Origin:
     host: CopySource[memoryview]
     where: str  # description of the tier for a user
     close: Callable[[], None]
+    order: DiskOrder  # when pages of keys and values may be read and written beside the records
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
     daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
-    order: DiskOrder = NO_ORDER  # when pages of keys and values may be read and written beside the records
     remote_compute: RemoteCompute | None = None  # computes experts at daemons of other hosts
 
 
@@ -89,7 +89,7 @@ def _mapped(daemon: Address, location: Path, manifest: Manifest) -> Origin:
 
     assert daemon.folder is not None
     host = DaemonTier.open(daemon.folder, location, manifest)
-    return Origin(host, f"the daemon {daemon}", host.close, daemon=host)
+    return Origin(host, f"the daemon {daemon}", host.close, host.order, daemon=host)
 
 
 def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
@@ -117,4 +117,4 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
             # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(store.close)
         close = closing.pop_all().close
-        return Origin(host, where, close, learner, store.shares, remote_compute=remote_compute, order=host.page_turns)
+        return Origin(host, where, close, host.page_turns, learner, store.shares, remote_compute=remote_compute)

@@ -46,6 +46,7 @@ class WrittenPages:
     layout = (ToyLayer(32),)
 
     def save_page(self, page: int, tokens: int, data: memoryview) -> None:
+        data[:] = bytes(len(data))
         for at, ids in enumerate(self.pages[page][:tokens]):
             digest = hashlib.sha256(repr(ids).encode()).digest()
             SAVED[digest] = ids
@@ -53,7 +54,8 @@ class WrittenPages:
 
     def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
         assert len(data) == 32 * tokens
-        self.pages[page] = [SAVED[bytes(data[32 * at : 32 * (at + 1)])] for at in range(tokens)]
+        digests = [bytes(data[32 * at : 32 * (at + 1)]) for at in range(tokens)]
+        self.pages[page] = [SAVED[digest] for digest in digests if any(digest)]  # a copy of a state has one
         return bool(layout == [[32]])
 
     def state_pages(self, sequence: engine.Sequence) -> int:
@@ -145,6 +147,23 @@ class ToyRunner(WrittenPages, Runner):
 
     def end(self, sequence: engine.Sequence) -> None:
         pass
+
+
+class ToyStateRunner(WrittenStates, ToyRunner):
+    """A runner whose sequences have states besides: it fails if one does not continue from its own."""
+
+    computes_together = False
+
+    def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:  # type: ignore[override]
+        sequence = task.sequence
+        if task.begin:
+            assert self.states[sequence] == tuple(sequence.ids[: task.begin])
+        logits = ToyRunner.compute(self, task, should_stop)
+        self.states[sequence] = tuple(sequence.ids[: task.end])
+        return logits
+
+    def end(self, sequence: engine.Sequence) -> None:
+        self.states.pop(sequence, None)
 
 
 def next_token(ids: Sequence[int]) -> int:

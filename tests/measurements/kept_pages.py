@@ -1,11 +1,14 @@
 """Measure prompts whose keys and values are on disk: after a restart, with many conversations, and decoding meanwhile.
 
     python tests/measurements/kept_pages.py DIR [--tokens N] [--conversations N --held N] [--decode] [--ram SIZE]
+        [--limit SIZE] [--daemon FOLDER]
 
-DIR is a model directory. Each run is a process of its own; the page cache is dropped before one that reads, if this
-user may do that. Without a further option, a prompt of N tokens gets an answer in one process, and another one computes
-the next turn. ``--conversations`` computes so many prompts while memory has room for ``--held`` of them, and then the
-next turn of each. ``--decode`` compares decoding beside the writing of a prompt's pages with decoding alone.
+DIR is a model directory. Each run is a process of its own, in a control group with ``--limit`` of memory; the page
+cache is dropped before one that reads, if this user may do that. What is measured begins once the model is loaded, and
+the experts that fit are in memory, in that of the daemon in FOLDER with ``--daemon``. Without a further option, a
+prompt of N tokens gets an answer in one process, and another one computes the next turn. ``--conversations`` computes
+so many prompts while memory has room for ``--held`` of them, and then the next turn of each. ``--decode`` compares
+decoding beside the writing of a prompt's pages with decoding alone.
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ from transformers import AutoConfig
 
 import moetier
 from moetier import Engine, Request
+from moetier.runtime.config import Size, format_bytes
 from moetier.runtime.engine.page_folder import PageOptions
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.runtime.machine.memory import machine_memory
 from moetier.runtime.model.budgets import kv_cache_bytes
+from moetier.tools.bench.sandbox import memory_group
 
 ANSWER, TURN = 20, 24  # tokens of an answer, and of the next turn
 SECONDS = 1.5  # how long decoding is measured at a time
@@ -62,6 +68,14 @@ def drop_page_cache() -> None:
         Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def load_experts(model: Any) -> None:
+    """Wait until no more experts are read ahead."""
+    ready = -1
+    while (now := model.tiers.stats()[0].ready) != ready:
+        ready = now
+        time.sleep(1.0)
+
+
 def turns(engine: Engine, arguments: argparse.Namespace) -> None:
     """Compute the first turn of each conversation, or the second."""
     number = arguments.conversations or 1
@@ -80,6 +94,8 @@ def turns(engine: Engine, arguments: argparse.Namespace) -> None:
                 f"  {arguments.part} turn: {len(ids):,} tokens, {cached:,} of them cached, first token {seconds:.3f} s"
             )
     print(f"{arguments.part} turns: median {median(times):.3f} s, longest {max(times):.3f} s", flush=True)
+    if number > 1:
+        print(f"  in order: {' '.join(f'{seconds:.3f}' for seconds in times)}")
     finish_writing(engine)
     if engine.saved is not None:
         print(f"  {engine.saved.traffic()}")
@@ -116,10 +132,12 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = PAGE_TOKENS * -(-(arguments.tokens + 500) // PAGE_TOKENS)
     config = AutoConfig.from_pretrained(arguments.directory)
     options: dict[str, Any] = {"context": tokens, "kv_cache": held * kv_cache_bytes(config, tokens)}
-    model, _ = moetier.load(arguments.directory, daemon=None, ram=arguments.ram, **options)
+    own = {"ram": arguments.ram} if arguments.daemon is None else {}
+    model, _ = moetier.load(arguments.directory, daemon=arguments.daemon, **own, **options)
     disk = PageOptions(Path(arguments.folder), 1 << 40, 7 * 86_400.0)
     with model.tiers, Engine.of(model, max_sequences=2, disk=disk) as engine:
         first(engine, ids_of(0, 300), 4)  # compiles
+        load_experts(model)
         print(f"{arguments.part}: loaded in {time.perf_counter() - begin:.1f} s")
         if arguments.part != "decode":
             turns(engine, arguments)
@@ -139,6 +157,8 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of pairs with --decode (default: %(default)s)")
     parser.add_argument("--ram")
+    parser.add_argument("--limit", help="memory of each process")
+    parser.add_argument("--daemon", help="folder of a daemon's sockets, which reads the experts")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -149,7 +169,13 @@ def main() -> None:
         for part in ["decode"] if arguments.decode else ["first", "second"]:
             drop_page_cache()
             command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--folder", folder]
-            subprocess.run(command, check=True)
+            if arguments.limit is None:
+                subprocess.run(command, check=True)
+                continue
+            with memory_group(Size.parse(arguments.limit).of(machine_memory())) as group:
+                ended = group.run(command)
+                print(ended.stdout, ended.stderr, f"  peak {format_bytes(group.peak)}", sep="", flush=True)
+                ended.check_returncode()
 
 
 if __name__ == "__main__":

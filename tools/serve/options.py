@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from moetier.runtime.config import Size
-from moetier.runtime.engine.page_folder import PageOptions, open_folder
+from moetier.runtime.engine.page_folder import PageOptions, opened
 from moetier.runtime.model import names as models
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, MAX_COUNT, TINY, Number
@@ -99,8 +99,8 @@ def disk_of(arguments: argparse.Namespace) -> PageOptions | None:
     """Return where keys and values are kept on disk; None: nowhere. Raises ConfigError if there can be no folder."""
     if (folder := arguments.kv_cache_dir) is None:
         return None
-    open_folder(folder)
-    total = shutil.disk_usage(folder).total
+    with opened(folder) as place:
+        total = shutil.disk_usage(place).total
     return PageOptions(folder, Size.parse(arguments.kv_cache_disk).of(total), DAY * arguments.kv_cache_ttl)
 
 

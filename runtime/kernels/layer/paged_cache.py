@@ -189,7 +189,7 @@ class PageMemory:
                 at += part.numel()
 
     def _bytes_of(self, page: int) -> Iterator[Tensor]:
-        for layer in self.layers.values():
+        for _, layer in sorted(self.layers.items()):
             for memory in layer:
                 yield memory[0].narrow(1, PAGE_TOKENS * page, PAGE_TOKENS).view(torch.uint8)
 

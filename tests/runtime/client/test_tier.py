@@ -275,6 +275,26 @@ def test_a_demand_that_hits_clears_the_blocks_prefetch_requests(store: MappedSto
         assert set(reader.reads) == set(keys(1, 0, 1, 2, 3, 4, 5)) | set(keys(2, 0)) | set(keys(0, 0))
 
 
+def test_pages_wait_for_a_miss_and_prefetches_for_pages(store: MappedStore, tmp_path: Path) -> None:
+    reader = GatedReader(store.manifest, store.records)
+    with (
+        HostTier(reader, slots={"records": 18}, loaders=4) as host,
+        local_daemon(host, store.manifest, store.directory, tmp_path / "daemon") as folder,
+        DaemonTier.open(folder, store.directory, store.manifest) as tier,
+    ):
+        demand = Task(lambda: store.take(tier, 2, 0))
+        reader.wait_begun(*keys(2, 0))
+        may_write = Task(lambda: tier.order.wait_to_write(lambda: False))
+        with tier.order.reading_page():
+            tier.prefetch(1, keys(1, 0, 1))
+            reader.open()
+            assert demand.result() == [0]
+            assert may_write.thread.is_alive()
+        may_write.result()
+        assert store.take(tier, 0, 0) == [0], "what was said before is heard by now"
+        assert host.stats().prefetched == 0
+
+
 def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(2, tmp_path / "daemon") as daemon, relay(daemon.folder, tmp_path / "relay") as between:
         with DaemonTier.open(between.folder, store.directory, store.manifest) as tier:

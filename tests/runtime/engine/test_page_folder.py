@@ -11,7 +11,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,23 @@ BINDING, DAY = b"b" * 32, 86_400
 FILE = 2 * BLOCK  # bytes of a file with up to BLOCK bytes of data
 
 
+_open = weakref.WeakSet[PageFolder]()
+
+
+@pytest.fixture(autouse=True)
+def closes_folders() -> Iterator[None]:
+    yield
+    for folder in _open:
+        folder.close()
+
+
 def opened(place: Path, size: int = 1 << 30, seconds: float = 7 * DAY, **more: object) -> PageFolder:
-    return PageFolder(PageOptions(place, size, seconds), "model", **{"binding": BINDING} | more)  # type: ignore[arg-type]
+    folder = PageFolder(PageOptions(place, size, seconds), "model", **{"binding": BINDING} | more)  # type: ignore[arg-type]
+    _open.add(folder)
+    return folder
 
 
-def write(folder: PageFolder, name: bytes, data: bytes, *before_piece: Callable[[], None]) -> int:
+def write(folder: PageFolder, name: bytes, data: bytes, *before_piece: Callable[[int], None]) -> int:
     begin = head_bytes(LAYOUT)
     memory = folder.memory(begin + len(data))
     memory[begin : begin + len(data)] = data
@@ -294,14 +307,14 @@ def test_a_file_waits_for_its_turn_before_it_is_made(tmp_path: Path) -> None:
     """Or another process would remove it, as of one that has ended."""
     folder = opened(tmp_path)
     later = opened(tmp_path, clock=lambda: time.time_ns() + 100 * 10**9)
-    assert write(folder, name(0), b"data", later.sweep)
+    assert write(folder, name(0), b"data", lambda _: later.sweep())
     assert read(folder, name(0)) == b"data"
 
 
 def test_a_page_that_another_process_removes_while_it_is_written_is_lost(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     write(folder, name(0), b"data")
-    assert not write(folder, name(1), b"data", lambda: shutil.rmtree(Path(next(entries(tmp_path)).path).parent))
+    assert not write(folder, name(1), b"data", lambda _: shutil.rmtree(Path(next(entries(tmp_path)).path).parent))
     assert write(folder, name(1), b"data")
     assert read(folder, name(1)) == b"data"
 
@@ -333,24 +346,50 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, mode: int) ->
         open_folder(tmp_path / "pages")
 
 
-@pytest.mark.parametrize(("mode", "is_refused"), [(0o777, True), (0o770, True), (0o1777, False), (0o755, False)])
-@pytest.mark.parametrize("way", ["shared/pages", "link/pages", "relative"])
-def test_a_folder_that_others_may_move_away_is_refused(
-    tmp_path: Path, mode: int, is_refused: bool, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "shared" / "pages").mkdir(mode=0o700, parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "shared")
+@pytest.mark.parametrize("mode", [0o777, 0o2777, 0o1777])
+def test_a_folder_in_one_that_others_may_write_is_made_for_this_user_alone(tmp_path: Path, mode: int) -> None:
+    """An emptyDir of Kubernetes is such a folder. Another user may move the folder away: it is used nevertheless."""
+    (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(mode)
-    monkeypatch.chdir(tmp_path / "shared")
-    folder = Path("pages") if way == "relative" else tmp_path / way
-    with pytest.raises(ConfigError, match="may be written by other") if is_refused else contextlib.nullcontext():
-        open_folder(folder)
+    place = tmp_path / "shared" / "pages"
+    folder = opened(place)
+    assert place.stat().st_mode & 0o777 == 0o700
+    write(folder, name(0), b"data")
+    place.rename(tmp_path / "shared" / "moved")
+    place.symlink_to(tmp_path)
+    write(folder, name(1), b"more")
+    assert read(folder, name(0)) == b"data"
+    assert sum(1 for _ in entries(tmp_path / "shared" / "moved")) == 2
+    assert not [*entries(tmp_path)]
+
+
+def test_a_folder_of_root_that_all_may_write_is_refused_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an emptyDir itself is, in a container of another user."""
+    need_root()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o2777)
+    monkeypatch.setattr(os, "getuid", lambda: NOBODY)
+    with pytest.raises(ConfigError, match="belongs to another user") as error:
+        os.close(open_folder(tmp_path / "cache"))
+    assert f"{tmp_path}/cache/pages" in error.value.fix
+
+
+def test_a_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "pages")
+    write(folder, name(0), b"data")
+    shutil.rmtree(tmp_path / "pages")
+    assert read(folder, name(0)) is None
+    folder.sweep()
+    write(folder, name(0), b"data")
+    assert sum(1 for _ in entries(tmp_path / "pages")) == 1
 
 
 def test_parents_are_made_for_this_user_to_write(tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:
-        open_folder(tmp_path / "new" / "folder" / "pages")
+        os.close(open_folder(tmp_path / "new" / "folder" / "pages"))
     finally:
         os.umask(before)
 

@@ -14,16 +14,18 @@ import pytest
 from faults import flip_bit, mounted, remounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import NO_ORDER
 from threads import wait_until
-from toy_runner import ToyRunner, answer_alone
+from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
 from moetier.runtime.engine import kv_cache, saved_pages
 from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.page_file import BLOCK
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
-from moetier.tiers.disk_order import NO_ORDER, DiskOrder
+from moetier.tiers.disk_order import DiskOrder
 
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
 LONG = [at % 49 + 1 for at in range(400)]
@@ -43,7 +45,8 @@ def engine_with(
     most: int = 3,
 ) -> Iterator[Engine]:
     runner = runner or ToyRunner()
-    saved = SavedPages(PageFolder(PageOptions(place, size, 1000.0), "toy", binding), runner, order, keys)
+    folder = PageFolder(PageOptions(place, size, 1000.0), "toy", binding)
+    saved = SavedPages(folder, runner, order, keys, has_states=runner.has_states)
     with Engine(runner, pages=pages, max_sequences=most, chunk=64, context=1000, saved=saved) as engine:
         yield engine
 
@@ -81,6 +84,73 @@ def test_a_turn_after_a_restart_computes_only_what_is_new(tmp_path: Path) -> Non
         traffic = engine.saved.traffic()  # type: ignore[union-attr]
         assert traffic.pages == pages
         assert traffic.read_bytes == 32 * cached
+
+
+# -- states besides keys and values ------------------------------------------------------------------------------------
+
+
+def test_a_turn_after_a_restart_continues_from_the_last_state(tmp_path: Path) -> None:
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        tokens = written(engine, LONG)
+        short = written(engine, LONG[:100])
+    ends = len(LONG) + len(tokens) - 1, 100
+    for ids, kept in (([*LONG, *tokens, 5], ends[0]), ([*LONG[:100], *short, 5, 6], ends[1])):
+        runner = ToyStateRunner()
+        with engine_with(tmp_path, runner=runner, pages=60) as engine:
+            assert answer(engine, ids, 1)[1] >= kept - PAGE_TOKENS
+            assert runner.computed <= len(ids) - kept + PAGE_TOKENS
+
+
+def test_a_long_prompt_has_states_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "SNAPSHOT_TOKENS", 3 * PAGE_TOKENS)
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        written(engine, LONG)
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        assert answer(engine, [*LONG[: 4 * PAGE_TOKENS + 30], 3], 1)[1] == 3 * PAGE_TOKENS
+
+
+def test_what_many_prompts_begin_with_is_kept(tmp_path: Path) -> None:
+    """A snapshot is taken where the second one leaves the first, and the third one continues there."""
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        for number in (1, 2):
+            written(engine, [*LONG, *[number] * 90])
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        assert answer(engine, [*LONG, *[3] * 90])[1] == FULL
+
+
+def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
+    with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
+        tokens = written(engine, LONG)
+    (state,) = [path for path in files(tmp_path) if path.stat().st_size > 2 * BLOCK]
+    flip_bit(state, 5000)
+    for damaged, kept in ((1, 0), (0, len(LONG))):
+        with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
+            ids = [*LONG, *tokens, 5]
+            assert kept - PAGE_TOKENS <= answer(engine, ids)[1] <= kept + len(tokens)
+            assert engine.saved.traffic().damaged == damaged  # type: ignore[union-attr]
+            wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+
+
+def test_a_state_that_has_left_memory_is_read_for_pages_that_are_there(tmp_path: Path) -> None:
+    runner = ToyStateRunner(size=8)
+    with engine_with(tmp_path, runner=runner, pages=30, most=1) as engine:
+        tokens = written(engine, LONG)
+        for number in range(1, 4):
+            written(engine, [number] * 200)
+        before = runner.computed
+        assert answer(engine, [*LONG, *tokens, 5], 1)[1] >= len(LONG)
+        assert runner.computed - before < 2 * PAGE_TOKENS
+
+
+def test_a_state_that_has_no_room_is_not_read(tmp_path: Path) -> None:
+    with engine_with(tmp_path, runner=ToyStateRunner(size=8), pages=60) as engine:
+        tokens = written(engine, LONG)
+    with engine_with(tmp_path, runner=ToyStateRunner(size=8), pages=9) as engine:
+        assert answer(engine, [*LONG, *tokens, 5], 1)[1] == 0
+        answer(engine, [3] * (9 * PAGE_TOKENS - 5), 3)  # no page is lost
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_memory_that_holds_one_conversation_serves_many(tmp_path: Path) -> None:
@@ -145,17 +215,19 @@ def test_scores_of_a_prompt_are_computed_though_pages_are_there(tmp_path: Path) 
         ),
         min_size=2,
         max_size=4,
-    )
+    ),
+    has_states=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_no_restart_and_no_fault_changes_an_answer(
-    runs: list[tuple[list[tuple[list[int], int, bool]], int, int]],
+    runs: list[tuple[list[tuple[list[int], int, bool]], int, int]], has_states: bool
 ) -> None:
     """In each run, requests that are computed together, some of them cancelled; after it, a file is damaged."""
     place = Path(tempfile.mkdtemp())
     try:
         for requests, pages, damage in runs:
-            with engine_with(place, pages=pages, size=12 * 8192) as engine:
+            runner = ToyStateRunner(size=1) if has_states else ToyRunner()
+            with engine_with(place, pages=pages, size=12 * 8192, runner=runner) as engine:
                 streams = [engine.stream(Request(tuple(ids), most)) for ids, most, _ in requests]
                 for stream, (ids, most, is_cancelled) in zip(streams, requests, strict=True):
                     if is_cancelled:

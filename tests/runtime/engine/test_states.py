@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import tiny_model
+from orders import NO_ORDER
 from transformers import DynamicCache
 
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.model_runner import ModelRunner
+from moetier.runtime.engine.page_folder import PageFolder, PageOptions
+from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
@@ -68,16 +74,43 @@ class Recording(ModelRunner):
         return found
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_a_second_turn_computes_only_what_is_new(model_type: str) -> None:
-    """It gives the tokens and the log probabilities of the whole prompt, as near as transformers' own chunks are."""
+@contextlib.contextmanager
+def engine_of(runner: Recording, folder: Path | None = None) -> Iterator[Engine]:
+    """``folder``: has pages on disk."""
+    saved = None
+    if folder is not None:
+        pages = PageFolder(PageOptions(folder, 1 << 30, 1000.0), "tiny", b"b" * 32)
+        saved = SavedPages(pages, runner.memory, NO_ORDER, has_states=runner.has_states)
+    with Engine(runner, pages=60, max_sequences=1, chunk=100, context=1000, saved=saved) as engine:
+        yield engine
+
+
+# all types keep their states in the same layers of a cache: two are enough for the way over the disk
+RESTARTED = [
+    pytest.param(each, True, marks=[pytest.mark.slow] * (each not in {"qwen3_next", "nemotron_h"}))
+    for each in sorted(HYBRIDS | WINDOWED)
+]
+KEPT = [pytest.param(*each.values, False, marks=each.marks) for each in TYPES]
+
+
+@pytest.mark.parametrize(("model_type", "is_restarted"), [*KEPT, *RESTARTED])
+def test_a_second_turn_computes_only_what_is_new(model_type: str, is_restarted: bool, tmp_path: Path) -> None:
+    """It gives the tokens and the log probabilities of the whole prompt, as near as transformers' own chunks are.
+
+    ``is_restarted``: the first turn was computed by another engine, and is on the disk.
+    """
     model = small_model(model_type)
-    runner = Recording(model, 60)
-    with Engine(runner, pages=60, max_sequences=1, chunk=100, context=1000) as engine:
-        prompt = some(FIRST, 1)
+    prompt = some(FIRST, 1)
+    with contextlib.ExitStack() as engines:
+        runner = Recording(model, 60)
+        engine = engines.enter_context(engine_of(runner, tmp_path if is_restarted else None))
         answer = [*engine.stream(Request(tuple(prompt), NEW, GREEDY))]
         history = [*prompt, *answer]
         second = [*history, *some(QUESTION, 2)]
+        if is_restarted:
+            engines.close()
+            runner = Recording(model, 60)
+            engine = engines.enter_context(engine_of(runner, tmp_path))
         runner.computed.clear()
         stream = engine.stream(Request(tuple(second), NEW, GREEDY))
         answers = [[*stream]]

@@ -11,7 +11,7 @@ from readers import PATIENCE, GatedReader
 from stores import keys
 from threads import Task
 
-from moetier.tiers.disk_order import NO_ORDER, DiskOrder
+from moetier.tiers.disk_order import DiskOrder
 from moetier.tiers.host import page_turns
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -137,9 +137,3 @@ def test_nothing_waits_for_a_tier_that_is_closed(gate: GatedReader, monkeypatch:
     with pytest.raises(Exception, match="closed"):
         demand.result()
     tier.page_turns.wait_to_write(lambda: False)
-
-
-def test_without_a_tier_of_this_process_nothing_waits() -> None:
-    NO_ORDER.wait_to_write(lambda: False)
-    with NO_ORDER.reading_page():
-        pass
