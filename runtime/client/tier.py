@@ -141,6 +141,10 @@ class DaemonTier(Closeable):
         with self._context.counting:
             self._context.counters.take_back_hits(len(set(experts)))
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Report uses to the daemon, which counts them as hits, so that it keeps the records. Counts nothing here."""
+        self._link.note_uses([ExpertKey(block, expert) for expert in reversed(experts)])
+
     def end_leases(self) -> None:
         """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
         self._fork_guard.check()

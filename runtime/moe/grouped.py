@@ -267,7 +267,7 @@ def _tokens(
         order = torch.argsort(rows, stable=True)  # by token, and then by expert
         kernels.add_up(outputs, weights.reshape(-1)[places], order, bounds, sums, is_part=is_part)
         if kept := [span.expert for span in group if span.expert in recent]:
-            tiered.source.note_uses(tiered.block, kept)  # else the next experts of the prompt would evict them
+            tiered.source.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
         between()
     if is_part:
         tiered.source.prefetch(tiered.block, ())

@@ -50,6 +50,9 @@ class OneSlot:
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         """Nothing is kept."""
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Nothing is kept."""
+
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         raise AssertionError("nothing is resident here")
 

@@ -57,6 +57,9 @@ class UnsteadySource:
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         self.source.note_uses(block, experts)
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        self.source.touch(block, experts)
+
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         raise AssertionError("nothing is resident here")
 

@@ -131,6 +131,9 @@ class DeviceTier:
 
     take_back_uses = note_uses
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Do nothing, because only on a CPU, which has no device tier, a prompt uses records a few at a time."""
+
     def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._reclaim(threading.get_ident())

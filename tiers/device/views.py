@@ -105,6 +105,10 @@ class HostViews:
         """Let the source count the hits of an earlier ``note_uses`` as discarded."""
         self._source.take_back_uses(block, experts)
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Let records stay in the source's memory."""
+        self._source.touch(block, experts)
+
     def end_leases(self) -> None:
         """End all leases of the calling thread in the source."""
         self._source.end_leases()

@@ -35,7 +35,7 @@ from .waiting import Notifier
 Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
-# seconds after which a page is read once a read has ended, even while records are read for demands
+# seconds after which a page is read even while records are read for demands
 PAGE_PATIENCE = 0.1
 
 _log = logging.getLogger(__name__)
@@ -229,6 +229,11 @@ class HostTier(Closeable):
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
         self._uses.take_back_uses(experts)
+
+    @deferred
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Let records stay in memory, as ``ExpertSource`` specifies."""
+        self._uses.touch(block, experts)
 
     @transition
     def note_copy_uses(self, keys: Sequence[ExpertKey]) -> None:

@@ -52,6 +52,11 @@ class Uses:
         self._prefetches.note_uses(cached)
         pool.touch(reversed(cached), is_scan=len(keys) > pool.quota(block))
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Let records of a block be evicted as late as after a demand that uses them."""
+        pool = self._pool_of[block]
+        pool.touch(key for expert in reversed(experts) if pool.is_ready(key := ExpertKey(block, expert)))
+
     def take_back_uses(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_uses`` as discarded, because records were replaced during their use."""
         self._counters.take_back_hits(len(set(experts)))

@@ -43,6 +43,9 @@ class Groups:
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
         pass
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        pass
+
     def absent(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
         return keys
 
