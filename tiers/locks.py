@@ -137,14 +137,18 @@ class Monitor:
         return result
 
     def wait_for(self, change: Callable[[*Arguments], Result | None], *arguments: *Arguments) -> Result:
-        """Run a transition, and again after each ``wake``, until its result is not None. Return that result."""
+        """Run a transition, and again after each ``wake``, until its result is not None. Return that result.
+
+        It runs again every POLL_SECONDS, too: its result may depend on the time.
+        """
         if (result := self.run(change, *arguments)) is not None:
             return result
 
         def attempt() -> Result | None:
             if (result := change(*arguments)) is None:
                 sleeper.acquire(blocking=False)
-                self._sleepers.append(sleeper)
+                if sleeper not in self._sleepers:
+                    self._sleepers.append(sleeper)
             return result
 
         sleeper = threading.Lock()  # held while this thread sleeps; ``wake`` releases it
@@ -234,8 +238,7 @@ class Monitor:
 
 
 def _wait(sleeper: threading.Lock) -> None:
-    while not sleeper.acquire(timeout=POLL_SECONDS):
-        pass
+    sleeper.acquire(timeout=POLL_SECONDS)
 
 
 def transition(method: Callable[[Owner, *Arguments], Result]) -> Callable[[Owner, *Arguments], Result]:
@@ -251,7 +254,7 @@ def transition(method: Callable[[Owner, *Arguments], Result]) -> Callable[[Owner
 def waiting(method: Callable[[Owner, *Arguments], Result | None]) -> Callable[[Owner, *Arguments], Result]:
     """Decorate a method so that a call waits until the method, run as a transition, returns something but None.
 
-    The transition runs again whenever another one has called ``wake``.
+    The transition runs again whenever another one has called ``wake``, and every POLL_SECONDS.
     """
 
     @functools.wraps(method)

@@ -77,7 +77,6 @@ class ResidentUses(Protocol):
     def note(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand for ``experts`` of a block.
 
-        The caller may also have leased them for a long prompt, and count those uses that are to keep them in memory.
         This has the effect of a demand that finds all its records: each record counts as a hit, and the block's
         prefetch requests are cancelled. The order of eviction is updated later, but before the next record is evicted.
         Returns at once.
@@ -87,6 +86,13 @@ class ResidentUses(Protocol):
         """Count the hits of an earlier ``note`` as discarded, because records were replaced during their use.
 
         The caller then repeats the demand, and the repeated demand is counted.
+        """
+
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Let the records of ``experts`` stay in memory as if a demand had used them, if they are there.
+
+        Counts nothing, and cancels no prefetch request. The order of eviction is updated later, but before the next
+        record is evicted. Returns at once.
         """
 
 
@@ -108,6 +114,9 @@ class NoUses:
         """Do nothing: what the caller has leased is counted already."""
 
     def take_back(self, block: int, experts: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def touch(self, block: int, experts: Sequence[int]) -> None:
         """Do nothing."""
 
 

@@ -52,6 +52,10 @@ class ClientUses:
         with self._counting:
             self._counters.take_back_hits(len(set(experts)))
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Report uses to the daemon, which counts them as hits, so that it keeps the records. Counts nothing here."""
+        self._link.report_uses([ExpertKey(block, expert) for expert in reversed(experts)])
+
     def note_lost(self, hits: int) -> None:
         """Count hits whose records were replaced before the computation had ended. They are misses now."""
         with self._counting:

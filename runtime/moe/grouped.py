@@ -89,7 +89,7 @@ def _compute_groups(
         _read_ahead(tiered, used, group)
         _add_group(kernels, demand, outputs, group, sums, buffer, wanted=used)
         if kept := [span.expert for span in group if span.expert in recent]:
-            tiered.source.uses.note(tiered.block, kept)  # else the next experts of the prompt would evict them
+            tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
         between()
     tiered.source.prefetch(tiered.block, ())
     return sums

@@ -517,16 +517,17 @@ def test_many_noted_uses_need_no_other_call(roomy: Opened) -> None:
     assert roomy.source.stats().hits - before == 2000
 
 
+@pytest.mark.parametrize("use", ["note", "touch"])
 @pytest.mark.parametrize("kind", ["host", "views", "remote"])
-def test_noted_uses_decide_what_is_evicted(kind: str, folder: Path) -> None:
+def test_noted_uses_decide_what_is_evicted(kind: str, use: str, folder: Path) -> None:
     """Three records have slots. When a fourth comes, the one that was used least is evicted."""
     with open_source(kind, folder, {"records": 9}) as opened:
         opened.take(0, 0)
         opened.take(0, 1)
         opened.take(0, 2)
         for _ in range(20):
-            opened.source.uses.note(0, [0])
-            opened.source.uses.note(0, [2])
+            getattr(opened.source.uses, use)(0, [0])
+            getattr(opened.source.uses, use)(0, [2])
         opened.take(0, 3)
         found = residents_of(opened, 0)
         assert [expert for expert in range(6) if look(found, expert)] == [0, 2, 3]

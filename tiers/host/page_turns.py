@@ -10,7 +10,7 @@ from moetier.tiers.locks import Monitor, posted, transition, waiting
 
 from .loads import Loads
 
-PAGE_PATIENCE = 0.1  # seconds after which a page is read once a read has ended, even while records are read for demands
+PAGE_PATIENCE = 0.1  # seconds after which a page is read even while records are read for demands
 
 
 class PageTurns:

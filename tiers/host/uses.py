@@ -58,6 +58,11 @@ class Uses:
         """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
         self._counters.take_back_hits(len(set(experts)))
 
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Let records of a block be evicted as late as after a demand that uses them."""
+        pool = self._pool_of[block]
+        pool.partitions.touch(key for expert in reversed(experts) if pool.is_ready(key := ExpertKey(block, expert)))
+
     def note_client(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""
         self._counters.count_lookups(hits=len(keys))
@@ -90,6 +95,11 @@ class HostUses:
     def take_back(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note`` as discarded, as ``ResidentUses`` specifies."""
         self._uses.take_back(experts)
+
+    @deferred
+    def touch(self, block: int, experts: Sequence[int]) -> None:
+        """Let records stay in memory, as ``ResidentUses`` specifies."""
+        self._uses.touch(block, experts)
 
     @transition
     def note_copies(self, keys: Sequence[ExpertKey]) -> None:

@@ -49,6 +49,17 @@ def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None
     assert sorted(tier.pool.keys) == keys(0, 0, 1, 7), "2 was not used"
 
 
+def test_a_touched_record_is_evicted_later_and_nothing_is_counted() -> None:
+    tier = Tier()
+    tier.prefetched(ExpertKey(0, 0))
+    tier.prefetches.replace(tier.pool, 0, keys(0, 5), None)
+    tier.uses.touch(0, [0, 1, 9])
+    assert (tier.counters.hits, tier.counters.useful, tier.uses.counts()) == (0, 0, {})
+    assert tier.prefetches.is_requested(ExpertKey(0, 5))
+    tier.fill(ExpertKey(0, 7))
+    assert sorted(tier.pool.keys) == keys(0, 0, 1, 7), "2 was not touched, and 9 is absent"
+
+
 def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     tier = Tier()
     tier.fill(ExpertKey(0, 7))
