@@ -61,7 +61,8 @@ class Uses:
     def touch(self, block: int, experts: Sequence[int]) -> None:
         """Let records of a block be evicted as late as after a demand that uses them."""
         pool = self._pool_of[block]
-        pool.partitions.touch(key for expert in reversed(experts) if pool.is_ready(key := ExpertKey(block, expert)))
+        keys = (ExpertKey(block, expert) for expert in reversed(experts))
+        pool.partitions.touch(key for key in keys if pool.lookup(key) is Lookup.HIT)
 
     def note_client(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""
