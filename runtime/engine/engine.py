@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.runtime.libraries.model_building import BUILDING
 from moetier.runtime.model.context import longest_context
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
@@ -271,6 +272,7 @@ class Engine(Closeable):
             task.sequence.underway = done * task.tokens
         if self._is_closed or all(task.sequence.is_over for task in tasks):
             raise Stopped
+        BUILDING.let_build()
         began = time.monotonic()
         if began < self._next_turn:
             return
@@ -387,7 +389,8 @@ class Engine(Closeable):
     def _work(self) -> None:
         try:
             while self._take():
-                self.step()
+                with BUILDING.computing():
+                    self.step()
         except BaseException as error:  # an error of one sequence ends only that sequence
             with self._changed:
                 self._failure = error

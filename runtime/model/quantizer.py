@@ -6,6 +6,7 @@ transformers builds a model on the meta device, calls the quantiser, and loads t
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ from moetier.runtime.checkpoint.config_json import NAME
 from moetier.runtime.checkpoint.decoded_trunk import Trunk
 from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
 from moetier.runtime.config import TIER_OPTIONS, TierConfig, TierOptions
+from moetier.runtime.libraries.model_building import BUILDING
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import (
     ignore_weights,
@@ -99,6 +101,18 @@ def install() -> None:
             ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
             register_quantizer(NAME)(MoetierQuantizer)
             register_quantization_config(NAME)(MoetierConfig)
+            _build_alone()
+
+
+def _build_alone() -> None:
+    """Let transformers build models only while no engine of this process computes."""
+    contexts: Any = PreTrainedModel.get_init_context.__func__  # type: ignore[attr-defined]  # a class method
+
+    @functools.wraps(contexts)
+    def get_init_context(cls: Any, *arguments: Any, **named: Any) -> list[Any]:
+        return [BUILDING.building(), *contexts(cls, *arguments, **named)]
+
+    PreTrainedModel.get_init_context = classmethod(get_init_context)  # type: ignore[assignment]
 
 
 class MoetierConfig(QuantizationConfigMixin):

@@ -1,0 +1,77 @@
+"""No model computes while another is built."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from readers import PATIENCE
+from threads import wait_until
+
+import moetier
+from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.sequence import Request
+from moetier.runtime.libraries.model_building import ModelBuilding
+
+
+def test_builders_wait_for_computations_and_go_first() -> None:
+    order, building = list[str](), ModelBuilding()
+    may_end, is_computing = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with building.computing():
+            is_computing.set()
+            assert may_end.wait(PATIENCE)
+            building.let_build()
+            order.append("computed")
+
+    def build() -> None:
+        with building.building(), building.building():
+            order.append("built")
+
+    def compute_later() -> None:
+        with building.computing():
+            order.append("computed later")
+
+    threads = [threading.Thread(target=work) for work in (compute, build, compute_later)]
+    threads[0].start()
+    assert is_computing.wait(PATIENCE)
+    threads[1].start()
+    wait_until(lambda: building._waiting == 1)
+    threads[2].start()
+    assert order == []
+    may_end.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert order[0] == "built"
+    assert {*order[1:]} == {"computed", "computed later"}
+
+
+def test_an_engine_never_sees_the_type_of_a_model_that_is_built(
+    tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers changes torch's default type for all threads of the process while it builds one."""
+    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    assert tokenizer is not None
+    seen, step = set[torch.dtype](), Engine.step
+
+    def noted(engine: Engine) -> None:
+        step(engine)
+        for _ in range(10):
+            time.sleep(0.0005)
+            seen.add(torch.get_default_dtype())
+
+    monkeypatch.setattr(Engine, "step", noted)
+    ids = tuple(tokenizer("La mattina")["input_ids"])
+    with model.tiers, Engine.of(model, tokens=400) as engine:
+        tokens = iter(engine.stream(Request(ids, 300, {"do_sample": False})))
+        next(tokens)
+        for _ in range(3):
+            other, _ = moetier.load(tinymix_4bit, daemon=None)
+            other.tiers.close()
+        assert next(tokens) is not None, "they were loaded while it computed"
+        tokens.close()
+    assert seen == {torch.float32}
