@@ -12,6 +12,7 @@ import tomllib
 from itertools import takewhile
 from pathlib import Path
 
+import published
 import pytest
 from daemons import running_daemon
 from packaging.requirements import Requirement
@@ -184,3 +185,16 @@ def test_dependencies_are_all_explained_and_no_others() -> None:
     assert {
         extra: {name for name, of in rows if of == extra} for extra in extras if wanted[extra] and extra not in DEV
     } == {extra: names for extra, names in wanted.items() if names and extra not in ("", *DEV)}
+
+
+@pytest.mark.parametrize("way", published.WAYS, ids=lambda way: way.model)
+def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
+    """Of the row of a machine in "Which way for me": the size, the experts in memory, and the hits."""
+    assert published.row(way) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_begins_with_what_one_needs() -> None:
+    """What it is, one figure with its command, how to install and to begin, and where it does not run, in ten lines."""
+    head = "\n".join((ROOT / "README.md").read_text().splitlines()[:10])
+    for said in ("tokens/s", "python tests/measurements/", "pip install", "moetier demo", "CPUs today"):
+        assert said in head
