@@ -26,7 +26,7 @@ def measured(extra: str, folder: Path) -> tuple[int, float]:
     wanted = f"{ROOT}[{extra}]" if extra else str(ROOT)
     subprocess.run([*pip, "install", "--quiet", wanted], check=True)
     listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True)
-    names = {package["name"] for package in json.loads(listed.stdout)} - {"pip", "setuptools"}
+    names = {package["name"] for package in json.loads(listed.stdout)} - {"pip"}
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return len(names), size / 1e6
 
