@@ -90,7 +90,7 @@ test-lowest: build/lowest/.ready  ## the tests with the lowest version of each d
 	build/lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # what is wrong with a page, a link from one to another among it, ends it; every page anew, as warnings are not kept
-docs: .venv/.ready-docs  ## build/docs/index.html: these pages, with the reference of Python names
+docs: .venv/.ready-docs  ## build/docs/index.html: these pages as a site
 	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
 	@echo build/docs/index.html
 

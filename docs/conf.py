@@ -17,7 +17,7 @@ author = "The moetier developers"
 project_copyright = f"2026, {author}"
 release = importlib.metadata.version("moetier")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 
 html_theme = "furo"
@@ -28,12 +28,6 @@ html_copy_source = False
 
 myst_heading_anchors = 3  # page.md#a-heading, with the anchors that a git forge gives it
 myst_enable_extensions = ["strikethrough", "deflist"]
-
-autodoc_member_order = "bysource"
-autodoc_typehints_format = "short"
-autoclass_content = "both"
-# types in signatures are links where they have an entry in api.md, and else names
-nitpick_ignore_regex = [("py:.*", ".*")]
 
 
 class PathsOfTheRepository(SphinxTransform):

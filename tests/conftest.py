@@ -129,8 +129,9 @@ _arenas = Arenas()
 
 
 def _threads() -> set[threading.Thread]:
-    """All threads but those of kernels, which a process keeps."""
-    return {each for each in threading.enumerate() if each.is_alive() and not each.name.startswith("moetier-kernels")}
+    """All threads but those that are kept: of kernels by the process, and of asyncio by the loop of a server."""
+    kept = "moetier-kernels", "asyncio_"
+    return {each for each in threading.enumerate() if each.is_alive() and not each.name.startswith(kept)}
 
 
 @pytest.fixture(scope="module", autouse=True)

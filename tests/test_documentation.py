@@ -12,6 +12,7 @@ import tomllib
 from itertools import takewhile
 from pathlib import Path
 
+import published
 import pytest
 from daemons import running_daemon
 from packaging.requirements import Requirement
@@ -36,8 +37,6 @@ def test_they_are_made_without_a_warning(tmp_path: Path) -> None:
     assert all(
         (tmp_path / "html" / page.relative_to(DOCS)).with_suffix(".html").exists() for page in DOCS.rglob("*.md")
     )
-    api = (tmp_path / "html" / "api.html").read_text()
-    assert all(f'id="moetier.{name}"' in api for name in ("load", "register", "MoetierError"))
 
 
 def slug(heading: str) -> str:
@@ -98,12 +97,44 @@ def test_the_commands_that_they_give_are_commands(page: Path, capsys: pytest.Cap
         raise AssertionError(f"{line}\n{capsys.readouterr().err}")
 
 
+def pages_for_users() -> list[Path]:
+    """Return README.md, the index, and the pages that the index lists under "For users"."""
+    (listed,) = re.findall(r":caption: For users\n\n(.*?)\n```", (DOCS / "index.md").read_text(), re.DOTALL)
+    return [ROOT / "README.md", DOCS / "index.md", *(DOCS / f"{name}.md" for name in listed.split())]
+
+
+FOR_USERS = pages_for_users()
+MOST_WORDS = 25_000  # in all pages for users, tables and commands included
+
+
+def test_what_a_user_has_to_read_is_short() -> None:
+    counts = {name_of(page): len(page.read_text().split()) for page in FOR_USERS}
+    assert sum(counts.values()) <= MOST_WORDS, counts
+    assert len(counts) <= 14, "README, index, nine pages, and two for those who operate it"
+
+
+@pytest.mark.parametrize("page", FOR_USERS, ids=name_of)
+def test_a_page_for_users_begins_with_a_command(page: Path) -> None:
+    """Before the first heading of a section, and within the first lines."""
+    beginning = page.read_text().partition("\n## ")[0]
+    first = [line.strip() for line in beginning.splitlines() if re.match(r"    \S|import moetier", line)]
+    assert any("moetier" in line or "kubectl" in line for line in first[:3]), first
+    assert len(beginning.split()) < 600
+
+
+@pytest.mark.parametrize("page", FOR_USERS[1:], ids=name_of)
+def test_figures_are_in_the_pages_of_evidence(page: Path) -> None:
+    """A measurement has a date, or a spread such as (1.5 to 1.7)."""
+    found = re.findall(r"\b20\d\d-\d\d-\d\d\b|\(\d[\d.]* to \d[\d.]*\)", page.read_text())
+    assert not found
+
+
 @pytest.mark.parametrize("tier", ["host", "daemon"])
 def test_the_first_program_runs(
     tier: str, tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a daemon serves the model or not."""
-    (program,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "quickstart.md").read_text(), re.DOTALL | re.MULTILINE)
+    program = re.findall(r"^```python\n(.*?)^```", (DOCS / "python.md").read_text(), re.DOTALL | re.MULTILINE)[0]
     assert 'load("tinymix-4bit"' in program
     (tmp_path / "moetier").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
@@ -154,3 +185,16 @@ def test_dependencies_are_all_explained_and_no_others() -> None:
     assert {
         extra: {name for name, of in rows if of == extra} for extra in extras if wanted[extra] and extra not in DEV
     } == {extra: names for extra, names in wanted.items() if names and extra not in ("", *DEV)}
+
+
+@pytest.mark.parametrize("way", published.WAYS, ids=lambda way: way.model)
+def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
+    """Of the row of a machine in "Which way for me": the size, the experts in memory, and the hits."""
+    assert published.row(way) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_begins_with_what_one_needs() -> None:
+    """What it is, one figure with its command, how to install and to begin, and where it does not run, in ten lines."""
+    head = "\n".join((ROOT / "README.md").read_text().splitlines()[:10])
+    for said in ("tokens/s", "python tests/measurements/", "pip install", "moetier demo", "CPUs today"):
+        assert said in head

@@ -1,4 +1,4 @@
-"""What docs/watching.md and docs/deploy say of metrics, against a daemon and a server that are scraped."""
+"""What docs/metrics.md and docs/deploy say of metrics, against a daemon and a server that are scraped."""
 
 from __future__ import annotations
 
@@ -161,14 +161,14 @@ def test_promtool_finds_no_fault(scraped: Scraped) -> None:
 
 
 def test_the_table_has_every_metric(scraped: Scraped) -> None:
-    text = (DOCS / "watching.md").read_text()
+    text = (DOCS / "metrics.md").read_text()
     rows = re.findall(r"^\| `(moetier_\w+)` \| (\w+) \|", text, re.MULTILINE)
     assert len(rows) == len(dict(rows))
     assert dict(rows) == scraped.types
 
 
 def test_every_alert_is_explained() -> None:
-    text = (DOCS / "watching.md").read_text()
+    text = (DOCS / "metrics.md").read_text()
     assert re.findall(r"^\| `(Moetier\w+)` \|", text, re.MULTILINE) == [rule["alert"] for rule in RULES]
 
 

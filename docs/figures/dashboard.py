@@ -3,7 +3,7 @@
     python docs/figures/dashboard.py http://127.0.0.1:9090 docs/deploy/grafana-dashboard.json docs/figures/dashboard.png
 
 Queries, units, legends and places are the dashboard's, all that can be chosen is chosen, and as much of a legend is
-seen as in Grafana; colours and fonts are not Grafana's. What is drawn in docs/watching.md is the load that
+seen as in Grafana; colours and fonts are not Grafana's. What is drawn in docs/metrics.md is the load that
 docs/figures/load.sh makes.
 """
 

@@ -72,14 +72,31 @@ def session(command: Sequence[str], shown: str, keys: Sequence[str], prompts: Se
     return screen
 
 
-def svg(screen: pyte.Screen, title: str) -> str:
-    """The lines of a screen, down to the last that has anything on it."""
+def svg(*windows: tuple[pyte.Screen, str]) -> str:
+    """Draw screens with their titles, one below the other, each down to the last line that has anything on it."""
+    drawn, y = [], 0
+    for screen, title in windows:
+        height, parts = _window(screen, title)
+        drawn += [f'<g transform="translate(0 {y})">', *parts, "</g>"]
+        y += height + MARGIN
+    width, height = round(max(screen.columns for screen, _ in windows) * CELL + 2 * MARGIN), y - MARGIN
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+            f'font-family="monospace" font-size="14" role="img">',
+            f"<title>{escape(windows[0][1])}</title>",
+            *drawn,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _window(screen: pyte.Screen, title: str) -> tuple[int, list[str]]:
+    """Return the height of a window in pixels, and its parts."""
     used = max(y for y, line in enumerate(screen.display) if line.strip()) + 1
     width, height = round(screen.columns * CELL + 2 * MARGIN), used * LINE + 2 * MARGIN + BAR
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="monospace" font-size="14" role="img">',
-        f"<title>{escape(title)}</title>",
         f'<rect width="{width}" height="{height}" rx="8" fill="#1b2027"/>',
         *(f'<circle cx="{20 + 18 * i}" cy="17" r="5.5" fill="#3a434e"/>' for i in range(3)),
         f'<text x="{width / 2}" y="22" fill="#8b96a3" text-anchor="middle" font-size="13">{escape(title)}</text>',
@@ -98,11 +115,11 @@ def svg(screen: pyte.Screen, title: str) -> str:
                     f"{escape(text)}</text>"
                 )
             x += len(text)
-    return "\n".join([*parts, "</svg>", ""])
+    return height, parts
 
 
 if __name__ == "__main__":
     drawn = session(
         [sys.executable, "-m", "moetier.tools.main", *CHAT], " ".join(["moetier", *CHAT]), KEYS, (">>>", "...")
     )
-    Path(__file__).with_name("chat.svg").write_text(svg(drawn, "moetier chat"))
+    Path(__file__).with_name("chat.svg").write_text(svg((drawn, "moetier chat")))

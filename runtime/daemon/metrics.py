@@ -1,6 +1,6 @@
 """Prometheus metrics of tiers and daemons, collected from their counters at each scrape, and their HTTP server.
 
-Names, types and units follow Prometheus's practices (https://prometheus.io/docs/practices/naming/); docs/watching.md
+Names, types and units follow Prometheus's practices (https://prometheus.io/docs/practices/naming/); docs/metrics.md
 lists them in a table.
 """
 

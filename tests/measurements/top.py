@@ -1,4 +1,4 @@
-"""Make the picture of ``moetier top`` for docs/watching.md, with a real daemon and two conversations that use it.
+"""Make the picture of ``moetier top`` for docs/sharing.md, with a real daemon and two conversations that use it.
 
     moetier convert tests/assets/tinymix DIR --bits 4 --fast
     python tests/measurements/top.py DIR docs/figures/top.png

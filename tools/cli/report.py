@@ -77,7 +77,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: float, peak_bytes: int) -> str:
-    """Return the short report of one generation; docs/reading-the-report.md explains its lines.
+    """Return the short report of one generation; docs/choosing.md explains its lines.
 
     ``load`` is the time of loading in seconds; ``peak_bytes`` is the largest memory use of the process.
     """
@@ -100,7 +100,7 @@ def run_report(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -
 
 
 def details(timing: Timing, tiers: Tiers) -> str:
-    """Return the tiers' counters, which ``summary`` leaves out; docs/reading-the-report.md explains them."""
+    """Return the tiers' counters, which ``summary`` leaves out; docs/choosing.md explains them."""
     stats = tiers.stats()
     lines = [line("experts", f"of {tiers.where}"), tier_table(timing, stats)]
     if tiers.speculation is not None:

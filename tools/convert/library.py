@@ -43,7 +43,7 @@ def convert(
 
 
 def pull(hub_id: str, *, quiet: bool = True, **options: Any) -> ConversionReport:
-    """Download a model of the Hugging Face hub, converting it file by file, and keep it by name (docs/pull.md).
+    """Download a model of the Hugging Face hub, converting it file by file, and keep it by name.
 
     Its name is ``hub_id`` with a tag of the bits, such as ORG/NAME:4bit, and its folder is the report's ``target``.
 

@@ -102,7 +102,7 @@ def plan(
     threads: int | None = None,
     prefill_chunk: int | None = None,
 ) -> Plan:
-    """Estimate whether a model runs on this machine, and how fast, before its weights are downloaded (docs/plan.md).
+    """Estimate whether a model runs on this machine, and how fast, before its weights are downloaded.
 
     Measures this machine for some seconds.
 
