@@ -204,8 +204,8 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     tokens, of_all = min(chunk, kv.context), min(config.sequences * kv.context, PAGE_TOKENS * kv.pages)
     lockstep = Lockstep(
         tokens=min(IN_BLOCKS * chunk, of_all) if tokens > BLOCK else 0,
-        # four tensors (embeddings, input of the layer, residual and normed state), the angles, and the experts' sums
-        states=text.hidden_size * (4 * size + 4)
+        # two tensors (residual and normed state), the angles, and the experts' sums
+        states=text.hidden_size * (2 * size + 4)
         + 2 * angles * size
         + max(map(_choices, manifest.blocks))
         + PASS_BYTES // BLOCK,
