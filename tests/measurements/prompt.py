@@ -3,9 +3,9 @@
 python tests/measurements/prompt.py DIR [--tokens N] [--conversations N] [--waiting N] [--beside]
     [--answer N] [--rounds N] [--prefill-chunk N] [--ram SIZE] [--kv-cache SIZE]
 
-DIR is a model directory. Run it in a control group to limit its memory. The prompt has random tokens. The last lines
-say how much longer a token takes after the prompt than in a short context: because of attention, which is what is left
-once the cache is warm again, and because the prompt's experts have taken slots.
+DIR is a model directory. Run it in a control group to limit its memory. The prompt has random tokens. A line
+says how much longer a token takes after the prompt than in a short context: because of attention, which is what is left
+once the cache is warm again, and because the prompt's experts have taken slots. With ``--ram 100%`` it is attention.
 
 In place of one conversation's turns, ``--conversations`` computes the first turns of so many conversations, and then
 their second turns in the same order; ``--waiting`` so many prompts that wait together, and the same one by one, with
@@ -58,31 +58,34 @@ class Prompts:
         return sum(stats.bytes_in for stats in self._model.tiers.stats() if stats.name == "host") / 2**30
 
 
+def decoded(prompts: Prompts, stream: Any, count: int, what: str) -> tuple[list[int], float]:
+    """Return the next ``count`` tokens of a stream, and the milliseconds of each, which are printed."""
+    begin, read = time.perf_counter(), prompts.read()
+    tokens = [next(stream) for _ in range(count)]
+    seconds = (time.perf_counter() - begin) / count
+    print(f"  {what}: {1 / seconds:.2f} tokens/s, {(prompts.read() - read) / count * 1024:.1f} MiB read a token")
+    return tokens, 1000 * seconds
+
+
 def turns(prompts: Prompts, tokens: int) -> None:
     """Measure a prompt, decoding after it, and the next turn."""
     stream = iter(prompts.stream(prompts.ids(SHORT), 1 + 2 * WARM))
     [next(stream) for _ in range(1 + WARM)]
-    begin = time.perf_counter()
-    short = [next(stream) for _ in range(WARM)]
-    per_token = [(time.perf_counter() - begin) / len(short)]
+    _, short = decoded(prompts, stream, WARM, f"in a context of {SHORT + WARM}")
     ids, read, begin = prompts.ids(tokens), prompts.read(), time.perf_counter()
     stream = iter(prompts.stream(ids, 1 + AFTER + 2 * WARM))
     answer = [next(stream)]
     first = time.perf_counter() - begin
     print(f"prompt of {tokens:,}: {first:.2f} s, {prompts.read() - read:.2f} GiB read")
-    for what, count in ((f"first {AFTER} tokens", AFTER), (f"tokens up to {AFTER + WARM}", WARM), ("further", WARM)):
-        begin, read = time.perf_counter(), prompts.read()
-        answer += [next(stream) for _ in range(count)]
-        seconds = (time.perf_counter() - begin) / count
-        per_token.append(seconds)
-        print(f"  {what}: {1 / seconds:.2f} tokens/s, {(prompts.read() - read) / count * 1024:.1f} MiB a token")
-    alone, first_tokens, _, warm = (1000 * of_one for of_one in per_token)
+    spans = (f"first {AFTER} tokens", AFTER), (f"tokens up to {AFTER + WARM}", WARM), ("further", WARM)
+    parts = [decoded(prompts, stream, count, what) for what, count in spans]
+    (_, after), *_, (_, warm) = parts
     print(
-        f"  a token takes {alone:.1f} ms in a context of {SHORT + WARM}; attention to {tokens:,} adds "
-        f"{warm - alone:.1f} ms, and slots that the prompt took add {first_tokens - warm:.1f} ms to the first {AFTER}"
+        f"  a token takes {short:.1f} ms in a short context, {warm - short:+.1f} ms behind {tokens:,} tokens "
+        f"(attention, if as much is read), and {after - warm:+.1f} ms in the first {AFTER} (slots that the prompt took)"
     )
     begin = time.perf_counter()
-    next(iter(prompts.stream((*ids, *answer, *prompts.ids(TURN)), 2)))
+    next(iter(prompts.stream((*ids, *answer, *(id for part, _ in parts for id in part), *prompts.ids(TURN)), 2)))
     print(f"next turn with {TURN} new tokens: {(time.perf_counter() - begin) / first:.4f} of the first token's time")
 
 
