@@ -29,6 +29,7 @@ from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.experts import experts_modules, without_experts
+from moetier.runtime.moe.layer_inputs import LayerInputs
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
 from moetier.tiers.errors import UnsupportedModelError
 
@@ -57,16 +58,17 @@ class PackedRunner(ModelRunner):
         """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of
         ``prefill_block`` tokens.
 
-        ``packs``: whether the model ``can_pack``; None: try it when several sequences or a long prompt come. ``bits``:
-        those of keys and values.
+        ``packs``: whether the model ``can_pack``, in blocks too; None: try it when several sequences or a long prompt
+        come. ``bits``: those of keys and values.
         """
         super().__init__(model, pages, bits=bits)
         self.computes_together = True
         self.prefill_block: int = prefill_block
         self._chunk = chunk
-        self._packs = packs
+        self._packs = self._packs_blocks = packs
         self._ways = FasterWay()
         self.windows = windows_of(model)
+        self.layer_inputs = LayerInputs(model)
 
     def run(
         self,
@@ -80,10 +82,12 @@ class PackedRunner(ModelRunner):
             return super().run(tasks, should_stop)
         if self._packs is None:
             self._packs = can_pack(self._model)
-        if not self._packs:
-            return self._in_chunks(tasks, between) if is_long else self._by_turns(tasks, should_stop)
         if is_long:
-            return self._in_blocks(tasks, between)
+            if self._packs_blocks is None:
+                self._packs_blocks = self._packs and can_pack(self._model, in_blocks=True)
+            return self._in_blocks(tasks, between) if self._packs_blocks else self._in_chunks(tasks, between)
+        if not self._packs:
+            return self._by_turns(tasks, should_stop)
         if any(task.tokens > 1 for task in tasks):
             return self.run_together(tasks, should_stop)
         return self._ways.run(
@@ -101,7 +105,7 @@ class PackedRunner(ModelRunner):
         ]
 
     def _in_chunks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
-        """Compute long tasks of a model that can't be packed, one after the other."""
+        """Compute long tasks of a model that can't compute them in blocks, one after the other."""
         results: list[Tensor | None] = [None] * len(tasks)
         chunks = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self._chunk)]
         for done, (number, part) in enumerate(chunks):
@@ -117,7 +121,7 @@ class PackedRunner(ModelRunner):
         passes = [Pass(partial(self.run_together, [part], None), partial(_goes_on, part.sequence)) for part in blocks]
         work = (len(experts_modules(self._model)) + 1) * len(blocks)
         with torch.no_grad():
-            results = run_in_lockstep(passes, lambda done: between(done / work))
+            results = run_in_lockstep(passes, lambda done: between(done / work), self.layer_inputs.freed)
         last = {block.sequence: result for block, result in zip(blocks, results, strict=True)}
         return [None if (result := last[task.sequence]) is None else result[0] for task in tasks]
 
@@ -202,21 +206,22 @@ class _PackedCache(Cache):
 # -- which models ------------------------------------------------------------------------------------------------------
 
 
-def can_pack(model: Any, *, near: float = 0.0) -> bool:
+def can_pack(model: Any, *, near: float = 0.0, in_blocks: bool = False) -> bool:
     """Return whether a model computes tokens of several sequences together as it computes each by itself.
 
     It must be one that ``may_pack``, and a trial with a few tokens must give the logits of the model's own forward: the
     same bits, so that a request has the same answer in any company, or, with ``near``, nearly the same. The trial uses
     no experts, which would be read for it.
 
-    ``near`` is the largest difference of logits, as a share of the largest logit.
+    ``near`` is the largest difference of logits, as a share of the largest logit. ``in_blocks``: whether the inputs of
+    layers are freed, as they are in blocks.
     """
     if not may_pack(model):
         return False
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     try:
         with without_experts(model), torch.no_grad():
-            return all(_is_near(*pair, near) for pair in _trial(model, vocabulary))
+            return all(_is_near(*pair, near) for pair in _trial(model, vocabulary, in_blocks=in_blocks))
     except Exception:  # the architecture needs or gives something else
         return False
 
@@ -263,14 +268,15 @@ def _reads_codes(model: Any) -> bool:
     return True
 
 
-def _trial(model: Any, vocabulary: int, *, bits: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+def _trial(model: Any, vocabulary: int, *, bits: int = 16, in_blocks: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits that must be equal: those after two prompts computed in parts, and those of the model's forward."""
     prompts = [[(7 * number + 3) % vocabulary for number in range(begin, begin + 5)] for begin in (0, 40)]
     runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True, bits=bits)
     sequences = [Sequence(Request(tuple(prompt), 1)) for prompt in prompts]
     # the first prompt but for its last token; then that token, and the whole other prompt
     runner.run_together([Task(sequences[0], 0, 4, [1])], None)
-    together = runner.run_together([Task(sequences[0], 4, 1, [1]), Task(sequences[1], 0, 5, [0])], None)
+    with runner.layer_inputs.freed() if in_blocks else contextlib.nullcontext():
+        together = runner.run_together([Task(sequences[0], 4, 1, [1]), Task(sequences[1], 0, 5, [0])], None)
     for prompt, logits in zip(prompts, together, strict=True):
         assert logits is not None
         ids = torch.tensor([prompt], device=model.device)

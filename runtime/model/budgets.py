@@ -28,8 +28,8 @@ from .kv_budget import NO_KV, KVBudget
 from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 from .working_states import state_bytes
 
-# Most of the memory that trunk and cache leave, for the tokens of a prompt that are computed together, if not all
-# experts fit: by default, and if an option says how many tokens.
+# Most of the memory that trunk and cache leave, for the tokens of prompts that are computed together, if not all
+# experts fit: by default, and if an option says how many tokens, or if a fifth would be less than the least.
 DEFAULT_SHARE, GIVEN_SHARE = Fraction(1, 5), Fraction(1, 2)
 
 
@@ -78,7 +78,7 @@ class Needs:
             experts=manifest.stored_bytes,
             has_snapshots=can_resume(model) and has_states(model),
         )
-        return cls(trunk, kv, scratch, prefill_of(model, manifest, config, kernels, kv.context))
+        return cls(trunk, kv, scratch, prefill_of(model, manifest, config, kernels, kv))
 
     @property
     def reserve(self) -> int:
@@ -102,14 +102,15 @@ class Needs:
 
         Args:
             asked: bytes for experts that the user asks for; None for all but a ``share`` of the memory that trunk and
-                cache leave.
+                cache leave, or but what prompts need at least, if GIVEN_SHARE has room for that.
             largest: bytes of all experts: never more are left for them.
             available: the free memory.
             smallest: least bytes for experts, unless ``asked`` says how many.
             share: part of the memory for the tokens that are computed together.
         """
         room = self.room(available)
-        experts = max(room - int(share * room), smallest) if asked is None or asked.bytes is None else asked.bytes
+        of_prompts = max(int(share * room), min(self.prefill.least_bytes, int(GIVEN_SHARE * room)))
+        experts = max(room - of_prompts, smallest) if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import FLOATS, Kernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
@@ -24,9 +25,12 @@ from moetier.runtime.moe.quick import quick_activation
 from moetier.tiers.manifest import Block, Manifest
 
 from .context import SNAPSHOT_TOKENS, can_resume, has_states
+from .kv_budget import KVBudget
 
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
+IN_BLOCKS = 3  # times as many tokens are computed together in blocks, which take a third of the memory
+LEAST_IN_BLOCKS = 2048  # tokens that are computed together in blocks even if they take more than the default share
 PASS_BYTES = 320 << 10  # of a forward pass that waits: its stack, and small tensors
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
@@ -60,11 +64,12 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Lockstep:
-    """Memory for computing a prompt in blocks of BLOCK tokens, whose experts are computed together.
+    """Memory for computing prompts in blocks of BLOCK tokens, whose experts are computed together.
 
     ``moe/lockstep.py`` does so.
     """
 
+    tokens: int  # of all prompts that are computed together; at most BLOCK: no memory is reserved for them
     states: int  # bytes for each token while experts are computed
     fixed: int  # bytes for any number of tokens
 
@@ -85,12 +90,18 @@ class Prefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for all of the tokens. Where memory is not short, a prompt that fits can also be computed in blocks."""
-        is_whole = self.tokens >= self.context or not self.resumes
-        nbytes = self.bytes_of(self.tokens, is_whole=is_whole)
-        if is_whole and self.lockstep is not None and self.context > BLOCK:
-            nbytes = max(nbytes, self._in_blocks_bytes(self.tokens))
+        """Bytes for the tokens in one forward pass, or for all of those in blocks: whatever is more."""
+        nbytes = self._together_bytes(self.tokens)
+        if self.lockstep is not None and self.lockstep.tokens > BLOCK:
+            nbytes = max(nbytes, self._in_blocks_bytes(self.lockstep.tokens))
         return nbytes
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes with which prompts read experts rarely enough: for LEAST_IN_BLOCKS tokens, or fewer if all are."""
+        if self.lockstep is None or self.lockstep.tokens <= BLOCK:
+            return 0
+        return self._in_blocks_bytes(min(self.lockstep.tokens, LEAST_IN_BLOCKS))
 
     @property
     def later(self) -> int:
@@ -104,8 +115,13 @@ class Prefill:
             return None
         if self.context <= min(BLOCK, self.tokens):
             return self.tokens  # each prompt is a single block
-        tokens = int((self.nbytes - self._in_blocks_bytes(0)) / (SPARE * self.lockstep.states))
+        tokens = self._most_in_blocks(self.nbytes)
         return tokens if tokens >= BLOCK else None
+
+    def _most_in_blocks(self, room: int) -> int:
+        """Return how many tokens of prompts fit into ``room`` bytes in blocks."""
+        assert self.lockstep is not None
+        return max(int((room - self._in_blocks_bytes(0)) / (SPARE * self.lockstep.states)), 0)
 
     def _in_blocks_bytes(self, tokens: int) -> int:
         """Return the bytes for computing ``tokens`` of prompts in blocks."""
@@ -127,9 +143,16 @@ class Prefill:
         layer = max(tokens * self.of_attention + work, tokens * self.of_block)
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))
 
+    def _together_bytes(self, tokens: int) -> int:
+        """Return the bytes for computing ``tokens`` in one forward pass, anywhere in the context."""
+        return self.bytes_of(tokens, is_whole=tokens >= self.context or not self.resumes)
+
     def within(self, room: int) -> Prefill:
         """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least LEAST of them."""
-        return self if self.nbytes <= room else replace(self, tokens=self._most(room, self.tokens - 1))
+        fits, lockstep = self._together_bytes(self.tokens) <= room, self.lockstep
+        if lockstep is not None:
+            lockstep = replace(lockstep, tokens=min(lockstep.tokens, self._most_in_blocks(room)))
+        return replace(self, tokens=self.tokens if fits else self._most(room, self.tokens - 1), lockstep=lockstep)
 
     def longest(self, room: int) -> int:
         """Return how many tokens of a prompt that is not divided fit into ``room`` bytes, up to the context."""
@@ -145,11 +168,12 @@ class Prefill:
 NO_PREFILL = Prefill(0)
 
 
-def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels, context: int) -> Prefill:
+def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels, kv: KVBudget) -> Prefill:
     """Return the memory for a prompt's tokens that are computed together.
 
-    ``config`` says how many: ``prefill_chunk``, or DEFAULT_TOKENS, but no more than a ``context`` has. ``model`` may be
-    on the meta device, ``kernels`` are those that it will be computed with.
+    ``config`` says how many: ``prefill_chunk``, or DEFAULT_TOKENS, but no more than a context has. In blocks they are
+    IN_BLOCKS times as many, of one prompt or several, but no more than all sequences have. ``model`` may be on the meta
+    device, ``kernels`` are those that it will be computed with, and ``kv`` has the context.
     """
     size, resumes = model.dtype.itemsize, can_resume(model)
     text = model.config.get_text_config(decoder=True)
@@ -177,18 +201,20 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
             for number, block in enumerate(manifest.blocks)
         )
     )
+    chunk = config.prefill_chunk or DEFAULT_TOKENS
+    tokens, of_all = min(chunk, kv.context), min(config.sequences * kv.context, PAGE_TOKENS * kv.pages)
     lockstep = Lockstep(
-        # four tensors (embeddings, input of the layer, residual and normed state), the angles, and the experts' sums
-        states=text.hidden_size * (4 * size + 4)
+        tokens=min(IN_BLOCKS * chunk, of_all) if tokens > BLOCK else 0,
+        # two tensors (residual and normed state), the angles, and the experts' sums
+        states=text.hidden_size * (2 * size + 4)
         + 2 * angles * size
         + max(map(_choices, manifest.blocks))
         + PASS_BYTES // BLOCK,
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
     )
-    tokens = min(context, config.prefill_chunk or DEFAULT_TOKENS)
     return Prefill(
         tokens=min(tokens, SNAPSHOT_TOKENS) if resumes and has_states(model) else tokens,
-        context=context,
+        context=kv.context,
         lockstep=lockstep if in_blocks else None,
         resumes=resumes,
         states=STATES * (size if is_quick else size + 4) * text.hidden_size,

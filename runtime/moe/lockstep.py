@@ -8,7 +8,7 @@ of a block are read once for the whole prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 from greenlet import getcurrent, greenlet
@@ -33,7 +33,11 @@ class _Paused(NamedTuple):
     routed: RoutedTokens
 
 
-def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) -> list[Any]:
+def run_in_lockstep(
+    passes: Sequence[Pass],
+    between: Callable[[int], object],
+    running: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[Any]:
     """Return the results of forward passes of a model; None for those that are not wanted any more.
 
     Each pass goes on to its next block of experts before those after it do. So it may use what those before it have
@@ -44,6 +48,7 @@ def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) ->
         between: is called between groups of experts and passes, while no expert is leased, with the number of times
             that passes have gone on: once for each block of experts, and once more. It may compute with the model, and
             raise an exception, which ends all passes.
+        running: gives a context in which passes run, but not ``between``.
     """
     results: list[Any] = [None] * len(passes)
     paused: dict[int, _Paused] = {}  # by number of the pass, ascending
@@ -52,7 +57,8 @@ def run_in_lockstep(passes: Sequence[Pass], between: Callable[[int], object]) ->
     def proceed(number: int, thread: greenlet, *given: Any) -> None:
         """Let a pass run until it pauses or ends."""
         nonlocal done
-        reached = thread.switch(*given)
+        with running():
+            reached = thread.switch(*given)
         done += 1
         if thread.dead:
             results[number] = reached

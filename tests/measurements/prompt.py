@@ -1,12 +1,16 @@
 """Measure a long prompt through the engine: seconds and bytes read, decoding after it, and the next turn.
 
 python tests/measurements/prompt.py DIR [--tokens N] [--conversations N] [--waiting N] [--beside]
-    [--prefill-chunk N] [--ram SIZE] [--kv-cache SIZE]
+    [--answer N] [--rounds N] [--prefill-chunk N] [--ram SIZE] [--kv-cache SIZE]
 
-DIR is a model directory. Run it in a control group to limit its memory. The prompt has random tokens. In place of one
-conversation's turns, ``--conversations`` computes the first turns of so many conversations, and then their second turns
-in the same order; ``--waiting`` so many prompts that wait together, decoding after them, and the same one by one; and
-``--beside`` a prompt beside the stream of another request.
+DIR is a model directory. Run it in a control group to limit its memory. The prompt has random tokens. A line
+says how much longer a token takes after the prompt than in a short context: because of attention, which is what is left
+once the cache is warm again, and because the prompt's experts have taken slots. With ``--ram 100%`` it is attention.
+
+In place of one conversation's turns, ``--conversations`` computes the first turns of so many conversations, and then
+their second turns in the same order; ``--waiting`` so many prompts that wait together, and the same one by one, with
+answers of ``--answer`` tokens; and ``--beside`` a prompt beside the stream of another request. Decoding of prompts that
+wait is measured from the time at which all of them have their first token until all have ended.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import moetier
 from moetier import Engine, Request
 
 AFTER, WARM, TURN = 32, 96, 24  # tokens decoded after the prompt, until the cache is warm, and of the next turn
+SHORT = 64  # tokens of a short prompt
 
 
 class Prompts:
@@ -53,20 +58,34 @@ class Prompts:
         return sum(stats.bytes_in for stats in self._model.tiers.stats() if stats.name == "host") / 2**30
 
 
+def decoded(prompts: Prompts, stream: Any, count: int, what: str) -> tuple[list[int], float]:
+    """Return the next ``count`` tokens of a stream, and the milliseconds of each, which are printed."""
+    begin, read = time.perf_counter(), prompts.read()
+    tokens = [next(stream) for _ in range(count)]
+    seconds = (time.perf_counter() - begin) / count
+    print(f"  {what}: {1 / seconds:.2f} tokens/s, {(prompts.read() - read) / count * 1024:.1f} MiB read a token")
+    return tokens, 1000 * seconds
+
+
 def turns(prompts: Prompts, tokens: int) -> None:
     """Measure a prompt, decoding after it, and the next turn."""
+    stream = iter(prompts.stream(prompts.ids(SHORT), 1 + 2 * WARM))
+    [next(stream) for _ in range(1 + WARM)]
+    _, short = decoded(prompts, stream, WARM, f"in a context of {SHORT + WARM}")
     ids, read, begin = prompts.ids(tokens), prompts.read(), time.perf_counter()
     stream = iter(prompts.stream(ids, 1 + AFTER + 2 * WARM))
     answer = [next(stream)]
     first = time.perf_counter() - begin
     print(f"prompt of {tokens:,}: {first:.2f} s, {prompts.read() - read:.2f} GiB read")
-    for what, count in ((f"first {AFTER} tokens", AFTER), (f"tokens up to {AFTER + WARM}", WARM), ("further", WARM)):
-        begin, read = time.perf_counter(), prompts.read()
-        answer += [next(stream) for _ in range(count)]
-        seconds = (time.perf_counter() - begin) / count
-        print(f"  {what}: {1 / seconds:.2f} tokens/s, {(prompts.read() - read) / count * 1024:.1f} MiB a token")
+    spans = (f"first {AFTER} tokens", AFTER), (f"tokens up to {AFTER + WARM}", WARM), ("further", WARM)
+    parts = [decoded(prompts, stream, count, what) for what, count in spans]
+    (_, after), *_, (_, warm) = parts
+    print(
+        f"  a token takes {short:.1f} ms in a short context, {warm - short:+.1f} ms behind {tokens:,} tokens "
+        f"(attention, if as much is read), and {after - warm:+.1f} ms in the first {AFTER} (slots that the prompt took)"
+    )
     begin = time.perf_counter()
-    next(iter(prompts.stream((*ids, *answer, *prompts.ids(TURN)), 2)))
+    next(iter(prompts.stream((*ids, *answer, *(id for part, _ in parts for id in part), *prompts.ids(TURN)), 2)))
     print(f"next turn with {TURN} new tokens: {(time.perf_counter() - begin) / first:.4f} of the first token's time")
 
 
@@ -87,14 +106,17 @@ def conversations(prompts: Prompts, tokens: int, count: int) -> None:
     )
 
 
-def waiting(prompts: Prompts, tokens: int, count: int) -> None:
-    """Compare prompts that wait together, and decoding after them, with the same one by one."""
+def waiting(prompts: Prompts, tokens: int, count: int, answer: int) -> tuple[float, float]:
+    """Compare prompts that wait together, and decoding after them, with the same one by one.
+
+    Returns how many times as fast together are decoding, and the whole.
+    """
     results = []
     for together in (False, True):
         begin, read, ends, times = time.perf_counter(), prompts.read(), [], list[list[float]]()
         for _ in range(count):
             of_one, end = list[float](), threading.Event()
-            prompts.submit(prompts.ids(tokens), 1 + AFTER, of_one, end)
+            prompts.submit(prompts.ids(tokens), answer, of_one, end)
             times.append(of_one)
             ends.append(end)
             if not together:
@@ -106,7 +128,7 @@ def waiting(prompts: Prompts, tokens: int, count: int) -> None:
         spans = [of_one[-1] - of_one[0] for of_one in times]
         last = max(of_one[0] for of_one in times)
         late = sum(at > last for of_one in times for at in of_one)
-        rate = late / (max(of_one[-1] for of_one in times) - last) if together else count * AFTER / sum(spans)
+        rate = late / (max(of_one[-1] for of_one in times) - last) if together else count * (answer - 1) / sum(spans)
         results.append((whole, rate))
         print(
             f"{count} of {tokens:,} {'together' if together else 'one by one'}: {whole:.2f} s, "
@@ -114,6 +136,7 @@ def waiting(prompts: Prompts, tokens: int, count: int) -> None:
         )
     (alone, slow), (whole, fast) = results
     print(f"together: decoding {fast / slow:.2f} times as fast, the whole {alone / whole:.2f} times")
+    return fast / slow, alone / whole
 
 
 def beside(prompts: Prompts, engine: Engine, tokens: int) -> None:
@@ -146,6 +169,8 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=0)
     parser.add_argument("--waiting", type=int, default=0)
     parser.add_argument("--beside", action="store_true")
+    parser.add_argument("--answer", type=int, default=1 + AFTER, help="tokens, with --waiting")
+    parser.add_argument("--rounds", type=int, default=1, help="with --waiting")
     parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--ram")
     parser.add_argument("--kv-cache")
@@ -168,7 +193,13 @@ def main() -> None:
         if arguments.conversations:
             conversations(prompts, arguments.tokens, arguments.conversations)
         elif arguments.waiting:
-            waiting(prompts, arguments.tokens, arguments.waiting)
+            waiting(prompts, 300, arguments.waiting, AFTER)  # compiles
+            print("that was to compile the code; now what counts:")
+            results = [
+                waiting(prompts, arguments.tokens, arguments.waiting, arguments.answer) for _ in range(arguments.rounds)
+            ]
+            decoding, whole = map(median, zip(*results, strict=True))
+            print(f"medians: decoding {decoding:.2f} times as fast, the whole {whole:.2f} times")
         elif arguments.beside:
             beside(prompts, engine, arguments.tokens)
         else:

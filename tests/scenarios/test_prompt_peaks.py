@@ -20,25 +20,33 @@ from moetier.tools.bench.sandbox import MemoryGroup
 QWEN3 = Path(__file__).parents[2] / "build/synthetic/qwen3-8L-4bit"  # made by `moetier synthetic`
 MIB = 1 << 20
 TOKENS = 6000
-# computes a prompt through the engine
+# computes a prompt through the engine, and prints the peak of its memory
 CHILD = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import moetier
 from moetier import Engine, Request
-folder, tokens, daemon = json.loads(sys.argv[1])
-model, _ = moetier.load(folder, daemon=daemon, context=tokens + 64)
+from moetier.runtime.machine.memory import peak_bytes
+folder, tokens, daemon, chunk = json.loads(sys.argv[1])
+model, _ = moetier.load(folder, daemon=daemon, context=tokens + 64, prefill_chunk=chunk)
 with model.tiers, Engine.of(model) as engine:
     ids = tuple(5 + number % 90 for number in range(tokens))
     assert len([*engine.stream(Request(ids, 4, {"do_sample": False, "min_new_tokens": 4}))]) == 4
+print(peak_bytes())
 """
 
 
-def computed(group: MemoryGroup, directory: Path, tokens: int, daemon: Path | None = None) -> None:
-    """Compute a prompt in a new process of the control group. The kernel kills it if it takes too much memory."""
-    given = [str(directory), tokens, None if daemon is None else str(daemon)]
+def computed(
+    group: MemoryGroup, directory: Path, tokens: int, daemon: Path | None = None, *, chunk: int | None = None
+) -> int:
+    """Compute a prompt in a new process of the control group, and return the peak of that process's memory in bytes.
+
+    The kernel kills it if it takes too much memory.
+    """
+    given = [str(directory), tokens, None if daemon is None else str(daemon), chunk]
     ended: subprocess.CompletedProcess[str] = group.run([sys.executable, "-c", CHILD, json.dumps(given)], text="")
     assert ended.returncode == 0, f"{ended.returncode}: {ended.stderr}"
+    return int(ended.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,15 @@ def test_a_long_prompt_stays_within_its_control_group(model: Path) -> None:
     assert read_manifest(model).stored_bytes > (limit - 300 * MIB)
     with memory_limit(limit) as group:
         computed(group, model, TOKENS)
+
+
+@pytest.mark.slow
+def test_a_prompt_takes_no_more_memory_than_in_chunks_of_1024(model: Path) -> None:
+    """The slots of experts are what the prompt leaves."""
+    with memory_limit(400 * MIB) as group:
+        peak, in_chunks = computed(group, model, TOKENS), computed(group, model, TOKENS, chunk=1024)
+    print(peak, in_chunks, peak / in_chunks)
+    assert peak <= 1.03 * in_chunks
 
 
 @pytest.mark.slow

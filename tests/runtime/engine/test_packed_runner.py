@@ -131,6 +131,17 @@ def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_o
             )
 
 
+def test_a_model_that_uses_the_inputs_of_layers_to_their_end_is_packed_but_not_in_blocks() -> None:
+    """In blocks, these inputs are freed once their experts are reached. cohere2_moe adds them up at the end."""
+    model = tiny_model("cohere2_moe", torch.float32)
+    use_causal_attention(model)
+    assert can_pack(model, near=0.01)
+    assert not can_pack(model, near=0.01, in_blocks=True)
+    qwen3 = tiny_model("qwen3_moe", torch.float32)
+    use_causal_attention(qwen3)
+    assert can_pack(qwen3, near=0.01, in_blocks=True)
+
+
 def note(end: threading.Event, _: Sequence) -> None:
     end.set()
 

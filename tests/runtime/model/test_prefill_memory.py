@@ -21,7 +21,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill_memory import LEAST, Attention, Prefill
+from moetier.runtime.model.prefill_memory import BLOCK, LEAST, LEAST_IN_BLOCKS, Attention, Lockstep, Prefill
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ with model.tiers, torch.inference_mode():
     print(before, after)  # pytest shows it if the test fails
     grown = sum(max(0, after[name] - before[name]) for name in ("RssFile", "RssShmem"))  # the kernel may take some back
     taken = after["VmHWM"] - before["VmRSS"] - grown - kv_cache_bytes(model.config, tokens, dtype=model.dtype)
-reserved = needs[0]._in_blocks_bytes(tokens) if in_blocks else needs[0].nbytes
+reserved = needs[0]._in_blocks_bytes(tokens) if in_blocks else needs[0]._together_bytes(chunk)
 print(json.dumps([taken, reserved, model.tiers.prefill_chunk]))
 """
 
@@ -163,6 +163,15 @@ def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, sha
     assert usable(HERE.bytes) > needs.within(None, 4 << 30, HERE).reserve
 
 
+def test_prompts_in_blocks_get_what_they_need_at_least() -> None:
+    """That is for 2,048 tokens, which may take half of the memory. Where a fifth is more, that is what they get."""
+    for states, tokens in ((8 << 10, 20_000), (80 << 10, LEAST_IN_BLOCKS), (1 << 20, 400)):
+        lockstep = Lockstep(tokens=1 << 20, states=states, fixed=0)
+        prefill = Needs(prefill=Prefill(1 << 20, 1 << 20, lockstep, states=8192)).within(None, 4 << 30, HERE).prefill
+        assert prefill.in_blocks == pytest.approx(tokens, rel=0.05)
+        assert prefill.nbytes <= 0.5 * HERE.bytes
+
+
 def test_the_experts_get_what_they_need_at_least() -> None:
     needs = Needs(prefill=Prefill(1 << 20, states=4096))
     found = needs.within(None, 4 << 30, HERE, smallest=700 << 20).prefill
@@ -194,13 +203,16 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
 
 @pytest.mark.parametrize("context", [96, 300])
 def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tinymix_4bit: Path) -> None:
-    """There is memory to compute a prompt in blocks, or it is a single block. The engine packs only such models."""
-    model, _ = moetier.load(tinymix_4bit, daemon=None, context=context)
+    """There is memory to compute the prompts of all sequences in blocks, or each is a single block.
+
+    The engine packs only such models.
+    """
+    model, _ = moetier.load(tinymix_4bit, daemon=None, context=context, sequences=4)
     with model.tiers, Engine.of(model, max_sequences=4) as engine:
         assert isinstance(engine._runner, PackedRunner)
         prefill = model.tiers.prefill
         assert prefill.in_blocks is not None
-        assert prefill.in_blocks >= context
+        assert prefill.in_blocks >= (context if context < BLOCK else 4 * context)
     short = replace(prefill, context=300, tokens=300)
     less = short.within(short.nbytes - 1)
     assert (less.tokens, less.nbytes) < (300, short.nbytes)
