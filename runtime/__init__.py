@@ -43,6 +43,7 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-page-writer writes them (``engine.saved_pages``)
         moetier-page-closer waits for the reads that are left (``engine.saved_pages``)
         moetier-masks       makes the masks of grammars (``engine.engine``)
+        moetier-models      loads and unloads the models of a server (``tools.serve.models``)
         moetier-grammar     compiles a grammar (``engine.grammar``)
         moetier-watch       queries a daemon (``tools.top.watch``)
         moetier-convert     encodes records (``tools.convert.encoder``)
@@ -73,6 +74,7 @@ are taken, and the rule for the fields.
         team._making            the making of the team of threads (``kernels.jit.team``)
         Team._starting          the starting of its threads (``kernels.jit.team``)
     loading
+        ModelBuilding._changed  what builds a model, and what computes (``libraries.model_building``)
         quantizer._lock         transformers' registries (``model.quantizer``)
         register._lock          the replacement of ``from_pretrained`` (``model.register``)
     clients
@@ -105,6 +107,7 @@ are taken, and the rule for the fields.
         GrammarCompiler._making the making of llguidance's tokenizer (``engine.grammar``)
         grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)
         Answer._lock            the end of an answer (``tools.serve.answers``)
+        Models._changed         which models are loaded and wanted (``tools.serve.models``)
         Turns._lock             sampled tokens of answers (``tools.serve.replay``)
         Tally._lock             counts of answers (``tools.serve.metrics``)
         RateLimits._lock        what each key has used (``tools.serve.keys``)

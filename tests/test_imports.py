@@ -36,10 +36,11 @@ ORDER = (
     {"runtime.engine"},
     {"tools.cli"},
     {"tools.serve.protocols"},
-    {"tools", "tools.chat", "tools.convert", "tools.rates", "tools.serve", "tools.top", "tools.traces"},
-    {"tools.quality", "tools.ray", "tools.synthetic"},
+    {"tools", "tools.chat", "tools.convert", "tools.rates", "tools.top", "tools.traces"},
+    {"tools.quality", "tools.synthetic"},
     {"tools.bench", "tools.plan"},
-    {"tools.doctor"},
+    {"tools.doctor", "tools.launch", "tools.serve"},
+    {"tools.ray"},
     {"tools.commands"},
 )
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -68,6 +68,9 @@ class Traffic:
     written_bytes: int = 0
     pages: int = 0
     damaged: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 Page = tuple[Payload, mmap.mmap]

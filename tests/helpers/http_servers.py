@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,46 @@ from readers import PATIENCE
 KEY = "a-key-of-the-tests"
 
 
+class LoadedAlready:
+    """Loads the one model of a server by returning its service, which exists already."""
+
+    resources: Mapping[str, Any] = {}
+
+    def __init__(self, service: Any, keys: Any, leave_out: str | None) -> None:
+        self.keys = keys
+        self._service = service
+        self._leave_out = leave_out
+
+    @contextmanager
+    def loaded(self, directory: Path, tally: Any, options: Any) -> Iterator[Any]:
+        from moetier.tools.serve.prompts import Prompts
+        from moetier.tools.serve.serving import Served
+
+        service = self._service
+        service.tally = tally
+        limits = {"context": service.context, "most_scored": service.most_scored}
+        yield Served(service, Prompts(service.model, service.tokenizer, **limits, leave_out=self._leave_out))
+
+
+def application(
+    name: str, service: Any, keys: Any, most: int, *, leave_out: str | None = None, **seconds: float
+) -> Any:
+    """The application of a server with one model, which is loaded already, as ``name``."""
+    from moetier.tools.serve.app import application as application_of
+    from moetier.tools.serve.catalogue import Catalogue
+    from moetier.tools.serve.models import Models
+
+    models = Models(Catalogue([Path(name)], name=name), LoadedAlready(service, keys, leave_out))
+    models.load_only()
+    return application_of(models, keys, most, **seconds)
+
+
 @contextmanager
 def serving(
     directory: Path, *, context: int, parallel: int = 2, template: Any = None, most: int = 64, **seconds: float
 ) -> Iterator[tuple[Any, Any]]:
     """(application, service), without a key; with another chat ``template`` than the model's."""
     import moetier
-    from moetier.tools.serve.app import application
 
     model, tokenizer = moetier.load(directory, daemon=None)
     assert tokenizer is not None
@@ -38,9 +71,7 @@ def serving(
 
 
 @contextmanager
-def answering(
-    model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2, keys: Any = None
-) -> Iterator[Any]:
+def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, parallel: int = 2) -> Iterator[Any]:
     """A service that answers with a model, up to ``parallel`` requests at a time."""
     from moetier.runtime.engine.engine import Engine
     from moetier.runtime.engine.model_runner import ModelRunner
@@ -49,7 +80,7 @@ def answering(
     pages = parallel * -(-context // 64)
     with Engine(ModelRunner(model, pages), pages=pages, max_sequences=parallel, chunk=chunk, context=context) as engine:
         engine._masks.submit(int).result()  # its thread is there now
-        yield AnswerService(model, tokenizer, engine, keys)
+        yield AnswerService(model, tokenizer, engine)
 
 
 @contextmanager
@@ -75,8 +106,6 @@ def listening(app: Any) -> Iterator[str]:
 def scripted_client(service: Any, start: str, template: str | None = None, **options: Any) -> Iterator[httpx2.Client]:
     """A client of a server of a scripted qwen3_moe, which answers with the text that ``start`` chooses."""
     import scripted
-
-    from moetier.tools.serve.app import application
 
     template = template or scripted.own_template("qwen3_moe")
     service.tokenizer.chat_template = f"{{% set start = '{start}' %}}{template}"

@@ -56,8 +56,13 @@ def lean_imports() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-        with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the kernel
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed, and that the allocator keeps, back to the kernel."""
+    with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lighten(utils: Any) -> None:

@@ -316,15 +316,19 @@ class ModelOption(argparse.Action):
         raise AssertionError("-m was not removed")
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument DIR, a model, and the option -m, which other programs have in its place."""
-    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+def add_model_argument(parser: argparse.ArgumentParser, *, several: str = "") -> None:
+    """Add the argument DIR, a model, and the option -m, which other programs have in its place.
+
+    ``several``: help text of an argument that may be several models; its attribute is ``directories`` then.
+    """
+    name = "directories" if several else "directory"
+    parser.add_argument(name, type=directory, nargs="+" if several else None, metavar="DIR", help=several or DIRECTORY)
     help = "the model, in place of DIR"
     parser.add_argument(
         "-m",
         "--model",
         action=ModelOption,
-        dest="directory",
+        dest=name,
         default=argparse.SUPPRESS,
         type=directory,
         metavar="DIR",

@@ -1,25 +1,30 @@
-"""``moetier serve DIR``: serve a model over HTTP, with OpenAI's API."""
+"""``moetier serve DIR ...``: serve models over HTTP, with OpenAI's API."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import Number
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
-from moetier.tools.cli.parser import add_model_argument, show_first
+from moetier.tools.cli.lean import lean_imports
+from moetier.tools.cli.parser import DIRECTORY, add_model_argument, show_first
+from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import KEY, keys_of
-from moetier.tools.serve.options import DAY, add_serving_arguments, check_packages, served_name
+from moetier.tools.serve.options import DAY, add_models_arguments, add_serving_arguments, check_packages
 
 if TYPE_CHECKING:
-    from moetier.runtime.engine.saved_pages import SavedPages
+    from moetier.runtime.engine.saved_pages import SavedPages, Traffic
     from moetier.runtime.model.kv_budget import KVBudget
+    from moetier.tools.serve.models import Models
 
 EXAMPLES = (
     "moetier serve ./mixtral-4bit --ram 6GiB --port 8080",
     "moetier serve Qwen/Qwen3-30B-A3B:4bit --host 0.0.0.0 --api-key-file key --parallel 4",
+    "moetier serve ./mixtral-4bit ./qwen3-4bit --keep-alive 30m --alias gpt-4o=qwen3-4bit",
 )
 
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any free port.")
@@ -29,7 +34,11 @@ SPARE_CONNECTIONS = 128  # connections for health checks, metrics, and clients b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier serve`."""
-    add_model_argument(parser)
+    add_model_argument(
+        parser,
+        several=f"{DIRECTORY}. Several models, or a folder of models, are loaded when requests name them, as many at a "
+        "time as memory has room for",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (default: %(default)s)"
     )
@@ -40,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="the port to listen on; 0: any free port (default: %(default)s)",
     )
+    add_models_arguments(parser)
     add_serving_arguments(parser)
     add_resource_arguments(
         parser,
@@ -52,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. Raises MoetierError."""
     resources = resources_of(arguments, sequences=arguments.parallel)
-    name = served_name(arguments.directory, arguments.name)
+    catalogue = Catalogue(arguments.directories, name=arguments.name, aliases=dict(arguments.alias))
     keys = keys_of(arguments.api_key_file, arguments.api_keys)
     check_packages("moetier serve")
     from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
@@ -63,23 +73,34 @@ def run(arguments: argparse.Namespace) -> None:
                 f"Other machines can reach {arguments.host}, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
             )
-        from moetier.runtime.model.same_bits import bits_of, varying_part_here
-        from moetier.tools.serve.serving import serving
+        from moetier.tools.serve.models import Models
+        from moetier.tools.serve.serving import Loader
 
-        with serving(arguments.directory, resources, arguments, name=name, keys=keys) as (app, service):
-            tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
-            print(disk_line(service.disk, tiers.kv), flush=True)
+        with Models(catalogue, Loader(resources, arguments, keys), keep_alive=arguments.keep_alive) as models:
+            ready = first_lines(models)
+            with lean_imports():
+                from moetier.tools.serve.app import application
             Server(
-                app,
+                application(models, keys, arguments.parallel + arguments.queue),
                 connections=arguments.parallel + arguments.queue + SPARE_CONNECTIONS,
-                ready=lambda: print(
-                    f"{name}, experts of {tiers.where}, {tiers.describe_context()}, {bits}: {url_of(bound)}/v1",
-                    flush=True,
-                ),
-                ending=service.cut,
+                ready=lambda: print(f"{ready}: {url_of(bound)}/v1", flush=True),
+                ending=models.cut,
             ).serve_until_told(bound)
-        if service.disk is not None:  # it is closed now, and counts no more
-            print(traffic_line(service.disk), flush=True)
+        if models.traffic is not None:  # all models are unloaded now
+            print(traffic_line(arguments.kv_cache_dir, models.traffic), flush=True)
+
+
+def first_lines(models: Models) -> str:
+    """Print what is to be known at the start, and return what the server has. A single model is loaded for that."""
+    names = models.catalogue.models()
+    if not models.catalogue.has_one:
+        return f"{len(names):,} models, each loaded when a request names it ({', '.join(names)})"
+    from moetier.runtime.model.same_bits import bits_of, varying_part_here
+
+    service = models.load_only().service
+    tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
+    print(disk_line(service.disk, tiers.kv), flush=True)
+    return f"{', '.join(names)}, experts of {tiers.where}, {tiers.describe_context()}, {bits}"
 
 
 def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:
@@ -98,8 +119,7 @@ def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:
     return f"{text} are then read after a restart ({nbytes} for {tokens:,} tokens), and not computed again"
 
 
-def traffic_line(disk: SavedPages) -> str:
-    """Return what was read and written of keys and values."""
-    traffic = disk.traffic()
+def traffic_line(folder: Path, traffic: Traffic) -> str:
+    """Return what was read and written of keys and values in ``folder``."""
     read, written = format_bytes(traffic.read_bytes), format_bytes(traffic.written_bytes)
-    return f"keys and values: {written} written to {disk.options.folder}, {read} read from there"
+    return f"keys and values: {written} written to {folder}, {read} read from there"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,11 @@ from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.runtime.model.names import directory_at, is_address, model_directory
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import smallest_budget
+from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.middleware import App
-from moetier.tools.serve.options import served_name
-from moetier.tools.serve.serving import serving
+from moetier.tools.serve.models import Models
+from moetier.tools.serve.serving import Loader
 
 from .daemon_actor import hold_daemon
 from .options import daemon_words, replica_resources
@@ -58,16 +58,13 @@ class Replica:
             else model_directory(arguments.model)
         )
         folder = hold_daemon(daemon_words(arguments), partial(daemon_bytes, directory, arguments.ram))
-        self._closing = contextlib.ExitStack()
-        self._app, self._service = self._closing.enter_context(
-            serving(
-                directory,
-                replica_resources(arguments, folder),
-                arguments,
-                name=served_name(directory, arguments.name),
-                keys=keys_of(arguments.api_key_file, arguments.api_keys),
-            )
-        )
+        keys = keys_of(arguments.api_key_file, arguments.api_keys)
+        loader = Loader(replica_resources(arguments, folder), arguments, keys)
+        self._models = Models(Catalogue([directory], name=arguments.name), loader)
+        self._models.load_only()
+        from moetier.tools.serve.app import application  # imports transformers, as the load does in less time
+
+        self._app = application(self._models, keys, arguments.parallel + arguments.queue)
 
     def __serve_build_asgi_app__(self) -> App:
         """Return the application of `moetier serve`. Ray calls this once."""
@@ -75,5 +72,5 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise RuntimeError if the replica can't compute answers any more. Ray then replaces the replica."""
-        if not self._service.is_alive:
+        if not self._models.is_alive:
             raise RuntimeError("The thread that computes answers has failed.")

@@ -1,10 +1,11 @@
 """An HTTP server that speaks APIs of OpenAI and Anthropic.
 
 A request passes through ``listen``, ``middleware``, ``app`` and ``endpoint``. Its protocol (``protocols``) checks the
-body, and says what it asks for. ``prompts`` renders and tokenises the prompts, ``choices`` has the answers to one
-request, ``answers`` submits each to the engine and turns tokens into events, and ``parsing`` finds thoughts and tool
-calls in them. The protocol writes the events. What an answer may be is compiled by ``constraints``; ``answer_grammar``
-writes it down, and ``call_syntax`` how a model writes calls. ``keys`` has the API keys and what each may use. The
-package imports ``cli``, ``runtime.generation``, ``runtime.engine`` and ``runtime.model``. Of other packages only
-``tools.ray`` imports Starlette.
+body, and says what it asks for. ``models`` loads the model that it names (``catalogue``), with all that ``serving``
+makes for it, and unloads others if their memory is needed (``reservation``). ``prompts`` renders and tokenises the
+prompts, ``choices`` has the answers to one request, ``answers`` submits each to the engine and turns tokens into
+events, and ``parsing`` finds thoughts and tool calls in them. The protocol writes the events. What an answer may be is
+compiled by ``constraints``; ``answer_grammar`` writes it down, and ``call_syntax`` how a model writes calls. ``keys``
+has the API keys and what each may use. The package imports ``cli``, ``plan``, ``runtime.generation``,
+``runtime.engine`` and ``runtime.model``. Of other packages only ``tools.ray`` imports Starlette.
 """

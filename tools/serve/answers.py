@@ -20,7 +20,6 @@ from moetier.runtime.engine.sequence import Finish, Request, Sampled
 from moetier.runtime.engine.sequence import Sequence as TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
-from .keys import Keys
 from .metrics import Tally
 from .parsing import AnswerParser
 from .protocols.events import Call, End, Event, Reason, ScoredToken, Text, Usage
@@ -268,14 +267,14 @@ class AnswerService:
     whose tokens have log probabilities. ``bytes_of`` returns the bytes of a token's text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, engine: Engine, keys: Keys | None = None) -> None:
-        """``keys`` are the API keys with whose names requests come; None: there are none."""
+    def __init__(self, model: Any, tokenizer: Any, engine: Engine, tally: Tally | None = None) -> None:
+        """``tally`` counts requests and tokens; None: a new one, without API keys."""
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
         self.most_scored = engine.max_scored
         self.bytes_of = TokenBytes(tokenizer)
-        self.tally = Tally([""] if keys is None else keys.names)
+        self.tally = tally or Tally()
         self._engine = engine
         self._answers: set[Answer] = set()
         self._is_ending = False

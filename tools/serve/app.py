@@ -1,4 +1,4 @@
-"""The ASGI application of one model: its routes, and the responses for errors, in the form of each API."""
+"""The ASGI application of a server: its routes, and the responses for errors, in the form of each API."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from starlette.routing import Route
 
 from moetier.runtime.daemon.metrics import registry_of
 
-from .answers import AnswerService
 from .endpoint import ALIVE_SECONDS, BodyEndpoint, Endpoint
 from .keys import Keys, RateLimits
 from .metrics import ServeCollector
-from .middleware import HEALTH, AccessControl, App, RequestLimits, most_bytes
+from .middleware import HEALTH, MOST_BYTES, AccessControl, App, RequestLimits, most_bytes
+from .models import Models
 from .openapi import description_of
-from .prompts import Prompts
-from .protocols.body import UnknownFields, unknown_model
+from .protocols.body import UnknownFields
 from .protocols.chat import Chat
 from .protocols.completions import Completions
 from .protocols.messages import CountBody, Messages
-from .protocols.refusal import MESSAGES, Refusal
+from .protocols.refusal import MESSAGES, Refusal, unknown_model
 from .protocols.responses import Responses
 from .protocols.tokens import DetokenizeBody, TokenizeBody
+from .serving import Served
 
 PROTOCOLS = (Chat(), Completions(), Responses(), Messages())
 COUNT, TOKENIZE, DETOKENIZE = f"{MESSAGES}/count_tokens", "/tokenize", "/detokenize"
@@ -42,81 +42,77 @@ BODIES = {
 METRICS, MODELS, OPENAPI = "/metrics", "/v1/models", "/openapi.json"
 
 
-def application(
-    name: str,
-    service: AnswerService,
-    keys: Keys | None,
-    most: int,
-    *,
-    leave_out: str | None = None,
-    alive_seconds: float = ALIVE_SECONDS,
-) -> App:
-    """Return an ASGI application that serves the service's model under ``name``.
+def application(models: Models, keys: Keys | None, most: int, *, alive_seconds: float = ALIVE_SECONDS) -> App:
+    """Return an ASGI application that serves ``models``.
 
     ``keys`` are the API keys, of which requests must send one; None: they need no key. ``most`` is the maximum number
-    of POST requests at a time. ``leave_out`` is a regular expression of what is left out of system prompts. In
-    ``alive_seconds`` a stream sends at least a comment.
+    of POST requests at a time. In ``alive_seconds`` a stream sends at least a comment.
     """
-    prompts = Prompts(
-        service.model,
-        service.tokenizer,
-        context=service.context,
-        most_scored=service.most_scored,
-        leave_out=leave_out,
-    )
-    unknown = UnknownFields()
     app = Starlette(
-        routes=[*_plain_routes(name, service), *_post_routes(name, service, prompts, unknown, alive_seconds)],
+        routes=[*_plain_routes(models), *_post_routes(models, UnknownFields(), alive_seconds)],
         exception_handlers={HTTPException: _refused, Exception: _refused},
     )
     app.router.redirect_slashes = False
-    limited = RequestLimits(app, most, most_bytes(service.context))
-    return AccessControl(limited, keys, RateLimits(service.tally.used_tokens))
+    return AccessControl(RequestLimits(app, most, _most_bytes(models)), keys, RateLimits(models.used_tokens))
 
 
-def _post_routes(
-    name: str, service: AnswerService, prompts: Prompts, unknown: UnknownFields, alive_seconds: float
-) -> Iterator[Route]:
+def _most_bytes(models: Models) -> int:
+    """Return the maximum size of a body: what the context of a single model has room for."""
+    if models.catalogue.has_one:
+        with models.seen() as ((_, _, served),):
+            if served is not None:
+                return most_bytes(served.service.context)
+    return MOST_BYTES
+
+
+def _post_routes(models: Models, unknown: UnknownFields, alive_seconds: float) -> Iterator[Route]:
     """Yield the routes of requests with a body."""
     for protocol in PROTOCOLS:
-        endpoint = Endpoint(protocol, name, service, prompts, unknown, alive_seconds)
-        yield Route(protocol.path, endpoint, methods=["POST"])
+        yield Route(protocol.path, Endpoint(protocol, models, unknown, alive_seconds), methods=["POST"])
 
-    def count(body: CountBody, user: str) -> dict[str, Any]:
+    def count(served: Served, body: CountBody, user: str) -> dict[str, Any]:
         (prompt,) = body.query().prompts
-        return {"input_tokens": len(prompts.tokens(prompt, user))}
+        return {"input_tokens": len(served.prompts.tokens(prompt, user))}
 
-    def tokenize(body: TokenizeBody, user: str) -> dict[str, Any]:
-        tokens = prompts.tokens(body.text, user, add_special_tokens=body.add_special_tokens is not False)
-        return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
+    def tokenize(served: Served, body: TokenizeBody, user: str) -> dict[str, Any]:
+        tokens = served.prompts.tokens(body.text, user, add_special_tokens=body.add_special_tokens is not False)
+        return {"count": len(tokens), "max_model_len": served.service.context, "tokens": tokens}
 
-    def detokenize(body: DetokenizeBody, _: str) -> dict[str, Any]:
-        return {"prompt": service.tokenizer.decode(body.tokens)}
+    def detokenize(served: Served, body: DetokenizeBody, _: str) -> dict[str, Any]:
+        return {"prompt": served.service.tokenizer.decode(body.tokens)}
 
-    yield Route(COUNT, BodyEndpoint(name, CountBody, count, unknown), methods=["POST"])
-    yield Route(TOKENIZE, BodyEndpoint(name, TokenizeBody, tokenize, unknown), methods=["POST"])
-    yield Route(DETOKENIZE, BodyEndpoint(name, DetokenizeBody, detokenize, unknown), methods=["POST"])
+    yield Route(COUNT, BodyEndpoint(models, CountBody, count, unknown), methods=["POST"])
+    yield Route(TOKENIZE, BodyEndpoint(models, TokenizeBody, tokenize, unknown), methods=["POST"])
+    yield Route(DETOKENIZE, BodyEndpoint(models, DetokenizeBody, detokenize, unknown), methods=["POST"])
 
 
-def _plain_routes(name: str, service: AnswerService) -> Iterator[Route]:
+def _plain_routes(models: Models) -> Iterator[Route]:
     """Yield the routes of requests without a body."""
-    disk = None if service.disk is None else service.disk.traffic
-    registry = registry_of(
-        ServeCollector(name, service.model.tiers.stats, service.tally, service.prompt_tokens_left, disk)
-    )
-    card = card_of(name, int(time.time()))
+    registry, created = registry_of(ServeCollector(models.seen)), int(time.time())
 
-    def models(_: Request) -> Response:
-        of_anthropic = {"has_more": False, "first_id": name, "last_id": name}
-        return JSONResponse({"object": "list", "data": [card], **of_anthropic})
+    def cards() -> dict[str, dict[str, Any]]:
+        with models.seen() as seen:
+            contexts = {name: None if served is None else served.service.context for name, _, served in seen}
+        return {
+            name: card_of(name, created)
+            | {"aliases": models.catalogue.aliases_of(name), "loaded": context is not None, "max_model_len": context}
+            for name, context in contexts.items()
+        }
+
+    def list_models(_: Request) -> Response:  # no coroutine, so Starlette runs it on a thread: it reads folders
+        listed = cards()
+        names = [*listed, None]
+        of_anthropic = {"has_more": False, "first_id": names[0], "last_id": names[-2] if listed else None}
+        return JSONResponse({"object": "list", "data": [*listed.values()], **of_anthropic})
 
     def model(request: Request) -> Response:
-        if (asked := request.path_params["model"]) != name:
-            raise unknown_model(asked, name)
+        name = models.find(asked := request.path_params["model"])
+        if (card := cards().get(name)) is None:
+            raise unknown_model(asked)
         return JSONResponse(card)
 
     def health(_: Request) -> Response:
-        if service.is_alive:
+        if models.is_alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
 
@@ -131,12 +127,12 @@ def _plain_routes(name: str, service: AnswerService) -> Iterator[Route]:
     yield Route(HEALTH, health)
     yield Route(METRICS, metrics)
     yield Route(OPENAPI, openapi)
-    yield Route(MODELS, models)
+    yield Route(MODELS, list_models)
     yield Route(MODELS + "/{model:path}", model)
 
 
 def card_of(name: str, created: int) -> dict[str, Any]:
-    """Return what lists of models say of the served one, in OpenAI's form and in Anthropic's."""
+    """Return what lists of models say of a model, in OpenAI's form and in Anthropic's."""
     of_openai = {"id": name, "object": "model", "created": created, "owned_by": "moetier"}
     since = datetime.fromtimestamp(created, UTC).isoformat().replace("+00:00", "Z")
     return of_openai | {"type": "model", "display_name": name, "created_at": since}

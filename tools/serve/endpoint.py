@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -12,80 +14,93 @@ from typing import Any, Generic
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from .answers import AnswerService, Job
 from .choices import Choices
 from .middleware import USER, Message, Receive, Send
-from .prompts import Prompts
+from .models import Models, Pin
 from .protocols.body import AnyBody, QueryBody, UnknownFields
 from .protocols.events import Answered
 from .protocols.protocol import Protocol, Reply
+from .protocols.query import Query
 from .protocols.refusal import Refusal
+from .serving import Served
 from .waiting import kept_alive, on_thread
 
 ALIVE_SECONDS = 10.0  # longest silence of a stream
+Beginning = asyncio.Future[tuple[Reply, Choices]]  # done once all answers of a request are submitted, or it is refused
 
 
 class Endpoint:
     """ASGI endpoint of one protocol."""
 
     def __init__(
-        self,
-        protocol: Protocol,
-        name: str,
-        service: AnswerService,
-        prompts: Prompts,
-        unknown: UnknownFields,
-        alive_seconds: float = ALIVE_SECONDS,
+        self, protocol: Protocol, models: Models, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
     ) -> None:
-        """Answer requests for the model ``name``, and note their unknown fields in ``unknown``.
+        """Answer requests with ``models``, and note their unknown fields in ``unknown``.
 
         In ``alive_seconds`` a stream sends at least a sign of life.
         """
         self._protocol = protocol
-        self._name = name
-        self._service = service
-        self._prompts = prompts
+        self._models = models
         self._unknown = unknown
         self._alive_seconds = alive_seconds
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid."""
-        # on a thread, because turning a long prompt into tokens takes seconds
-        content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
-        body, jobs = await on_thread(partial(self._jobs, content, content_type, scope.get(USER, "")))
-        choices = Choices(self._service, self._prompts, jobs)
-        try:
-            reply = Reply(choices.id, self._name, int(time.time()), body, choices.prompt_tokens, choices.count)
-            response: Response
-            async with aclosing(self._stream(reply, choices)) as events:
-                if body.stream:
-                    response = StreamingResponse(events, media_type="text/event-stream")
-                else:
-                    response = JSONResponse(await self._whole(reply, choices))
-                response.headers["x-request-id"] = response.headers["request-id"] = choices.id
-                await response(scope, receive, send)
-        finally:
-            choices.cancel()
+        """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid.
 
-    def _jobs(self, content: bytes, content_type: str, user: str) -> tuple[QueryBody, list[list[Job]]]:
-        """Return a request's valid body, and the jobs that it asks for. ``user`` is the name of its API key.
-
-        Raises Refusal if the body is invalid, or a prompt is empty or exceeds the context.
+        If it takes long to load the model of a stream, the stream begins before, and has any refusal as its last event.
         """
-        body = self._unknown.checked(content, content_type, self._protocol.body, self._name)
-        return body, self._prompts.jobs(body.query(), body.prompt_field, user)
+        # on a thread, because a long body takes time
+        content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
+        name, body, query = await on_thread(partial(self._checked, content, content_type))
+        with self._models.pin(name) as pin:
+            beginning = asyncio.ensure_future(self._begin(pin, body, query, scope.get(USER, "")))
+            try:
+                await asyncio.wait({beginning}, timeout=self._alive_seconds if body.stream else None)
+                if beginning.done():
+                    await beginning  # may raise Refusal
+                async with aclosing(self._stream(pin, beginning)) as events:
+                    response: Response
+                    if body.stream:
+                        response = StreamingResponse(events, media_type="text/event-stream")
+                    else:
+                        response = JSONResponse(await self._whole(*await beginning))
+                    if beginning.done():
+                        response.headers["x-request-id"] = response.headers["request-id"] = (await beginning)[1].id
+                    await response(scope, receive, send)
+            finally:
+                await _end(beginning)
 
-    def _stream(self, reply: Reply, choices: Choices) -> AsyncGenerator[str]:
+    def _checked(self, content: bytes, content_type: str) -> tuple[str, QueryBody, Query]:
+        """Return the model, the valid body of a request, and what it asks for. Raises Refusal if that is invalid."""
+        body = self._unknown.checked(content, content_type, self._protocol.body)
+        return self._models.find(body.model), body, body.query()
+
+    async def _begin(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, Choices]:
+        """Submit the answers that a request asks for, once its model is loaded. ``user`` is the name of its API key.
+
+        Raises Refusal if the model can't be loaded, or a prompt is empty or exceeds the context.
+        """
+        served = await pin.served()
+        # on a thread, because turning a long prompt into tokens takes seconds
+        jobs = await on_thread(partial(served.prompts.jobs, query, body.prompt_field, user))
+        choices = Choices(served.service, served.prompts, jobs)
+        return Reply(choices.id, pin.name, int(time.time()), body, choices.prompt_tokens, choices.count), choices
+
+    def _stream(self, pin: Pin, beginning: Beginning) -> AsyncGenerator[str]:
         """Return a stream of server-sent events. If an answer fails, its error comes last."""
 
         async def sent() -> AsyncIterator[str]:
             try:
+                reply, choices = await beginning
                 async for event in self._protocol.stream(reply, choices.events()):
                     yield event
             except Refusal as refusal:
-                yield self._protocol.error(reply, refusal)
+                yield self._protocol.error(refusal)
 
-        return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(choices.say()))
+        def say() -> str:
+            return beginning.result()[1].say() if beginning.done() else pin.say()
+
+        return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(say()))
 
     async def _whole(self, reply: Reply, choices: Choices) -> dict[str, Any]:
         answers = defaultdict[int, Answered](Answered)
@@ -94,17 +109,31 @@ class Endpoint:
         return self._protocol.whole(reply, [answers[number] for number in sorted(answers)])
 
 
+async def _end(beginning: Beginning) -> None:
+    """End the answers of a request, once no thread works for it any longer."""
+    beginning.cancel()
+    while not beginning.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({beginning})
+    if not beginning.cancelled() and beginning.exception() is None:
+        beginning.result()[1].cancel()
+
+
 class BodyEndpoint(Generic[AnyBody]):
     """ASGI endpoint that answers a request with JSON, for which nothing is generated."""
 
     def __init__(
-        self, name: str, body: type[AnyBody], answer: Callable[[AnyBody, str], dict[str, Any]], unknown: UnknownFields
+        self,
+        models: Models,
+        body: type[AnyBody],
+        answer: Callable[[Served, AnyBody, str], dict[str, Any]],
+        unknown: UnknownFields,
     ) -> None:
-        """Answer requests for the model ``name``.
+        """Answer requests with ``models``.
 
-        ``answer`` is called on a thread with the valid body of a request and the name of its key.
+        ``answer`` is called on a thread with a loaded model, the valid body of a request and the name of its key.
         """
-        self._name = name
+        self._models = models
         self._body = body
         self._answer = answer
         self._unknown = unknown
@@ -112,9 +141,12 @@ class BodyEndpoint(Generic[AnyBody]):
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request. Raises Refusal if the request is invalid."""
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
-        answer = await on_thread(
-            lambda: self._answer(
-                self._unknown.checked(content, content_type, self._body, self._name), scope.get(USER, "")
-            )
-        )
+
+        def check() -> tuple[str, AnyBody]:
+            body = self._unknown.checked(content, content_type, self._body)
+            return self._models.find(body.model), body
+
+        name, body = await on_thread(check)
+        with self._models.pin(name) as pin:
+            answer = await on_thread(partial(self._answer, await pin.served(), body, scope.get(USER, "")))
         await JSONResponse(answer)(scope, receive, send)

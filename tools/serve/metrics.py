@@ -1,4 +1,4 @@
-"""Counts of a server's requests and tokens by API key, and the Prometheus metrics of these and of the model's tiers."""
+"""Counts of requests and tokens by API key, and the Prometheus metrics of these and of the tiers of models."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moetier.runtime.daemon.metrics import tier_metrics
-from moetier.runtime.engine.saved_pages import Traffic
-from moetier.tiers.stats import TierStats
+
+if TYPE_CHECKING:
+    from .serving import Served
 
 OUTCOMES = ("answered", "cancelled", "failed")
 # name of a count -> (kind of metric, name of the metric without its prefix, help text)
@@ -40,6 +43,7 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float], str]] = {
     "new": ("request_new_tokens", SIZES, "Tokens that were generated for a request."),
 }
 DEFAULT = "default"  # label of the key "": Prometheus takes an empty label for a missing one
+LOADED = (("loaded", "1 if the model is loaded, else 0."),)
 LEFT = (  # names and help texts of the metrics of what is left to compute
     ("prompt_tokens_left", "Tokens of prompts under way that are not computed yet."),
     ("prompt_seconds_left", "Seconds until the prompts that have begun are computed, at their speeds so far."),
@@ -113,64 +117,77 @@ class Tally:
         with self._lock:
             return self._counts[key]["prompt_tokens"] + self._counts[key]["new_tokens"]
 
-    def histograms(self, model: str) -> Iterator[Metric]:
-        """Yield the histograms, labelled by model and key."""
-        for name, (metric, _, meaning) in HISTOGRAMS.items():
-            family = HistogramMetricFamily(f"moetier_serve_{metric}", meaning, labels=["model", "key"])
-            with self._lock:
-                for key, histograms in self._histograms.items():
-                    family.add_metric([model, key or DEFAULT], histograms[name].buckets, histograms[name].sum)
-            yield family
+    def histograms(self) -> dict[str, dict[str, tuple[list[tuple[str, float]], float]]]:
+        """Return the buckets and the sum of each histogram of each key, all read at one moment."""
+        with self._lock:
+            return {
+                key: {name: (histogram.buckets, histogram.sum) for name, histogram in histograms.items()}
+                for key, histograms in self._histograms.items()
+            }
+
+
+Seen = tuple[str, Tally, "Served | None"]  # name, counts and, if it is loaded, what serves a model
 
 
 class ServeCollector(Collector):
-    """Prometheus collector for a model's tiers, and for requests and tokens.
+    """Prometheus collector for the tiers of models, and for requests and tokens.
 
-    ``model`` is the name that requests use. (A daemon labels its metrics with the name in the store's manifest.)
+    Models have the names that requests use. (A daemon labels its metrics with the name in the store's manifest.)
     """
 
-    def __init__(
-        self,
-        model: str,
-        stats: Callable[[], list[TierStats]],
-        tally: Tally,
-        left: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
-        disk: Callable[[], Traffic] | None = None,
-    ) -> None:
-        """Make the collector.
-
-        ``left`` returns how many prompt tokens are not computed yet, and the seconds until they are; ``disk`` what was
-        read and written of keys and values on disk, if any are kept there.
-        """
-        self._model = model
-        self._stats = stats
-        self._tally = tally
-        self._left = left
-        self._disk = disk
+    def __init__(self, models: Callable[[], AbstractContextManager[list[Seen]]]) -> None:
+        """``models`` returns a context in which none of the models that it yields is unloaded."""
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
-        yield from tier_metrics([(self._model, tier) for tier in self._stats()])
-        counts = self._tally.by_key()
-        requests = CounterMetricFamily(
-            "moetier_serve_requests", "Requests for an answer that have ended.", labels=["model", "key", "outcome"]
-        )
-        for key, of_key in counts.items():
-            for outcome in OUTCOMES:
-                requests.add_metric([self._model, key or DEFAULT, outcome], of_key[outcome])
-        yield requests
-        for count, (family, name, meaning) in METRICS.items():
-            metric = family(f"moetier_serve_{name}", meaning, labels=["model", "key"])
-            for key, of_key in counts.items():
-                metric.add_metric([self._model, key or DEFAULT], of_key[count])
-            yield metric
-        yield from self._tally.histograms(self._model)
-        for (name, meaning), value in zip(LEFT, self._left(), strict=True):
-            gauge = GaugeMetricFamily(f"moetier_serve_{name}", meaning, labels=["model"])
-            gauge.add_metric([self._model], value)
-            yield gauge
-        if self._disk is not None:
-            for (name, meaning), value in zip(DISK, astuple(self._disk()), strict=True):
-                counter = CounterMetricFamily(f"moetier_serve_{name}", meaning, labels=["model"])
-                counter.add_metric([self._model], value)
-                yield counter
+        with self._models() as models:
+            loaded = [(name, served.service) for name, _, served in models if served is not None]
+            yield from tier_metrics([(name, tier) for name, service in loaded for tier in service.model.tiers.stats()])
+            yield from _labelled(
+                LOADED, GaugeMetricFamily, [(name, [served is not None]) for name, _, served in models]
+            )
+            yield from _counted([(name, tally) for name, tally, _ in models])
+            left = [(name, service.prompt_tokens_left()) for name, service in loaded]
+            yield from _labelled(LEFT, GaugeMetricFamily, left)
+            disks = [(name, service.disk) for name, service in loaded]
+            if any(disk is not None for _, disk in disks):
+                values = [(name, astuple(disk.traffic())) for name, disk in disks if disk is not None]
+                yield from _labelled(DISK, CounterMetricFamily, values)
+
+
+def _counted(tallies: Sequence[tuple[str, Tally]]) -> Iterator[Metric]:
+    """Yield the metrics of requests and tokens of each model."""
+    counts = [(model, key, of_key) for model, tally in tallies for key, of_key in tally.by_key().items()]
+    requests = CounterMetricFamily(
+        "moetier_serve_requests", "Requests for an answer that have ended.", labels=["model", "key", "outcome"]
+    )
+    for model, key, of_key in counts:
+        for outcome in OUTCOMES:
+            requests.add_metric([model, key or DEFAULT, outcome], of_key[outcome])
+    yield requests
+    for count, (family, name, meaning) in METRICS.items():
+        metric = family(f"moetier_serve_{name}", meaning, labels=["model", "key"])
+        for model, key, of_key in counts:
+            metric.add_metric([model, key or DEFAULT], of_key[count])
+        yield metric
+    observed = [(model, key, of_key) for model, tally in tallies for key, of_key in tally.histograms().items()]
+    for name, (metric_name, _, meaning) in HISTOGRAMS.items():
+        histogram = HistogramMetricFamily(f"moetier_serve_{metric_name}", meaning, labels=["model", "key"])
+        for model, key, histograms in observed:
+            buckets, total = histograms[name]
+            histogram.add_metric([model, key or DEFAULT], buckets, total)
+        yield histogram
+
+
+def _labelled(
+    names: Sequence[tuple[str, str]],
+    family: type[GaugeMetricFamily | CounterMetricFamily],
+    values: Sequence[tuple[str, Sequence[float]]],
+) -> Iterator[Metric]:
+    """Yield a metric for each of ``names``, which have help texts. ``values``: of each model, one for each name."""
+    for number, (name, meaning) in enumerate(names):
+        metric = family(f"moetier_serve_{name}", meaning, labels=["model"])
+        for model, each in values:
+            metric.add_metric([model], each[number])
+        yield metric

@@ -20,6 +20,8 @@ from .keys import KEY
 QUEUE = Number(int, 0, MAX_COUNT, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
 DAY = 86_400.0  # seconds
 DAYS = Number(float, TINY, 36_500)
+DURATION = re.compile(r"(-?\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|)")
+SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 
 
@@ -67,6 +69,43 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     add_disk_arguments(parser)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
+
+
+def add_models_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a server that may have several models."""
+    parser.add_argument(
+        "--alias",
+        type=alias,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name of a model in requests; give it several times for several (default: none)",
+    )
+    parser.add_argument(
+        "--keep-alive",
+        type=duration,
+        default="-1",
+        metavar="TIME",
+        help="how long a model stays loaded after its last request: 5m, 1h, a number of seconds, 0, or -1, until "
+        "another model needs its memory (default: %(default)s)",
+    )
+
+
+def alias(text: str) -> tuple[str, str]:
+    """Parse ``NAME=MODEL``. Raises ConfigError for any other text."""
+    name, _, model = text.partition("=")
+    if not (name and model and name.isprintable()):
+        raise ConfigError(f"{text!r} is no alias.", "Give NAME=MODEL, such as gpt-4o=mixtral-4bit.")
+    return name, model
+
+
+def duration(text: str) -> float | None:
+    """Parse a time, such as "5m", as seconds; None for a negative one. Raises ConfigError for any other text."""
+    parts = DURATION.fullmatch(text.strip())
+    if parts is None:
+        raise ConfigError(f"{text!r} is not a time.", "Give a time such as 90s, 5m or 1h, a number of seconds, or -1.")
+    seconds = float(parts[1]) * SECONDS[parts[2]]
+    return seconds if seconds >= 0 else None
 
 
 def add_disk_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,12 @@
-"""A model that is loaded to be served: its engine, and the ASGI application that answers requests with it."""
+"""A model that is loaded to be served: its engine, its answers and its prompts."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,46 +18,78 @@ from .options import disk_of
 if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
     from .answers import AnswerService
     from .keys import Keys
-    from .middleware import App
+    from .metrics import Tally
+    from .prompts import Prompts
 
 
-@contextlib.contextmanager
-def serving(
-    directory: Path, resources: dict[str, Any], arguments: argparse.Namespace, *, name: str, keys: Keys | None
-) -> Iterator[tuple[App, AnswerService]]:
-    """Load a model, and yield the application that serves it with its answers. Stop computing after the block.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What answers requests for one model.
 
-    Args:
-        directory: the model directory.
-        resources: keyword arguments of ``load``.
-        arguments: the options of ``add_serving_arguments``.
-        name: name of the model in requests.
-        keys: API keys, of which requests must send one; None: they need no key.
-
-    Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
+    Attributes:
+        service: submits jobs to the model's engine.
+        prompts: makes jobs of what requests ask for.
+        reserved: bytes of host memory that the model takes.
     """
-    with loaded(directory, resources) as (model, tokenizer, _):
-        import transformers
 
-        transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
+    service: AnswerService
+    prompts: Prompts
+    reserved: int = 0
 
-        from moetier.runtime.engine.engine import Engine
 
-        from .answers import AnswerService
-        from .app import application
+class Loader:
+    """Loads models with the options of a server."""
 
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            raise ConfigError(
-                f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
-                "Add a tokenizer.json to the model directory.",
-            )
-        roots = {key.name: key.digest for key in keys or ()}
-        with Engine.of(model, max_sequences=arguments.parallel, disk=disk_of(arguments), keys=roots) as engine:
-            service = AnswerService(model, tokenizer, engine, keys)
-            try:
+    def __init__(self, resources: Mapping[str, Any], arguments: argparse.Namespace, keys: Keys | None) -> None:
+        """Keep the options.
+
+        Args:
+            resources: keyword arguments of ``load``.
+            arguments: the options of ``add_serving_arguments``.
+            keys: API keys, of which requests must send one; None: they need no key.
+        """
+        self.resources = resources
+        self.keys = keys
+        self._arguments = arguments
+
+    @contextlib.contextmanager
+    def loaded(self, directory: Path, tally: Tally, options: Mapping[str, Any]) -> Iterator[Served]:
+        """Load a model, and yield what answers requests for it. Stop computing after the block.
+
+        ``tally`` counts its requests. ``options`` replace some of the keyword arguments of ``load``.
+
+        Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
+        """
+        arguments = self._arguments
+        with loaded(directory, {**self.resources, **options}) as (model, tokenizer, _):
+            import transformers
+
+            transformers.utils.logging.set_verbosity_error()  # otherwise transformers warns at each request
+
+            from moetier.runtime.engine.engine import Engine
+
+            from .answers import AnswerService
+            from .prompts import Prompts
+            from .reservation import reserved_bytes
+
+            if not hasattr(tokenizer, "backend_tokenizer"):
+                raise ConfigError(
+                    f"The model's tokenizer ({type(tokenizer).__name__}) can't decode text piece by piece.",
+                    "Add a tokenizer.json to the model directory.",
+                )
+            roots = {key.name: key.digest for key in self.keys or ()}
+            with Engine.of(model, max_sequences=arguments.parallel, disk=disk_of(arguments), keys=roots) as engine:
+                service = AnswerService(model, tokenizer, engine, tally)
+                prompts = Prompts(
+                    model,
+                    tokenizer,
+                    context=service.context,
+                    most_scored=service.most_scored,
+                    leave_out=arguments.leave_out,
+                )
                 gc.collect()
                 gc.freeze()  # collections stop all threads: from now on they visit only what requests have made
-                most = arguments.parallel + arguments.queue
-                yield application(name, service, keys, most, leave_out=arguments.leave_out), service
-            finally:
-                gc.unfreeze()
+                try:
+                    yield Served(service, prompts, reserved_bytes(model))
+                finally:
+                    gc.unfreeze()

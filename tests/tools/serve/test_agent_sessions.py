@@ -18,14 +18,13 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 from agent_model import write_model
-from http_servers import answering, listening
+from http_servers import answering, application, listening
 from readers import PATIENCE
 from recorded_requests import events_of, usage_in
 from scripted_server import Script, scripted
 
 import moetier
 from moetier.runtime.engine.model_runner import ModelRunner
-from moetier.tools.serve.app import application
 from moetier.tools.serve.constraints import Constraints
 
 SYSTEM = "You are a filler. " * 30

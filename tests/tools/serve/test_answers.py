@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 import scripted
-from http_servers import answering, listening
+from http_servers import answering, application, listening
 from prepared import Prepared
 from readers import PATIENCE
 from tokenizers import decoders
@@ -23,7 +23,6 @@ from tokenizers.decoders import Decoder
 import moetier
 from moetier.runtime.engine.sequence import Request
 from moetier.tools.serve.answers import Answer, Job
-from moetier.tools.serve.app import application
 from moetier.tools.serve.constraints import Constraints
 from moetier.tools.serve.protocols.events import Text
 

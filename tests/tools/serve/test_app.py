@@ -16,11 +16,8 @@ import pytest
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 import httpx2
-from http_servers import serving
+from http_servers import application, serving
 from readers import PATIENCE
-from threads import wait_until
-
-from moetier.tools.serve.app import application
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Ciao."}
@@ -431,25 +428,3 @@ def test_a_fault_of_the_server(engine: Any, caplog: pytest.LogCaptureFixture) ->
     said = {"message": "The request failed; the server's log says why.", "type": "server_error"}
     assert (answer.status_code, answer.json()) == (500, {"error": said | {"param": None, "code": None}})
     assert "POST /v1/completions failed with OSError" in caplog.messages
-
-
-def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
-    """An error outside of any request ends the thread that computes; later requests and probes are told."""
-
-    async def ask(app: Any, engine: Any) -> list[httpx2.Response]:
-        transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
-            first = await client.post(TEXT, json={"prompt": "Due", "max_tokens": 2})
-            await asyncio.to_thread(wait_until, lambda: not engine.is_alive)
-            return [first, await client.post(TEXT, json={"prompt": "Due"}), await client.get("/health")]
-
-    def end(*_: Any, **__: Any) -> None:
-        raise SystemExit
-
-    with serving(tinymix_4bit, context=400) as (app, engine):
-        engine.model.forward = end
-        answers = asyncio.run(ask(app, engine))
-        del engine.model.forward
-    assert [answer.status_code for answer in answers] == [500, 503, 503]
-    assert answers[1].json()["error"]["type"] == "server_error"
-    assert answers[2].json() == {"status": "unhealthy", "reason": "cb_worker_dead"}

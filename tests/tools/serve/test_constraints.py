@@ -17,14 +17,13 @@ pytest.importorskip("llguidance", reason='pip install ".[serve]"')
 
 import httpx2
 import scripted
-from http_servers import answering, listening, serving
+from http_servers import answering, application, listening, serving
 from openai import OpenAI
 from pydantic import BaseModel, Field
 from readers import PATIENCE
 
 import moetier
 from moetier.tools.serve import constraints
-from moetier.tools.serve.app import application
 from moetier.tools.serve.parsing import form_of
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -10,12 +10,11 @@ pytest.importorskip("starlette", reason='pip install ".[serve]"')
 pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
-from http_servers import answering, listening
+from http_servers import answering, application, listening
 from readers import PATIENCE
 
 import moetier
 from moetier.tiers.errors import ConfigError
-from moetier.tools.serve.app import application
 from moetier.tools.serve.keys import Key, RateLimits, digest_of, keys_of
 
 FILE = """
@@ -105,7 +104,7 @@ def test_keys_share_no_keys_and_values_and_have_metrics_of_their_own(tinymix_4bi
     model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
     with (
         model.tiers,
-        answering(model, tokenizer, context=400, keys=keys) as service,
+        answering(model, tokenizer, context=400) as service,
         listening(application("small", service, keys, 8)) as url,
         httpx2.Client(base_url=url, timeout=PATIENCE) as client,
     ):

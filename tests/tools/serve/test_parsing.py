@@ -21,13 +21,12 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 import scripted
-from http_servers import answering, listening
+from http_servers import answering, application, listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import PATIENCE
 
 import moetier
-from moetier.tools.serve.app import application
 from moetier.tools.serve.constraints import Constraints
 from moetier.tools.serve.parsing import form_of
 

@@ -13,12 +13,11 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 import scripted
-from http_servers import answering, listening
+from http_servers import answering, application, listening
 from readers import PATIENCE
 
 import moetier
 from moetier.tools.serve import replay
-from moetier.tools.serve.app import application
 from moetier.tools.serve.protocols.events import Answered, Call, Event, Text
 from moetier.tools.serve.replay import Turns
 

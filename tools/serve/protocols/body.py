@@ -148,10 +148,10 @@ def parsed(content: bytes, content_type: str) -> dict[str, Any]:
     return body
 
 
-def checked(body: dict[str, Any], kind: type[AnyBody], model: str) -> AnyBody:
+def checked(body: dict[str, Any], kind: type[AnyBody]) -> AnyBody:
     """Return ``body`` as a valid request, without ignored and unknown fields.
 
-    Raises Refusal if a field is invalid or unsupported, or if the body names a model other than ``model``.
+    Raises Refusal if a field is invalid or unsupported.
     """
     if not _is_unicode(body):
         raise Refusal(400, "The body contains text that is not valid Unicode.")
@@ -163,13 +163,10 @@ def checked(body: dict[str, Any], kind: type[AnyBody], model: str) -> AnyBody:
     if unsupported := sorted(given.keys() & {*kind.unsupported}):
         raise Refusal(400, f"{unsupported[0]}: this field is not supported.", param=unsupported[0])
     try:
-        asked = kind.model_validate(given, context=BoundedJson())
+        return kind.model_validate(given, context=BoundedJson())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise Refusal(400, f"{_place(first['loc'])}: {first['msg']}.", param=str(first["loc"][0])) from None
-    if asked.model not in (None, model):
-        raise unknown_model(str(asked.model), model)
-    return asked
 
 
 def unknown_fields(body: dict[str, Any], kind: type[Body]) -> list[str]:
@@ -185,13 +182,13 @@ class UnknownFields:
         self._lock = threading.Lock()  # guards ``_names``
         self._names: set[str] = set()
 
-    def checked(self, content: bytes, content_type: str, kind: type[AnyBody], model: str) -> AnyBody:
-        """Return the content of a request as a valid body for ``model``, and note its unknown fields.
+    def checked(self, content: bytes, content_type: str, kind: type[AnyBody]) -> AnyBody:
+        """Return the content of a request as a valid body, and note its unknown fields.
 
         Raises Refusal if it is not valid.
         """
         given = parsed(content, content_type)
-        body = checked(given, kind, model)
+        body = checked(given, kind)
         self.note(unknown_fields(given, kind))
         return body
 
@@ -204,13 +201,6 @@ class UnknownFields:
                     continue
                 self._names.add(shown)
             _log.warning("requests have the unknown field %s, which is ignored", shown)
-
-
-def unknown_model(asked: str, served: str) -> Refusal:
-    """Return the refusal of a request for the model ``asked``, which is not the one that is ``served``."""
-    return Refusal(
-        404, f"This server has no model {asked!r}. It serves {served!r}.", param="model", code="model_not_found"
-    )
 
 
 def _place(path: tuple[int | str, ...]) -> str:

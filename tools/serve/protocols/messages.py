@@ -248,7 +248,7 @@ class Messages(Protocol):
         (answer,) = answers
         return _message(reply, [_block(part) for part in answer.blocks], answer.end)
 
-    def error(self, reply: Reply, refusal: Refusal) -> str:
+    def error(self, refusal: Refusal) -> str:
         """Return the event of an error."""
         return event(refusal.body(self.path), "error")
 

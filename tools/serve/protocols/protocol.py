@@ -39,7 +39,7 @@ class Protocol(ABC):
     def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
         """Return the answers as one JSON object."""
 
-    def error(self, reply: Reply, refusal: Refusal) -> str:
+    def error(self, refusal: Refusal) -> str:
         """Return the last server-sent event of a stream that fails."""
         return event(refusal.body())
 

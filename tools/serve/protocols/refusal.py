@@ -68,6 +68,16 @@ def headers_too_long() -> Refusal:
     return Refusal(431, f"The headers have more than {HEADER_BYTES:,} bytes.", headers={"Connection": "close"})
 
 
+def unknown_model(asked: str) -> Refusal:
+    """Return the refusal of a request for the model ``asked``, which the server does not have."""
+    return Refusal(
+        404,
+        f"This server has no model {asked!r}. GET /v1/models lists those that it has.",
+        param="model",
+        code="model_not_found",
+    )
+
+
 def log_failure(what: str, error: BaseException) -> None:
     """Log that ``what`` failed with ``error``.
 

@@ -22,7 +22,7 @@ USER = {"role": "user", "content": "Chi era don Abbondio?"}
 
 def fields(body: dict[str, Any], kind: type[Body] = ChatBody) -> dict[str, Any]:
     """The fields that are left of a valid body."""
-    return checked(body, kind, "small").model_dump(exclude_none=True)
+    return checked(body, kind).model_dump(exclude_none=True)
 
 
 ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
@@ -162,9 +162,7 @@ def test_stop_strings_are_a_list(stop: str | list[str]) -> None:
 )
 def test_a_request_has_no_say_in_how_its_template_is_applied(name: str, value: object) -> None:
     with pytest.raises(Refusal) as refused:
-        checked(
-            {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, name: value}}, ChatBody, "small"
-        )
+        checked({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, name: value}}, ChatBody)
     assert refused.value.detail == f"chat_template_kwargs: the variable {name} is not supported."
     assert (refused.value.param, refused.value.status_code) == ("chat_template_kwargs", 400)
 

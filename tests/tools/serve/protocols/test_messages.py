@@ -27,7 +27,7 @@ TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object", "pro
 
 
 def query_of(**fields: Any) -> Query:
-    return checked({"max_tokens": 8, "messages": [USER]} | fields, MessagesBody, "small").query()
+    return checked({"max_tokens": 8, "messages": [USER]} | fields, MessagesBody).query()
 
 
 def chat_of(**fields: Any) -> ChatPrompt:

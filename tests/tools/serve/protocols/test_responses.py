@@ -31,7 +31,7 @@ ENCRYPTED = ["reasoning.encrypted_content"]
 
 
 def query_of(**fields: Any) -> Query:
-    return checked({"input": "?"} | fields, ResponsesBody, "small").query()
+    return checked({"input": "?"} | fields, ResponsesBody).query()
 
 
 def chat_of(**fields: Any) -> ChatPrompt:
@@ -101,7 +101,7 @@ def test_functions_in_a_namespace_are_offered_under_both_names() -> None:
     space = {"type": "namespace", "name": "agents", "description": "d", "tools": [TOOL, {"type": "web_search"}]}
     call = {"type": "function_call", "call_id": "call_1", "name": "f", "namespace": "agents", "arguments": "{}"}
     given = {"input": [{"role": "user", "content": "?"}, call], "tools": [TOOL, space]}
-    body = checked(given, ResponsesBody, "small")
+    body = checked(given, ResponsesBody)
     (chat,) = body.query().prompts
     assert isinstance(chat, ChatPrompt)
     assert [tool["function"]["name"] for tool in chat.tools or ()] == ["f", "agents.f"]

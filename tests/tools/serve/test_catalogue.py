@@ -1,0 +1,109 @@
+"""Names of the models that a server has: given, in folders, and by aliases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moetier.tiers.errors import ConfigError
+from moetier.tools.serve.catalogue import Catalogue, is_folder_of_models
+from moetier.tools.serve.options import alias, duration
+
+
+def make(path: Path, *, store: bool = True, complete: bool = True) -> Path:
+    """Make what looks like a model from the outside."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    if store:
+        (path / "experts.zarr").mkdir()
+    if store and complete:
+        (path / "experts.zarr" / "zarr.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    make(folder / "mixtral-4bit")
+    make(folder / "checkpoint", store=False)
+    make(folder / "half", complete=False)
+    make(folder / ".hidden")
+    make(folder / "Qwen--Qwen3" / "4bit")
+    make(folder / "Qwen--Qwen3" / "8bit")
+    make(folder / "Org--One" / "4bit")
+    for name in ("one.gguf", "two-00001-of-00002.gguf", "two-00002-of-00002.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+    (folder / "notes").mkdir()
+    return folder
+
+
+def test_a_folder_has_the_models_in_it(folder: Path) -> None:
+    assert is_folder_of_models(folder)
+    assert not is_folder_of_models(folder / "mixtral-4bit")
+    assert not is_folder_of_models(folder / "notes")
+    assert not is_folder_of_models(folder / "none")
+    assert {*Catalogue([folder]).models()} == {
+        "mixtral-4bit", "checkpoint", "Qwen/Qwen3:4bit", "Qwen/Qwen3:8bit", "Org/One:4bit", "one.gguf",
+        "two-00001-of-00002.gguf",
+    }  # fmt: skip
+
+
+def test_models_that_come_and_go_are_seen(folder: Path) -> None:
+    catalogue = Catalogue([folder])
+    assert catalogue.find("new") is None
+    make(folder / "new")
+    assert catalogue.find("new") == "new"
+    (folder / "new").rename(folder.parent / "new")
+    assert "new" not in catalogue.models()
+    folder.rename(folder.parent / "moved")
+    assert "mixtral-4bit" in catalogue.models(), "a folder that can't be read leaves what there was"
+
+
+def test_a_name_may_lack_its_tag_where_one_model_has_it(folder: Path) -> None:
+    catalogue = Catalogue([folder])
+    assert catalogue.find("Org/One") == "Org/One:4bit"
+    assert catalogue.find("Qwen/Qwen3") is None
+    assert catalogue.find("Qwen/Qwen3:8bit") == "Qwen/Qwen3:8bit"
+    for asked in ("", "4bit", "/", "..", "../models/mixtral-4bit", str(folder / "mixtral-4bit")):
+        assert catalogue.find(asked) is None
+
+
+def test_aliases_are_further_names(folder: Path) -> None:
+    catalogue = Catalogue([folder], aliases={"gpt-4o": "mixtral-4bit", "claude": "mixtral-4bit"})
+    assert catalogue.find("gpt-4o") == "mixtral-4bit"
+    assert catalogue.aliases_of("mixtral-4bit") == ["gpt-4o", "claude"]
+    assert catalogue.aliases_of("one.gguf") == []
+    with pytest.raises(ConfigError, match="there is no model 'none'"):
+        Catalogue([folder], aliases={"gpt-4o": "none"})
+    with pytest.raises(ConfigError, match="a model has this name"):
+        Catalogue([folder], aliases={"one.gguf": "mixtral-4bit"})
+
+
+def test_a_name_is_of_one_model(folder: Path, tmp_path: Path) -> None:
+    model = folder / "mixtral-4bit"
+    assert Catalogue([model], name="small").models() == {"small": model}
+    assert Catalogue([model]).has_one
+    assert not Catalogue([folder]).has_one
+    assert len(Catalogue([model, folder]).models()) == 7, "it is given twice"
+    with pytest.raises(ConfigError, match="Two models are called mixtral-4bit"):
+        Catalogue([folder, make(tmp_path / "other" / "mixtral-4bit")])
+    with pytest.raises(ConfigError, match="Give --alias"):
+        Catalogue([folder], name="small")
+
+
+def test_a_model_that_is_none_is_left_to_the_load(tmp_path: Path) -> None:
+    assert Catalogue([tmp_path / "none"]).models() == {"none": tmp_path / "none"}
+
+
+def test_options_are_checked() -> None:
+    assert alias("gpt-4o=Qwen/Qwen3:4bit") == ("gpt-4o", "Qwen/Qwen3:4bit")
+    for text in ("gpt-4o", "=x", "x=", ""):
+        with pytest.raises(ConfigError):
+            alias(text)
+    assert [duration(text) for text in ("5m", "90s", "1.5h", "30", "0", "-1", "-5m", "100ms")] == [
+        300, 90, 5400, 30, 0, None, None, 0.1,
+    ]  # fmt: skip
+    for text in ("", "m", "5 m", "5d", "nan", "1e3"):
+        with pytest.raises(ConfigError, match="is not a time"):
+            duration(text)

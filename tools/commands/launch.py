@@ -1,0 +1,120 @@
+"""``moetier launch CLIENT``: configure a program for coding, such as opencode, for a running server, and start it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tools.cli.failure import plain
+from moetier.tools.cli.parser import directory
+from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, Client, Launch, Target
+from moetier.tools.launch.first_prompt import estimated
+from moetier.tools.launch.server import chosen, models_of
+from moetier.tools.serve.keys import keys_of
+
+EXAMPLES = (
+    "moetier launch opencode",
+    "moetier launch claude --run -- --continue",
+    "moetier launch codex --model qwen3-4bit --directory ./qwen3-4bit",
+)
+LONG_SECONDS = 30.0  # of a first prompt after which advice is given
+URL = "http://127.0.0.1:8000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier launch`."""
+    parser.add_argument("client", choices=CLIENTS, metavar="CLIENT", help=f"the program: {', '.join(CLIENTS)}")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="with --run: words for the program, after --")
+    parser.add_argument("--url", default=URL, metavar="URL", help="URL of the server (default: %(default)s)")
+    parser.add_argument("--model", metavar="NAME", help="name of the model (default: the only one of the server)")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file that holds the server's key in one line (default: the key in ${KEY})",
+    )
+    parser.add_argument(
+        "--directory",
+        type=directory,
+        metavar="DIR",
+        help="the model, to estimate how long a first prompt takes (default: the one that moetier list shows by the "
+        "name of the server's model)",
+    )
+    parser.add_argument("--run", action="store_true", help="start the program, without a change of its files")
+    parser.add_argument(
+        "--estimate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure this machine for some seconds, and say how long a first prompt takes",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the configuration, or start the program and return its status. Raises MoetierError."""
+    client = CLIENTS[arguments.client]
+    if arguments.words and not arguments.run:
+        raise ConfigError("The words are for the program, which is not started.", "Give --run.")
+    url = arguments.url.rstrip("/").removesuffix("/v1")
+    key = key_of(arguments.api_key_file)
+    model = chosen(models_of(url, key), arguments.model, url)
+    target = Target(url, model["id"], model.get("max_model_len") or CONTEXT, key)
+    out = sys.stderr if arguments.run else sys.stdout
+    if not arguments.run:
+        print(f"# {client.place}\n{client.configuration(target)}", flush=True)
+    if arguments.estimate and (line := first_prompt(client, target, arguments.directory)):
+        print(line, file=out, flush=True)
+    if arguments.run:
+        return start(client, client.launch(target), arguments.words)
+    print(f"\n# or, without a change of files: moetier launch {arguments.client} --run")
+    return 0
+
+
+def key_of(file: Path | None) -> str | None:
+    """Return the server's key; None if there is none. Raises ConfigError if it can't be read."""
+    from moetier.runtime.wire.channel import read_token
+
+    if file is not None:
+        return read_token(file, "API key")
+    keys_of(None, None)  # checks the variable
+    return os.environ.get(KEY) or None
+
+
+def first_prompt(client: Client, target: Target, given: Path | None) -> str:
+    """Return a line that says how long a first prompt takes; "" if the model's directory is not known."""
+    from moetier.runtime.model.names import model_directory
+
+    try:
+        place = given or model_directory(target.model)
+        if not place.exists():
+            return ""
+        seconds = estimated(place, client.prompt_tokens)
+    except MoetierError as error:
+        return f"\n# The time of a first prompt is not known: {plain(error.cause)}"
+    what = f"A first prompt of {client.command} has about {client.prompt_tokens:,} tokens"
+    if seconds is None:
+        return f"\n# {what}. They do not fit into the context, or the speed is not known."
+    text = f"\n# {what}: about {seconds:,.0f} s here. Later ones are computed from where they differ."
+    return text + (" A shorter way: pi." if seconds > LONG_SECONDS and client.command != "pi" else "")
+
+
+def start(client: Client, launch: Launch, words: Sequence[str]) -> int:
+    """Run a program until it ends, and return its status. Raises ConfigError if it is not installed."""
+    if (program := shutil.which(client.command)) is None:
+        raise ConfigError(f"{client.command} is not on the PATH.", f"Install it: npm install -g {client.package}")
+    environment = os.environ | launch.environment
+    with tempfile.TemporaryDirectory(prefix="moetier-launch-") as folder:
+        path = folder
+        if launch.file is not None:
+            name, content = launch.file
+            file = Path(folder, name)
+            file.write_text(content)
+            path = str(file)
+        given = [path if word == FILE else word for word in launch.arguments]
+        return subprocess.run([program, *given, *words], env=environment, check=False).returncode

@@ -1,0 +1,48 @@
+"""Questions to a running server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from moetier.tiers.errors import ConfigError, UnavailableError
+
+SECONDS = 10.0  # longest time until the server answers
+
+
+def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
+    """Return what a server says of its models.
+
+    Raises UnavailableError if no server of moetier answers, and ConfigError if the key is missing or wrong.
+    """
+    try:
+        request = urllib.request.Request(f"{url}/v1/models")
+        if key is not None:
+            request.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            models = json.load(answer)["data"]
+        return [model for model in models if isinstance(model["id"], str)]
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code in (401, 403):
+                raise ConfigError(
+                    f"The server at {url} does not accept the API key.",
+                    "Give the server's key: --api-key-file FILE, or the environment variable MOETIER_API_KEY.",
+                ) from None
+            reason = f"it answers with status {error.code}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+    raise UnavailableError(f"There is no server of moetier at {url}: {reason}.", "Start one: moetier serve DIR")
+
+
+def chosen(models: list[dict[str, Any]], name: str | None, url: str) -> dict[str, Any]:
+    """Return the model that is called ``name``, also by an alias; None: the only one. Raises ConfigError."""
+    named = [model for model in models if name in (None, model["id"], *(model.get("aliases") or ()))]
+    if len(named) == 1:
+        return named[0]
+    listed = ", ".join(model["id"] for model in models)
+    if name is None:
+        raise ConfigError(f"The server at {url} has {len(models)} models: {listed}.", "Name one of them.")
+    raise ConfigError(f"The server at {url} has no model {name!r}.", f"Give one of {listed}.")

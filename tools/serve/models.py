@@ -1,0 +1,436 @@
+"""Models of a server: each is loaded when a request needs it, and unloaded when another one needs its memory.
+
+A request *pins* its model: it waits until the model is loaded, and the model stays loaded until the request has ended.
+One thread loads and unloads, in the order in which requests have come: while it makes room for a model, later requests
+for those that have to go wait, too. So no model waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moetier.runtime.machine.memory import Available, memory_for_model
+from moetier.tiers.closeable import Closeable
+from moetier.tiers.errors import BudgetError
+from moetier.tiers.threads import start_thread
+from moetier.tools.cli.lean import return_freed_memory
+
+from .catalogue import Catalogue
+from .keys import Keys
+from .metrics import Tally
+from .protocols.refusal import ENDING, Refusal, log_failure, unknown_model
+
+if TYPE_CHECKING:  # transformers is imported when a model is loaded, which takes less time and memory
+    from moetier.runtime.engine.saved_pages import Traffic
+
+    from .serving import Served
+
+TOO_LARGE = "model_too_large"  # code of the error of a model that does not fit
+_log = logging.getLogger(__name__)
+
+
+class LoadsModels(Protocol):
+    """Loads models for a server."""
+
+    @property
+    def resources(self) -> Mapping[str, Any]:
+        """Keyword arguments of ``load``."""
+
+    @property
+    def keys(self) -> Keys | None:
+        """The API keys of the server; None: it has none."""
+
+    def loaded(
+        self, directory: Path, tally: Tally, options: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[Served]:
+        """Load a model, and unload it at the end of the context; as ``Loader.loaded``."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """State of a model."""
+
+    name: str
+    tally: Tally
+    served: Served | None = None  # None: it is not loaded
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # unloads it
+    users: int = 0  # requests that use it
+    waiting: list[Pin] = field(default_factory=list)  # requests that wait until it is loaded
+    used: float = 0.0  # time of the end of its last request
+    drains: bool = False  # whether it is unloaded as soon as no request uses it
+    is_loading: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether further requests can use it."""
+        return self.served is not None and self.served.service.is_alive and not self.drains
+
+
+class Pin:
+    """A request's hold on a model, from its arrival to its end. A context manager."""
+
+    def __init__(self, entry: Entry, release: Callable[[Pin], None]) -> None:
+        self.entry = entry
+        self.future: Future[Served] = Future()
+        self._release = release
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.entry.name
+
+    async def served(self) -> Served:
+        """Wait until the model is loaded, and return it. Raises Refusal if it can't be loaded."""
+        return self.future.result() if self.future.done() else await asyncio.wrap_future(self.future)
+
+    def say(self) -> str:
+        """Return what a client waits for."""
+        return f"loading {self.entry.name}" if self.entry.is_loading else f"{self.entry.name} waits to be loaded"
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release(self)
+
+
+class _UnwantedError(Exception):
+    """No request waits for the model any longer."""
+
+
+class Models(Closeable):
+    """The models of a server. Thread-safe; requests may come in several event loops."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        loader: LoadsModels,
+        *,
+        keep_alive: float | None = None,
+        available: Callable[[], Available] = memory_for_model,
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            catalogue: names and places of the models.
+            loader: loads them.
+            keep_alive: seconds after the end of its last request in which a model stays loaded; None: for ever.
+            available: returns the memory that is free.
+        """
+        self.catalogue = catalogue
+        self._loader = loader
+        self._keep_alive = keep_alive
+        self._available = available
+        self._whole = Available(0, "this machine")  # memory that was free when no model was loaded
+        # guards: ``_entries``, ``_wanted``, ``_thread``, ``_is_ending``, ``_is_closed``, ``_traffic``
+        self._changed = threading.Condition()
+        self._entries = {name: self._entry_of(name) for name in catalogue.models()}
+        self._wanted: list[Entry] = []  # for which requests wait, in the order of the first of them
+        self._thread: threading.Thread | None = None
+        self._is_ending = self._is_closed = False
+        self._traffic: Traffic | None = None  # of keys and values on disk, of the models that were unloaded
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def find(self, asked: str | None) -> str:
+        """Return the name of the model that a request names. Raises Refusal if there is none."""
+        if asked is None:
+            if not self.catalogue.has_one:
+                raise Refusal(400, "model: name one of the models that GET /v1/models lists.", param="model")
+            (asked,) = self.catalogue.models()
+        if (name := self.catalogue.find(asked)) is None:
+            raise unknown_model(asked)
+        return name
+
+    def pin(self, name: str) -> Pin:
+        """Return a request's hold on the model ``name``, which is loaded if it is not.
+
+        Raises Refusal if the server shuts down.
+        """
+        with self._changed:
+            if self._is_ending:
+                raise Refusal(503, ENDING)
+            if name not in self._entries:
+                self._entries[name] = self._entry_of(name)
+            entry = self._entries[name]
+            pin = Pin(entry, self._release)
+            if entry.is_ready:
+                self._let_use(entry, [pin])
+            else:
+                entry.waiting.append(pin)
+                if entry not in self._wanted:
+                    self._wanted.append(entry)
+                self._wake()
+            return pin
+
+    def _entry_of(self, name: str) -> Entry:
+        keys = self._loader.keys
+        return Entry(name, Tally([""] if keys is None else keys.names))
+
+    def _let_use(self, entry: Entry, pins: list[Pin]) -> None:
+        """Let requests use a loaded model. The caller holds ``_changed``."""
+        assert entry.served is not None
+        for pin in pins:
+            if pin.future.set_running_or_notify_cancel():
+                entry.users += 1
+                pin.future.set_result(entry.served)
+
+    def _release(self, pin: Pin) -> None:
+        with self._changed:
+            entry = pin.entry
+            if pin in entry.waiting:
+                entry.waiting.remove(pin)
+            elif not pin.future.cancelled() and pin.future.exception() is None:
+                entry.users -= 1
+                entry.used = time.monotonic()
+            self._changed.notify_all()
+
+    # -- what others see ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def seen(self) -> Iterator[list[tuple[str, Tally, Served | None]]]:
+        """Yield the name, the counts and, if it is loaded, what serves each model. None is unloaded in the context."""
+        names = self.catalogue.models()
+        with self._changed:
+            entries = [self._entries.setdefault(name, self._entry_of(name)) for name in names]
+            loaded = [entry for entry in entries if entry.served is not None]
+            for entry in loaded:
+                entry.users += 1
+            seen = [(entry.name, entry.tally, entry.served) for entry in entries]
+        try:
+            yield seen
+        finally:
+            seen.clear()
+            with self._changed:
+                for entry in loaded:
+                    entry.users -= 1
+                self._changed.notify_all()
+
+    def used_tokens(self, key: str) -> int:
+        """Return how many tokens of prompts and answers were counted for an API key, of all models."""
+        with self._changed:
+            entries = [*self._entries.values()]
+        return sum(entry.tally.used_tokens(key) for entry in entries)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engines of all loaded models can compute. One that can't is loaded again for a request."""
+        with self._changed:
+            return all(entry.served is None or entry.served.service.is_alive for entry in self._entries.values())
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What was read and written of keys and values on disk, of models that were unloaded; None: there is none."""
+        with self._changed:
+            return self._traffic
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def load_only(self) -> Served:
+        """Load the only model now, on the calling thread, and return it. Raises MoetierError if it can't be loaded."""
+        (name,) = self.catalogue.models()
+        return self._load(self._entries[name], {})
+
+    def _wake(self) -> None:
+        """Let the thread look what there is to do. The caller holds ``_changed``."""
+        if self._thread is None:
+            self._thread = start_thread("moetier-models", self._work)
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        while (entry := self._next()) is not None:
+            if entry.waiting:
+                self._provide(entry)
+            else:
+                self._unload(entry)
+
+    def _next(self) -> Entry | None:
+        """Wait for a model that is wanted, or that has not been used for long, and return it; None at the end."""
+        with self._changed:
+            while not self._is_closed:
+                self._wanted = [entry for entry in self._wanted if entry.waiting]
+                if self._wanted:
+                    return self._wanted[0]
+                seconds = None
+                if self._keep_alive is not None:
+                    idle = [entry for entry in self._entries.values() if entry.served is not None and not entry.users]
+                    if (oldest := min(idle, key=lambda entry: entry.used, default=None)) is not None:
+                        seconds = oldest.used + self._keep_alive - time.monotonic()
+                        if seconds <= 0:
+                            return oldest
+                self._changed.wait(seconds)
+        return None
+
+    def _provide(self, entry: Entry) -> None:
+        """Load a model for the requests that wait for it, or refuse them."""
+        refusal = None
+        try:
+            if not entry.is_ready:
+                self._load(entry, self._make_room(entry))
+        except _UnwantedError:
+            pass
+        except Exception as error:
+            refusal = _refusal(entry.name, error)
+        if refusal is not None:
+            gc.collect()  # now that the error refers to no part of the model
+            return_freed_memory()
+        with self._changed:
+            pins, entry.waiting = entry.waiting, []
+            if refusal is None and entry.served is not None:
+                self._let_use(entry, pins)
+            elif pins:
+                _refuse(pins, refusal or Refusal(503, ENDING))
+
+    def _load(self, entry: Entry, options: Mapping[str, Any]) -> Served:
+        """Load a model, with ``options`` in place of the server's. Others go if memory turns out to be too small."""
+        began = time.monotonic()
+        while (opened := self._opened(entry, options)) is None:
+            self._unload(self._first_to_go(entry), entry)
+            options = options if self._others(entry) else {}
+        served, closing = opened
+        with self._changed:
+            entry.served, entry.closing, entry.used = served, closing, time.monotonic()
+        _log.info("%s is loaded, after %.1f s", entry.name, time.monotonic() - began)
+        return served
+
+    def _opened(self, entry: Entry, options: Mapping[str, Any]) -> tuple[Served, contextlib.ExitStack] | None:
+        """Return a loaded model, with what unloads it; None if memory is too small beside others."""
+        entry.is_loading = True
+        try:
+            with contextlib.ExitStack() as stack:
+                path = self.catalogue.models()[entry.name]
+                served = stack.enter_context(self._loader.loaded(path, entry.tally, options))
+                return served, stack.pop_all()
+        except BudgetError:
+            if not self._others(entry):
+                raise
+            return None
+        finally:
+            entry.is_loading = False
+
+    def _make_room(self, entry: Entry) -> Mapping[str, Any]:
+        """Unload models until there is memory for another one. Return the options with which it is to be loaded.
+
+        The memory is what it would take if no other were loaded. Raises BudgetError, before any is unloaded, if it does
+        not fit then.
+        """
+        if entry.served is not None:  # its engine has failed
+            self._unload(entry, entry)
+        if self._others(entry):
+            taken, free = self._taken(), self._available()
+            bytes_ = min(self._whole.bytes, free.bytes + taken)
+            whole = Available(bytes_, self._whole.limiter, self._whole.share)
+            from .reservation import reservation_of
+
+            reservation = reservation_of(self.catalogue.models()[entry.name], self._loader.resources, whole)
+            while self._others(entry):
+                if reservation is not None and reservation.nbytes <= whole.bytes - self._taken():
+                    return reservation.options
+                self._unload(self._first_to_go(entry), entry)
+        self._whole = self._available()
+        return {}
+
+    def _others(self, entry: Entry) -> list[Entry]:
+        with self._changed:
+            return [other for other in self._entries.values() if other.served is not None and other is not entry]
+
+    def _first_to_go(self, entry: Entry) -> Entry:
+        """Return the model that was not used for longest, of those without a request if there is one."""
+        return min(self._others(entry), key=lambda other: (other.users > 0, other.used))
+
+    def _taken(self) -> int:
+        with self._changed:
+            return sum(entry.served.reserved for entry in self._entries.values() if entry.served is not None)
+
+    def _unload(self, entry: Entry, wanted: Entry | None = None) -> None:
+        """Unload a model that no request uses.
+
+        ``wanted``: the model that needs its memory, for which the requests that use it are waited for. Raises
+        _UnwantedError if no request waits for that model any longer.
+        """
+        with self._changed:
+            if wanted is not None:
+                entry.drains = True
+                self._changed.wait_for(lambda: not (entry.users and wanted.waiting) or self._is_closed)
+                entry.drains = False
+                if entry.users:
+                    raise _UnwantedError
+            if entry.users or entry.served is None:
+                return
+            unload = self._take_out(entry)
+        began = time.monotonic()
+        unload()
+        _log.info("%s is unloaded, after %.1f s", entry.name, time.monotonic() - began)
+
+    def _take_out(self, entry: Entry) -> Callable[[], None]:
+        """Let no further request use a model, and return what unloads it. The caller holds ``_changed``."""
+        assert entry.served is not None
+        closing, disk = entry.closing, entry.served.service.disk
+        entry.served, entry.closing = None, contextlib.ExitStack()
+
+        def unload() -> None:
+            try:
+                closing.close()
+            except Exception as error:
+                log_failure(f"Unloading {entry.name}", error)
+            gc.collect()
+            return_freed_memory()
+            if self._others(entry):
+                gc.freeze()  # again, as ``Loader.loaded`` does
+            if disk is not None:
+                with self._changed:
+                    self._traffic = disk.traffic() if self._traffic is None else self._traffic + disk.traffic()
+
+        return unload
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """End all answers, and refuse others, because the server shuts down."""
+        with self._changed:
+            self._is_ending = True
+            for entry in self._entries.values():
+                _refuse(entry.waiting, Refusal(503, ENDING))
+                entry.waiting = []
+            services = [entry.served.service for entry in self._entries.values() if entry.served is not None]
+            self._changed.notify_all()
+        for service in services:
+            service.cut()
+
+    def close(self) -> None:
+        """Unload all models, and end the thread once it has loaded or unloaded the model with which it is busy."""
+        self.cut()
+        with self._changed:
+            self._is_closed = True
+            thread = self._thread
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join()
+        with self._changed:
+            unloads = [self._take_out(entry) for entry in self._entries.values() if entry.served is not None]
+        for unload in unloads:
+            unload()
+
+
+def _refuse(pins: list[Pin], refusal: Refusal) -> None:
+    for pin in pins:
+        if pin.future.set_running_or_notify_cancel():
+            pin.future.set_exception(refusal)
+
+
+def _refusal(name: str, error: Exception) -> Refusal:
+    """Return what requests for a model are told that can't be loaded. What has no place in it goes to the log."""
+    log_failure(f"Loading {name}", error)
+    if isinstance(error, BudgetError):
+        return Refusal(507, f"The model {name} does not fit into memory. {error.cause}", code=TOO_LARGE)
+    return Refusal(503, f"The model {name} can't be loaded; the server's log says why.")
