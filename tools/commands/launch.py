@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model, to estimate how long a first prompt takes (default: the one that moetier list shows by the "
         "name of the server's model)",
     )
-    parser.add_argument("--run", action="store_true", help="start the program, without a change of its files")
+    parser.add_argument(
+        "--run", dest="starts", action="store_true", help="start the program, without a change of its files"
+    )
     parser.add_argument(
         "--estimate",
         action=argparse.BooleanOptionalAction,
@@ -59,18 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the configuration, or start the program and return its status. Raises MoetierError."""
     client = CLIENTS[arguments.client]
-    if arguments.words and not arguments.run:
+    if arguments.words and not arguments.starts:
         raise ConfigError("The words are for the program, which is not started.", "Give --run.")
     url = arguments.url.rstrip("/").removesuffix("/v1")
     key = key_of(arguments.api_key_file)
     model = chosen(models_of(url, key), arguments.model, url)
     target = Target(url, model["id"], model.get("max_model_len") or CONTEXT, key)
-    out = sys.stderr if arguments.run else sys.stdout
-    if not arguments.run:
+    out = sys.stderr if arguments.starts else sys.stdout
+    if not arguments.starts:
         print(f"# {client.place}\n{client.configuration(target)}", flush=True)
     if arguments.estimate and (line := first_prompt(client, target, arguments.directory)):
         print(line, file=out, flush=True)
-    if arguments.run:
+    if arguments.starts:
         return start(client, client.launch(target), arguments.words)
     print(f"\n# or, without a change of files: moetier launch {arguments.client} --run")
     return 0

@@ -18,6 +18,8 @@ def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
     Raises UnavailableError if no server of moetier answers, and ConfigError if the key is missing or wrong.
     """
     try:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("it is no address of HTTP")
         request = urllib.request.Request(f"{url}/v1/models")
         if key is not None:
             request.add_header("Authorization", f"Bearer {key}")

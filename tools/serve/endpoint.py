@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .choices import Choices
 from .middleware import USER, Message, Receive, Send
-from .models import Models, Pin
+from .models import Models
+from .pins import Pin
 from .protocols.body import AnyBody, QueryBody, UnknownFields
 from .protocols.events import Answered
 from .protocols.protocol import Protocol, Reply

@@ -7,15 +7,12 @@ for those that have to go wait, too. So no model waits for ever.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +25,7 @@ from moetier.tools.cli.lean import return_freed_memory
 from .catalogue import Catalogue
 from .keys import Keys
 from .metrics import Tally
+from .pins import Entry, Pin, refuse
 from .protocols.refusal import ENDING, Refusal, log_failure, unknown_model
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded, which takes less time and memory
@@ -54,54 +52,6 @@ class LoadsModels(Protocol):
         self, directory: Path, tally: Tally, options: Mapping[str, Any]
     ) -> contextlib.AbstractContextManager[Served]:
         """Load a model, and unload it at the end of the context; as ``Loader.loaded``."""
-
-
-@dataclass(eq=False)
-class Entry:
-    """State of a model."""
-
-    name: str
-    tally: Tally
-    served: Served | None = None  # None: it is not loaded
-    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # unloads it
-    users: int = 0  # requests that use it
-    waiting: list[Pin] = field(default_factory=list)  # requests that wait until it is loaded
-    used: float = 0.0  # time of the end of its last request
-    drains: bool = False  # whether it is unloaded as soon as no request uses it
-    is_loading: bool = False
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether further requests can use it."""
-        return self.served is not None and self.served.service.is_alive and not self.drains
-
-
-class Pin:
-    """A request's hold on a model, from its arrival to its end. A context manager."""
-
-    def __init__(self, entry: Entry, release: Callable[[Pin], None]) -> None:
-        self.entry = entry
-        self.future: Future[Served] = Future()
-        self._release = release
-
-    @property
-    def name(self) -> str:
-        """Name of the model."""
-        return self.entry.name
-
-    async def served(self) -> Served:
-        """Wait until the model is loaded, and return it. Raises Refusal if it can't be loaded."""
-        return self.future.result() if self.future.done() else await asyncio.wrap_future(self.future)
-
-    def say(self) -> str:
-        """Return what a client waits for."""
-        return f"loading {self.entry.name}" if self.entry.is_loading else f"{self.entry.name} waits to be loaded"
-
-    def __enter__(self) -> Pin:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._release(self)
 
 
 class _UnwantedError(Exception):
@@ -224,9 +174,10 @@ class Models(Closeable):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engines of all loaded models can compute. One that can't is loaded again for a request."""
+        """Whether a loaded model can compute, or none is loaded. A request loads a model again that can't."""
         with self._changed:
-            return all(entry.served is None or entry.served.service.is_alive for entry in self._entries.values())
+            services = [entry.served.service for entry in self._entries.values() if entry.served is not None]
+        return not services or any(service.is_alive for service in services)
 
     @property
     def traffic(self) -> Traffic | None:
@@ -289,7 +240,7 @@ class Models(Closeable):
             if refusal is None and entry.served is not None:
                 self._let_use(entry, pins)
             elif pins:
-                _refuse(pins, refusal or Refusal(503, ENDING))
+                refuse(pins, refusal or Refusal(503, ENDING))
 
     def _load(self, entry: Entry, options: Mapping[str, Any]) -> Served:
         """Load a model, with ``options`` in place of the server's. Others go if memory turns out to be too small."""
@@ -400,7 +351,7 @@ class Models(Closeable):
         with self._changed:
             self._is_ending = True
             for entry in self._entries.values():
-                _refuse(entry.waiting, Refusal(503, ENDING))
+                refuse(entry.waiting, Refusal(503, ENDING))
                 entry.waiting = []
             services = [entry.served.service for entry in self._entries.values() if entry.served is not None]
             self._changed.notify_all()
@@ -420,12 +371,6 @@ class Models(Closeable):
             unloads = [self._take_out(entry) for entry in self._entries.values() if entry.served is not None]
         for unload in unloads:
             unload()
-
-
-def _refuse(pins: list[Pin], refusal: Refusal) -> None:
-    for pin in pins:
-        if pin.future.set_running_or_notify_cancel():
-            pin.future.set_exception(refusal)
 
 
 def _refusal(name: str, error: Exception) -> Refusal:

@@ -19,7 +19,8 @@ STATUSES = {
     "413": "The body is too large.",
     "429": "Too many requests wait, or the API key has used up what it may.",
     "500": "The answer failed.",
-    "503": "The server is shutting down, or can't compute any more.",
+    "503": "The server is shutting down, or can't load the model, or can't compute any more.",
+    "507": "The model does not fit into memory.",
 }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
+import sys
 import threading
 import time
 import weakref
@@ -73,7 +74,7 @@ def serving(places: list[Path], *options: str, whole: int = PLENTY, **seconds: f
         Models(catalogue, loader, keep_alive=arguments.keep_alive, available=available) as models,
         listening(application(models, keys, 64, **seconds)) as url,
         # on a busy machine the server closes a connection that was idle
-        httpx2.Client(base_url=url, timeout=PATIENCE, headers={"Connection": "close"}) as client,
+        httpx2.Client(base_url=url, timeout=3 * PATIENCE, headers={"Connection": "close"}) as client,
     ):
         yield models, client
 
@@ -123,8 +124,8 @@ def test_of_two_models_one_fits(pair: list[Path]) -> None:
 
         assert [count(name) for name in "abab"] == [200] * 4
         assert loaded(client) == ["b"]
-        with ThreadPoolExecutor(6) as threads:
-            assert {*threads.map(count, "ab" * 12)} == {200}
+        with ThreadPoolExecutor(4) as threads:
+            assert {*threads.map(count, "ab" * 4)} == {200}
         assert most == 1
         assert models._taken() <= one_of(pair[0])
 
@@ -163,11 +164,12 @@ def test_an_unload_leaves_nothing(pair: list[Path]) -> None:
         with models.pin("a") as pin:
             served = pin.future.result(PATIENCE)
             model, arena = weakref.ref(served.service.model), served.reserved
-            assert descriptors() > before
+            assert of_models()
             del served
         began = time.monotonic()
         del pin
-        wait_until(lambda: model() is None and not of_models() and descriptors() == before)
+        wait_until(lambda: model() is None)
+        wait_until(lambda: not of_models() and descriptors() <= before)  # connections may have closed since
         assert arena > 0
         assert time.monotonic() - began < PATIENCE
         assert loaded(client) == []
@@ -195,12 +197,23 @@ def test_an_engine_that_dies_fails_its_own_answers_only(pair: list[Path], monkey
 
         monkeypatch.setattr(Engine, "step", end)
         assert ask(client, "a").status_code == 500
-        wait_until(lambda: not models.is_alive)
+        wait_until(lambda: not models._entries["a"].is_ready)
+        assert client.get("/health").status_code == 200, "the other one is alive"
+        assert [ask(client, name).status_code for name in "ba"] == [200, 200]
+        assert loaded(client) == ["a", "b"]
+
+
+def test_the_only_engine_that_dies_is_seen_and_made_again(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(pair[:1]) as (models, client):
+        assert ask(client, None).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "step", lambda _: sys.exit())
+            assert ask(client, "a").status_code == 500
+            wait_until(lambda: not models.is_alive)
         health = client.get("/health")
         assert (health.status_code, health.json()["reason"]) == (503, "cb_worker_dead")
-        assert [ask(client, name).status_code for name in "ba"] == [200, 200]
-        assert client.get("/health").status_code == 200
-        assert loaded(client) == ["a", "b"]
+        assert ask(client, "a").status_code == 200
+        assert client.get("/health").json() == {"status": "ok"}
 
 
 def test_a_model_that_can_not_be_loaded_takes_no_other_its_place(

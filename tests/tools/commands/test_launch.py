@@ -1,0 +1,176 @@
+"""`moetier launch`: what it prints, and programs that it starts, at a small server in place of one with a model.
+
+tests/clients has the programs themselves; tests/helpers/agents.py configures them in the same way.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetier.tools.launch.clients import CLIENTS, Target
+from moetier.tools.launch.first_prompt import seconds_of
+from moetier.tools.main import main
+
+KEY = "a-key-of-the-tests"
+# prints what it was given, and the temporary file if an argument names one
+PROGRAM = """#!/bin/sh
+for word; do printf '%s\\n' "$word"; done
+for word; do [ -f "$word" ] && cat "$word"; done
+env | grep -E '^(ANTHROPIC|CLAUDE_CODE|OPENCODE|MOETIER_API)'
+exit 3
+"""
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Has the models "one" and "two" for all who show the key."""
+
+    def do_GET(self) -> None:
+        may = self.path == "/v1/models" and self.headers["authorization"] == f"Bearer {KEY}"
+        models = [
+            {"id": "one", "aliases": ["first"], "loaded": True, "max_model_len": 4000},
+            {"id": "two", "aliases": [], "loaded": False, "max_model_len": None},
+        ]
+        body = json.dumps({"data": models}).encode()
+        self.send_response(200 if may else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("MOETIER_API_KEY", KEY)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for client in CLIENTS.values():
+        (folder / client.command).write_text(PROGRAM)
+        (folder / client.command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["launch", *words, "--no-estimate"]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of it has the key itself."""
+    said = {name: printed(capsys, name, "--url", url, "--model", "first") for name in CLIENTS}
+    bodies = {name: text.partition("\n")[2].partition("\n\n# or")[0] for name, text in said.items()}
+    assert all(KEY not in text for text in said.values())
+    opencode, pi = json.loads(bodies["opencode"]), json.loads(bodies["pi"])
+    assert opencode["model"] == "moetier/one"
+    assert opencode["provider"]["moetier"]["options"] == {"baseURL": f"{url}/v1", "apiKey": "{env:MOETIER_API_KEY}"}
+    assert opencode["provider"]["moetier"]["models"]["one"]["limit"] == {"context": 4000, "output": 1000}
+    assert pi["providers"]["moetier"]["apiKey"] == "MOETIER_API_KEY"
+    assert pi["providers"]["moetier"]["models"] == [{"id": "one", "contextWindow": 4000, "maxTokens": 1000}]
+    codex = tomllib.loads(bodies["codex"])
+    assert (codex["model"], codex["model_provider"], codex["model_context_window"]) == ("one", "moetier", 4000)
+    assert codex["model_providers"]["moetier"] == {
+        "name": "moetier", "base_url": f"{url}/v1", "wire_api": "responses", "env_key": "MOETIER_API_KEY",
+    }  # fmt: skip
+    assert f'export ANTHROPIC_BASE_URL="{url}"' in bodies["claude"]
+    assert 'export ANTHROPIC_AUTH_TOKEN="$MOETIER_API_KEY"' in bodies["claude"]
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_it_starts_each_with_what_is_temporary(
+    name: str, url: str, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    words = [
+        "launch",
+        name,
+        "--url",
+        f"{url}/v1/",
+        "--model",
+        "two",
+        "--run",
+        "--no-estimate",
+        "--",
+        "--continue",
+        "-x",
+    ]
+    assert main(words) == 3, "the program's own status"
+    said: str = capfd.readouterr().out
+    assert "--continue\n-x\n" in said
+    assert url in said
+    assert "two" in said
+    assert KEY in said
+    assert not [*home.iterdir()]
+    for path in (line for line in said.splitlines() if line.startswith("/")):
+        assert not Path(path).exists(), "it is gone with the program"
+
+
+def test_values_reach_codex_as_toml() -> None:
+    target = Target("http://h:1", 'a "b" \\ c', 8192, "k")
+    words = CLIENTS["codex"].launch(target).arguments
+    values: dict[str, Any] = {}
+    for word in words[1::2]:
+        values |= tomllib.loads(word)
+    assert {*words[::2]} == {"--config"}
+    assert values["model"] == target.model
+    assert values["model_providers"]["moetier"]["base_url"] == "http://h:1/v1"
+
+
+def test_without_a_key_none_is_named() -> None:
+    target = Target("http://h:1", "m")
+    for name, client in CLIENTS.items():
+        assert "MOETIER_API_KEY" not in client.configuration(target), name
+        assert "MOETIER_API_KEY" not in str(client.launch(target)), name
+
+
+def test_what_can_not_be_used_is_said(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*words: str) -> str:
+        assert main(["launch", "pi", "--no-estimate", *words]) != 0
+        return capsys.readouterr().err
+
+    assert "has 2 models: one, two" in error("--url", url)
+    assert "has no model 'three'" in error("--url", url, "--model", "three")
+    assert "Give --run" in error("--url", url, "word")
+    assert "There is no server of moetier at http://127.0.0.1:1" in error("--url", "http://127.0.0.1:1")
+    assert "There is no server of moetier at file:///etc" in error("--url", "file:///etc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "Install it: npm install -g @mariozechner/pi-coding-agent" in error("--url", url, "--model", "one", "--run")
+    monkeypatch.setenv("MOETIER_API_KEY", "another")
+    assert "does not accept the API key" in error("--url", url)
+
+
+def test_a_first_prompt_is_estimated_from_a_plan(
+    url: str, tinymix_4bit: Path, short_probes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["launch", "pi", "--url", url, "--model", "one", "--directory", str(tinymix_4bit)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "A first prompt of pi has about 1,909 tokens" in said
+    assert [seconds_of(tokens, [(1000, 2.0), (8000, 30.0)]) for tokens in (500, 1000, 4500, 8000, 8001)] == [
+        1.0, 2.0, 16.0, 30.0, None,
+    ]  # fmt: skip
+    assert seconds_of(10, []) is None

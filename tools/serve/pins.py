@@ -1,0 +1,71 @@
+"""State of a model of a server, and requests that wait for it or use it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .metrics import Tally
+from .protocols.refusal import Refusal
+
+if TYPE_CHECKING:  # transformers is imported when a model is loaded
+    from .serving import Served
+
+
+@dataclass(eq=False)
+class Entry:
+    """State of a model."""
+
+    name: str
+    tally: Tally
+    served: Served | None = None  # None: it is not loaded
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # unloads it
+    users: int = 0  # requests that use it
+    waiting: list[Pin] = field(default_factory=list)  # requests that wait until it is loaded
+    used: float = 0.0  # time of the end of its last request
+    drains: bool = False  # whether it is unloaded as soon as no request uses it
+    is_loading: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether further requests can use it."""
+        return self.served is not None and self.served.service.is_alive and not self.drains
+
+
+class Pin:
+    """A request's hold on a model, from its arrival to its end. A context manager."""
+
+    def __init__(self, entry: Entry, release: Callable[[Pin], None]) -> None:
+        self.entry = entry
+        self.future: Future[Served] = Future()
+        self._release = release
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.entry.name
+
+    async def served(self) -> Served:
+        """Wait until the model is loaded, and return it. Raises Refusal if it can't be loaded."""
+        return self.future.result() if self.future.done() else await asyncio.wrap_future(self.future)
+
+    def say(self) -> str:
+        """Return what a client waits for."""
+        return f"loading {self.entry.name}" if self.entry.is_loading else f"{self.entry.name} waits to be loaded"
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release(self)
+
+
+def refuse(pins: Iterable[Pin], refusal: Refusal) -> None:
+    """Refuse requests that wait."""
+    for pin in pins:
+        if pin.future.set_running_or_notify_cancel():
+            pin.future.set_exception(refusal)
