@@ -100,7 +100,7 @@ class Catalogue:
         asked = self.aliases.get(asked, asked)
         if asked in self._models:
             return asked
-        tagged = [name for name in self.models() if asked in (name, name.rpartition(":")[0])]
+        tagged = [name for name in self.models() if asked == name or (asked and asked == name.rpartition(":")[0])]
         return tagged[0] if len(tagged) == 1 else None
 
 

@@ -83,6 +83,7 @@ def test_aliases_are_further_names(folder: Path) -> None:
 def test_a_name_is_of_one_model(folder: Path, tmp_path: Path) -> None:
     model = folder / "mixtral-4bit"
     assert Catalogue([model], name="small").models() == {"small": model}
+    assert Catalogue([model], name="small").find("") is None
     assert Catalogue([model]).has_one
     assert not Catalogue([folder]).has_one
     assert len(Catalogue([model, folder]).models()) == 7, "it is given twice"
