@@ -31,6 +31,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/engine/constraint.py": ("runtime/engine/test_grammar.py", PARTS),
     "runtime/kernels/layer/attention_piece.py": ("runtime/kernels/layer/test_attend.py", CODE),
     "runtime/kernels/layer/attention_tasks.py": ("runtime/kernels/layer/test_attention.py", CODE),
+    "runtime/kernels/layer/heads.py": ("runtime/kernels/layer/test_attention.py", CODE),
     "runtime/kernels/layer/routing_code.py": ("runtime/kernels/layer/test_routing.py", CODE),
     "runtime/kernels/products/gemm.py": ("runtime/kernels/products/test_api.py", CODE),
     "runtime/kernels/products/gemm_avx2.py": ("runtime/kernels/products/test_processors.py", CODE),
