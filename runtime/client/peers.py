@@ -77,8 +77,7 @@ class Peer:
         return self.counts.share(self.name, self.away.cause if self.away else "", self.failures)
 
     def leave(self, former: ShareCounts) -> None:
-        """Add the counts to those of former daemons, and from now on what calls under way still give."""
-        former.count(**asdict(self.counts))
+        """Count what calls under way still give among ``former`` daemons, which have got the counts."""
         self.counts = former
 
 
@@ -292,6 +291,7 @@ class Peers:
             self._peers = peers | new
             self._orders = {}
             for peer in former:
+                self._former.count(**asdict(peer.counts))
                 peer.leave(self._former)
             self._state.notify_all()
         for peer in former:

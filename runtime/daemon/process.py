@@ -118,12 +118,39 @@ def _start(
 ) -> tuple[Clients, list[grpc.Server], DaemonCard]:
     """Open the models, and start all servers. ``closing`` will close everything that is opened here."""
     token = read_token(config.token_file) if config.token_file is not None else None
-    credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+    credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)  # checked before all else
     stores = open_stores(config.directories, closing)  # before the folder is made, as a model may be missing
     make_folder(config.folder)
     was_killed = closing.enter_context(locked_folder(config.folder))
     models = open_models(config, stores, manager, closing, was_killed=was_killed)
     clients = Clients(models, leases=config.leases, timeout=config.wait)
+    servers, listen = _start_servers(config, clients, token, credentials, closing)
+    control = ControlServer(
+        config.folder,
+        register=clients.register,
+        unregister=clients.unregister,
+        max_clients=config.max_clients,
+        version=version("moetier"),
+    )
+    closing.callback(control.close)
+    served = tuple(
+        ServedModel(model.name, model.digest, str(model.location), model.budget_bytes) for model in models.values()
+    )
+    metrics = _start_metrics(config, clients, closing)
+    card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
+    closing.callback((config.folder / CARD).unlink, missing_ok=True)
+    card.write(config.folder)
+    return clients, servers, card
+
+
+def _start_servers(
+    config: DaemonConfig,
+    clients: Clients,
+    token: str | None,
+    credentials: grpc.ServerCredentials | None,
+    closing: contextlib.ExitStack,
+) -> tuple[list[grpc.Server], str]:
+    """Start the gRPC servers. Return them, and the address for other hosts; "" if they can't connect."""
     servers = [local_server(clients, sessions=config.max_clients)]
     if config.listen:
         servers.append(remote_server(clients, token=token))
@@ -141,29 +168,19 @@ def _start(
         listen = f"{config.listen.rpartition(':')[0]}:{port}"
     for server in servers:
         server.start()
-    control = ControlServer(
-        config.folder,
-        register=clients.register,
-        unregister=clients.unregister,
-        max_clients=config.max_clients,
-        version=version("moetier"),
-    )
-    closing.callback(control.close)
-    served = tuple(
-        ServedModel(model.name, model.digest, str(model.location), model.budget_bytes) for model in models.values()
-    )
-    metrics = ""
-    if config.metrics:
-        from .metrics import DaemonCollector, MetricsServer, registry_of
+    return servers, listen
 
-        registry = registry_of(DaemonCollector(clients.stats))
-        metrics_server = MetricsServer(config.metrics_address, registry, lambda: clients.is_serving)
-        closing.callback(metrics_server.close)
-        metrics = metrics_server.address
-    card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
-    closing.callback((config.folder / CARD).unlink, missing_ok=True)
-    card.write(config.folder)
-    return clients, servers, card
+
+def _start_metrics(config: DaemonConfig, clients: Clients, closing: contextlib.ExitStack) -> str:
+    """Start the server of metrics, if there is to be one. Return its address, or ""."""
+    if not config.metrics:
+        return ""
+    from .metrics import DaemonCollector, MetricsServer, registry_of
+
+    registry = registry_of(DaemonCollector(clients.stats))
+    server = MetricsServer(config.metrics_address, registry, lambda: clients.is_serving)
+    closing.callback(server.close)
+    return server.address
 
 
 def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, clients: Clients) -> None:

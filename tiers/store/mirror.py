@@ -25,7 +25,8 @@ from moetier.tiers.manifest import Manifest
 
 from .base import DirectoryStore, Pause, WrapperStore
 from .folder import MIRRORS, has_store, is_cache, read_json, read_manifest, store_folder
-from .reader import ExpertStore, Read, RecordPart, as_bytes, read_in_pieces, run_reads
+from .pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
+from .reader import ExpertStore
 
 LEAST_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
 MEMORY = 1.0  # seconds of reading over which the rate of a disk is averaged
@@ -177,10 +178,10 @@ class MirroredStore(WrapperStore):
 
     def _read_part(self, key: ExpertKey, used: set[_Copy], part: RecordPart, crc: int) -> int:
         """Read a part of a record, and add the copies from which it was read to ``used``. See ``ReadPart``."""
-        with self._queued(key, len(part.memory)) as portions:
-            used.update(copy for copy, _ in portions)
+        with self._queued(key, len(part.memory)) as assigned:
+            used.update(copy for copy, _ in assigned)
             reads, first = [], 0
-            for copy, length in portions:
+            for copy, length in assigned:
                 for at, memory, payload in part.pieces(first, first + length):
                     read = partial(self._read, copy, key, at, memory)
                     reads.append(Read(copy.store.threads, read, payload))
@@ -189,17 +190,17 @@ class MirroredStore(WrapperStore):
 
     @contextlib.contextmanager
     def _queued(self, key: ExpertKey, length: int) -> Iterator[list[tuple[_Copy, int]]]:
-        """Yield the portions of ``_divide``. They count as queued until the ``with`` block ends."""
+        """Yield the assigned of ``_divide``. They count as queued until the ``with`` block ends."""
         with self._lock:
-            portions = self._divide(key, length)
-            for copy, nbytes in portions:
-                copy.queue(nbytes)
+            assigned = self._divide(key, length)
+            for copy, nbytes in assigned:
+                copy.enqueue(nbytes)
         try:
-            yield portions
+            yield assigned
         finally:
             with self._lock:
-                for copy, nbytes in portions:
-                    copy.queue(-nbytes)
+                for copy, nbytes in assigned:
+                    copy.dequeue(nbytes)
 
     def _divide(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
         """Divide ``length`` bytes between the two copies that would finish first, so that both finish at the same time.
@@ -213,7 +214,7 @@ class MirroredStore(WrapperStore):
         usable = [copy for copy in self._copies if copy.may_read(key, now)] or self._copies
         first, *others = sorted(usable, key=lambda copy: copy.seconds(length))
         stale = [copy for copy in others if copy.is_stale(now)]
-        portions = [(first, length)]
+        assigned = [(first, length)]
         if others:
             second = (stale or others)[0]
             seconds = (first.queued + second.queued + length) / (first.rate + second.rate)
@@ -221,8 +222,8 @@ class MirroredStore(WrapperStore):
             if stale:
                 rest = min(max(rest, LEAST_BYTES), length)
             if rest >= LEAST_BYTES or stale:
-                portions = [(first, length - rest), (second, rest)]
-        return [(copy, nbytes) for copy, nbytes in portions if nbytes]
+                assigned = [(first, length - rest), (second, rest)]
+        return [(copy, nbytes) for copy, nbytes in assigned if nbytes]
 
     def _read(self, copy: _Copy, key: ExpertKey, start: int, part: memoryview) -> None:
         """Read bytes of a record from one copy into ``part``, beginning ``start`` bytes after the start of the record.
@@ -311,9 +312,13 @@ class _Copy:
         """Return how many seconds it would take to read the queued bytes and ``length`` more bytes."""
         return (self.queued + length) / self.rate
 
-    def queue(self, nbytes: int) -> None:
-        """Count ``nbytes`` more that are yet to be read. A negative number counts bytes that need no longer be read."""
+    def enqueue(self, nbytes: int) -> None:
+        """Count ``nbytes`` more that are yet to be read."""
         self.queued += nbytes
+
+    def dequeue(self, nbytes: int) -> None:
+        """Count that many bytes less: they were read, or need no longer be read."""
+        self.queued -= nbytes
 
     def note_success(self) -> None:
         """Note that a whole record was read."""

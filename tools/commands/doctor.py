@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.tools.cli.parser import DIRECTORY, WIDTH, add_json, directory
+from moetier.tools.cli.help_format import WIDTH
+from moetier.tools.cli.parser import DIRECTORY, add_json, directory
 
 if TYPE_CHECKING:
     from moetier.tools.doctor.machine import Finding

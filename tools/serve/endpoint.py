@@ -149,16 +149,6 @@ async def _end(beginning: Beginning) -> None:
         beginning.result()[1].cancel()
 
 
-async def _end(beginning: Beginning) -> None:
-    """End the answers of a request, once no thread works for it any longer."""
-    beginning.cancel()
-    while not beginning.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({beginning})
-    if not beginning.cancelled() and beginning.exception() is None:
-        beginning.result()[1].cancel()
-
-
 class BodyEndpoint(Generic[AnyBody]):
     """ASGI endpoint that answers a request with JSON, for which nothing is generated."""
 

@@ -55,30 +55,30 @@ class AttentionContext(NamedTuple):
     key_width: int  # D, of a query or key; a multiple of LANES
     value_width: int  # V; a multiple of LANES
     spans: int  # items of a strip: 1, or as many as pieces
-    queries: int  # address of q
-    query_sequence: int  # stride
-    query_head: int  # stride
-    query_token: int  # stride
-    keys: int  # address of place 0 of keys in memory
-    values: int  # the same for values
+    queries: int  # address of q [sequences, heads, tokens, D]
+    query_sequence: int  # strides of q
+    query_head: int
+    query_token: int
+    keys: int  # address of place 0 of the keys' memory [sequences, key heads, places, D]
+    values: int  # address of place 0 of the values' memory [sequences, key heads, places, V]
     pages: int  # address of the numbers of the pages [pages], i64, in which the positions lie
     page_bits: int  # a page has 1 << page_bits positions. In memory, those of page n begin at place n << page_bits
-    key_sequence: int  # stride
-    value_sequence: int  # stride
-    key_head: int  # stride
-    key_position: int  # stride
-    value_head: int  # stride
-    value_position: int  # stride
-    mask: int  # address of the mask; 0 if there is none
-    mask_sequence: int  # stride
-    mask_token: int  # stride
-    out: int  # address of the output
+    key_sequence: int  # strides of both memories
+    value_sequence: int
+    key_head: int
+    key_position: int
+    value_head: int
+    value_position: int
+    mask: int  # address of the fp32 mask [sequences, tokens, positions]; 0 if there is none
+    mask_sequence: int  # strides of the mask
+    mask_token: int
+    out: int  # address of the output [sequences, tokens, heads, V], without gaps
     scratch: int  # address of the threads' memory
     thread_bytes: int  # of a thread's memory
-    results: int  # address of the results of items, if a strip has several
+    results: int  # address of fp32 [items, rows of a strip, V and a vector with m and z], if a strip has several items
     item_bytes: int  # of the results of an item
     scaling: int  # bits of the fp32 factor of scores
-    sinks: int  # address of the sinks; 0 if there are none
+    sinks: int  # address of the sinks [heads]; 0 if there are none
 
 
 STRIDES = (  # of numbers of the kernel's type; the mask has others

@@ -26,13 +26,13 @@ from moetier.runtime.kernels.products.row import ProductTasks, RowMatrix
 from moetier.runtime.libraries.torch_internals import buffers_of, children_of, parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of, set_attention
 
-from . import heads
 from .attention import NAME, SINKS, WITH_SINKS, asks_more, causal_attention, fits_sinks
 from .attention_code import CONTEXT, NO_WINDOW, PLACE, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
 from .eight_bits import SCALE_BYTES
 from .growing_cache import CacheMemory, GrowingLayer, GrowingWindow, TokenPlace
-from .heads import heads_kernel
+from .heads import PLACE as HEADS_PLACE
+from .heads import HeadsContext, heads_kernel
 from .masks import band_of
 from .norm import Scale, float_bits, is_quick_norm
 from .paged_cache import PagedLayer
@@ -213,10 +213,32 @@ class AttentionTasks:
 
         scale, eps = variant.norm or (None, 0.0)
         weights, columns = ([read(norm.weight) for norm in norms] for read in (Tensor.data_ptr, Tensor.numel))
-        shape = (0, count, key_count, width, values, variant.rotated)
-        normed = (*(columns or [width, width]), float_bits(eps))
-        apart = variant.rotated // 2 if variant.angles == variant.rotated else 0
-        self._heads = array("q", (*shape, q, k, v, *(weights or [0, 0]), 0, 0, *normed, 0, 0, 0, 0, apart))
+        q_weight, k_weight = weights or (0, 0)
+        q_columns, k_columns = columns or (width, width)
+        heads = HeadsContext(
+            unused=0,
+            heads=count,
+            key_heads=key_count,
+            key_width=width,
+            value_width=values,
+            rotated=variant.rotated,
+            q=q,
+            k=k,
+            v=v,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            cos=0,
+            sin=0,
+            q_columns=q_columns,
+            k_columns=k_columns,
+            eps=float_bits(eps),
+            key_place=0,
+            value_place=0,
+            key_stride=0,
+            value_stride=0,
+            apart=variant.rotated // 2 if variant.angles == variant.rotated else 0,
+        )
+        self._heads = array("q", heads)
         share = count // key_count
         self._compiled = AttentionKernel.of(
             this_processor(),
@@ -283,15 +305,15 @@ class AttentionTasks:
     def at(self, token: Token) -> None:
         """Write a token's addresses and positions into the contexts of the tasks. Call this before each run."""
         new, all_, size, end = self._heads, self._attention, self._itemsize, token.offset + token.length
-        new[heads.COS], new[heads.SIN] = token.cos.data_ptr(), token.sin.data_ptr()
+        new[HEADS_PLACE["cos"]], new[HEADS_PLACE["sin"]] = token.cos.data_ptr(), token.sin.data_ptr()
         strides, place = token.room.strides, token.place
         if token.room is not self._room:
             self._room = token.room
-            new[heads.STRIDES], new[heads.STRIDES + 1] = size * strides[1], size * strides[4]
+            new[HEADS_PLACE["key_stride"]], new[HEADS_PLACE["value_stride"]] = size * strides[1], size * strides[4]
             all_[PLACE["key_head"] : PLACE["key_head"] + 4] = array("q", (*strides[1:3], *strides[4:]))
         for number, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
             all_[PLACE["keys"] + number] = begin + size * (place.first - token.offset) * stride
-            new[heads.CACHE + number] = begin + size * place.new * stride
+            new[HEADS_PLACE["key_place"] + number] = begin + size * place.new * stride
         all_[PLACE["pages"]], all_[PLACE["page_bits"]] = place.pages, place.page_bits
         own = self._threads * self._compiled.thread_bytes
         nbytes = own + token.items * self._compiled.item_bytes

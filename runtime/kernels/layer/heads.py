@@ -6,6 +6,8 @@ Results have the same bits as those of transformers' code with the norms of ``no
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from moetier.runtime.kernels.jit.emitter import F32, I32, LANES, POINTER, Emitter, Value, new_module, once, vector
@@ -16,14 +18,35 @@ from .eight_bits import emit_codes
 from .norm import Scale, emit_norm
 
 HEADS = "moetier_heads"  # name of the compiled function
-# Number of i64 fields in the context. In order: unused; number of query heads, of key heads; D (width of a query or
-# key), V (width of a value), R (number of rotated numbers in each head); pointers to q, k, v, to the weights of both
-# norms, to cos and to sin; how many numbers one norm of q covers, and one of k; the bits of the fp32 eps; pointers to
-# the places of key and value in the cache's first head; strides of heads there, in bytes; how far apart cos and sin of
-# a pair's two numbers are: R / 2, or 0 if they share theirs
-CONTEXT = 21
-# indices in a context: of the norms' weights, of cos and sin, of the places in the cache, and of the strides
-WEIGHTS, COS, SIN, CACHE, STRIDES = 9, 11, 12, 16, 18
+
+
+class HeadsContext(NamedTuple):
+    """The i64 fields in the context of the compiled function. Strides are in bytes."""
+
+    unused: int
+    heads: int  # number of query heads
+    key_heads: int
+    key_width: int  # D, of a query or key
+    value_width: int  # V
+    rotated: int  # R, the rotated numbers in each head
+    q: int  # address of q [heads, D]
+    k: int  # address of k [key heads, D]
+    v: int  # address of v [key heads, V]
+    q_weight: int  # address of the weights [q_columns] of the norm of q; 0 without norms
+    k_weight: int  # address of the weights [k_columns] of the norm of k; 0 without norms
+    cos: int  # address of cos, [R], or [R / 2] where pairs share it
+    sin: int  # address of sin, as cos
+    q_columns: int  # numbers of q that one norm covers
+    k_columns: int  # numbers of k that one norm covers
+    eps: int  # bits of the fp32 eps of the norms
+    key_place: int  # address of the token's key in the cache's first head
+    value_place: int  # address of the token's value there
+    key_stride: int  # between the cache's heads of keys
+    value_stride: int  # between the cache's heads of values
+    apart: int  # how far apart cos and sin of a pair's two numbers are: R / 2, or 0 if they share theirs
+
+
+PLACE = {name: place for place, name in enumerate(HeadsContext._fields)}  # index of a field
 
 
 @once
@@ -38,17 +61,18 @@ def heads_kernel(dtype: torch.dtype, scale: Scale | None, *, has_codes: bool) ->
     emit = Emitter(new_module(), HEADS, [POINTER])
     at, n, size = emit.at, emit.number, dtype.itemsize
     squares = at.alloca(vector(F32, LANES))
-    _, fields = emit.fields(CONTEXT)
-    heads, key_heads, width, values, rotated = fields[:5]
-    q, k, v, q_weight, k_weight, cos, sin = (at.inttoptr(address, POINTER) for address in fields[5:12])
-    q_columns, k_columns, eps = fields[12:15]
-    to_keys, to_values = (at.inttoptr(address, POINTER) for address in fields[15:17])
-    key_stride, value_stride, apart = fields[17:]
-    half = at.udiv(rotated, n(2))
+    _, fields = emit.fields(len(PLACE))
+    _, heads, key_heads, width, values, rotated, *addresses = given = HeadsContext(n(0), *fields)
+    q, k, v, q_weight, k_weight, cos, sin = (at.inttoptr(address, POINTER) for address in addresses[:7])
+    to_keys, to_values = (at.inttoptr(address, POINTER) for address in (given.key_place, given.value_place))
+    half, eps = at.udiv(rotated, n(2)), given.eps
 
     if scale is not None:
         eps = at.bitcast(at.trunc(eps, I32), F32)
-        for row, weight, count, columns in ((q, q_weight, heads, q_columns), (k, k_weight, key_heads, k_columns)):
+        for row, weight, count, columns in (
+            (q, q_weight, heads, given.q_columns),
+            (k, k_weight, key_heads, given.k_columns),
+        ):
             with emit.loop(n(0), at.udiv(at.mul(count, width), columns)) as i:
                 place = at.gep(row, [at.mul(at.mul(i, columns), n(size))])
                 emit_norm(
@@ -64,7 +88,7 @@ def heads_kernel(dtype: torch.dtype, scale: Scale | None, *, has_codes: bool) ->
             left, right = numbers(head, i), numbers(head, j)
             for place, angle, own, other, unite in (
                 (i, i, left, right, at.fsub),
-                (j, at.add(i, apart), right, left, at.fadd),
+                (j, at.add(i, given.apart), right, left, at.fadd),
             ):
                 parts = [at.fmul(own, numbers(cos, angle)), at.fmul(other, numbers(sin, angle))]
                 if dtype == torch.bfloat16:  # torch rounds here too
@@ -83,7 +107,7 @@ def heads_kernel(dtype: torch.dtype, scale: Scale | None, *, has_codes: bool) ->
     with emit.loop(n(0), key_heads) as head:
         key = at.gep(k, [at.mul(at.mul(head, width), n(size))])
         rotate(key)
-        copy(key, at.gep(to_keys, [at.mul(head, key_stride)]), width)
+        copy(key, at.gep(to_keys, [at.mul(head, given.key_stride)]), width)
         value = at.gep(v, [at.mul(at.mul(head, values), n(size))])
-        copy(value, at.gep(to_values, [at.mul(head, value_stride)]), values)
+        copy(value, at.gep(to_values, [at.mul(head, given.value_stride)]), values)
     return compile_kernel(this_processor(), emit.finish(), HEADS)
