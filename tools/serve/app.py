@@ -83,8 +83,7 @@ def _post_routes(
         yield Route(protocol.path, endpoint, methods=["POST"])
 
     def count(body: CountBody, user: str) -> dict[str, Any]:
-        (prompt,) = body.query().prompts
-        return {"input_tokens": len(prompts.tokens(prompt, user))}
+        return {"input_tokens": len(prompts.tokens(body.chat, user))}
 
     def tokenize(body: TokenizeBody, user: str) -> dict[str, Any]:
         tokens = prompts.tokens(body.text, user, add_special_tokens=body.add_special_tokens is not False)
