@@ -71,8 +71,7 @@ def _post_routes(models: Models, unknown: UnknownFields, alive_seconds: float) -
         yield Route(protocol.path, Endpoint(protocol, models, unknown, alive_seconds), methods=["POST"])
 
     def count(served: Served, body: CountBody, user: str) -> dict[str, Any]:
-        (prompt,) = body.query().prompts
-        return {"input_tokens": len(served.prompts.tokens(prompt, user))}
+        return {"input_tokens": len(served.prompts.tokens(body.chat, user))}
 
     def tokenize(served: Served, body: TokenizeBody, user: str) -> dict[str, Any]:
         tokens = served.prompts.tokens(body.text, user, add_special_tokens=body.add_special_tokens is not False)

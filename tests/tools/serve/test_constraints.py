@@ -26,7 +26,7 @@ import moetier
 from moetier.tools.serve import constraints
 from moetier.tools.serve.parsing import form_of
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 USER = {"role": "user", "content": "?"}
 PLACE = {
     "type": "object",
@@ -53,8 +53,14 @@ class Ask:
 
     def __call__(self, start: str, path: str = CHAT, **fields: Any) -> httpx2.Response:
         """``start`` chooses what the model would write."""
-        body = {"messages": [USER], "chat_template_kwargs": {"start": start}, "temperature": 1, "seed": 3}
-        return self.client.post(path, json=body | {"max_tokens": 300} | fields)
+        body: dict[str, Any] = {"temperature": 1, "seed": 3}
+        if path != RESPONSES:
+            body |= {"max_tokens": 300}
+        if path in (CHAT, MESSAGES):
+            body |= {"messages": [USER]}
+        if path == CHAT:
+            body |= {"chat_template_kwargs": {"start": start}}
+        return self.client.post(path, json=body | fields)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +258,7 @@ def test_other_protocols(ask: Ask) -> None:
 
     def responded(**fields: Any) -> Any:
         body = {"input": "?", "max_output_tokens": 200, "temperature": 1, "seed": 1}
-        answer = ask("", "/v1/responses", **body | fields)
+        answer = ask("", RESPONSES, **body | fields)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -268,7 +274,7 @@ def test_other_protocols(ask: Ask) -> None:
     assert answer["text"]["format"]["schema"] == PLACE
 
     def messaged(**fields: Any) -> Any:
-        answer = ask("", "/v1/messages", **fields)
+        answer = ask("", MESSAGES, **fields)
         assert answer.status_code == 200, answer.text
         return answer.json()["content"]
 

@@ -27,6 +27,22 @@ MOST_LETTERS = 64  # of such a name
 
 _log = logging.getLogger(__name__)
 
+# Fields of an API or of a server that change an answer. A body without such a field refuses it, unless it is empty.
+MEANINGFUL = frozenset({
+    "messages", "system", "prompt", "suffix", "input", "instructions", "previous_response_id", "conversation",
+    "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "best_of", "stop", "stop_sequences",
+    "logit_bias", "logprobs", "top_logprobs", "echo", "tools", "tool_choice", "functions", "function_call",
+    "response_format", "structured_outputs", "output_config", "text", "reasoning", "reasoning_effort", "thinking",
+    "enable_thinking", "chat_template_kwargs", "modalities", "audio", "prediction", "moderation", "web_search_options",
+    "mcp_servers", "background", "truncation", "generation_config", "add_generation_prompt", "chat_template",
+    "continue_final_message", "documents", "allowed_token_ids", "bad_words", "stop_token_ids", "ignore_eos",
+    "skip_special_tokens", "include_stop_str_in_output", "format", "grammar", "guided_choice", "guided_grammar",
+    "guided_json", "guided_regex", "json_schema", "regex", "ebnf", "use_beam_search", "length_penalty", "mirostat",
+    "repeat_penalty", "tfs_z", "top_a", "top_n_sigma", "typical_p", "xtc_probability", "dry_multiplier",
+    "dynatemp_range", "samplers", "n_predict", "num_predict", "num_ctx", "options", "n_probs", "prompt_logprobs",
+    "truncate_prompt_tokens", "lora",
+})  # fmt: skip
+
 NotEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
@@ -93,7 +109,7 @@ class Body(BaseModel):
 
     ignored: ClassVar[Iterable[str]] = ()  # fields on which no answer depends
     neutral: ClassVar[Mapping[str, Any]] = {}  # unsupported fields, each with its one value that changes nothing
-    unsupported: ClassVar[Iterable[str]] = ()  # fields that would change an answer; no value of them is supported
+    unsupported: ClassVar[Iterable[str]] = ()  # fields that are refused, unless the body has them
 
     model: str | None = None
 
@@ -101,6 +117,7 @@ class Body(BaseModel):
 class QueryBody(Body, ABC):
     """Body of a request for text."""
 
+    unsupported: ClassVar = MEANINGFUL
     prompt_field: ClassVar[str]  # name of the field that has the prompt
 
     stream: bool | None = None
@@ -160,8 +177,9 @@ def checked(body: dict[str, Any], kind: type[AnyBody]) -> AnyBody:
         value, neutral = given.pop(name), kind.neutral[name]
         if type(value) is not type(neutral) or value != neutral:  # == alone would take 0 for false
             raise Refusal(400, f"{name}: only {json.dumps(neutral)} is supported.", param=name)
-    if unsupported := sorted(given.keys() & {*kind.unsupported}):
-        raise Refusal(400, f"{unsupported[0]}: this field is not supported.", param=unsupported[0])
+    unsupported = given.keys() & {*kind.unsupported} - kind.model_fields.keys()
+    if wrong := sorted(name for name in unsupported if given[name] not in ([], {})):
+        raise Refusal(400, f"{wrong[0]}: this field is not supported.", param=wrong[0])
     try:
         return kind.model_validate(given, context=BoundedJson())
     except ValidationError as error:

@@ -17,7 +17,7 @@ from .body import MOST_TOKENS, Open, arguments_of
 from .bounded_json import BoundedJson
 from .events import Answered, Call, End, Events, ScoredToken, Text
 from .openai_body import MOST_TOP, OpenAIBody
-from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
+from .openai_chunks import REASONS, Chunks, logprobs_of, object_of, total, usage_of
 from .protocol import Protocol, Reply
 from .query import ChatPrompt, Query, must_call
 from .refusal import Refusal
@@ -135,6 +135,7 @@ class ReasoningOptions(Open):
 
     enabled: bool | None = None
     effort: Effort | None = None
+    exclude: Literal[False] | None = None
 
 
 class ChatBody(OpenAIBody):
@@ -249,11 +250,4 @@ def _call(call: Call) -> dict[str, Any]:
 
 def _logprobs(tokens: Sequence[ScoredToken]) -> dict[str, Any]:
     """Return log probabilities of the tokens of reasoning, text and calls."""
-
-    def entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
-        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": [*raw]}
-
-    content = [
-        {**entry(token.raw, token.logprob), "top_logprobs": [entry(*top) for top in token.top]} for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": logprobs_of(tokens), "refusal": None}

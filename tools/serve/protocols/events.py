@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -116,15 +117,17 @@ class Answered:
     @property
     def blocks(self) -> list[Text | Call]:
         """The answer as few parts as possible, in order. Text that is blank is left out, as ``without_blank`` does."""
-        merged = list[Text | Call]()
-        for part in self._parts:
-            last = merged[-1] if merged else None
-            if isinstance(part, Text) and isinstance(last, Text) and part.is_reasoning == last.is_reasoning:
-                merged[-1] = Text(last.text + part.text, part.is_reasoning)
-            else:
-                merged.append(part)
-        bare = [Text(part.text.lstrip("\n"), part.is_reasoning) if isinstance(part, Text) else part for part in merged]
-        return [part for part in bare if not isinstance(part, Text) or part.text.strip()]
+        blocks = list[Text | Call]()
+        for is_reasoning, group in itertools.groupby(
+            self._parts, lambda part: part.is_reasoning if isinstance(part, Text) else None
+        ):
+            parts = [*group]
+            texts = [part for part in parts if isinstance(part, Text)]
+            text = "".join(part.text for part in texts).lstrip("\n")
+            blocks += [part for part in parts if isinstance(part, Call)]
+            if text.strip():
+                blocks.append(Text(text, bool(is_reasoning), tuple(token for part in texts for token in part.tokens)))
+        return blocks
 
 
 async def without_blank(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
@@ -132,16 +135,17 @@ async def without_blank(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
 
     Models write line ends between reasoning, text and tool calls, which APIs with blocks have no place for.
     """
-    held, is_begun, is_reasoning = "", False, False  # what was not passed on of the present text, and its kind
+    held, is_begun = Text(""), False  # what was not passed on of the present text; whether some of it was
     async for event in events:
         if not isinstance(event, Text):
-            held, is_begun = "", False
+            held, is_begun = Text(""), False
             yield event
             continue
-        if event.is_reasoning != is_reasoning:
-            held, is_begun, is_reasoning = "", False, event.is_reasoning
-        held = held + event.text if is_begun else (held + event.text).lstrip("\n")
-        if held.strip() or (is_begun and held):
+        if event.is_reasoning != held.is_reasoning:
+            held, is_begun = Text("", event.is_reasoning), False
+        text = held.text + event.text if is_begun else (held.text + event.text).lstrip("\n")
+        held = Text(text, event.is_reasoning, held.tokens + event.tokens)
+        if text.strip() or (is_begun and text):
             is_begun = True
-            yield Text(held, is_reasoning)
-            held = ""
+            yield held
+            held = Text("", event.is_reasoning)

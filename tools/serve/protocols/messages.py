@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 
-from .body import MOST_TOKENS, NotEmpty, Open, QueryBody
+from .body import MOST_TOKENS, Body, NotEmpty, Open, QueryBody
 from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
 from .protocol import Protocol, Reply, event
 from .query import AnswerFormat, ChatPrompt, Query, must_call
@@ -69,7 +69,6 @@ class ResultBlock(Open):
     type: Literal["tool_result"]
     tool_use_id: str
     content: TextBlocks = None
-    is_error: bool | None = None
 
 
 def _type_of(block: Any) -> str | None:
@@ -104,6 +103,7 @@ class ClientTool(Open):
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 class ToolChoice(Open):
@@ -112,6 +112,11 @@ class ToolChoice(Open):
     type: Literal["auto", "none", "any", "tool"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
+
+    @property
+    def named(self) -> str | None:
+        """Name of the tool that must be called; None if none is named."""
+        return (self.name or "") if self.type == "tool" else None
 
 
 class Thinking(Open):
@@ -134,10 +139,9 @@ class OutputConfig(Open):
     format: OutputFormat | None = None
 
 
-class CountBody(QueryBody):
-    """Body of a request for the number of tokens of a prompt: that of a message without the limits of its answer."""
+class CountBody(Body):
+    """Body of a request for the number of tokens of a message's prompt."""
 
-    prompt_field = "messages"
     ignored: ClassVar = (
         "metadata", "context_management", "service_tier", "inference_geo", "betas", "cache_control", "container",
         "diagnostics", "user_profile_id",
@@ -151,27 +155,25 @@ class CountBody(QueryBody):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
 
-    def query(self) -> Query:
-        """Return what the request asks for. Raises Refusal if its last message is one of the assistant."""
+    @property
+    def chat(self) -> ChatPrompt:
+        """The prompt. Raises Refusal if its last message is one of the assistant."""
         if self.messages[-1].role == "assistant":
             message = "messages: the last message must not be one of the assistant: an answer can't be begun for it."
             raise Refusal(400, message, param="messages")
-        choice, config = self.tool_choice or ToolChoice(type="auto"), self.output_config or OutputConfig()
-        named = (choice.name or "") if choice.type == "tool" else None
-        chat = ChatPrompt(
+        choice = self.choice
+        return ChatPrompt(
             [*self._chat()],
             None if choice.type == "none" or not self.tools else [_function(tool) for tool in self.tools],
-            must_call(choice.type == "any", named, [tool.name for tool in self.tools or ()]),
-            effort=config.effort,
+            must_call(choice.type == "any", choice.named, [tool.name for tool in self.tools or ()]),
+            effort=None if self.output_config is None else self.output_config.effort,
             reasons=self.thinking is not None and self.thinking.type != "disabled",
         )
-        return Query(
-            prompts=[chat],
-            one_call=bool(choice.disable_parallel_tool_use) or named is not None,
-            form=None
-            if config.format is None
-            else AnswerFormat.of_json(config.format.definition, None, "output_config"),
-        )
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Whether the model may or must call tools."""
+        return self.tool_choice or ToolChoice(type="auto")
 
     def _chat(self) -> Iterator[dict[str, Any]]:
         """Yield the messages in the form of chat completions. Texts of the user that follow each other are one."""
@@ -185,23 +187,25 @@ class CountBody(QueryBody):
                 yield from group
 
 
-class MessagesBody(CountBody):
+class MessagesBody(CountBody, QueryBody):
     """Body of a request for a message."""
+
+    prompt_field = "messages"
 
     max_tokens: int = Field(ge=1, le=MOST_TOKENS)
     stop_sequences: Annotated[list[NotEmpty], Field(max_length=64)] | None = None
 
     def query(self) -> Query:
         """Return what the request asks for. Raises Refusal if its last message is one of the assistant."""
-        asked = super().query()
+        form = None if self.output_config is None else self.output_config.format
         return Query(
-            prompts=asked.prompts,
+            prompts=[self.chat],
             max_tokens=self.max_tokens,
             sampling=self.sampling_options,
             seed=self.seed,
             stop=self.stop_sequences or (),
-            one_call=asked.one_call,
-            form=asked.form,
+            one_call=bool(self.choice.disable_parallel_tool_use) or self.choice.named is not None,
+            form=None if form is None else AnswerFormat.of_json(form.definition, None, "output_config"),
         )
 
 
@@ -325,5 +329,6 @@ def _answer(blocks: Sequence[Any]) -> dict[str, Any]:
 
 
 def _function(tool: ClientTool) -> dict[str, Any]:
-    described = {} if tool.description is None else {"description": tool.description}
-    return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.input_schema}}
+    more = {"description": tool.description} if tool.description is not None else {}
+    strict = {"strict": True} if tool.strict else {}
+    return {"type": "function", "function": {"name": tool.name, **more, "parameters": tool.input_schema, **strict}}

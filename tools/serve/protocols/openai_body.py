@@ -39,15 +39,6 @@ class OpenAIBody(QueryBody):
         "ignore_eos": False,
         "use_beam_search": False,
     }
-    unsupported: ClassVar = frozenset({  # of OpenAI's API and of other servers
-        "audio", "function_call", "functions", "prediction", "suffix", "web_search_options", "generation_config",
-        "add_generation_prompt", "chat_template", "continue_final_message", "documents", "allowed_token_ids",
-        "bad_words", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output", "format", "grammar",
-        "guided_choice", "guided_grammar", "guided_json", "guided_regex", "json_schema", "regex", "ebnf",
-        "length_penalty", "mirostat", "repeat_penalty", "tfs_z", "top_a", "top_n_sigma",
-        "typical_p", "xtc_probability", "dry_multiplier", "dynatemp_range", "samplers", "n_predict", "num_predict",
-        "num_ctx", "options", "n_probs", "prompt_logprobs", "truncate_prompt_tokens", "lora",
-    })  # fmt: skip
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

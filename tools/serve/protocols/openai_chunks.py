@@ -1,11 +1,11 @@
-"""Parts of answers that chat completions and text completions share: objects, chunks of streams, numbers of tokens."""
+"""Parts of answers that OpenAI's APIs share: objects, chunks of streams, log probabilities, and numbers of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .events import Answered, End, Reason, Usage
+from .events import Answered, End, Reason, ScoredToken, Usage
 from .openai_body import OpenAIBody
 from .protocol import Reply, event
 
@@ -63,3 +63,12 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
+
+
+def logprobs_of(tokens: Sequence[ScoredToken]) -> list[dict[str, Any]]:
+    """Return log probabilities of tokens, and of the most likely ones in their places."""
+
+    def entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": [*raw]}
+
+    return [{**entry(token.raw, token.logprob), "top_logprobs": [entry(*top) for top in token.top]} for token in tokens]

@@ -8,7 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
+from .events import Answered, Call, End, Events, Reason, ScoredToken, Text, Usage, without_blank
+from .openai_chunks import logprobs_of
 from .protocol import Protocol, Reply, event
 from .refusal import TOO_LONG, Refusal
 from .responses_body import ENCRYPTED, ResponsesBody
@@ -43,7 +44,7 @@ class Responses(Protocol):
                 match part:
                     case Text():
                         if text is None:
-                            text = _TextItem(_is_encrypted(reply), len(items), part.is_reasoning)
+                            text = _TextItem(reply, len(items), Text("", part.is_reasoning))
                             for opening in text.begin(sent):
                                 yield opening
                         yield text.add(sent, part)
@@ -67,20 +68,24 @@ class Responses(Protocol):
             if isinstance(part, Call):
                 items.append(_call_item(reply, part))
             else:
-                items.append(_TextItem(_is_encrypted(reply), len(items), part.is_reasoning, part.text).item())
+                items.append(_TextItem(reply, len(items), part).item())
         return _response(reply, items, answer.end)
 
 
 class _TextItem:
     """Item of text or of reasoning, and the events that say how it comes about."""
 
-    def __init__(self, is_encrypted: bool, index: int, is_reasoning: bool, text: str = "") -> None:
-        self.is_reasoning = is_reasoning
-        self._is_encrypted = is_encrypted  # whether reasoning is also there in a form that clients send back
-        self._index = index  # of the item in the response
-        self._text = text
-        self._id = f"{'rs' if is_reasoning else 'msg'}_{uuid.uuid4().hex}"
-        self._type = "reasoning_text" if is_reasoning else "output_text"
+    def __init__(self, reply: Reply, index: int, text: Text) -> None:
+        """Begin with ``text``. ``index`` is the number of the item in the response."""
+        assert isinstance(reply.body, ResponsesBody)
+        self.is_reasoning = text.is_reasoning
+        # whether reasoning is also there in a form that clients send back
+        self._is_encrypted = ENCRYPTED in (reply.body.include or ())
+        self._index = index
+        self._text = text.text
+        self._tokens = [*text.tokens]
+        self._id = f"{'rs' if text.is_reasoning else 'msg'}_{uuid.uuid4().hex}"
+        self._type = "reasoning_text" if text.is_reasoning else "output_text"
 
     def item(self, status: str = "completed") -> dict[str, Any]:
         """Return the item. One that is in progress has no content."""
@@ -100,11 +105,12 @@ class _TextItem:
     def add(self, sent: Sent, text: Text) -> str:
         """Return the event of further text."""
         self._text += text.text
-        return sent(f"{self._type}.delta", **self._place, delta=text.text, **self._logprobs)
+        self._tokens += text.tokens
+        return sent(f"{self._type}.delta", **self._place, delta=text.text, **self._logprobs(text.tokens))
 
     def end(self, sent: Sent) -> Iterator[str]:
         """Yield the events after the last text."""
-        yield sent(f"{self._type}.done", **self._place, text=self._text, **self._logprobs)
+        yield sent(f"{self._type}.done", **self._place, text=self._text, **self._logprobs(self._tokens))
         yield sent("content_part.done", **self._place, part=self._part(self._text))
         yield sent("output_item.done", output_index=self._index, item=self.item())
 
@@ -112,18 +118,12 @@ class _TextItem:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._id, "output_index": self._index, "content_index": 0}
 
-    @property
-    def _logprobs(self) -> dict[str, Any]:
-        return {} if self.is_reasoning else {"logprobs": []}
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        return {} if self.is_reasoning else {"logprobs": logprobs_of(tokens)}
 
     def _part(self, text: str) -> dict[str, Any]:
         more: dict[str, Any] = {} if self.is_reasoning else {"annotations": []}
-        return {"type": self._type, "text": text, **more, **self._logprobs}
-
-
-def _is_encrypted(reply: Reply) -> bool:
-    assert isinstance(reply.body, ResponsesBody)
-    return ENCRYPTED in (reply.body.include or ())
+        return {"type": self._type, "text": text, **more, **self._logprobs(self._tokens if text else ())}
 
 
 def _call_item(reply: Reply, call: Call) -> dict[str, Any]:
@@ -166,6 +166,7 @@ def _response(reply: Reply, items: Sequence[dict[str, Any]], end: End | None) ->
         "text": {"format": {"type": "text"}} | given.get("text", {}),
         "tool_choice": given.get("tool_choice", "auto"),
         "tools": given.get("tools", []),
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": body.top_p,
         "truncation": "disabled",
         "usage": None if end is None else _usage(end.usage),

@@ -14,11 +14,13 @@ from pydantic_core import PydanticCustomError
 
 from .body import MOST_TOKENS, Open, QueryBody, arguments_of
 from .bounded_json import BoundedJson
+from .openai_body import MOST_TOP
 from .query import AnswerFormat, ChatPrompt, Query, must_call
 from .refusal import Refusal
 
 HOSTED = ("web_search", "image_generation", "tool_search")  # tools that OpenAI runs; the model is not offered them
 ENCRYPTED = "reasoning.encrypted_content"  # what a request includes to get reasoning that it can send back
+LOGPROBS = "message.output_text.logprobs"  # what it includes to get log probabilities
 
 
 def _as_parts(given: Any) -> Any:
@@ -114,6 +116,7 @@ class ResponsesTool(Open):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 def _without_hosted(given: Any) -> Any:
@@ -178,8 +181,7 @@ class ResponsesBody(QueryBody):
         "metadata", "client_metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user",
         "service_tier", "stream_options", "max_tool_calls", "context_management",
     )  # fmt: skip
-    neutral: ClassVar[dict[str, Any]] = {"background": False, "truncation": "disabled", "top_logprobs": 0}
-    unsupported: ClassVar = ("prompt", "moderation")
+    neutral: ClassVar[dict[str, Any]] = {"background": False, "truncation": "disabled"}
 
     input: Annotated[
         list[Item], Field(min_length=1), FailFast(), BeforeValidator(_as_items, json_schema_input_type=str | list[Item])
@@ -192,16 +194,22 @@ class ResponsesBody(QueryBody):
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
     include: list[str] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     store: bool | None = None
     previous_response_id: str | None = None
     conversation: Any = None
 
     def query(self) -> Query:
-        """Return what the request asks for. Raises Refusal if it needs a response that was stored."""
+        """Return what the request asks for.
+
+        Raises Refusal if it needs a response that was stored, or has top_logprobs without log probabilities.
+        """
         for name in ("store", "previous_response_id", "conversation"):
             if getattr(self, name):
                 message = f"{name}: this server keeps no responses. Send the whole conversation as the input."
                 raise Refusal(400, message, param=name)
+        if self.top_logprobs and not self.has_logprobs:
+            raise Refusal(400, f"top_logprobs: it needs {LOGPROBS!r} in include.", param="top_logprobs")
         effort = None if self.reasoning is None else self.reasoning.effort
         named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None
         functions = [*self._functions()]
@@ -220,7 +228,13 @@ class ResponsesBody(QueryBody):
             seed=self.seed,
             one_call=self.parallel_tool_calls is False or named is not None,
             form=self._form,
+            logprobs=(self.top_logprobs or 0) if self.has_logprobs else None,
         )
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the answer has log probabilities."""
+        return LOGPROBS in (self.include or ())
 
     @property
     def _form(self) -> AnswerFormat | None:
@@ -302,5 +316,5 @@ def _full(namespace: str | None, name: str) -> str:
 
 
 def _function(tool: ResponsesTool, namespace: str | None = None) -> dict[str, Any]:
-    given = tool.model_dump(exclude={"type", "strict"}, exclude_none=True)
+    given = tool.model_dump(exclude={"type"} | (set() if tool.strict else {"strict"}), exclude_none=True)
     return {"type": "function", "function": given | {"name": _full(namespace, tool.name)}}

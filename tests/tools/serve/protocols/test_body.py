@@ -57,7 +57,7 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
             "response_format: json_schema is missing.",
             "response_format",
         ),
-        ({"messages": [USER], "audio": {}}, "audio: this field is not supported.", "audio"),
+        ({"messages": [USER], "audio": {"voice": "alloy"}}, "audio: this field is not supported.", "audio"),
         ({"messages": [USER], "zzz": 1, "grammar": ""}, "grammar: this field is not supported.", "grammar"),
         ({"messages": [USER], "modalities": ["audio"]}, 'modalities: only ["text"] is supported.', "modalities"),
     ],

@@ -83,6 +83,11 @@ def test_a_conversation_with_tools_becomes_a_chat() -> None:
     ]
 
 
+def test_a_strict_tool_is_a_strict_function() -> None:
+    (tool,) = chat_of(tools=[TOOL | {"strict": True}]).tools or ()
+    assert tool["function"]["strict"] is True
+
+
 def test_options_are_those_of_the_query() -> None:
     query = query_of(
         temperature=0.5, top_k=3, top_p=0.9, stop_sequences=["x"], tools=[TOOL],

@@ -27,6 +27,7 @@ from moetier.tools.serve.protocols.responses import Responses
 from moetier.tools.serve.protocols.responses_body import ResponsesBody
 
 TOOL = {"type": "function", "name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}
+LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = ["reasoning.encrypted_content"]
 
 
@@ -85,6 +86,8 @@ def test_items_become_a_chat() -> None:
     ]
     function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
     assert chat.tools == [{"type": "function", "function": function}]
+    (strict,) = chat_of(tools=[TOOL | {"strict": True}]).tools or ()
+    assert strict["function"] == function | {"strict": True}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,23 @@ def test_an_answer_is_items_and_its_stream_the_same(service: Any, start: str) ->
     assert whole.usage.output_tokens == final.usage.output_tokens
     assert bool(whole.usage.output_tokens_details.reasoning_tokens) == bool(reasoning)
     assert final.usage.input_tokens_details.cached_tokens > 0
+
+
+def test_log_probabilities_are_those_of_each_token(service: Any) -> None:
+    asked: dict[str, Any] = {"model": "small", "input": "?", "max_output_tokens": 5, "include": [LOGPROBS]}
+    with scripted_client(service, scripted.LOOP) as client, openai_of(client) as openai:
+        whole = openai.responses.create(**asked, top_logprobs=2)
+        events: list[Any] = [*openai.responses.create(**asked, top_logprobs=2, stream=True)]
+        plain: Any = openai.responses.create(**asked)
+    parts: list[Any] = [part for response in (whole, events[-1].response) for part in response.output[0].content]
+    deltas = [each for event in events if event.type == "response.output_text.delta" for each in event.logprobs]
+    for part in parts:
+        assert [each.token for each in part.logprobs] == ["x"] * 5
+        assert all(
+            len(each.top_logprobs) == 2 and each.logprob == each.top_logprobs[0].logprob for each in part.logprobs
+        )
+        assert [each.logprob for each in part.logprobs] == [each.logprob for each in deltas]
+    assert [each.top_logprobs for each in plain.output[0].content[0].logprobs] == [[]] * 5
 
 
 def test_each_item_begins_and_ends_once(service: Any) -> None:
