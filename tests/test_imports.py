@@ -65,6 +65,7 @@ HOMES = {
     "llguidance": {"runtime.engine"},
     "prometheus_client": {"runtime.daemon", "tools.serve"},
     "llvmlite": {"runtime.kernels"},
+    "triton": {"runtime.kernels.triton_experts"},
     "obstore": {"tiers.objects.client", "tiers.objects.aws_profile"},
     "boto3": {"tiers.objects.aws_profile"},
     "grpc": {"proto", "runtime.wire", "runtime.client", "runtime.daemon"},

@@ -43,7 +43,7 @@ class ComputeDevice(ABC):
     has_memory: ClassVar[bool]
 
     def __init__(self, device: torch.device | str) -> None:
-        """``device``: a torch device, or a value of the option `device`, such as "cuda:1"."""
+        """``device``: a torch device, or a value of the option `device`, such as "cpu"."""
         self.torch_device = torch.device(device)
 
     @classmethod

@@ -55,7 +55,7 @@ def has_bf16_instructions() -> bool:
 
 
 def arrange_int4(nibbles: Tensor, inner_tiles: int) -> Tensor:
-    """Arrange codes of 4 bits, uint8 [rows, columns / 2], in the order of ``multiply_int4`` on CUDA, as int32."""
+    """Arrange codes of 4 bits, uint8 [rows, columns / 2], in the order of ``multiply_int4`` on a GPU, as int32."""
     return torch.ops.aten._convert_weight_to_int4pack(nibbles, inner_tiles)
 
 

@@ -76,7 +76,7 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     if len(devices) != 1:
         raise ConfigError(
             f"The trunk is spread over {', '.join(sorted(map(str, devices)))}.",
-            'Load it on one device: give device_map={"": "cuda:0"}, or no device_map for the CPU.',
+            'Load it on one device: name one for all of it, device_map={"": DEVICE}, or give none for the CPU.',
         )
     return devices.pop()
 

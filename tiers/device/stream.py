@@ -1,19 +1,15 @@
 """The device tier's interface to a device: memory, streams of work, and events that order the work.
 
-There are two implementations: CudaDevice in this module, and a simulated device in the tests. The simulated device does
-queued work as late as the rules of streams and events permit, in any order that they permit.
+Each kind of device that computes models has an implementation (``runtime.devices``), and the tests have a simulated
+device. It does queued work as late as the rules of streams and events permit, in any order that they permit.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-
-_cuda: Any = torch.cuda  # typed as Any, because half of its functions have no types
-_PORTABLE, _READ_ONLY = 0x01, 0x08  # flags of cudaHostRegister: pinned for all devices; read-only
 
 
 class Event(Protocol):
@@ -68,58 +64,3 @@ class Device(Protocol):
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
         """Unlock host memory, uint8 [nbytes], that ``lock_pages`` has locked."""
-
-
-class CudaDevice:
-    """A CUDA device, with a stream for copies of records and a stream for arranging copied records."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copies: DeviceStream = _cuda.Stream(device)
-        self._arranging: DeviceStream = _cuda.Stream(device)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return an uninitialised tensor uint8 [nbytes] on the device.
-
-        Raises torch.OutOfMemoryError if there is not enough memory.
-        """
-        with torch.inference_mode(False):  # a tensor made in inference mode can't be changed outside of that mode
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-
-    def current_stream(self) -> DeviceStream:
-        """Return the calling thread's current stream in torch."""
-        stream: DeviceStream = _cuda.current_stream(self._device)
-        return stream
-
-    def copy_stream(self) -> DeviceStream:
-        """Return this object's stream for copies."""
-        return self._copies
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy of uint8 [record bytes]. The copy is asynchronous only if ``source`` is page-locked."""
-        with _cuda.stream(self._copies):
-            target.copy_(source, non_blocking=True)
-
-    def arranging_stream(self) -> DeviceStream:
-        """Return this object's stream for arranging records."""
-        return self._arranging
-
-    def run(self, stream: DeviceStream, work: Callable[[], None]) -> None:
-        """Call ``work`` with ``stream`` as torch's current stream."""
-        with _cuda.stream(stream):
-            work()
-
-    def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        """Register host memory, uint8 [nbytes], with CUDA. Return whether this succeeded."""
-        flags = _PORTABLE | (_READ_ONLY if read_only else 0)
-        if int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)) == 0:
-            return True
-        # CUDA keeps the error until it is read, and torch has no function for that. Run a kernel that raises the error
-        # here, so that no later kernel does.
-        with contextlib.suppress(RuntimeError):
-            torch.ones(1, device=self._device).add_(1)
-        return False
-
-    def unlock_pages(self, memory: torch.Tensor) -> None:
-        """Unregister host memory, uint8 [nbytes], that ``lock_pages`` has registered."""
-        _cuda.cudart().cudaHostUnregister(memory.data_ptr())

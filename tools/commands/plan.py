@@ -81,6 +81,7 @@ def _to_a_terminal(line: str) -> None:
         print(f"plan: {line}", file=sys.stderr, flush=True)
 
 
+SHOWN_CARDS = ("RTX 3060", "RTX 4090", "H100 80GB HBM3")  # of those in ``tools.plan.cards``
 HEAD = [
     *("experts", "trunk", "on disk", "convert", "in RAM", "hits", "read"),
     *("tokens/s", "limited by", "prompt/s", "limited by"),
@@ -172,7 +173,7 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"{what}: {best['slots']:,} of {count:,} experts in memory, {format_bytes(memory['process_bytes'])} in all."
     ]
     if best["device_slots"] is not None:
-        lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory. Speed on a GPU is not estimated.")
+        lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory.")
     else:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
     if best["as_it_is"]:
@@ -192,6 +193,13 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
             f"Caching hardly helps: {best['slots']:,} slots are fewer than the {experts:,} "
             "experts that one token uses, so most experts are read again for each token."
         )
+    cards = [
+        f"{card['card']} {_rate(card['tokens_per_s_at_most'])}, with {card['slots']:,} experts in its memory"
+        for card in best["cards"]
+        if card["card"] in SHOWN_CARDS
+    ]
+    if cards:
+        lines.append(f"On a GPU at most, in tokens/s, by data sheets and not measured: {'; '.join(cards)}.")
     return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
 
 

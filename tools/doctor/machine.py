@@ -196,11 +196,13 @@ def gpus() -> Iterator[Finding]:
     """Check the devices that torch can use beside the processor, and the kernels for them."""
     from moetier.runtime.device_names import DEVICES
     from moetier.runtime.devices.device import device_class
+    from moetier.tools.plan.cards import card_in, sheet
 
     said = [reading for name in DEVICES for reading in device_class(name).diagnose()]
-    yield from (
-        warn("gpu", reading.text, reading.advice) if reading.advice else ok("gpu", reading.text) for reading in said
-    )
+    for reading in said:
+        known = card_in(reading.text)
+        text = f"{reading.text}; {sheet(known)}" if known is not None else reading.text
+        yield warn("gpu", text, reading.advice) if reading.advice else ok("gpu", text)
     if not said:
         yield ok("gpu", "none that torch can use: everything is computed on the CPU")
 

@@ -6,8 +6,9 @@
     fit       whether a choice works here, and its slots
     speeds    measures this machine
     estimate  computes time and size of each choice
+    cards     computes what GPUs would do by their data sheets
     cold      the first start of a model in an object store
 
-Other packages use ``forecast`` and ``fit``. The package imports ``cli``, ``convert``, ``rates``, ``traces``,
-``runtime`` and ``tiers``.
+Other packages use ``forecast`` and ``fit``; ``doctor`` uses ``cards``. The package imports ``cli``, ``convert``,
+``rates``, ``traces``, ``runtime`` and ``tiers``.
 """

@@ -28,6 +28,7 @@ from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tools.cli.failure import as_options
 from moetier.tools.traces.simulation import all_partitions
 
+from .cards import by_data_sheet
 from .choices import Choice, ModelChoices
 from .fit import Fit, MachineResources, memory_of
 from .speeds import MachineRates, Speeds
@@ -330,6 +331,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, resources: MachineResources, 
         }
         entry["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}
         entry["prompts"] = long_prompts(model_choices.model, fit, caching, speeds.rates)
+    entry["cards"] = by_data_sheet(
+        choice, fit.needs.kv.nbytes, lambda slots: Caching.of(choice.manifest, slots).hit_ratios
+    )
     return entry
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from toy_device import Toy
 
 import moetier
@@ -36,6 +37,16 @@ def test_every_registered_class_keeps_the_contract(name: str) -> None:
     assert all(isinstance(each, Diagnosis) for each in found.diagnose())
     for method in ("free_memory", "streams"):
         assert (getattr(found, method) is not getattr(ComputeDevice, method)) == found.has_memory
+
+
+def test_only_its_own_module_names_cuda() -> None:
+    named = [
+        str(path.relative_to(ROOT))
+        for folder in ("tiers", "runtime", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if "cuda" in path.read_text().lower()
+    ]
+    assert sorted(named) == ["runtime/device_names.py", "runtime/devices/cuda.py"]
 
 
 @pytest.mark.parametrize("option", ["auto", "cpu", "cuda", "cuda:1"])

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import moetier
 from moetier.runtime.devices.cpu import Cpu
-from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
+from moetier.runtime.devices.cuda import CudaInt4
+from moetier.runtime.kernels.int4 import FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import mapped_files
 from moetier.runtime.model import trunk_files

@@ -22,13 +22,14 @@ from stores import make_plan
 from twins import inputs, pair
 
 import moetier
-from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
+from moetier.runtime.devices.cuda import CudaDevice, CudaInt4
+from moetier.runtime.kernels.int4 import FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.moe.block import TieredBlock, tokens_of_experts
 from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear
 from moetier.tiers.cache.budget import slots_for
-from moetier.tiers.device.stream import CudaDevice, Device
+from moetier.tiers.device.stream import Device
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.host.tier import HostTier

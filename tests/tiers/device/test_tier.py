@@ -21,11 +21,11 @@ from threads import Task, run_all, sleeps, wait_until
 from two_layouts import two_layouts
 from unsteady import UnsteadySource
 
+from moetier.runtime.devices.cuda import CudaDevice
 from moetier.testing import in_fork
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.copies import PageLocks
-from moetier.tiers.device.stream import CudaDevice
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews, SlotViews
 from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError

@@ -1,4 +1,4 @@
-"""CUDA kernels that multiply with quantised records by torch's int4 matrix product.
+"""Kernels that multiply with quantised records by an int4 matrix product of torch.
 
 A weight is w = (q - 8) * s + b, in bf16, with a code q of 4 bits and a pair (s, b) for each group. Codes of 4 and 8
 bits are arranged once in the order that the product needs, in the device's slots, after they were copied there. Codes
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.libraries.torch_internals import arrange_int4, multiply_int4
 from moetier.tiers.layout import PAIR_TYPES, ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, expand, layout_for, sections
-from moetier.tiers.quant.packing import load_pairs, pair_columns
+from moetier.tiers.quant.packing import load_pairs
 
 GROUPS = (32, 64, 128, 256)  # group sizes that torch's int4 product supports
 TILE_WEIGHTS = 2**24  # most weights arranged at a time, which takes some tens of MiB of temporary memory
@@ -41,26 +40,6 @@ class Int4(Protocol):
         ``arranged`` are codes uint8 [rows * columns / 2], as ``arrange`` returns them; ``pairs`` are bf16 [columns /
         group, rows, 2].
         """
-
-
-class CudaInt4:
-    """int4 product of CUDA devices from compute capability 8.0 on ("tinygemm"; ATen/native/cuda/int4mm.cu)."""
-
-    def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
-        """Arrange codes uint8 [rows * columns / 2] in the order of tinygemm, which packs them as int32."""
-        paired = pair_columns(nibbles, columns)
-        return arrange_int4(paired, _inner_tiles(columns)).view(torch.uint8).view(-1)
-
-    def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
-        """Multiply x bf16 [tokens, columns] -> bf16 [tokens, rows] with tinygemm."""
-        tiles = _inner_tiles(x.shape[1])
-        matrix = arranged.view(torch.int32).view(-1, x.shape[1] // (16 * tiles), 32, tiles // 2)
-        return multiply_int4(x, matrix, group, pairs)
-
-
-def _inner_tiles(columns: int) -> int:
-    """Return how many tiles of 16 columns tinygemm stores side by side: the most that it supports for ``columns``."""
-    return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
 
 
 class _Int4Plan:

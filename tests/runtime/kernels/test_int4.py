@@ -15,9 +15,10 @@ from int4 import CpuInt4, cuda_operators
 from quantised_records import levels_at_random, with_zero_points
 from torch._subclasses import FakeTensorMode
 
+from moetier.runtime.devices.cuda import CudaInt4
 from moetier.runtime.devices.device import chosen_device
-from moetier.runtime.kernels import cuda_int4 as fused
-from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels, fused_or_plain
+from moetier.runtime.kernels import int4 as fused
+from moetier.runtime.kernels.int4 import FusedKernels, fused_or_plain
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, layout_for
