@@ -4,7 +4,8 @@ A request passes through ``listen``, ``middleware``, ``app`` and ``endpoint``. I
 body, and says what it asks for. ``prompts`` renders and tokenises the prompts, ``choices`` has the answers to one
 request, ``answers`` submits each to the engine and turns tokens into events, and ``parsing`` finds thoughts and tool
 calls in them. The protocol writes the events. What an answer may be is compiled by ``constraints``; ``answer_grammar``
-writes it down, and ``call_syntax`` how a model writes calls. ``keys`` has the API keys and what each may use. The
+writes it down, and ``call_syntax`` how a model writes calls. ``keys`` has the API keys and what each may use. ``page``
+sends the files of the page at ``/``, which are in ``web``; the page is a client of the same routes as any other. The
 package imports ``cli``, ``runtime.generation``, ``runtime.engine`` and ``runtime.model``. Of other packages only
 ``tools.ray`` imports Starlette.
 """

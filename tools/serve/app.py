@@ -22,6 +22,7 @@ from .keys import Keys, RateLimits
 from .metrics import ServeCollector
 from .middleware import HEALTH, AccessControl, App, RequestLimits, most_bytes
 from .openapi import description_of
+from .page import page_routes
 from .prompts import Prompts
 from .protocols.body import UnknownFields, unknown_model
 from .protocols.chat import Chat
@@ -127,7 +128,7 @@ def _plain_routes(name: str, service: AnswerService) -> Iterator[Route]:
     def openapi(_: Request) -> Response:
         return JSONResponse(description_of(BODIES, [HEALTH, METRICS, MODELS, OPENAPI]))
 
-    yield Route("/", lambda _: Response(), methods=["HEAD"])  # clients ask whether there is a server
+    yield from page_routes()  # with HEAD, too: clients ask "/" whether there is a server
     yield Route(HEALTH, health)
     yield Route(METRICS, metrics)
     yield Route(OPENAPI, openapi)
