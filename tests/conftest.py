@@ -43,6 +43,7 @@ for name in [*os.environ]:  # nor is what somebody has set for the commands
     if name.startswith("MOETIER_"):
         del os.environ[name]
 os.environ["MOETIER_CONFIG"] = os.devnull
+os.environ["XDG_STATE_HOME"] = os.devnull  # nor are the lines that somebody has typed
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a shell began with "&", and in its children
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -163,6 +163,8 @@ def test_the_wheel_carries_the_code_the_types_and_the_model(installed: Installed
         expected = {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
         assert expected <= names
     assert "moetier/tools/plan/hit_curves.json" in names
+    page = {f"moetier/tools/serve/web/{path.name}" for path in (ROOT / "tools/serve/web").iterdir()}
+    assert {name for name in names if name.startswith("moetier/tools/serve/web/")} == page
     assert {"moetier/py.typed", "moetier/proto/expert_store.proto", "moetier/proto/expert_store_pb2.pyi"} <= names
     assets = ROOT / "tests/assets"
     carried = {*(assets / "tinymix").rglob("*"), *(assets / "texts").rglob("*"), assets / "__init__.py"}

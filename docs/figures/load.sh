@@ -1,4 +1,4 @@
-# The load in the dashboard's picture (docs/watching.md), beside a daemon "default" and a server on port 8000:
+# The load in the dashboard's picture (docs/metrics.md), beside a daemon "default" and a server on port 8000:
 #     sh docs/figures/load.sh DIR
 generate() {
     moetier generate "$DIR" --daemon default --max-new-tokens 1000 --temperature 0.7 "$@" 'La mattina seguente' >/dev/null 2>&1

@@ -33,8 +33,8 @@ class Conversation:
     def __init__(self, tokenizer: Any, *, system: str | None, context: int, answer_tokens: int) -> None:
         self._tokenizer = tokenizer
         self.context = context
-        self._answer_tokens = answer_tokens
-        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.answer_tokens = answer_tokens
+        self._system = _system_messages(system)
         self._turns: list[Message] = []  # of the user and the assistant alternately
         self._out = 0  # number of turns, from the first on, that prompts leave out
         self._last = "", 0  # text and number of tokens of the last prompt
@@ -61,7 +61,7 @@ class Conversation:
         """
         said: Message = {"role": "user", "content": text}
         out, ids = self._out, self._encode([*self._turns[self._out :], said])
-        if len(ids) + self._answer_tokens > self.context:
+        if len(ids) + self.answer_tokens > self.context:
             while len(ids) > self.context // 2 and out < len(self._turns):
                 out += 2
                 ids = self._encode([*self._turns[out:], said])
@@ -104,6 +104,51 @@ class Conversation:
         """Remove all messages but the system prompt."""
         self._turns, self._out, self._computed = [], 0, None
 
+    @property
+    def system(self) -> str | None:
+        """The system prompt; None: there is none."""
+        return self._system[0]["content"] if self._system else None
+
+    def set_system(self, system: str | None) -> None:
+        """Replace the system prompt. Raises ConfigError, and changes nothing, if the chat template refuses it."""
+        self._replace(_system_messages(system), self._turns)
+
+    def load(self, messages: Sequence[Message]) -> None:
+        """Replace all messages. A system prompt stays if ``messages`` have none.
+
+        Raises ConfigError, and changes nothing, if they are not questions and answers alternately, behind a system
+        prompt or none, or if the chat template refuses them.
+        """
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns = [*messages[len(system) :]]
+        if [message["role"] for message in turns] != ["user", "assistant"] * (len(turns) // 2):
+            raise ConfigError(
+                "The messages are not questions of the user and answers of the assistant alternately.",
+                "Give a conversation that ends with an answer.",
+            )
+        self._replace(system or self._system, turns)
+        self._out, self._computed = 0, None
+
+    def take_back(self) -> list[Message]:
+        """Remove the last question and its answer, and return both. Return nothing if there is none."""
+        taken = self._turns[-2:]
+        self._turns = self._turns[:-2]
+        self._out = min(self._out, len(self._turns))
+        return taken
+
+    def put_back(self, taken: Sequence[Message]) -> None:
+        """Add what ``take_back`` has returned."""
+        self._turns += taken
+
+    def _replace(self, system: list[Message], turns: list[Message]) -> None:
+        before = self._system, self._turns
+        self._system, self._turns = system, turns
+        try:
+            self._render([*turns, {"role": "user", "content": "."}])
+        except ConfigError:
+            self._system, self._turns = before
+            raise
+
     def _encode(self, turns: Sequence[Message]) -> list[int]:
         text = self._render(turns)
         if self._computed is not None and text.startswith(self._computed[0]):
@@ -126,6 +171,10 @@ class Conversation:
                 "Leave out --system." if self._system else "See chat_template.jinja in the model directory.",
             ) from error
         return text
+
+
+def _system_messages(system: str | None) -> list[Message]:
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _first_line(error: Exception) -> str:

@@ -120,13 +120,19 @@ class ServerProcess:
     """Ready when it is made. ``log`` is what it wrote to stderr so far."""
 
     def __init__(
-        self, directory: Path, place: Path, arguments: Sequence[str] = (), *, under: Sequence[str] = ()
+        self,
+        directory: Path,
+        place: Path,
+        arguments: Sequence[str] = (),
+        *,
+        under: Sequence[str] = (),
+        key: str = KEY,
     ) -> None:
         """``under``: a Python script that starts it, with its own arguments. Without, it is a fork of a prepared
-        process."""
+        process. ``key``: its API key; "" for none."""
         self._log, said = place / "log", place / "said"
         words = ["serve", str(directory), "--port", "0", *arguments]
-        variables = {"MOETIER_API_KEY": KEY, "MOETIER_LOG": "info"}
+        variables = {"MOETIER_API_KEY": key, "MOETIER_LOG": "info"}
         self.process: subprocess.Popen[bytes] | Process
         with Path(os.devnull).open() as nothing, self._log.open("wb") as log, said.open("wb") as out:
             streams = {"stdin": nothing.fileno(), "stdout": out.fileno(), "stderr": log.fileno()}

@@ -8,15 +8,23 @@ import time
 from collections.abc import Callable
 
 import pyte
+from prepared import Prepared
 from terminals import PATIENCE, Terminal
 
 
 class DrawnTerminal(Terminal):
     """``text`` is what stands on the screen now; ``attributes`` are the terminal's own, as termios has them."""
 
-    def __init__(self, *arguments: str, columns: int = 150, lines: int = 40, **environment: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        columns: int = 150,
+        lines: int = 40,
+        scripts: Prepared | None = None,
+        **environment: str,
+    ) -> None:
         colours = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        super().__init__(*arguments, size=(columns, lines), **(colours | environment))
+        super().__init__(*arguments, size=(columns, lines), scripts=scripts, **(colours | environment))
         self.before = self.attributes
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)

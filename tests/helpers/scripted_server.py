@@ -2,11 +2,11 @@
 
 python scripted_server.py SCRIPT RECORD PYTHON -m moetier.tools.main serve ...
 
-SCRIPT is a JSON file: {"sessions": {MARK: [ANSWER, ...]}, "side": ANSWER, "end": ANSWER}. A prompt with tools that
-contains MARK gets the answer whose number is the number of answers in the prompt, and after the last one "end"; any
-other prompt gets "side". RECORD becomes a file of JSON lines, one for each POST request:
-path, status, headers, body, response (text), and for each sequence: ids of the prompt, of the answer, number of cached
-tokens, why it ended.
+SCRIPT is a JSON file: {"sessions": {MARK: [ANSWER, ...]}, "side": ANSWER, "end": ANSWER, "texts": {MARK: ANSWER}}. A
+prompt with tools that contains MARK gets the answer whose number is the number of answers in the prompt, and after the
+last one "end". Another prompt gets the answer of the last MARK of "texts" in it, if there is one, or else "side".
+RECORD becomes a file of JSON lines, one for each POST request: path, status, headers, body, response (text), and for
+each sequence: ids of the prompt, of the answer, number of cached tokens, why it ended.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Script:
             if mark in prompt and TOOLS in prompt:
                 number = prompt.count(ANSWERS) - 1  # the last one begins the answer
                 return str(answers[number] if number < len(answers) else self._script["end"])
-        return str(self._script["side"])
+        texts = self._script.get("texts", {})
+        last = max(texts, key=prompt.rfind, default="")
+        return str(texts[last] if last and last in prompt else self._script["side"])
 
     def _ids(self, text: str) -> list[int]:
         pieces = PIECES.findall(text)

@@ -1,5 +1,6 @@
 """A conversation on the terminal.
 
-``dialogue`` reads messages and commands, and ``answer`` computes one answer. The package imports ``cli``,
-``runtime.generation`` and ``runtime.model``.
+``chat_input`` reads messages and commands, ``dialogue`` answers the messages by ``answer``, and ``commands`` runs the
+commands. ``options`` has what commands may change of the next answers, and ``state`` what is kept for later chats. The
+package imports ``cli``, ``runtime.generation`` and ``runtime.model``.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from moetier.runtime.model.vocabulary import check_ids
 from moetier.tools.cli.failure import show
 from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, tokens_text
+
+from .options import AnswerOptions
 
 if TYPE_CHECKING:  # it imports transformers, which ``loaded`` does in less time and memory
     from moetier.runtime.engine.engine import Engine
@@ -100,10 +101,8 @@ class Reply:
 class Answering:
     """A loaded model that answers the prompts of one conversation, one after the other."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, engine: Engine, decoding: dict[str, Any], *, seed: int, is_plain: bool
-    ) -> None:
-        """Answer with ``engine`` and ``decoding``, which ``decoding_of`` returned. Each answer has another seed.
+    def __init__(self, model: Any, tokenizer: Any, engine: Engine, options: AnswerOptions, *, is_plain: bool) -> None:
+        """Answer with ``engine``, each time with what ``options`` are then.
 
         ``is_plain`` means that the model has no chat template. Such a model may go on to write the user's next message,
         so its text is cut at PLAIN_STOP.
@@ -111,8 +110,7 @@ class Answering:
         self._model = model
         self._tokenizer = tokenizer
         self._engine = engine
-        self._decoding = decoding
-        self._seeds = itertools.count(seed)
+        self._options = options
         self._stop = PLAIN_STOP if is_plain else ""
 
     def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Reply:
@@ -128,7 +126,7 @@ class Answering:
         streamer = TimedStreamer(
             self._tokenizer, echo=show if echo else None, skip_special_tokens=True, stop=self._stop
         )
-        stream = self._engine.stream(Request(tuple(ids), most, self._decoding, next(self._seeds)))
+        stream = self._engine.stream(Request(tuple(ids), most, self._options.decoding(), self._options.next_seed()))
         sequence = stream.sequence
         try:
             with prompt_bar(self._model, sequence):

@@ -103,6 +103,7 @@ def prompt_bar(model: Any, sequence: Sequence) -> Iterator[None]:
         desc=f"prompt of {len(sequence.request.ids):,} tokens",
         bar_format="{l_bar}{bar}| {n:.0f} of {total_fmt} computed, {elapsed}<{remaining}",
         delay=PROMPT_SECONDS,
+        dynamic_ncols=True,  # the terminal may get another size meanwhile
         leave=False,
     )
     hooks = list[Any]()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
-from moetier.runtime.generation.conversation import Conversation
+from moetier.runtime.generation.conversation import Conversation, Message
 from moetier.tools.chat.answer import Answering
-from moetier.tools.chat.dialogue import ChatInput, Dialogue
+from moetier.tools.chat.chat_input import ChatInput
+from moetier.tools.chat.dialogue import ROOM, Dialogue
+from moetier.tools.chat.options import AnswerOptions
+from moetier.tools.chat.state import KeptConversation, LineHistory, last_conversation, state_folder
 from moetier.tools.cli.arguments import (
     add_decoding_arguments,
     add_prefill_argument,
     add_resource_arguments,
     add_speculation_arguments,
-    decoding_of,
     resources_of,
 )
 from moetier.tools.cli.daemon_reads import DaemonWatch
@@ -26,7 +29,6 @@ EXAMPLES = (
     'moetier chat Qwen/Qwen3-30B-A3B:4bit --system "Answer in one sentence." --context 8192',
 )
 NEW_TOKENS = 1024
-ROOM = 4  # a prompt leaves 1/ROOM of the context to the answer, or --max-new-tokens if that is less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--status",
         action=argparse.BooleanOptionalAction,
         help="report each answer's tokens, speed and hits on standard error (default: only if that is a terminal)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the last conversation of a terminal, whichever model it had"
+    )
+    parser.add_argument(
+        "--history",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the lines that are typed in a terminal, and the last conversations, in $XDG_STATE_HOME/moetier/chat "
+        "(default: %(default)s)",
     )
     add_json(parser, "each answer, and /stats, as one line of JSON")
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
@@ -55,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
     resources = resources_of(arguments)
-    decoding = decoding_of(arguments)
-    most: int = decoding.pop("max_new_tokens")
+    options = AnswerOptions.of(arguments)
+    folder = state_folder()
+    resumed = last_conversation(folder) if arguments.resume else []
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
     if status and sys.stderr.isatty():
         print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
@@ -65,23 +78,37 @@ def run(arguments: argparse.Namespace) -> None:
 
         with Engine.of(model) as engine:
             context = engine.context
+            answer_tokens = min(options.max_new_tokens, context // ROOM)
             conversation = Conversation(
-                tokenizer, system=arguments.system, context=context, answer_tokens=min(most, context // ROOM)
+                tokenizer, system=arguments.system, context=context, answer_tokens=answer_tokens
             )
-            answering = Answering(
-                model, tokenizer, engine, decoding, seed=arguments.seed, is_plain=conversation.is_plain
-            )
+            answering = Answering(model, tokenizer, engine, options, is_plain=conversation.is_plain)
+            is_terminal = sys.stdin.isatty()
+            state = folder if arguments.history and (is_terminal or arguments.resume) else None
             dialogue = Dialogue(
                 conversation,
                 answering,
                 model.tiers,
                 DaemonWatch(model.tiers),
-                most=most,
+                options=options,
+                kept=KeptConversation(state),
+                title=f"{arguments.directory}, experts of {model.tiers.where}",
                 as_json=arguments.json,
                 status=status,
             )
-            dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; {model.tiers.describe_context()}")
+            dialogue.say(f"{dialogue.title}; {model.tiers.describe_context()}")
             if conversation.is_plain:
                 dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
+            if arguments.resume:
+                resume(conversation, resumed, arguments.system)
+                dialogue.say(f"resumed: {len(conversation.messages)} messages; /show prints the last ones")
             dialogue.say("/help lists the commands")
-            dialogue.talk(ChatInput())
+            with contextlib.closing(LineHistory(state if is_terminal else None)) as history:
+                dialogue.talk(ChatInput(history))
+
+
+def resume(conversation: Conversation, messages: list[Message], system: str | None) -> None:
+    """Go on with the messages of another chat. The system prompt of the command line replaces theirs."""
+    conversation.load(messages)
+    if system is not None:
+        conversation.set_system(system)

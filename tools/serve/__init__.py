@@ -6,6 +6,7 @@ makes for it, and unloads others if their memory is needed (``reservation``). ``
 prompts, ``choices`` has the answers to one request, ``answers`` submits each to the engine and turns tokens into
 events, and ``parsing`` finds thoughts and tool calls in them. The protocol writes the events. What an answer may be is
 compiled by ``constraints``; ``answer_grammar`` writes it down, and ``call_syntax`` how a model writes calls. ``keys``
-has the API keys and what each may use. The package imports ``cli``, ``plan``, ``runtime.generation``,
+has the API keys and what each may use. ``page`` sends the files of the page at ``/``, which are in ``web``; the page is
+a client of the same routes as any other. The package imports ``cli``, ``plan``, ``runtime.generation``,
 ``runtime.engine`` and ``runtime.model``. Of other packages only ``tools.ray`` imports Starlette.
 """

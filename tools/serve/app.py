@@ -22,6 +22,7 @@ from .metrics import ServeCollector
 from .middleware import HEALTH, MOST_BYTES, AccessControl, App, RequestLimits, most_bytes
 from .models import Models
 from .openapi import description_of
+from .page import page_routes
 from .protocols.body import UnknownFields
 from .protocols.chat import Chat
 from .protocols.completions import Completions
@@ -122,7 +123,7 @@ def _plain_routes(models: Models) -> Iterator[Route]:
     def openapi(_: Request) -> Response:
         return JSONResponse(description_of(BODIES, [HEALTH, METRICS, MODELS, OPENAPI]))
 
-    yield Route("/", lambda _: Response(), methods=["HEAD"])  # clients ask whether there is a server
+    yield from page_routes()  # with HEAD, too: clients ask "/" whether there is a server
     yield Route(HEALTH, health)
     yield Route(METRICS, metrics)
     yield Route(OPENAPI, openapi)

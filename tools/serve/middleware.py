@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from .keys import Keys, RateLimits
+from .page import FILES
 from .protocols.refusal import HEADER_BYTES, TOO_LONG, Refusal, headers_too_long, log_failure
 
 Message = MutableMapping[str, Any]
@@ -18,7 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 HEALTH = "/health"
-OPEN = {("GET", HEALTH), ("HEAD", HEALTH), ("HEAD", "/")}  # what needs no key
+OPEN = {HEALTH, *FILES}  # what GET and HEAD need no key for
 USER = "moetier.user"  # field of a scope: the name of the API key that the request has
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
@@ -80,7 +81,8 @@ class AccessControl:
                 "these as the host, or start the server with a key (--api-key-file).",
                 code="invalid_host",
             )
-        user = "" if self._keys is None or (scope["method"], scope["path"]) in OPEN else self._admit(scope, headers)
+        is_open = scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
+        user = "" if self._keys is None or is_open else self._admit(scope, headers)
         if scope["method"] == "POST" and not headers.get(b"content-type") and b"origin" in headers:
             # a web page can send a POST to another site without that site's consent (a preflight request), unless its
             # Content-Type is application/json

@@ -23,6 +23,7 @@ from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.runtime.generation.conversation import PLAIN_TEMPLATE
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tools.chat.answer import Answering, Leave, interruptible
+from moetier.tools.chat.options import AnswerOptions
 from moetier.tools.main import main
 
 
@@ -173,7 +174,7 @@ def test_ctrl_c_stops_between_layers_of_a_prefill_and_between_tokens_of_an_answe
     model, tokenizer = moetier.load(endless, daemon=None)
     with model.tiers, Engine(ModelRunner(model, 4), pages=4, max_sequences=1, chunk=8, context=200) as engine:
         assert tokenizer is not None
-        answering = Answering(model, tokenizer, engine, {"do_sample": False}, seed=0, is_plain=True)
+        answering = Answering(model, tokenizer, engine, AnswerOptions({"temperature": 0.0}), is_plain=True)
         ids = tokenizer("What is the matter with you, that you say nothing of all this to anybody?")["input_ids"]
         module = [*experts_modules(model).values()][3]
         handler = signal.getsignal(signal.SIGINT)
@@ -222,10 +223,12 @@ gnu_readline = pytest.mark.skipif(
     reason="this Python is built without GNU readline",
 )
 
-LOOP = (
-    "from moetier.tools.chat.dialogue import ChatInput, Dialogue\n"
-    "Dialogue(None, None, None, None, most=1, as_json=False, status=False).talk(ChatInput()); print('left')"
-)
+LOOP = """
+from moetier.tools.chat.chat_input import ChatInput
+from moetier.tools.chat.dialogue import Dialogue
+Dialogue(*[None] * 4, options=None, kept=None, title="", as_json=False, status=False).talk(ChatInput())
+print("left")
+"""
 
 
 @pytest.mark.parametrize("keys", [CTRL_D, "/exit\n", "/bye\n"], ids=["Ctrl-D", "exit", "bye"])

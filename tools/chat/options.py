@@ -1,0 +1,65 @@
+"""Options of the answers in a chat, which may change between two answers."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from moetier.runtime.generation.decoding import DECODING
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.arguments import decoding_of
+
+
+class AnswerOptions:
+    """Values of the options in DECODING, by name. None leaves the choice to the model's generation_config.json."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """``values`` are those of the command line, to which ``set`` returns."""
+        self._first = {name: values.get(name, option.default) for name, option in DECODING.items()}
+        self._values = dict(self._first)
+        self._seeds = itertools.count(self._values["seed"])
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> AnswerOptions:
+        """Return the options that a command line gives."""
+        return cls({name: getattr(arguments, name) for name in DECODING})
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of tokens of an answer."""
+        return int(self._values["max_new_tokens"])
+
+    def decoding(self) -> dict[str, Any]:
+        """Return the keyword arguments of ``decoding_of``, without ``max_new_tokens``."""
+        decoding = decoding_of(argparse.Namespace(**self._values))
+        del decoding["max_new_tokens"]
+        return decoding
+
+    def next_seed(self) -> int:
+        """Return the seed of the next answer. Each answer has another one."""
+        return next(self._seeds)
+
+    def set(self, name: str, text: str) -> None:
+        """Set the option ``name`` to the value that ``text`` has; to that of the command line if it is empty.
+
+        Raises ConfigError if there is no such option, or it can't have this value.
+        """
+        name = name.lstrip("-").replace("-", "_")
+        if name not in DECODING:
+            raise ConfigError(f"There is no option {name}.", f"Give one of {', '.join(DECODING)}.")
+        numbers = DECODING[name].numbers
+        assert numbers is not None
+        try:
+            self._values[name] = numbers(text) if text else self._first[name]
+        except ValueError:
+            raise ConfigError(f"{name} is {text!r}, which is not a number.", numbers.fix) from None
+        if name == "seed":
+            self._seeds = itertools.count(self._values["seed"])
+
+    def __str__(self) -> str:
+        """The options that have a value, and its source for the others."""
+        given = [f"{name} {value:g}" for name, value in self._values.items() if value is not None and name != "seed"]
+        given.append(f"seed {self._values['seed']}")
+        return f"{', '.join(given)}; the others as the model's generation_config.json says"
