@@ -78,7 +78,8 @@ class Answer:
         self._user = job.request.user
         self._submitted = time.monotonic()
         self._first: float | None = None  # time of the first new token
-        service.tally.add(self._user, under_way=1)
+        self._tally = service.tally
+        self._tally.add(self._user, under_way=1)
 
     @property
     def ended(self) -> bool:
@@ -136,9 +137,7 @@ class Answer:
             return
         if self._first is None:
             self._first = time.monotonic()
-        self._service.tally.add(
-            self._user, new_tokens=1
-        )  # before the text is sent: a client that has it may read counts
+        self._tally.add(self._user, new_tokens=1)  # before the text is sent: a client that has it may read counts
         self.new_tokens += 1
         try:
             if sampled.logprob is not None:
@@ -244,8 +243,8 @@ class Answer:
             if self.ended:
                 return False
             self.job = None
-        self._service.tally.add(self._user, under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
-        self._service.tally.observe(self._user, **self._measured())
+        self._tally.add(self._user, under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        self._tally.observe(self._user, **self._measured())
         _log.info(
             "%s: %d prompt tokens (%d of them cached), %d new tokens",
             outcome,

@@ -303,7 +303,7 @@ def test_counts_are_of_each_model_and_outlive_it(pair: list[Path], tmp_path: Pat
     assert samples["moetier_serve_new_tokens_total", "b"] == 2
     assert samples["moetier_serve_first_token_seconds_count", "a"] == 2
     assert samples["moetier_serve_loaded", "a"] == samples["moetier_serve_loaded", "b"] == 0
-    assert "moetier_tier_hits" not in text
+    assert "moetier_tier_hits_total{" not in text
 
 
 @pytest.fixture(autouse=True)
