@@ -36,7 +36,7 @@ GROUPS = {  # titles in --help -> names of commands -> their lines in --help; th
         "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
         "generate": "generate text from a prompt",
         "chat": "chat with a model",
-        "serve": "serve models over HTTP, with OpenAI's API",
+        "serve": "serve models over HTTP, with OpenAI's and Anthropic's APIs",
         "launch": "configure a program for coding, such as opencode, for a server, and start it",
         "daemon": "hold the experts of models in memory for all processes of this machine",
     },

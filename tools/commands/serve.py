@@ -1,4 +1,4 @@
-"""``moetier serve DIR ...``: serve models over HTTP, with OpenAI's API."""
+"""``moetier serve DIR ...``: serve models over HTTP, with OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
