@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
 import runpy
@@ -149,6 +150,15 @@ def test_the_first_program_runs(
     assert 0 < float(ratio) <= 1
 
 
+def test_the_program_for_answers_of_a_given_form_runs(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = (DOCS / "python.md").read_text().partition("## Answers of a given form")[2]
+    (program,) = re.findall(r"^```python\n(.*?)^```", section.partition("\n## ")[0], re.DOTALL | re.MULTILINE)
+    exec(program.replace('"tinymix-4bit"', repr(str(tinymix_4bit))), {})
+    answers = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 2
+    assert all(answer.keys() == {"name"} and len(answer["name"]) <= 20 for answer in answers)
+
+
 SOURCES = [path for name in ("tools", "runtime", "tiers", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
 SOURCES.remove(Path(__file__))
 DEV = ("test", "dev", "release")  # extras for those who work on moetier
@@ -194,7 +204,8 @@ def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
 
 
 def test_the_readme_begins_with_what_one_needs() -> None:
-    """What it is, one figure with its command, how to install and to begin, and where it does not run, in ten lines."""
-    head = "\n".join((ROOT / "README.md").read_text().splitlines()[:10])
-    for said in ("tokens/s", "python tests/measurements/", "pip install", "moetier demo", "CPUs today"):
+    """What it is, one figure with its command, where it has not run, how to install and to begin, in twelve lines."""
+    head = "\n".join((ROOT / "README.md").read_text().splitlines()[:12])
+    for said in ("tokens/s", "python tests/measurements/", "Not yet run on a GPU", "git clone", "pip install"):
         assert said in head
+    assert "moetier demo" in head

@@ -48,7 +48,7 @@ CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Way:
-    """A machine, and a model for it. ``daemons``: how many machines hold experts, with ``ram`` GiB each."""
+    """A machine, and a model of the hub for it. ``daemons``: how many machines hold experts, with ``ram`` GiB each."""
 
     machine: str
     free: int  # GiB of memory
@@ -59,10 +59,10 @@ class Way:
 
 
 WAYS = (
-    Way("laptop, 16 GB", 12, "Qwen3-30B-A3B", QWEN3_30B),
-    Way("workstation, 64 GB", 56, "GLM-4.5-Air", GLM_45_AIR),
-    Way("server, 256 GB", 240, "Qwen3-235B-A22B", QWEN3_235B),
-    Way("cluster, 4 x 128 GB", 120, "DeepSeek-V3", DEEPSEEK_V3, daemons=4, ram=100),
+    Way("laptop, 16 GB", 12, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
+    Way("workstation, 64 GB", 56, "zai-org/GLM-4.5-Air", GLM_45_AIR),
+    Way("server, 256 GB", 240, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
+    Way("cluster, 4 x 128 GB", 120, "deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, daemons=4, ram=100),
 )
 
 
