@@ -29,6 +29,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/kernels/codings/row_emitter.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/experts/expert_products.py": ("runtime/kernels/experts/test_expert_kernels.py", CODE),
     "runtime/kernels/layer/attention_code.py": ("runtime/kernels/layer/test_attend.py", CODE),
+    "tools/chat/chat_input.py": ("tools/chat/test_chat_screen.py", PARTS),
     "runtime/engine/constraint.py": ("runtime/engine/test_grammar.py", PARTS),
     "runtime/kernels/layer/attention_piece.py": ("runtime/kernels/layer/test_attend.py", CODE),
     "runtime/kernels/layer/attention_tasks.py": ("runtime/kernels/layer/test_attention.py", CODE),

@@ -32,6 +32,7 @@ MoetierError
 ├── DeadlineError              a request was not answered by its deadline (runtime.engine.sequence)
 ├── EngineError                the engine can't compute any more (runtime.engine.engine)
 ├── GrammarError               a grammar that can't be compiled (runtime.engine.grammar)
+├── NoTokenError               scores by which no token can be chosen (runtime.engine.sampling)
 └── ClosedError                an object was used after close(), or in a forked child
 """
 

@@ -34,9 +34,10 @@ def private_fault(folder: Path) -> tuple[str, str] | None:
 
     Raises OSError if the folder can't be reached.
     """
-    status = folder.lstat()
+    if (fault := access_fault(folder, folder.lstat())) is not None:
+        return fault
     parents = (parent_fault(parent, parent.lstat()) for parent in _parents(folder))
-    return access_fault(folder, status) or next(filter(None, parents), None)
+    return next(filter(None, parents), None)
 
 
 def access_fault(folder: Path, status: os.stat_result) -> tuple[str, str] | None:

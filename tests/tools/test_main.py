@@ -85,7 +85,8 @@ def test_short_options_are_those_of_llama_cpp(model: list[str]) -> None:
         assert (arguments.max_new_tokens, arguments.threads, arguments.context) == (5, 1, 99)
     for command in ("chat", "serve"):
         arguments = build_parser().parse_args([command, *model, "-t", "1", "-c", "99"])
-        assert (str(arguments.directory), arguments.threads, arguments.context) == ("DIR", 1, 99)
+        models = arguments.directories if command == "serve" else [arguments.directory]
+        assert ([*map(str, models)], arguments.threads, arguments.context) == (["DIR"], 1, 99)
     for words in (["--", "-m"], ["-m is an option"], ["-my word"]):
         assert build_parser().parse_args(["generate", "DIR", *words]).prompt == words[-1]
 

@@ -30,7 +30,7 @@ URL = "http://127.0.0.1:8000"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier launch`."""
-    parser.add_argument("client", choices=CLIENTS, metavar="CLIENT", help=f"the program: {', '.join(CLIENTS)}")
+    parser.add_argument("client", choices=[*CLIENTS], metavar="CLIENT", help=f"the program: {', '.join(CLIENTS)}")
     parser.add_argument("words", nargs="*", metavar="WORD", help="with --run: words for the program, after --")
     parser.add_argument("--url", default=URL, metavar="URL", help="URL of the server (default: %(default)s)")
     parser.add_argument("--model", metavar="NAME", help="name of the model (default: the only one of the server)")

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.store.folder import GROUP, METADATA
 
 from .options import served_name
 
@@ -21,6 +20,8 @@ def is_model(path: Path) -> bool:
 
     What it holds is checked when it is loaded.
     """
+    from moetier.tiers.store.folder import GROUP, METADATA  # not at the top: it imports numpy
+
     if path.suffix == ".gguf":
         return path.is_file() and LATER_PART.search(path.name) is None
     return (path / "config.json").is_file() and (not (path / GROUP).exists() or (path / GROUP / METADATA).is_file())

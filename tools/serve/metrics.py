@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from moetier.runtime.daemon.metrics import tier_metrics
-
-if TYPE_CHECKING:
-    from .serving import Served
 
 OUTCOMES = ("answered", "cancelled", "failed")
 # name of a count -> (kind of metric, name of the metric without its prefix, help text)
@@ -126,7 +123,15 @@ class Tally:
             }
 
 
-Seen = tuple[str, Tally, "Served | None"]  # name, counts and, if it is loaded, what serves a model
+class Loaded(Protocol):
+    """What serves a model that is loaded."""
+
+    @property
+    def service(self) -> Any:
+        """Its ``AnswerService``."""
+
+
+Seen = tuple[str, Tally, Loaded | None]  # name, counts and, if it is loaded, what serves a model
 
 
 class ServeCollector(Collector):

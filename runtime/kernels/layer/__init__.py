@@ -10,6 +10,7 @@
     masks            which positions a mask of causal attention shows
     growing_cache    a KV cache that grows in place
     paged_cache      a KV cache in pages, which sequences share
+    pages            the pages of a sequence
     packing          attention of several sequences, whose tokens are packed into one row
     norm             RMS norms: emits and runs them
     routing          a router's choice of experts for one token

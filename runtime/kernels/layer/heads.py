@@ -46,7 +46,7 @@ class HeadsContext(NamedTuple):
     apart: int  # how far apart cos and sin of a pair's two numbers are: R / 2, or 0 if they share theirs
 
 
-PLACE = {name: place for place, name in enumerate(HeadsContext._fields)}  # index of a field
+PLACE = {name: place for place, name in enumerate(HeadsContext.__annotations__)}  # index of a field
 
 
 @once

@@ -182,7 +182,7 @@ def test_commands_that_compute_have_the_option() -> None:
     without = {
         *("list", "rm", "verify", "inspect", "link", "mirror", "push", "replay", "plot"),
         *("daemon", "ps", "stats", "top", "bench", "bench disk"),
-        *("doctor", "config", "config show", "cache", "cache list", "cache clear", "completion", "demo", ""),
+        *("doctor", "launch", "config", "config show", "cache", "cache list", "cache clear", "completion", "demo", ""),
     }
     found = {" ".join(path) for path, parser in walk(build_parser()) if not _has_threads(parser)}
     assert found == without

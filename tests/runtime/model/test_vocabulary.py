@@ -21,7 +21,7 @@ import moetier
 from moetier.runtime.generation.decoding import encode
 from moetier.runtime.model.vocabulary import embeddings_of
 from moetier.tiers.errors import ConfigError, StoreFormatError
-from moetier.tools.chat.answer import Answering
+from moetier.tools.chat.answer import Answering, AnswerOptions
 from moetier.tools.main import main
 
 FURTHER = "<further>"  # added, beyond the embeddings
@@ -97,7 +97,7 @@ def test_a_token_without_embedding_is_refused_where_it_stands(further: Path) -> 
         assert encode(model, tokenizer, "Ciao")["input_ids"].max() < ROWS
         with pytest.raises(ConfigError, match="has the token '<further>'"):
             encode(model, tokenizer, f"Ciao {FURTHER}", "Prompt 2")
-        answering = Answering(model, tokenizer, None, {}, seed=0, is_plain=False)  # type: ignore[arg-type] # not used
+        answering = Answering(model, tokenizer, None, AnswerOptions({}), is_plain=False)  # type: ignore[arg-type] # not used
         with pytest.raises(ConfigError, match="has the token '<further>'"):
             answering.answer(tokenizer(FURTHER)["input_ids"], most=2, is_interrupted=lambda: False, echo=False)  # type: ignore[arg-type]
 

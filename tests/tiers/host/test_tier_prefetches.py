@@ -154,7 +154,7 @@ def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(
         sys.setswitchinterval(1000.0)  # no other thread runs until this one waits
         try:
             session.acquire(1, keys(0, 0))
-            session.release(1)
+            session.end(1)
         finally:
             sys.setswitchinterval(interval)
         time.sleep(0.02)  # until the loader has looked

@@ -114,7 +114,7 @@ def test_ctrl_c_in_a_prompt_and_in_an_answer(scripts: Prepared, endless: Path, t
     words = "What news, my lord, of the war? " * 6000
     talk.write_text(json.dumps([{"role": "user", "content": words}, {"role": "assistant", "content": "None."}]))
     options = ("--context", "200000", "--max-new-tokens", "90000")
-    with Chat(scripts, endless, tmp_path / "state", *options, columns=100) as chat:
+    with Chat(scripts, endless, tmp_path / "state", *options, columns=200) as chat:
         chat.run(f"/load {talk}", "2 messages loaded")
         chat.type("And of the king?\n")
         bar = re.compile(r"prompt of [\d,]+ tokens: +\d+%.*computed")
