@@ -33,7 +33,7 @@ from moetier.tools.main import parse
 from moetier.tools.serve.app import application
 from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import keys_of
-from moetier.tools.serve.models import Models
+from moetier.tools.serve.models import Models, _UnwantedError
 from moetier.tools.serve.reservation import reservation_of
 from moetier.tools.serve.serving import Loader
 
@@ -184,6 +184,14 @@ def test_a_model_that_is_not_used_is_unloaded_after_a_while(pair: list[Path]) ->
         assert ask(client, "a").status_code == 200
 
 
+def test_the_only_model_is_unloaded_though_no_request_has_come(pair: list[Path]) -> None:
+    with serving(pair[:1], "--keep-alive", "0") as (models, client):
+        with models.load_only():
+            assert loaded(client) == ["a"]
+        wait_until(lambda: loaded(client) == [])
+        assert ask(client, None).status_code == 200
+
+
 def test_an_engine_that_dies_fails_its_own_answers_only(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(pair) as (models, client):
         assert [ask(client, name).status_code for name in "ab"] == [200, 200]
@@ -270,6 +278,34 @@ def test_the_end_refuses_what_waits(pair: list[Path]) -> None:
             answer = waiting.result(PATIENCE)
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, "The server is shutting down.")
         assert ask(client, "a").status_code == 503
+
+
+def test_an_end_while_a_model_is_unloaded_loads_no_other(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(pair, whole=one_of(pair[0])) as (models, client):
+        assert ask(client, "a").status_code == 200
+        models._entries["a"].closing.callback(models.cut)
+        loads = list[Path]()
+        monkeypatch.setattr(models._loader, "loaded", lambda path, *_: loads.append(path))
+        assert ask(client, "b").status_code == 503
+        models.close()  # waits for the thread
+        assert loads == []
+
+
+def test_a_request_that_comes_as_all_others_have_left_is_answered(
+    pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(pair[:1]) as (models, client):
+        make_room, left = models._make_room, list[int]()
+
+        def leave(entry: Any) -> Any:
+            if not left:
+                left.append(1)
+                raise _UnwantedError
+            return make_room(entry)
+
+        monkeypatch.setattr(models, "_make_room", leave)
+        assert ask(client, "a").status_code == 200
+        assert left
 
 
 def test_an_end_while_a_model_loads_waits_for_it(pair: list[Path]) -> None:
