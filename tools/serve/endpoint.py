@@ -88,7 +88,7 @@ class Endpoint:
         served = await pin.served()
         # on a thread, because turning a long prompt into tokens takes seconds
         jobs = await on_thread(partial(served.prompts.jobs, query, body.prompt_field, user))
-        check_scores(jobs, is_streamed=bool(body.stream))
+        check_scores(jobs, are_kept=not body.stream or self._protocol.repeats_scores)
         choices = Choices(served.service, served.prompts, jobs)
         return Reply(choices.id, pin.name, int(time.time()), body, choices.prompt_tokens, choices.count), choices
 
@@ -120,21 +120,21 @@ class Endpoint:
         return JSONResponse(self._protocol.whole(reply, answers))
 
 
-def check_scores(jobs: Sequence[Sequence[Job]], *, is_streamed: bool) -> None:
+def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
     """Raise Refusal if answers could have more than MOST_SCORES log probabilities.
 
-    Those of new tokens do not count if they are streamed, because they are not kept.
+    Those of new tokens count only if they ``are_kept`` until the end of the answer; most streams do not keep them.
     """
     requests = [job.request for each in jobs for job in each if job.request.logprobs is not None]
     scores = sum(
         (1 + (request.logprobs or 0))
-        * (len(request.ids) * request.scores_prompt + (0 if is_streamed else request.max_new_tokens))
+        * (len(request.ids) * request.scores_prompt + (request.max_new_tokens if are_kept else 0))
         for request in requests
     )
     if scores > MOST_SCORES:
         message = (
             f"logprobs: the answers could have {scores:,} log probabilities, and {MOST_SCORES:,} are possible. Ask for "
-            "fewer answers, tokens or likely tokens, or stream them."
+            "fewer answers, tokens or likely tokens. A stream of chat or text completions may have more."
         )
         raise Refusal(400, message, param="logprobs")
 
