@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
+import json
 import os
 import shutil
 import sys
@@ -32,8 +34,11 @@ from moetier.tools.cli.arguments import resources_of
 from moetier.tools.main import parse
 from moetier.tools.serve.app import application
 from moetier.tools.serve.catalogue import Catalogue
+from moetier.tools.serve.endpoint import Endpoint
 from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.models import Models, _UnwantedError
+from moetier.tools.serve.protocols.body import UnknownFields
+from moetier.tools.serve.protocols.completions import Completions
 from moetier.tools.serve.reservation import reservation_of
 from moetier.tools.serve.serving import Loader
 
@@ -147,6 +152,27 @@ def test_an_answer_ends_before_its_model_goes_and_a_stream_says_what_it_waits_fo
         assert ": b waits to be loaded\n" in said
         assert said.endswith("data: [DONE]\n\n")
         assert loaded(client) == ["b"]
+
+
+def test_a_client_that_reads_slowly_holds_no_model_up(pair: list[Path]) -> None:
+    """Its answer is complete, but the rest of it can't be sent yet."""
+    body = {"prompt": "Uno", "max_tokens": 40, "temperature": 0, "model": "a"}
+
+    async def asked(models: Models) -> int:
+        content, users = json.dumps(body).encode(), list[int]()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            users.append(models._entries["a"].users)
+
+        endpoint = Endpoint(Completions(), models, UnknownFields())
+        await endpoint({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive, send)
+        return max(users)
+
+    with serving(pair) as (models, _):
+        assert asyncio.run(asked(models)) == 0
 
 
 def test_an_unload_leaves_nothing(pair: list[Path]) -> None:
