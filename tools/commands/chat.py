@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 
 from moetier.runtime.generation.conversation import Conversation, Message

@@ -137,9 +137,7 @@ def _codex_file(target: Target) -> str:
     values = codex(target)
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, dict)]
     table = values["model_providers"][PROVIDER]
-    return "\n".join(
-        [*lines, "", f"[model_providers.{PROVIDER}]", *(f"{n} = {_toml(v)}" for n, v in table.items())]
-    )
+    return "\n".join([*lines, "", f"[model_providers.{PROVIDER}]", *(f"{n} = {_toml(v)}" for n, v in table.items())])
 
 
 def _launch_codex(target: Target) -> Launch:

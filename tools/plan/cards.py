@@ -70,8 +70,8 @@ def by_data_sheet(
 ) -> list[dict[str, Any]]:
     """Return for each card, as JSON, how many experts fit, and how many tokens/s its rates would permit at most.
 
-    The host is taken to have all experts in memory, and a token to read no keys and values. Cards that can't hold the trunk, the context and one token's
-    experts of a block are left out.
+    The host is taken to have all experts in memory, and a token to read no keys and values. Cards that can't hold
+    the trunk, the context and one token's experts of a block are left out.
 
     Args:
         choice: the model with the bits of its experts and trunk.

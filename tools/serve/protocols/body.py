@@ -27,7 +27,8 @@ MOST_LETTERS = 64  # of such a name
 
 _log = logging.getLogger(__name__)
 
-# Fields of an API or of a server that change an answer. A body without such a field refuses it, unless it asks for nothing.
+# Fields of an API or of a server that change an answer. A body without such a field refuses it, unless it asks for
+# nothing.
 MEANINGFUL = frozenset({
     "messages", "system", "prompt", "suffix", "input", "instructions", "previous_response_id", "conversation",
     "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "best_of", "stop", "stop_sequences",
@@ -47,7 +48,9 @@ MEANINGFUL = frozenset({
 NEUTRAL = {"n": 1, "best_of": 1, "truncation": "disabled"}
 # Fields for which false, or an empty object, asks for something
 NEVER_EMPTY = {
-    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt", "enable_thinking", "thinking", "reasoning"), False),
+    **dict.fromkeys(
+        ("skip_special_tokens", "add_generation_prompt", "enable_thinking", "thinking", "reasoning"), False
+    ),
     "web_search_options": {},
 }
 
