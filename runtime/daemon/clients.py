@@ -288,9 +288,9 @@ class Clients:
             client.call = call = SessionCall(
                 client, client.model, leases=self._leases, timeout=self._timeout, on_ended=self._request_ended
             )
-        if former is not None:
-            former.end(UnavailableError("The client has opened another stream.", "Use the new stream."))
         try:
+            if former is not None:
+                former.end(UnavailableError("The client has opened another stream.", "Use the new stream."))
             yield call
         finally:
             call.end()

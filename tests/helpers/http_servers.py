@@ -52,8 +52,8 @@ def application(
     from moetier.tools.serve.models import Models
 
     models = Models(Catalogue([Path(name)], name=name), LoadedAlready(service, keys, leave_out))
-    models.load_only()
-    return application_of(models, keys, most, **seconds)
+    with models.load_only():
+        return application_of(models, keys, most, **seconds)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from moetier.tiers.arena.arena import Arena, recover
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.closeable import Closeable
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor, posted, transition, waiting
@@ -56,8 +56,9 @@ class HostTier(Closeable):
         that succeed from another copy. ``options`` and errors are those of ``HostTier``.
         """
         host = cls(store, loads_rest=store.is_local, **options)
-        store.on_fault(host.condemn)
-        store.on_recovery(host._count_failure)
+        with closed_on_error(host):
+            store.on_fault(host.condemn)
+            store.on_recovery(host._count_failure)
         return host
 
     def __init__(

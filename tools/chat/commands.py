@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tools.cli.failure import plain, readable
+from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.report import run_json, run_report
 
 from .chat_input import QUOTES
@@ -161,6 +161,6 @@ def edited(text: str) -> str:
     with tempfile.TemporaryDirectory() as folder:  # only the user can enter it
         path = Path(folder) / "message.txt"
         path.write_text(f"{text}\n")
-        if status := subprocess.run([*command, str(path)], check=False).returncode:
+        if status := run_in_foreground([*command, str(path)]):
             raise ConfigError(f"{command[0]} ended with {status}, and nothing is sent.", "Try /edit again.")
         return path.read_text(errors="replace").strip("\n")

@@ -36,38 +36,33 @@ def state_folder() -> Path | None:
 
 
 class LineHistory:
-    """Lines that were typed in all chats. Each is appended to a file at once, so that a crash loses none."""
+    """Lines that were typed in all chats. Each is appended to a file at once, so that a crash loses none.
+
+    The file is opened for each line, because another chat may have replaced it.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         """Read the lines in ``folder``; without one, keep none."""
         self.lines: list[str] = []
-        self._file: int | None = None
-        if folder is None:
+        self._path = None if folder is None else folder / "lines"
+        if self._path is None:
             return
         with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / "lines"
-            self._file = _open_private(path, os.O_RDWR | os.O_APPEND)
-            with os.fdopen(os.dup(self._file), errors="replace", newline="\n") as stream:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with os.fdopen(_open_private(self._path, os.O_RDWR), errors="replace", newline="\n") as stream:
                 stream.seek(max(0, stream.seek(0, os.SEEK_END) - MOST_BYTES))
                 lines = stream.read().split("\n")[:-1]
             self.lines = [line.translate(_UNFOLD) for line in lines[-MOST_LINES:]]
             if len(lines) > 2 * MOST_LINES:
-                _replace_private(path, "".join(f"{line}\n" for line in lines[-MOST_LINES:]))
-                os.close(self._file)
-                self._file = _open_private(path, os.O_RDWR | os.O_APPEND)
+                _replace_private(self._path, "".join(f"{line}\n" for line in lines[-MOST_LINES:]))
 
     def add(self, line: str) -> None:
         """Append a line."""
-        if self._file is not None:
+        if self._path is not None:
             with contextlib.suppress(OSError):
-                os.write(self._file, f"{line.translate(_FOLD)}\n".encode())
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+                file = _open_private(self._path, os.O_WRONLY | os.O_APPEND)
+                with os.fdopen(file, "wb") as stream:
+                    stream.write(f"{line.translate(_FOLD)}\n".encode(errors="replace"))
 
 
 class KeptConversation:

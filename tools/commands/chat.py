@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 
 from moetier.runtime.generation.conversation import Conversation, Message
@@ -103,8 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
                 resume(conversation, resumed, arguments.system)
                 dialogue.say(f"resumed: {len(conversation.messages)} messages; /show prints the last ones")
             dialogue.say("/help lists the commands")
-            with contextlib.closing(LineHistory(state if is_terminal else None)) as history:
-                dialogue.talk(ChatInput(history))
+            dialogue.talk(ChatInput(LineHistory(state if is_terminal else None)))
 
 
 def resume(conversation: Conversation, messages: list[Message], system: str | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tools.cli.failure import plain
+from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.parser import directory
 from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, Client, Launch, Target
 from moetier.tools.launch.first_prompt import estimated
@@ -119,4 +119,4 @@ def start(client: Client, launch: Launch, words: Sequence[str]) -> int:
             file.write_text(content)
             path = str(file)
         given = [path if word == FILE else word for word in launch.arguments]
-        return subprocess.run([program, *given, *words], env=environment, check=False).returncode
+        return run_in_foreground([program, *given, *words], environment)

@@ -97,10 +97,11 @@ def first_lines(models: Models) -> str:
         return f"{len(names):,} models, each loaded when a request names it ({', '.join(names)})"
     from moetier.runtime.model.same_bits import bits_of, varying_part_here
 
-    service = models.load_only().service
-    tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
-    print(disk_line(service.disk, tiers.kv), flush=True)
-    return f"{', '.join(names)}, experts of {tiers.where}, {tiers.describe_context()}, {bits}"
+    with models.load_only() as served:
+        service = served.service
+        tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
+        print(disk_line(service.disk, tiers.kv), flush=True)
+        return f"{', '.join(names)}, experts of {tiers.where}, {tiers.describe_context()}, {bits}"
 
 
 def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:

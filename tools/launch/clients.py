@@ -6,6 +6,7 @@ What is written here was found out with the versions from npm that tests/helpers
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,17 +135,15 @@ def codex(target: Target) -> dict[str, Any]:
 
 def _codex_file(target: Target) -> str:
     values = codex(target)
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if not isinstance(value, dict)]
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, dict)]
     table = values["model_providers"][PROVIDER]
-    return "\n".join(
-        [*lines, "", f"[model_providers.{PROVIDER}]", *(f"{n} = {json.dumps(v)}" for n, v in table.items())]
-    )
+    return "\n".join([*lines, "", f"[model_providers.{PROVIDER}]", *(f"{n} = {_toml(v)}" for n, v in table.items())])
 
 
 def _launch_codex(target: Target) -> Launch:
     values = codex(target)
-    table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in values["model_providers"][PROVIDER].items())
-    pairs = [f"{name}={json.dumps(value)}" for name, value in values.items() if not isinstance(value, dict)]
+    table = ", ".join(f"{name} = {_toml(value)}" for name, value in values["model_providers"][PROVIDER].items())
+    pairs = [f"{name}={_toml(value)}" for name, value in values.items() if not isinstance(value, dict)]
     pairs.append(f"model_providers.{PROVIDER}={{{table}}}")
     return Launch([word for pair in pairs for word in ("--config", pair)], _key(target))
 
@@ -163,7 +162,10 @@ def claude(target: Target) -> dict[str, str]:
 
 
 def _claude_lines(target: Target) -> str:
-    return "\n".join(f'export {name}="{value}"' for name, value in claude(target).items())
+    lines = {name: shlex.quote(value) for name, value in claude(target).items()}
+    if target.key is not None:
+        lines["ANTHROPIC_AUTH_TOKEN"] = f'"${KEY}"'  # for the shell to replace
+    return "\n".join(f"export {name}={value}" for name, value in lines.items())
 
 
 def _launch_claude(target: Target) -> Launch:
@@ -172,6 +174,10 @@ def _launch_claude(target: Target) -> Launch:
 
 def _key(target: Target) -> dict[str, str]:
     return {} if target.key is None else {KEY: target.key}
+
+
+def _toml(value: str | int) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogate pairs
 
 
 def _json(values: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -25,7 +26,7 @@ def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
             request.add_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             models = json.load(answer)["data"]
-        return [model for model in models if isinstance(model["id"], str)]
+        return [model for model in models if _is_valid(model)]
     except urllib.error.HTTPError as error:
         with error:
             if error.code in (401, 403):
@@ -34,9 +35,16 @@ def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
                     "Give the server's key: --api-key-file FILE, or the environment variable MOETIER_API_KEY.",
                 ) from None
             reason = f"it answers with status {error.code}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise UnavailableError(f"There is no server of moetier at {url}: {reason}.", "Start one: moetier serve DIR")
+
+
+def _is_valid(model: dict[str, Any]) -> bool:
+    """Return whether a model can be named in configurations and on a terminal."""
+    name, aliases, context = model["id"], model.get("aliases"), model.get("max_model_len")
+    is_context = context is None or (type(context) is int and context > 0)
+    return isinstance(name, str) and name.isprintable() and isinstance(aliases or [], list) and is_context
 
 
 def chosen(models: list[dict[str, Any]], name: str | None, url: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from moetier.tiers.cache.budget import slots_for, smallest_budget
 from .choices import Choice
 
 USABLE = 0.9  # share of a card's memory that is left beside its driver, the libraries and activations
+DIFFERS = 1 / 8  # most by which the memory that a card reports differs from its data sheet's
 GIB, GB = 1 << 30, 10**9
 
 
@@ -34,13 +36,25 @@ CARDS = (
     Card("L40S", 48 * GIB, 864 * GB, 32 * GB, "NVIDIA L40S data sheet: PCIe 4.0 x16"),
     Card("A100-SXM4-80GB", 80 * GIB, 2039 * GB, 32 * GB, "NVIDIA A100 data sheet: PCIe 4.0 x16"),
     Card("H100 80GB HBM3", 80 * GIB, 3350 * GB, 64 * GB, "NVIDIA H100 data sheet, SXM: PCIe 5.0 x16"),
-    Card("H200", 141 * GB, 4800 * GB, 64 * GB, "NVIDIA H200 data sheet, SXM: PCIe 5.0 x16"),
+    Card("H200", 141 * GIB, 4800 * GB, 64 * GB, "NVIDIA H200 data sheet, SXM: PCIe 5.0 x16"),
 )
 
 
 def card_in(text: str) -> Card | None:
-    """Return the card whose name ends a part of ``text`` before a comma, or None. Mobile cards have longer names."""
-    return next((card for card in CARDS if f"{card.name}," in f"{text},"), None)
+    """Return the card whose name ends a part of ``text`` before a comma, and whose memory is the total in it, or None.
+
+    Mobile cards have longer names, and cards of one name with less memory are slower.
+    """
+    memory = re.search(r" of ([\d.]+) GiB", text)
+    return next(
+        (
+            card
+            for card in CARDS
+            if f"{card.name}," in f"{text},"
+            and (memory is None or abs(float(memory[1]) * GIB / card.memory_bytes - 1) <= DIFFERS)
+        ),
+        None,
+    )
 
 
 def sheet(card: Card) -> str:
@@ -56,8 +70,8 @@ def by_data_sheet(
 ) -> list[dict[str, Any]]:
     """Return for each card, as JSON, how many experts fit, and how many tokens/s its rates would permit at most.
 
-    The host is taken to have all experts in memory. Cards that can't hold the trunk, the context and one token's
-    experts of a block are left out.
+    The host is taken to have all experts in memory, and a token to read no keys and values. Cards that can't hold
+    the trunk, the context and one token's experts of a block are left out.
 
     Args:
         choice: the model with the bits of its experts and trunk.
@@ -71,12 +85,12 @@ def by_data_sheet(
         if room < smallest_budget(choice.manifest):
             continue
         slots = slots_for(choice.manifest, room)
-        read, missing = trunk + cache_bytes, 0.0
+        read, missing = trunk, 0.0
         for number, (block, hits) in enumerate(zip(choice.manifest.blocks, hit_ratios(slots), strict=True)):
             layout = choice.manifest.layout(number)
             read += block.top_k * layout.payload_bytes
             missing += block.top_k * (1 - hits) * layout.slot_bytes
-        seconds = read / card.memory_rate + missing / card.link_rate
+        seconds = max(read / card.memory_rate, missing / card.link_rate)  # both can be at work at a time
         found.append(
             {
                 "card": card.name,

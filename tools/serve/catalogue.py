@@ -29,13 +29,17 @@ def is_model(path: Path) -> bool:
 
 def models_in(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield names and paths of the models in a folder: in ORG--NAME/TAG, as pulled models are, and directly in it."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.isprintable():
-            continue
-        if is_model(path):
-            yield path.name, path
-        elif "--" in path.name and path.is_dir():
-            yield from ((f"{path.name.replace('--', '/')}:{name}", tagged) for name, tagged in models_in(path))
+    for path in _shown(folder):
+        with contextlib.suppress(OSError):  # a folder that can't be read has no models
+            if is_model(path):
+                yield path.name, path
+            elif "--" in path.name and path.is_dir():
+                name = path.name.replace("--", "/")
+                yield from [(f"{name}:{tagged.name}", tagged) for tagged in _shown(path) if is_model(tagged)]
+
+
+def _shown(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.name.isprintable()]
 
 
 def is_folder_of_models(path: Path) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 from typing import Any, Generic
 
@@ -56,21 +56,29 @@ class Endpoint:
         # on a thread, because a long body takes time
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
         name, body, query = await on_thread(partial(self._checked, content, content_type))
-        with self._models.pin(name) as pin:
-            beginning = asyncio.ensure_future(self._begin(pin, body, query, scope.get(USER, "")))
-            try:
-                await asyncio.wait({beginning}, timeout=self._alive_seconds if body.stream else None)
+        begun = self._begun(name, body, query, scope.get(USER, ""))
+        if not body.stream:
+            response = await self._whole(begun)
+            del begun
+            await response(scope, receive, send)  # without the model, as a client may read slowly
+            return
+        async with begun as (pin, beginning):
+            await asyncio.wait({beginning}, timeout=self._alive_seconds)
+            if beginning.done():
+                await beginning  # may raise Refusal
+            async with aclosing(self._stream(pin, beginning)) as events:
+                stream = StreamingResponse(events, media_type="text/event-stream")
                 if beginning.done():
-                    await beginning  # may raise Refusal
-                async with aclosing(self._stream(pin, beginning)) as events:
-                    response: Response
-                    if body.stream:
-                        response = StreamingResponse(events, media_type="text/event-stream")
-                    else:
-                        response = await self._whole(*await beginning)
-                    if beginning.done():
-                        response.headers["x-request-id"] = response.headers["request-id"] = (await beginning)[1].id
-                    await response(scope, receive, send)
+                    _identify(stream, (await beginning)[1])
+                await stream(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def _begun(self, name: str, body: QueryBody, query: Query, user: str) -> AsyncIterator[tuple[Pin, Beginning]]:
+        """Begin the answers of a request, and end them, and the request's hold on the model, after the block."""
+        with self._models.pin(name) as pin:
+            beginning = asyncio.ensure_future(self._begin(pin, body, query, user))
+            try:
+                yield pin, beginning
             finally:
                 await _end(beginning)
 
@@ -88,7 +96,7 @@ class Endpoint:
         served = await pin.served()
         # on a thread, because turning a long prompt into tokens takes seconds
         jobs = await on_thread(partial(served.prompts.jobs, query, body.prompt_field, user))
-        check_scores(jobs, is_streamed=bool(body.stream))
+        check_scores(jobs, are_kept=not body.stream or self._protocol.repeats_scores)
         choices = Choices(served.service, served.prompts, jobs)
         return Reply(choices.id, pin.name, int(time.time()), body, choices.prompt_tokens, choices.count), choices
 
@@ -108,33 +116,42 @@ class Endpoint:
 
         return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(say()))
 
-    async def _whole(self, reply: Reply, choices: Choices) -> Response:
-        answers = defaultdict[int, Answered](Answered)
-        async for number, event in choices.events():
-            answers[number].add(event)
-        write = partial(self._written, reply, [answers[number] for number in sorted(answers)])
-        has_scores = any(answered.tokens for answered in answers.values())  # to write them takes up to a second
-        return await on_thread(write) if has_scores else write()
+    async def _whole(self, begun: AbstractAsyncContextManager[tuple[Pin, Beginning]]) -> Response:
+        """Return the complete answers. Raises Refusal if they can't be computed."""
+        async with begun as (_, beginning):
+            reply, choices = await beginning
+            answers = defaultdict[int, Answered](Answered)
+            async for number, event in choices.events():
+                answers[number].add(event)
+            write = partial(self._written, reply, [answers[number] for number in sorted(answers)])
+            has_scores = any(answered.tokens for answered in answers.values())  # to write them takes up to a second
+            response = await on_thread(write) if has_scores else write()
+            _identify(response, choices)
+            return response
 
     def _written(self, reply: Reply, answers: list[Answered]) -> JSONResponse:
         return JSONResponse(self._protocol.whole(reply, answers))
 
 
-def check_scores(jobs: Sequence[Sequence[Job]], *, is_streamed: bool) -> None:
+def _identify(response: Response, choices: Choices) -> None:
+    response.headers["x-request-id"] = response.headers["request-id"] = choices.id
+
+
+def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
     """Raise Refusal if answers could have more than MOST_SCORES log probabilities.
 
-    Those of new tokens do not count if they are streamed, because they are not kept.
+    Those of new tokens count only if they ``are_kept`` until the end of the answer; most streams do not keep them.
     """
     requests = [job.request for each in jobs for job in each if job.request.logprobs is not None]
     scores = sum(
         (1 + (request.logprobs or 0))
-        * (len(request.ids) * request.scores_prompt + (0 if is_streamed else request.max_new_tokens))
+        * (len(request.ids) * request.scores_prompt + (request.max_new_tokens if are_kept else 0))
         for request in requests
     )
     if scores > MOST_SCORES:
         message = (
             f"logprobs: the answers could have {scores:,} log probabilities, and {MOST_SCORES:,} are possible. Ask for "
-            "fewer answers, tokens or likely tokens, or stream them."
+            "fewer answers, tokens or likely tokens. A stream of chat or text completions may have more."
         )
         raise Refusal(400, message, param="logprobs")
 

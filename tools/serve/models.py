@@ -187,10 +187,20 @@ class Models(Closeable):
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def load_only(self) -> Served:
-        """Load the only model now, on the calling thread, and return it. Raises MoetierError if it can't be loaded."""
+    @contextlib.contextmanager
+    def load_only(self) -> Iterator[Served]:
+        """Load the only model now, on the calling thread, and yield it. It is not unloaded in the context.
+
+        Raises MoetierError if it can't be loaded.
+        """
         (name,) = self.catalogue.models()
-        return self._load(self._entries[name], {})
+        opened = self._opened(entry := self._entries[name], {})
+        assert opened is not None, "there is no other model that could make room"
+        self._keep(entry, *opened)
+        yield opened[0]
+        if self._keep_alive is not None:
+            with self._changed:
+                self._wake()  # the thread unloads the model, though no request may ever come
 
     def _wake(self) -> None:
         """Let the thread look what there is to do. The caller holds ``_changed``."""
@@ -229,7 +239,7 @@ class Models(Closeable):
             if not entry.is_ready:
                 self._load(entry, self._make_room(entry))
         except _UnwantedError:
-            pass
+            return  # requests that have come since are found as new ones
         except Exception as error:
             refusal = _refusal(entry.name, error)
         if refusal is not None:
@@ -237,30 +247,41 @@ class Models(Closeable):
             return_freed_memory()
         with self._changed:
             pins, entry.waiting = entry.waiting, []
-            if refusal is None and entry.served is not None:
+            if refusal is None:
                 self._let_use(entry, pins)
-            elif pins:
-                refuse(pins, refusal or Refusal(503, ENDING))
+            else:
+                refuse(pins, refusal)
 
-    def _load(self, entry: Entry, options: Mapping[str, Any]) -> Served:
-        """Load a model, with ``options`` in place of the server's. Others go if memory turns out to be too small."""
-        began = time.monotonic()
+    def _load(self, entry: Entry, options: Mapping[str, Any]) -> None:
+        """Load a model, with ``options`` in place of the server's. Others go if memory turns out to be too small.
+
+        Raises _UnwantedError if no request waits for it any longer.
+        """
+        self._check_wanted(entry)
         while (opened := self._opened(entry, options)) is None:
             self._unload(self._first_to_go(entry), entry)
+            self._check_wanted(entry)
             options = options if self._others(entry) else {}
-        served, closing = opened
+        self._keep(entry, *opened)
+
+    def _check_wanted(self, entry: Entry) -> None:
+        with self._changed:
+            if not entry.waiting:
+                raise _UnwantedError
+
+    def _keep(self, entry: Entry, served: Served, closing: contextlib.ExitStack) -> None:
         with self._changed:
             entry.served, entry.closing, entry.used = served, closing, time.monotonic()
-        _log.info("%s is loaded, after %.1f s", entry.name, time.monotonic() - began)
-        return served
 
     def _opened(self, entry: Entry, options: Mapping[str, Any]) -> tuple[Served, contextlib.ExitStack] | None:
         """Return a loaded model, with what unloads it; None if memory is too small beside others."""
+        began = time.monotonic()
         entry.is_loading = True
         try:
             with contextlib.ExitStack() as stack:
                 path = self.catalogue.models()[entry.name]
                 served = stack.enter_context(self._loader.loaded(path, entry.tally, options))
+                _log.info("%s is loaded, after %.1f s", entry.name, time.monotonic() - began)
                 return served, stack.pop_all()
         except BudgetError:
             if not self._others(entry):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
+from unittest.mock import Mock
 
 import pytest
 from readers import PATIENCE, GatedReader
@@ -103,6 +104,16 @@ def test_a_client_is_known_until_its_connection_ends(clients: Clients) -> None:
     assert not clients.knows("a")
     with pytest.raises(RefusedError), streaming(clients, "a"):
         pass
+
+
+def test_a_stream_ends_whose_former_can_not_be_ended(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(clients, "a")
+    with streaming(clients, "a") as former:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(former.call), "end", Mock(side_effect=[OSError("lost"), None]))
+            with pytest.raises(OSError, match="lost"), clients.stream("a"):
+                pass
+        assert clients.stats()[0].sessions == 0
 
 
 def test_who_names_no_store_or_an_unknown_one_gets_no_stream(clients: Clients) -> None:

@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from host_tiers import PLAN, RECORDS, SMALLEST, take
@@ -117,6 +120,16 @@ def test_memory_that_can_not_be_had_leaves_nothing() -> None:
         """
     )
     assert "122,880 bytes" in output, "a page, three big ones and two small ones"
+
+
+def test_a_store_that_takes_no_listener_leaves_no_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = RamReader(PLAN, RECORDS)
+    monkeypatch.setattr(RamReader, "on_fault", Mock(side_effect=OSError("lost")), raising=False)
+    monkeypatch.setattr(RamReader, "is_local", False, raising=False)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="lost"):
+        HostTier.open(store, slots=SMALLEST)
+    assert threading.active_count() == before
 
 
 def test_a_tier_that_is_never_closed_does_not_keep_its_process() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from moetier.runtime.generation.conversation import Conversation
 from moetier.tiers.errors import ConfigError
 from moetier.tools.chat.answer import INTERRUPTED, Reply
-from moetier.tools.chat.commands import KEYS, Commands
+from moetier.tools.chat.commands import KEYS, Commands, edited
 from moetier.tools.chat.dialogue import Dialogue
 from moetier.tools.chat.options import AnswerOptions
 from moetier.tools.chat.state import KeptConversation, read_messages
@@ -180,3 +182,15 @@ def test_a_saved_conversation_is_loaded(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_help_names_all_commands(tmp_path: Path) -> None:
     commands = {line.split()[0] for line in KEYS.splitlines() if line.startswith("/")}
     assert commands == {*Chat(tmp_path).commands._commands, "/exit"}
+
+
+def test_ctrl_c_is_for_the_editor_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editor that handles it goes on; so it must not be ignored there, and the chat must not end the editor."""
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\ntrap 'echo changed > \"$1\"' INT\nkill -INT $PPID\nsleep 0.2\nkill -INT $$\n")
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", str(editor))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    handler = signal.getsignal(signal.SIGINT)
+    assert edited("text") == "changed"
+    assert signal.getsignal(signal.SIGINT) is handler

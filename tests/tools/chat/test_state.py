@@ -43,9 +43,15 @@ def test_lines_are_there_at_once_and_in_order(tmp_path: Path) -> None:
     assert later.lines == ["first", "two\nlines\tè", "third"]
     assert mode(folder / "lines") == 0o600
     assert mode(folder) == 0o700
-    for each in (one, other, later):
-        each.close()
-        each.add("ignored")
+
+
+def test_lines_are_kept_though_another_chat_cuts_the_file(tmp_path: Path) -> None:
+    first = LineHistory(tmp_path)
+    for number in range(2 * MOST_LINES + 1):
+        first.add(str(number))
+    LineHistory(tmp_path)  # cuts the file
+    first.add("last")
+    assert LineHistory(tmp_path).lines[-2:] == [str(2 * MOST_LINES), "last"]
 
 
 def test_old_lines_go_when_there_are_many(tmp_path: Path) -> None:
@@ -53,10 +59,8 @@ def test_old_lines_go_when_there_are_many(tmp_path: Path) -> None:
     (tmp_path / "lines").chmod(0o644)
     history = LineHistory(tmp_path)
     history.add("new")
-    history.close()
     assert history.lines == [str(number) for number in range(2 * MOST_LINES, 3 * MOST_LINES)]
     again = LineHistory(tmp_path)
-    again.close()
     assert again.lines == [*history.lines[1:], "new"]
     assert mode(tmp_path / "lines") == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]
@@ -71,7 +75,6 @@ def test_what_can_not_be_kept_is_not(tmp_path: Path, where: str) -> None:
     folder = None if where == "none" else tmp_path / where
     history = LineHistory(folder)
     history.add("line")
-    history.close()
     assert history.lines == []
     assert (tmp_path / "target").read_text() == "kept\n"
     if where == "file":

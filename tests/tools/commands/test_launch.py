@@ -5,19 +5,26 @@ tests/clients has the programs themselves; tests/helpers/agents.py configures th
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
+import socket
+import subprocess
 import threading
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moetier.tiers.errors import UnavailableError
 from moetier.tools.launch.clients import CLIENTS, Target
+from moetier.tools.launch.clients import KEY as KEY_NAME
 from moetier.tools.launch.first_prompt import seconds_of
+from moetier.tools.launch.server import models_of
 from moetier.tools.main import main
 
 KEY = "a-key-of-the-tests"
@@ -92,7 +99,7 @@ def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.C
     assert codex["model_providers"]["moetier"] == {
         "name": "moetier", "base_url": f"{url}/v1", "wire_api": "responses", "env_key": "MOETIER_API_KEY",
     }  # fmt: skip
-    assert f'export ANTHROPIC_BASE_URL="{url}"' in bodies["claude"]
+    assert f"export ANTHROPIC_BASE_URL={url}\n" in bodies["claude"]
     assert 'export ANTHROPIC_AUTH_TOKEN="$MOETIER_API_KEY"' in bodies["claude"]
 
 
@@ -136,6 +143,44 @@ def test_values_reach_codex_as_toml() -> None:
     assert {*words[::2]} == {"--config"}
     assert values["model"] == target.model
     assert values["model_providers"]["moetier"]["base_url"] == "http://h:1/v1"
+
+
+def test_names_reach_codex_and_a_shell_as_they_are() -> None:
+    """TOML has no surrogate pairs, and a shell replaces variables and commands in double quotes."""
+    target = Target("http://h:1", 'qwen-🦙 $(touch x) `y` " $MOETIER_API_KEY', 8192, "k")
+    assert tomllib.loads(CLIENTS["codex"].configuration(target))["model"] == target.model
+    script = CLIENTS["claude"].configuration(target) + '\nprintf "%s\\n%s" "$ANTHROPIC_MODEL" "$ANTHROPIC_AUTH_TOKEN"'
+    shell = subprocess.run(["sh", "-c", script], env={KEY_NAME: "k"}, capture_output=True, text=True, check=True)
+    assert shell.stdout.splitlines() == [target.model, "k"]
+
+
+@pytest.mark.parametrize(
+    "body", [b'[{"id": "a\\u001b[2J"}]', b'[{"id": "a", "max_model_len": "8"}]', b'[{"id": "a", "aliases": 5}]']
+)
+def test_models_that_can_not_be_named_are_left_out(body: bytes) -> None:
+    with raw_server(b"HTTP/1.0 200 OK\r\n\r\n" + b'{"data": ' + body + b"}") as url:
+        assert models_of(url, None) == []
+
+
+def test_what_is_no_http_is_no_server() -> None:
+    with raw_server(b"220 mail\r\n") as url, pytest.raises(UnavailableError, match="There is no server of moetier"):
+        models_of(url, None)
+
+
+@contextlib.contextmanager
+def raw_server(answer: bytes) -> Iterator[str]:
+    """URL at which one request is answered with ``answer``."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        served = thread.submit(serve)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        served.result()
 
 
 def test_without_a_key_none_is_named() -> None:

@@ -24,10 +24,12 @@ def found(trunk_bytes: int, hits: float) -> dict[str, dict[str, Any]]:
 def test_a_token_takes_the_time_of_its_bytes() -> None:
     layout = make_plan(blocks=3, experts=4, top_k=2).layout(0)
     all_fit, half = (found(GB, hits)[CARD.name] for hits in (1.0, 0.5))
-    reading = (GB + 1000 + 6 * layout.payload_bytes) / CARD.memory_rate
+    reading = (GB + 6 * layout.payload_bytes) / CARD.memory_rate
     assert all_fit["slots"] == 12
     assert 1 / all_fit["tokens_per_s_at_most"] == pytest.approx(reading)
-    assert 1 / half["tokens_per_s_at_most"] == pytest.approx(reading + 3 * layout.slot_bytes / CARD.link_rate)
+    assert half["tokens_per_s_at_most"] == all_fit["tokens_per_s_at_most"], "the link works beside the memory"
+    linked = found(0, 0.0)[CARD.name]
+    assert 1 / linked["tokens_per_s_at_most"] == pytest.approx(6 * layout.slot_bytes / CARD.link_rate)
     assert not all_fit["measured"]
     assert all_fit["source"]
 
@@ -40,5 +42,7 @@ def test_cards_without_room_are_left_out() -> None:
 def test_a_card_is_known_by_its_whole_name() -> None:
     assert card_in("cuda:0 NVIDIA GeForce RTX 3060, 11 GiB free of 12 GiB") is CARD
     assert card_in("cuda:0 NVIDIA GeForce RTX 3060 Laptop GPU, 5 GiB free of 6 GiB") is None
+    assert card_in("cuda:0 NVIDIA GeForce RTX 3060, 7.5 GiB free of 7.8 GiB") is None
+    assert card_in("cuda:0 NVIDIA H200, 139.2 GiB free of 139.8 GiB") is not None
     assert sheet(CARD) == "by its data sheet its memory gives 360 GB/s and its link 32 GB/s; not measured"
     assert set(SHOWN_CARDS) <= {card.name for card in CARDS}

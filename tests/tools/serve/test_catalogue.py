@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,22 @@ def test_a_folder_has_the_models_in_it(folder: Path) -> None:
         "mixtral-4bit", "checkpoint", "Qwen/Qwen3:4bit", "Qwen/Qwen3:8bit", "Org/One:4bit", "one.gguf",
         "two-00001-of-00002.gguf",
     }  # fmt: skip
+
+
+def test_links_and_folders_that_can_not_be_read_add_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [*Catalogue([folder]).models()]
+    (folder / "a--b").mkdir()
+    (folder / "a--b" / "x--y").symlink_to("..")
+    make(folder / "closed--to" / "all")
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:  # root may read all folders
+        if path.name == "closed--to":
+            raise PermissionError
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert [*Catalogue([folder]).models()] == before
 
 
 def test_models_that_come_and_go_are_seen(folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
+import json
 import os
 import shutil
 import sys
@@ -32,8 +34,11 @@ from moetier.tools.cli.arguments import resources_of
 from moetier.tools.main import parse
 from moetier.tools.serve.app import application
 from moetier.tools.serve.catalogue import Catalogue
+from moetier.tools.serve.endpoint import Endpoint
 from moetier.tools.serve.keys import keys_of
-from moetier.tools.serve.models import Models
+from moetier.tools.serve.models import Models, _UnwantedError
+from moetier.tools.serve.protocols.body import UnknownFields
+from moetier.tools.serve.protocols.completions import Completions
 from moetier.tools.serve.reservation import reservation_of
 from moetier.tools.serve.serving import Loader
 
@@ -149,6 +154,27 @@ def test_an_answer_ends_before_its_model_goes_and_a_stream_says_what_it_waits_fo
         assert loaded(client) == ["b"]
 
 
+def test_a_client_that_reads_slowly_holds_no_model_up(pair: list[Path]) -> None:
+    """Its answer is complete, but the rest of it can't be sent yet."""
+    body = {"prompt": "Uno", "max_tokens": 40, "temperature": 0, "model": "a"}
+
+    async def asked(models: Models) -> int:
+        content, users = json.dumps(body).encode(), list[int]()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            users.append(models._entries["a"].users)
+
+        endpoint = Endpoint(Completions(), models, UnknownFields())
+        await endpoint({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive, send)
+        return max(users)
+
+    with serving(pair) as (models, _):
+        assert asyncio.run(asked(models)) == 0
+
+
 def test_an_unload_leaves_nothing(pair: list[Path]) -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
@@ -182,6 +208,14 @@ def test_a_model_that_is_not_used_is_unloaded_after_a_while(pair: list[Path]) ->
         assert ask(client, "b").status_code == 200
         wait_until(lambda: loaded(client) == [])
         assert ask(client, "a").status_code == 200
+
+
+def test_the_only_model_is_unloaded_though_no_request_has_come(pair: list[Path]) -> None:
+    with serving(pair[:1], "--keep-alive", "0") as (models, client):
+        with models.load_only():
+            assert loaded(client) == ["a"]
+        wait_until(lambda: loaded(client) == [])
+        assert ask(client, None).status_code == 200
 
 
 def test_an_engine_that_dies_fails_its_own_answers_only(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +304,34 @@ def test_the_end_refuses_what_waits(pair: list[Path]) -> None:
             answer = waiting.result(PATIENCE)
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, "The server is shutting down.")
         assert ask(client, "a").status_code == 503
+
+
+def test_an_end_while_a_model_is_unloaded_loads_no_other(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(pair, whole=one_of(pair[0])) as (models, client):
+        assert ask(client, "a").status_code == 200
+        models._entries["a"].closing.callback(models.cut)
+        loads = list[Path]()
+        monkeypatch.setattr(models._loader, "loaded", lambda path, *_: loads.append(path))
+        assert ask(client, "b").status_code == 503
+        models.close()  # waits for the thread
+        assert loads == []
+
+
+def test_a_request_that_comes_as_all_others_have_left_is_answered(
+    pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(pair[:1]) as (models, client):
+        make_room, left = models._make_room, list[int]()
+
+        def leave(entry: Any) -> Any:
+            if not left:
+                left.append(1)
+                raise _UnwantedError
+            return make_room(entry)
+
+        monkeypatch.setattr(models, "_make_room", leave)
+        assert ask(client, "a").status_code == 200
+        assert left
 
 
 def test_an_end_while_a_model_loads_waits_for_it(pair: list[Path]) -> None:

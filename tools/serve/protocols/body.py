@@ -27,7 +27,8 @@ MOST_LETTERS = 64  # of such a name
 
 _log = logging.getLogger(__name__)
 
-# Fields of an API or of a server that change an answer. A body without such a field refuses it, unless it is empty.
+# Fields of an API or of a server that change an answer. A body without such a field refuses it, unless it asks for
+# nothing.
 MEANINGFUL = frozenset({
     "messages", "system", "prompt", "suffix", "input", "instructions", "previous_response_id", "conversation",
     "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "best_of", "stop", "stop_sequences",
@@ -42,6 +43,16 @@ MEANINGFUL = frozenset({
     "dynatemp_range", "samplers", "n_predict", "num_predict", "num_ctx", "options", "n_probs", "prompt_logprobs",
     "truncate_prompt_tokens", "lora",
 })  # fmt: skip
+
+# Values of such fields that change nothing where the body does not have them, beside empty ones and false
+NEUTRAL = {"n": 1, "best_of": 1, "truncation": "disabled"}
+# Fields for which false, or an empty object, asks for something
+NEVER_EMPTY = {
+    **dict.fromkeys(
+        ("skip_special_tokens", "add_generation_prompt", "enable_thinking", "thinking", "reasoning"), False
+    ),
+    "web_search_options": {},
+}
 
 NotEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
@@ -178,13 +189,21 @@ def checked(body: dict[str, Any], kind: type[AnyBody]) -> AnyBody:
         if type(value) is not type(neutral) or value != neutral:  # == alone would take 0 for false
             raise Refusal(400, f"{name}: only {json.dumps(neutral)} is supported.", param=name)
     unsupported = given.keys() & {*kind.unsupported} - kind.model_fields.keys()
-    if wrong := sorted(name for name in unsupported if given[name] not in ([], {})):
+    if wrong := sorted(name for name in unsupported if not _changes_nothing(name, given[name])):
         raise Refusal(400, f"{wrong[0]}: this field is not supported.", param=wrong[0])
     try:
         return kind.model_validate(given, context=BoundedJson())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise Refusal(400, f"{_place(first['loc'])}: {first['msg']}.", param=str(first["loc"][0])) from None
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    """Return whether an unsupported field has a value that asks for nothing."""
+    if name in NEVER_EMPTY and value == NEVER_EMPTY[name]:
+        return False
+    # == alone would take 0 for false, and true for 1
+    return value is False or value in ("", [], {}) or (type(value) is not bool and value == NEUTRAL.get(name))
 
 
 def unknown_fields(body: dict[str, Any], kind: type[Body]) -> list[str]:

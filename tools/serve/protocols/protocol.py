@@ -32,6 +32,7 @@ class Protocol(ABC):
 
     path: ClassVar[str]  # of its route
     body: ClassVar[type[QueryBody]]
+    repeats_scores: ClassVar[bool] = False  # whether the end of a stream repeats the log probabilities of all tokens
 
     @abstractmethod
     def stream(self, reply: Reply, events: Events) -> AsyncIterator[str]:

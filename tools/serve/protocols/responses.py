@@ -22,6 +22,7 @@ class Responses(Protocol):
 
     path = "/v1/responses"
     body: ClassVar = ResponsesBody
+    repeats_scores: ClassVar = True
 
     async def stream(self, reply: Reply, events: Events) -> AsyncIterator[str]:
         """Yield the beginning of the response, the events of its items one after the other, and its end."""
@@ -59,6 +60,11 @@ class Responses(Protocol):
             code = TOO_LONG if refusal.code == TOO_LONG else "server_error"
             failed = _response(reply, items, None) | {"status": "failed"}
             yield sent("failed", response=failed | {"error": {"code": code, "message": refusal.detail}})
+
+    def error(self, refusal: Refusal) -> str:
+        """Return the only event of a stream for which there is no response yet."""
+        about = {"code": refusal.code, "message": refusal.detail, "param": refusal.param}
+        return event({"type": "error", **about, "sequence_number": 0}, "error")
 
     def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
         """Return a response."""

@@ -42,11 +42,15 @@ export async function modelNames() {
   return list.data.map((model) => model.id);
 }
 
-/** Return whether the server can be reached. */
+/** Return whether a header can hold `key`. */
+export function isPossibleKey(key) {
+  return /^[\x20-\x7e\x80-\xff]+$/.test(key);
+}
+
+/** Return whether the server can be reached. It asks without the key, which /health does not need. */
 export async function isReachable() {
   try {
-    await request("health");
-    return true;
+    return (await fetch("health", { cache: "no-store", credentials: "omit", redirect: "error" })).ok;
   } catch {
     return false;
   }

@@ -1,6 +1,6 @@
 // The page: what its buttons, keys and fields do.
 
-import { isReachable, modelNames, setKey } from "./api.js";
+import { isPossibleKey, isReachable, modelNames, setKey } from "./api.js";
 import { element, show } from "./elements.js";
 import { SettingsDialog } from "./settings.js";
 import { Status } from "./status.js";
@@ -63,9 +63,12 @@ function notice(text) {
 
 id("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  setKey(id("key").value.trim());
+  const key = id("key").value.trim();
   id("key").value = id("key-error").textContent = "";
-  await connect();
+  if (isPossibleKey(key)) {
+    setKey(key);
+    await connect();
+  }
   if (!id("gate").hidden) id("key-error").textContent = "The server does not take this key.";
 });
 

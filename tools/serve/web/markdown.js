@@ -5,7 +5,7 @@ import { button, element } from "./elements.js";
 import { highlighted } from "./highlight.js";
 
 const MOST_DEPTH = 8;
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;
+const FENCE = /^ {0,3}(`{3,}|~{3,})/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+|$)/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -47,7 +47,7 @@ function blocksOf(lines, depth) {
 /** Return where the block that begins at a line ends, and a function that builds it. */
 function blockAt(lines, at, depth) {
   const line = lines[at];
-  const fence = FENCE.exec(line);
+  const fence = fenceOf(line);
   if (fence) return codeAt(lines, at, fence);
   const heading = HEADING.exec(line);
   if (heading) return [at + 1, () => headingOf(heading[1].length, line.slice(heading[0].length))];
@@ -73,7 +73,7 @@ function endOf(lines, from, goesOn) {
 function interrupts(line, depth) {
   const item = depth < MOST_DEPTH && ITEM.exec(line);
   return (
-    FENCE.test(line) || HEADING.test(line) || RULE.test(line) || (depth < MOST_DEPTH && QUOTE.test(line)) ||
+    fenceOf(line) || HEADING.test(line) || RULE.test(line) || (depth < MOST_DEPTH && QUOTE.test(line)) ||
     (item && item[3] !== "" && (!/\d/.test(item[2]) || parseInt(item[2], 10) === 1))
   );
 }
@@ -96,7 +96,14 @@ function headingOf(level, text) {
   return made;
 }
 
-function codeAt(lines, at, [, mark, info]) {
+/** Return the mark that begins a block of code, and the rest of its line; null if the line begins none. */
+function fenceOf(line) {
+  const match = FENCE.exec(line);
+  const info = match && line.slice(match[0].length);
+  return match && !info.includes("`") ? [match[1], info] : null;
+}
+
+function codeAt(lines, at, [mark, info]) {
   const isEnd = (line) => {
     const trimmed = line.trim();
     return trimmed.length >= mark.length && [...trimmed].every((letter) => letter === mark[0]);

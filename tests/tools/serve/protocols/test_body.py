@@ -58,7 +58,17 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
             "response_format",
         ),
         ({"messages": [USER], "audio": {"voice": "alloy"}}, "audio: this field is not supported.", "audio"),
-        ({"messages": [USER], "zzz": 1, "grammar": ""}, "grammar: this field is not supported.", "grammar"),
+        (
+            {"messages": [USER], "web_search_options": {}},
+            "web_search_options: this field is not supported.",
+            "web_search_options",
+        ),
+        (
+            {"messages": [USER], "skip_special_tokens": False},
+            "skip_special_tokens: this field is not supported.",
+            "skip_special_tokens",
+        ),
+        ({"messages": [USER], "zzz": 1, "grammar": "x"}, "grammar: this field is not supported.", "grammar"),
         ({"messages": [USER], "modalities": ["audio"]}, 'modalities: only ["text"] is supported.', "modalities"),
     ],
 )
@@ -66,6 +76,17 @@ def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: st
     with pytest.raises(Refusal) as refused:
         fields(body)
     assert (refused.value.detail, refused.value.param, refused.value.status_code) == (said, param, 400)
+
+
+def test_fields_that_ask_for_nothing_are_taken() -> None:
+    asked = {
+        "grammar": "",
+        "background": False,
+        "truncation": "disabled",
+        "json_schema": {},
+        "web_search_options": None,
+    }
+    assert fields({"messages": [USER], "best_of": 1, "use_beam_search": False, **asked}) == {"messages": [USER]}
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])

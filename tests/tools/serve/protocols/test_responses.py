@@ -18,6 +18,7 @@ from http_servers import answering, scripted_client
 from openai import OpenAI
 
 import moetier
+from moetier.tools.serve import endpoint
 from moetier.tools.serve.protocols.body import checked
 from moetier.tools.serve.protocols.events import Answered, Call
 from moetier.tools.serve.protocols.protocol import Reply
@@ -166,6 +167,14 @@ def test_what_is_not_done_is_refused(fields: dict[str, Any], message: str) -> No
     assert refused.value.detail.startswith(message)
 
 
+def test_a_refusal_before_there_is_a_response_is_an_event_of_its_own() -> None:
+    name, data = Responses().error(Refusal(507, "It does not fit.", code="model_too_large")).splitlines()[:2]
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": "error", "code": "model_too_large", "message": "It does not fit.", "param": None, "sequence_number": 0,
+    }  # fmt: skip
+
+
 # -- over HTTP, with a model that writes given texts -------------------------------------------------------------------
 
 
@@ -231,6 +240,21 @@ def test_log_probabilities_are_those_of_each_token(service: Any) -> None:
         )
         assert [each.logprob for each in part.logprobs] == [each.logprob for each in deltas]
     assert [each.top_logprobs for each in plain.output[0].content[0].logprobs] == [[]] * 5
+
+
+def test_a_stream_keeps_no_more_log_probabilities_than_an_answer(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MOST_SCORES", 14)
+    with scripted_client(service, scripted.LOOP) as client:
+        for path, most, status in (
+            ("/v1/responses", 5, 400),
+            ("/v1/responses", 4, 200),
+            ("/v1/chat/completions", 5, 200),
+        ):
+            asked = {"input": "?", "include": [LOGPROBS], "max_output_tokens": most}
+            if path != "/v1/responses":
+                asked = {"messages": [{"role": "user", "content": "?"}], "logprobs": True, "max_tokens": most}
+            answer = client.post(path, json=asked | {"top_logprobs": 2, "stream": True})
+            assert answer.status_code == status, path
 
 
 def test_each_item_begins_and_ends_once(service: Any) -> None:
