@@ -208,7 +208,7 @@ class BlockBlueprint:
 class Merging:
     """Makes experts' slices of parameters, for several threads, and keeps parameters that have to be made whole.
 
-    One thread at a time merges what it has read, as that takes a second copy.
+    Merging needs a second copy in memory, so one thread at a time does it.
     """
 
     def __init__(self) -> None:

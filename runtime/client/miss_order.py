@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from moetier.tiers.host.page_turns import PAGE_PATIENCE
+from moetier.tiers.locks import POLL_SECONDS
 
 
 class MissOrder:
@@ -55,4 +56,7 @@ class MissOrder:
     def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._misses or self._pages) or is_urgent())
+            while not self._changed.wait_for(
+                lambda: not (self._misses or self._pages) or is_urgent(), POLL_SECONDS
+            ):  # nothing notifies it when it becomes urgent
+                pass

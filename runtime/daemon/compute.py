@@ -156,11 +156,10 @@ class ComputeCalls:
                     SAME_VERSION,
                 )
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
-            if not all(request.counts) or indices.max() >= count:
-                raise ProtocolError(
-                    f"An expert is to be computed for no token, or for one that is not among the {count:,} sent.",
-                    SAME_VERSION,
-                )
+            if not all(request.counts):
+                raise ProtocolError("An expert is to be computed for no token.", SAME_VERSION)
+            if (last := indices.max()) >= count:
+                raise ProtocolError(f"Picked token {last:,} is not among the {count:,} sent.", SAME_VERSION)
         total = sum(map(len, picked))
         if total > MAX_OUTPUTS or total * row_bytes > OUTPUT_BYTES:
             raise _too_much(total)

@@ -76,6 +76,11 @@ def head_bytes(layout: Any) -> int:
     return _whole(HEAD.size + len(_json(layout)))
 
 
+def file_bytes(layout: Any, size: int) -> int:
+    """Return the size of a file with ``size`` bytes of data."""
+    return _whole(head_bytes(layout) + size)
+
+
 def write_page(
     path: Path, name: bytes, payload: Payload, memory: mmap.mmap, before_piece: Callable[[int], None] = lambda _: None
 ) -> int:

@@ -27,13 +27,13 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.ownership import access_fault
 from moetier.tiers.store.atomic import PARTIAL, make_folders
 
-from .page_file import Buffers, DamagedPageError, Payload, read_page, write_page
+from .page_file import MOST_BYTES, Buffers, DamagedPageError, Payload, file_bytes, read_page, write_page
 
 PAGE = ".page"  # suffix of pages
 # names of folders and files; other ones are of other programs
@@ -214,7 +214,10 @@ class PageFolder:
         self.options = options
         self.damaged = 0  # number of files that were no pages, or not those that they should have been
         self._binding = binding
-        self._open()
+        self._descriptor = open_folder(options.folder)
+        self.close = weakref.finalize(self, os.close, self._descriptor)  # a thread whose disk hangs may still use it
+        self._root = _path_of(self._descriptor)
+        self._folder = self._root / binding.hex()[:16]
         self._model = model
         self._clock = clock
         self._buffers = Buffers()
@@ -223,11 +226,16 @@ class PageFolder:
         self._unswept = 0  # bytes written since then
         self._most = options.size  # most bytes of all pages, less if the disk is nearly full
 
-    def _open(self) -> None:
+    def _open_again(self) -> None:
+        """Make the folder again if another process has removed it. Raises ConfigError, and changes nothing then."""
+        if self._root.stat().st_nlink:
+            return
         descriptor = open_folder(self.options.folder)
-        self.close = weakref.finalize(self, os.close, descriptor)  # a thread whose disk hangs may still use it
-        self._root = _path_of(descriptor)
-        self._folder = self._root / self._binding.hex()[:16]
+        try:
+            # at once, so that other threads, which read meanwhile, never reach another program's folder
+            os.dup2(descriptor, self._descriptor, inheritable=False)
+        finally:
+            os.close(descriptor)
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -284,6 +292,10 @@ class PageFolder:
         """Return memory for a file of ``size`` bytes, which ``release`` takes back."""
         return self._buffers.take(size)
 
+    def fits(self, layout: Any, size: int) -> bool:
+        """Return whether a file with ``size`` bytes of data may be kept: it is no larger than all pages may be."""
+        return file_bytes(layout, size) <= min(self.options.size, MOST_BYTES)
+
     def touch(self, name: bytes, depth: int) -> None:
         """Note that a page was used. ``depth`` is its number in its sequence."""
         now = self._clock() - STEP * depth
@@ -300,15 +312,16 @@ class PageFolder:
     ) -> int:
         """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
 
-        ``depth`` is the page's number in its sequence. Returns the size of the file; 0 if another process has removed
-        it, or its folder, meanwhile. Raises OSError.
+        ``depth`` is the page's number in its sequence. Returns the size of the file; 0 if it does not fit
+        (``fits``), or if another process has removed it, or its folder, meanwhile. Raises OSError, and ConfigError if
+        the folder was removed and can't be made again.
         """
-        if not self._root.stat().st_nlink:  # another process has removed it
-            self.close()
-            self._open()
+        if not self.fits(payload.layout, len(payload.data)):
+            return 0
+        self._open_again()
         if self._bytes is None:
             self.sweep()
-        if self._most < len(payload.data):  # it would be removed at once
+        if self._most < file_bytes(payload.layout, len(payload.data)):  # it would be removed at once
             self._bytes = None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not self._folder.is_dir():

@@ -196,7 +196,7 @@ class PrefixTree:
     def evict(self, count: int) -> list[int]:
         """Remove ``count`` pages that are not pinned, if there are so many, and return their numbers.
 
-        These are more if the last ones are those of a snapshot.
+        May return more than ``count``: a snapshot's pages go together.
         """
         # leaves, and snapshots with the number of tokens before them
         oldest = [(node.used, id(node), node, 0) for node in self._nodes() if _is_evictable(node)]

@@ -335,13 +335,16 @@ class SavedPages:
     def _write(self, depth: int, name: bytes, tokens: int, pages_of: Callable[[], list[int]]) -> bool:
         """Write the first ``tokens`` tokens of pages into a file.
 
-        Return False if that can't be: they were evicted, another process has removed the file, or it is late.
+        Return False if that can't be: they were evicted, or don't fit, another process has removed the file, or it is
+        late.
         """
         layout, pages = self._memory.layout, pages_of()
         if self._is_late() or not pages:
             return False
         step = tokens * sum(part.token_bytes for part in layout)
         begin, size = head_bytes(layout), step * len(pages)
+        if not self._folder.fits(layout, size):
+            return False
         memory = self._folder.memory(begin + size)
         data = memoryview(memory)[begin : begin + size]
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ForwardRef
 
 from moetier.tiers.errors import ConfigError
 
@@ -13,6 +13,11 @@ def schema_of(type_: Any) -> dict[str, Any]:
 
     Raises ConfigError if pydantic is not installed, or can't make a schema of the type.
     """
+    if isinstance(type_, str | bytes | ForwardRef):  # pydantic runs them as Python, and they may come from anywhere
+        raise ConfigError(
+            f"A {type(type_).__name__} can't be a schema: it is only the text of one.",
+            "Give a JSON schema as a dictionary (json.loads), or a type that pydantic knows.",
+        )
     try:
         from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
         from pydantic.json_schema import GenerateJsonSchema

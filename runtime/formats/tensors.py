@@ -110,7 +110,7 @@ class SourceTensor(ABC):
 
     @property
     def alternate(self) -> bool:
-        """True if rows of the runs of ``by_expert`` alternate in the parameter, instead of following one another."""
+        """True if row 0 of run 0 is followed by row 0 of run 1, as in interleaved gate and up."""
         return False
 
     @property

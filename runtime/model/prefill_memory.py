@@ -90,7 +90,7 @@ class Prefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for the tokens in one forward pass, or for all of those in blocks: whatever is more."""
+        """The larger of: bytes for one forward pass; bytes for a prompt in blocks."""
         nbytes = self._together_bytes(self.tokens)
         if self.lockstep is not None and self.lockstep.tokens > BLOCK:
             nbytes = max(nbytes, self._in_blocks_bytes(self.lockstep.tokens))

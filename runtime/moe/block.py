@@ -117,9 +117,10 @@ class BlockDemand:
     def leases(self, experts: Collection[int], wanted: int = 0) -> Generator[list[Lease[Tensor]], None, None]:
         """Lease experts, and yield lists of leases that are valid at the same time.
 
-        Records are uint8 [record bytes]. ``wanted`` is that of ``ExpertSource.acquire``. The demand is noted before the
-        leases are yielded if all are available together; otherwise after the first list has been computed: at that time
-        other experts are still being read, so the call delays nothing.
+        Records are uint8 [record bytes]. ``wanted`` is that of ``ExpertSource.acquire``. If it is 0, these are all
+        experts of the demand, which is noted: before the leases are yielded if all are available together; otherwise
+        after the first list has been computed. At that time other experts are still being read, so the call delays
+        nothing.
         """
         block, source = self.tiered.block, self.tiered.source
         _open.source = source
@@ -130,11 +131,12 @@ class BlockDemand:
                 left -= 1
                 if lease.more:
                     continue
-                if left <= 0:
+                if left <= 0 and not wanted:
                     self.note(experts)
                 yield together
                 together = []
-                self.note(experts)
+                if not wanted:
+                    self.note(experts)
         _open.source = None
 
 

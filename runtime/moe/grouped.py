@@ -88,6 +88,7 @@ def _compute_groups(
     for group in groups:
         _read_ahead(tiered, used, group)
         _add_group(kernels, demand, outputs, group, sums, buffer, wanted=used)
+        demand.note(used)  # only now, so that the reads of the first group go first
         if kept := [span.expert for span in group if span.expert in recent]:
             tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
         between()
@@ -252,7 +253,7 @@ def _compute(
     left, tiered = experts, demand.tiered
     if tiered.remote_compute is not None:
         with closing(tiered.remote_compute.send(kernels, tiered.block, x.data_ptr(), len(x), tokens_of())) as sent:
-            if sent.experts:
+            if sent.experts and not wanted:
                 demand.note(experts)
             _compute_leased(demand, [expert for expert in experts if expert not in sent.experts], compute, wanted)
             left = sent.collect(outputs.data_ptr())

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moetier.runtime.kernels.jit.team import Program
 from moetier.runtime.kernels.layer.attention_tasks import AttentionTasks, Token, token_of
 from moetier.runtime.kernels.layer.norm import MORE, SUM, X, Y, norm_task
+from moetier.runtime.kernels.layer.packing import packed_step
 from moetier.runtime.kernels.layer.routing import RoutingTasks
 from moetier.runtime.kernels.products.api import CPU, is_readable
 from moetier.runtime.libraries.torch_internals import children_of, hooks_after, hooks_before, without_subclasses
@@ -67,6 +68,8 @@ class OneTokenLayer:
         if type(x) is not Tensor or more or layer.training or x.shape[:-1] != (1, 1) or torch.is_grad_enabled():
             return None
         if not isinstance(angles, tuple) or not angles or not isinstance(angles[0], Tensor):
+            return None
+        if packed_step() is not None:  # its attention is that of other pages, in a trial, too
             return None
         kind = (x.dtype, angles[0].numel())
         if getattr(self._local, "refused", None) == kind:

@@ -155,14 +155,15 @@ def read_identity(cert: Path, key: Path) -> tuple[bytes, bytes]:
 
     Raises ConfigError if a file can't be read, if the key is encrypted, or if key and certificate don't match.
     """
-    pems = _read(cert, "certificate"), _read(key, "key")
+    pems = read_pem(cert, "certificate"), _read(key, "key")
     try:
         # without a password, OpenSSL would ask for one on the terminal if the key is encrypted
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password="")
     except (ssl.SSLError, ValueError, OSError) as error:
+        if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+            raise ConfigError(f"The key {key} is not that of the certificate {cert}.", "Name its own key.") from None
         raise ConfigError(
-            f"{cert} and {key} are not a certificate and its private key, in PEM form and not encrypted ({error}).",
-            "Name the files of another pair.",
+            f"{key} holds no private key in PEM form that is not encrypted ({error}).", "Name another file."
         ) from None
     return pems
 

@@ -190,7 +190,7 @@ class MirroredStore(WrapperStore):
 
     @contextlib.contextmanager
     def _queued(self, key: ExpertKey, length: int) -> Iterator[list[tuple[_Copy, int]]]:
-        """Yield the assigned of ``_divide``. They count as queued until the ``with`` block ends."""
+        """Yield copies and numbers of bytes as ``_divide`` returns them. These count as queued within ``with``."""
         with self._lock:
             assigned = self._divide(key, length)
             for copy, nbytes in assigned:

@@ -82,8 +82,9 @@ def measure(folder: Path, manifest: Manifest, child: dict[str, Any], work: Work,
         seconds = max(until - time.monotonic(), 1.0)
         return fresh(child | {"work": "model"} | pieces.to_json() | more, files=files, seconds=seconds)
 
-    seen = fed(work, record=True, seconds=(until - time.monotonic()) * FEED_SHARE)
-    work = beginning(work, len(seen["used"]))
+    seconds = (until - time.monotonic()) * FEED_SHARE
+    seen = fed(work, record=True, seconds=seconds)
+    work = beginning(work, len(seen["used"]), seconds)
     floor = Floor(manifest, seen["used"], seen["trunk_bytes"], seen["kv_bytes"], idle_bytes=0)
     rated = Rated(RandomReads.of_records(folder), rows_of(manifest, floor.routing, work.measured, work.step_tokens))
     limits = RunLimits(None, child["ram"])
@@ -95,14 +96,14 @@ def measure(folder: Path, manifest: Manifest, child: dict[str, Any], work: Work,
     return result | settings | {"notes": notes, "source": work.source}
 
 
-def beginning(work: Work, pieces: int) -> Work:
+def beginning(work: Work, pieces: int, seconds: float) -> Work:
     """Return the first ``pieces`` of ``work``. Two thirds of those after the first are measured, or as many as before.
 
-    Raises ConfigError for fewer than two.
+    ``seconds``: in which these pieces were computed. Raises ConfigError for fewer than two.
     """
     if pieces < 2:
         raise ConfigError(
-            f"The first {work.pieces[0]} tokens took too long.",
+            f"The first {work.pieces[0]} tokens took more than {seconds:.0f} s.",
             "Use moetier bench decode, which takes the time that it needs.",
         )
     kept = work.pieces[:pieces]

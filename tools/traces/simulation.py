@@ -127,7 +127,7 @@ class SimulatedTier:
         """Load those of ``keys`` that are missing, and return them. All ``keys`` are of one block.
 
         The first key is evicted last. A prompt that demands more keys than the block has slots is treated as a scan, as
-        in a host tier. Of that, the keys in ``kept`` count as used by a demand of their own.
+        in a host tier. Keys in ``kept`` are then touched as by an ordinary demand.
         """
         missing = [key for key in keys if self._pool.slot_of(key) is None]
         if is_prompt and len(keys) > self._pool.partitions.quota(keys[0].block):

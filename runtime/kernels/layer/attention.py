@@ -99,7 +99,7 @@ def sink_attention(
         y = _attend(query, key, value, attention_mask, scaling, sinks)
         if y is not None:
             return y, None
-    key, value = (in_order(part, attention_mask) for part in (key, value))
+    key, value = in_order(key, value, attention_mask)
     attention_mask = written_out(attention_mask)
     if attention_mask is not None and attention_mask.dtype == torch.bool:  # the function adds its mask to scores
         zeros = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
@@ -207,7 +207,7 @@ def causal_attention(
         y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
         if y is not None:
             return y, None
-    key, value = (in_order(part, attention_mask) for part in (key, value))
+    key, value = in_order(key, value, attention_mask)
     attention_mask, length = written_out(attention_mask), key.shape[2]
     if attention_mask is None and is_causal and 1 < tokens < length:  # see ``causal_mask``
         attention_mask = causal(tokens, length, length, query.device)

@@ -1,7 +1,7 @@
 """Masks of causal attention, which say which positions a token attends to.
 
 transformers makes a mask for each forward pass. If it shows no more than causal attention does, with or without a
-window, compiled code needs only two numbers of it (``Band``).
+window, compiled code needs only a Band of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BAND = "moetier_band"  # name of an attribute of masks
 
 
 class Band(NamedTuple):
-    """A causal mask in two numbers: each token attends to its own position and to the ``window`` - 1 before it."""
+    """A causal mask in short: each token attends to its own position, and to the ``window`` - 1 before it."""
 
     first: int  # position of the first key in its sequence
     window: int  # most positions that a token attends to, its own included
@@ -62,16 +62,17 @@ def written_out(mask: Tensor | None) -> Tensor | None:
     return causal(tokens, length, min(band.window, length), mask.device)[None, None]
 
 
-def in_order(memory: Tensor, mask: Tensor | None) -> Tensor:
-    """Return keys or values one after the other, [1, heads, length, width], if a mask's Band says that they are not.
+def in_order(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return keys and values one after the other, [1, heads, length, width], if a mask's Band says that they are not.
 
-    ``memory`` is [1, heads, places, width].
+    ``key`` and ``value`` are [1, heads, places, width].
     """
     band = band_of(mask)
     if mask is None or band is None or band.pages is None:
-        return memory
-    places = [*map(band.pages.place, range(band.first, band.first + mask.shape[3]))]
-    return memory.index_select(2, torch.tensor(places, device=memory.device))
+        return key, value
+    positions = torch.arange(band.first, band.first + mask.shape[3], device="cpu")
+    places = band.pages.places(positions).to(key.device)
+    return key.index_select(2, places), value.index_select(2, places)
 
 
 def causal_mask(**given: Any) -> Tensor | None:

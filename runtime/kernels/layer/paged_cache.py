@@ -1,9 +1,9 @@
 """KV cache in pages: transformers' Cache of one sequence, whose keys and values lie in memory that sequences share.
 
 A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers. Pages with consecutive
-numbers lie next to one another, as the tokens of one tensor. So what computes with a sequence whose pages are
-consecutive reads them where they are, the compiled layers of one token too. Those of other sequences are copied for
-each step.
+numbers lie next to one another, as the tokens of one tensor. The compiled layers of one token, and attention in packed
+steps, read any pages where they are. ``PagedLayer.update`` returns one tensor: it copies pages that are not
+consecutive.
 
 Layers with a state of constant size (linear attention, Mamba, convolutions) are transformers' own, which keep it for
 one sequence. ``state`` and ``set_state`` copy it, and a PageMemory holds such copies, as bytes, in pages.

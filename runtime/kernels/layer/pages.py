@@ -5,6 +5,9 @@ from __future__ import annotations
 from array import array
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 PAGE_TOKENS = 64  # tokens of a page; a power of two
 
 
@@ -21,6 +24,11 @@ class KeyPages(NamedTuple):
     def place(self, position: int) -> int:
         """Return the place in memory of a position of the sequence."""
         return (self.numbers[position >> self.bits] << self.bits) + (position & ((1 << self.bits) - 1))
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Return the places in memory of positions of the sequence, both int64 [n]."""
+        numbers = torch.frombuffer(self.numbers, dtype=torch.int64)
+        return (numbers[positions >> self.bits] << self.bits) + (positions & ((1 << self.bits) - 1))
 
 
 ONE_PAGE = KeyPages(array("q", [0]), 62)  # for tokens that lie next to one another from place 0 on

@@ -115,7 +115,7 @@ class _Work:
             kernel.run(context, 1)
 
     def store_pairs(self, values: Tensor, which: int) -> None:
-        """Round ``values`` of s (``which`` 0) or b (``which`` 1) to 8 bits, and store them in the record.
+        """Round scales (``which`` 0) or offsets (1) to 8 bits, and store them in the record.
 
         The bytes are those of ``packing.store_pairs``. ``values`` [columns / group, padded rows] is changed in place:
         it then holds the rounded values, as kernels will read them from the record. Padding rows become 0 in both.

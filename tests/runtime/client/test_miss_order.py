@@ -58,6 +58,20 @@ def test_a_write_waits_for_misses_and_pages_unless_it_is_urgent() -> None:
     write.result()
 
 
+def test_a_write_that_becomes_urgent_waits_no_longer() -> None:
+    order, begun, is_urgent = MissOrder(), threading.Event(), threading.Event()
+
+    def asked() -> bool:
+        begun.set()
+        return is_urgent.is_set()
+
+    with order.waiting_for_records():
+        write = Task(lambda: order.wait_to_write(asked))
+        assert begun.wait(PATIENCE)
+        is_urgent.set()
+        write.result()
+
+
 def test_an_error_of_a_miss_ends_its_wait() -> None:
     order = MissOrder()
     with pytest.raises(ZeroDivisionError), order.waiting_for_records():

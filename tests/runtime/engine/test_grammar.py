@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ForwardRef, Literal
 
 import pytest
 import torch
@@ -172,10 +172,18 @@ def test_a_type_is_a_schema(loaded: tuple[Any, Any], prompt: Any, monkeypatch: p
     assert json.loads(answer) == [1, 2]
 
 
-@pytest.mark.parametrize("schema", [5, [1, 2], object(), Callable[[], None], "Person"])
+@pytest.mark.parametrize("schema", [5, [1, 2], object(), Callable[[], None], "int", b"int", ForwardRef("int")])
 def test_what_is_no_schema_is_refused(loaded: tuple[Any, Any], schema: Any) -> None:
     with pytest.raises(ConfigError, match="can't be a schema: "):
         moetier.Request.of(loaded[1], "?", 5, schema=schema)
+
+
+def test_a_text_is_not_run_as_a_schema(tmp_path: Path) -> None:
+    text = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch() or int"
+    for schema in (text, text.encode(), ForwardRef(text)):
+        with pytest.raises(ConfigError, match="can't be a schema: "):
+            Grammar.json_schema(schema)
+    assert not [*tmp_path.iterdir()]
 
 
 def allowed_by(matcher: Matcher, ends: frozenset[int]) -> list[int]:

@@ -24,6 +24,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner, can_pack, check_b
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sequence import Finish, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.attention import use_causal_attention
+from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.errors import UnsupportedModelError
 
@@ -146,8 +147,9 @@ def note(end: threading.Event, _: Sequence) -> None:
     end.set()
 
 
-def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conversations grow by turns, so that their pages are not consecutive."""
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each decoder layer that has got one token was computed by compiled code."""
     computed, of = list[bool](), OneTokenLayer.of
 
     def seen(layer: OneTokenLayer, given: Any, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -157,6 +159,11 @@ def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypa
         return found
 
     monkeypatch.setattr(OneTokenLayer, "of", seen)
+    return computed
+
+
+def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, computed: list[bool]) -> None:
+    """Conversations grow by turns, so that their pages are not consecutive."""
     model, _ = moetier.load(tinymix_4bit, daemon=None)
     with model.tiers, Engine.of(model, max_sequences=2) as engine:
         conversations = [range(3, 60)], [range(99, 160)]
@@ -167,6 +174,18 @@ def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, monkeypa
         blocks = len(model.tiers.manifest.blocks)
         assert sum(computed) >= blocks * 6 * 59
         assert all(computed[blocks:]), "the first token finds out how layers can be computed"
+
+
+def test_a_first_prompt_whose_last_block_is_one_token_refuses_no_layer(
+    tinymix_4bit: Path, computed: list[bool]
+) -> None:
+    """That block is computed in a packed step, in which no trial of a layer can succeed."""
+    model, _ = moetier.load(tinymix_4bit, daemon=None)
+    with model.tiers, Engine.of(model, max_sequences=2) as engine:
+        blocks, prompt = len(model.tiers.manifest.blocks), (5, 6, 7) * 171
+        assert len(prompt) % BLOCK == 1
+        assert len([*engine.stream(Request(prompt, 9, {"do_sample": False}))]) == 9
+        assert all(computed[-7 * blocks :])  # the first token but one finds out how layers can be computed
 
 
 def test_a_model_whose_trial_fails_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from users import NOBODY, need_root
 
+from moetier.runtime.engine import page_folder
 from moetier.runtime.engine.page_file import BLOCK, Payload, head_bytes
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, clear, entries, models_in, open_folder
 from moetier.tiers.errors import ConfigError
@@ -384,6 +385,38 @@ def test_a_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
     folder.sweep()
     write(folder, name(0), b"data")
     assert sum(1 for _ in entries(tmp_path / "pages")) == 1
+
+
+def test_a_folder_that_can_not_be_made_again_is_no_other_one(tmp_path: Path) -> None:
+    folder, place, other = opened(tmp_path / "pages"), tmp_path / "pages", tmp_path / "other"
+    write(folder, name(0), b"data")
+    shutil.rmtree(place)
+    place.touch()
+    other.mkdir()
+    descriptors = list[int]()
+    try:
+        for _ in range(3):
+            with pytest.raises(ConfigError, match="is not a folder"):
+                write(folder, name(0), b"data")
+            descriptors.append(os.open(other, os.O_RDONLY))  # gets the number of one that was closed
+            assert not folder.has(name(0))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    assert not [*other.iterdir()]
+    place.unlink()
+    write(folder, name(0), b"data")
+    assert read(folder, name(0)) == b"data"
+
+
+def test_a_file_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no fault of the disk: others are kept."""
+    folder = opened(tmp_path, 3 * FILE)
+    assert write(folder, name(0), bytes(3 * FILE)) == 0
+    assert write(folder, name(1), bytes(BLOCK)) == FILE
+    monkeypatch.setattr(page_folder, "MOST_BYTES", FILE)
+    assert write(folder, name(2), bytes(BLOCK + 1)) == 0
+    assert [folder.has(name(number)) for number in range(3)] == [False, True, False]
 
 
 def test_parents_are_made_for_this_user_to_write(tmp_path: Path) -> None:

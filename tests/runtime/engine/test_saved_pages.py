@@ -18,7 +18,7 @@ from orders import NO_ORDER
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
-from moetier.runtime.engine import kv_cache, saved_pages
+from moetier.runtime.engine import kv_cache, page_folder, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.page_file import BLOCK
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
@@ -129,6 +129,18 @@ def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
             assert kept - PAGE_TOKENS <= answer(engine, ids)[1] <= kept + len(tokens)
             assert engine.saved.traffic().damaged == damaged  # type: ignore[union-attr]
             wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+
+
+def test_a_state_that_is_too_large_stops_no_other_turn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_folder, "MOST_BYTES", 2 * BLOCK)
+    with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
+        for number in range(3):
+            written(engine, [number, *LONG])
+    assert len(files(tmp_path)) >= 3 * (FULL // PAGE_TOKENS)
+    assert all(path.stat().st_size == 2 * BLOCK for path in files(tmp_path))
+    assert "not kept" not in caplog.text
 
 
 def test_a_state_that_has_left_memory_is_read_for_pages_that_are_there(tmp_path: Path) -> None:

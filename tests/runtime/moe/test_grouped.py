@@ -131,3 +131,30 @@ def test_tokens_whose_experts_are_all_elsewhere_get_zeros(tokens: int) -> None:
     index = torch.full_like(index, twin.num_experts)
     found = computed(twin, PackedKernels(), Groups(records, Random(1)), (states, index, weights))
     assert torch.equal(found, torch.zeros_like(states))
+
+
+def test_a_demand_in_several_groups_is_noted_once_with_all_experts_after_the_first_group() -> None:
+    ordinary, twin, records = ways("mixtral", torch.bfloat16)
+    states, index, weights = inputs(ordinary, torch.bfloat16, tokens=40)
+    source, noted = Groups(records, Random(1)), list[tuple[int, list[int], int]]()
+    acquired, acquire = list[list[int]](), source.acquire
+
+    def seen(keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Tensor], None, None]:
+        acquired.append([key.expert for key in keys])
+        return acquire(keys, wanted)
+
+    source.acquire = seen  # type: ignore[method-assign]
+    twin.tiered = TieredBlock(
+        BLOCK,
+        twin.tiered.layout,
+        source,  # type: ignore[arg-type]
+        PackedKernels(),
+        CPU,
+        lambda block, experts: noted.append((block, [*experts], len(acquired))),
+    )
+    with torch.no_grad(), patch.object(grouped, "GROUP_OUTPUTS", 9):
+        experts_forward(twin, states, index, weights)
+    used = sorted({*index.flatten().tolist()})
+    assert len(acquired) > 1
+    assert acquired[0] != used
+    assert noted == [(BLOCK, used, 1)]

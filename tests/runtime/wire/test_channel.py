@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -391,13 +392,13 @@ def test_files_that_are_something_else(tmp_path: Path, files: Files) -> None:
             read_pem(path, "CA")
         with pytest.raises(ConfigError, match="PEM"):
             open_channel(SOMEWHERE, Credentials(ca=path))
-    for cert, path in (
-        (files.client_cert, noise),
-        (files.client_cert, files.key),  # of another certificate
-        (files.client_cert, encrypted),
-        (files.token, files.client_key),
+    for cert, path, cause in (
+        (files.client_cert, noise, f"{noise} holds no private key in PEM form"),
+        (files.client_cert, files.key, f"The key {files.key} is not that of the certificate {files.client_cert}"),
+        (files.client_cert, encrypted, f"{encrypted} holds no private key in PEM form that is not encrypted"),
+        (files.token, files.client_key, f"The certificate {files.token} holds no certificates in PEM form"),
     ):
-        with pytest.raises(ConfigError, match="PEM"):
+        with pytest.raises(ConfigError, match=re.escape(cause)):
             read_identity(cert, path)
 
 

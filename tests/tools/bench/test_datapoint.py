@@ -51,12 +51,12 @@ def test_a_block_has_rates_beside_bounds_and_what_they_depend_on() -> None:
 
 def test_as_much_is_measured_as_there_was_time_for() -> None:
     work = Work([[*range(30)]], "random", [10, *[1] * 20], measured=12)
-    assert beginning(work, 21) == work
-    less = beginning(work, 7)
+    assert beginning(work, 21, 60.0) == work
+    less = beginning(work, 7, 60.0)
     assert (less.ids, less.pieces, less.measured) == ([[*range(16)]], [10, *[1] * 6], 4)
-    assert beginning(work, 2).measured == 1
-    with pytest.raises(ConfigError, match="took too long"):
-        beginning(work, 1)
+    assert beginning(work, 2, 60.0).measured == 1
+    with pytest.raises(ConfigError, match="The first 10 tokens took more than 60 s"):
+        beginning(work, 1, 59.6)
 
 
 @pytest.mark.slow
