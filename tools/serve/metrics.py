@@ -140,7 +140,7 @@ class ServeCollector(Collector):
     Models have the names that requests use. (A daemon labels its metrics with the name in the store's manifest.)
     """
 
-    def __init__(self, models: Callable[[], AbstractContextManager[list[Seen]]]) -> None:
+    def __init__(self, models: Callable[[], AbstractContextManager[Sequence[Seen]]]) -> None:
         """``models`` returns a context in which none of the models that it yields is unloaded."""
         self._models = models
 
