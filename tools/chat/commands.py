@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tools.cli.failure import plain, readable
@@ -18,12 +17,9 @@ from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.report import run_json, run_report
 
 from .chat_input import QUOTES
+from .dialogue import Dialogue
 from .state import messages_text, read_messages
 
-if TYPE_CHECKING:
-    from .dialogue import Dialogue
-
-EXIT = ("/exit", "/bye", "/quit")
 ALIASES = {"/clear": "/reset", "/?": "/help"}  # names of commands in ollama and llama.cpp
 KEYS = f"""\
 /retry            answer the last message again

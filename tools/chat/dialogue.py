@@ -16,13 +16,13 @@ from moetier.tools.cli.report import Timing
 
 from .answer import Answering, Leave, interruptible
 from .chat_input import ChatInput
-from .commands import EXIT, Commands
 from .options import AnswerOptions
 from .state import KeptConversation
 
 if TYPE_CHECKING:
     from moetier.runtime.model.tiers import Tiers
 
+EXIT = ("/exit", "/bye", "/quit")  # commands that end the chat
 ROOM = 4  # a prompt leaves 1/ROOM of the context to the answer, or max_new_tokens if that is less
 
 
@@ -58,14 +58,13 @@ class Dialogue:
         self._kept = kept
         self._status = status
         self._is_interruptible = False
-        self._commands = Commands(self)
 
     def say(self, text: str) -> None:
         """Print a line to standard error if ``status`` is True."""
         if self._status:
             print(plain(text), file=sys.stderr, flush=True)
 
-    def talk(self, source: ChatInput) -> None:
+    def talk(self, source: ChatInput, run_command: Callable[[str], object]) -> None:
         """Answer messages and run commands until the input ends or the user leaves.
 
         Errors are printed if the input is a terminal; otherwise they are raised.
@@ -79,7 +78,7 @@ class Dialogue:
                 if is_command and text.strip() in EXIT:
                     return
                 if is_command:
-                    self._commands.run(text.strip())
+                    run_command(text.strip())
                 elif text.strip():
                     self.answer(text)
             except EOFError:

@@ -8,6 +8,7 @@ import sys
 from moetier.runtime.generation.conversation import Conversation, Message
 from moetier.tools.chat.answer import Answering
 from moetier.tools.chat.chat_input import ChatInput
+from moetier.tools.chat.commands import Commands
 from moetier.tools.chat.dialogue import ROOM, Dialogue
 from moetier.tools.chat.options import AnswerOptions
 from moetier.tools.chat.state import KeptConversation, LineHistory, last_conversation, state_folder
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
                 resume(conversation, resumed, arguments.system)
                 dialogue.say(f"resumed: {len(conversation.messages)} messages; /show prints the last ones")
             dialogue.say("/help lists the commands")
-            dialogue.talk(ChatInput(LineHistory(state if is_terminal else None)))
+            dialogue.talk(ChatInput(LineHistory(state if is_terminal else None)), Commands(dialogue).run)
 
 
 def resume(conversation: Conversation, messages: list[Message], system: str | None) -> None:

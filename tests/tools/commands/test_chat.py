@@ -226,7 +226,7 @@ gnu_readline = pytest.mark.skipif(
 LOOP = """
 from moetier.tools.chat.chat_input import ChatInput
 from moetier.tools.chat.dialogue import Dialogue
-Dialogue(*[None] * 4, options=None, kept=None, title="", as_json=False, status=False).talk(ChatInput())
+Dialogue(*[None] * 4, options=None, kept=None, title="", as_json=False, status=False).talk(ChatInput(), print)
 print("left")
 """
 
