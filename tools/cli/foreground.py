@@ -12,9 +12,9 @@ def run_in_foreground(command: Sequence[str], environment: Mapping[str, str] | N
 
     ``environment`` has its variables; None: those of this process. Must be called on the main thread.
     """
-    with subprocess.Popen(command, env=environment) as program:  # before: a program inherits what is ignored
-        former = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return program.wait()
-        finally:
-            signal.signal(signal.SIGINT, former)
+    # a handler, as the program would inherit that the signal is ignored
+    former = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.run(command, env=environment, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, former)
