@@ -225,8 +225,10 @@ gnu_readline = pytest.mark.skipif(
 
 LOOP = """
 from moetier.tools.chat.chat_input import ChatInput
+from moetier.tools.chat.commands import Commands
 from moetier.tools.chat.dialogue import Dialogue
-Dialogue(*[None] * 4, options=None, kept=None, title="", as_json=False, status=False).talk(ChatInput(), print)
+dialogue = Dialogue(*[None] * 4, options=None, kept=None, title="", as_json=False, status=False)
+dialogue.talk(ChatInput(), Commands(dialogue).run)
 print("left")
 """
 
