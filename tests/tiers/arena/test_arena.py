@@ -4,7 +4,6 @@ import errno
 import fcntl
 import gc
 import os
-import resource
 import shutil
 import stat
 import subprocess
@@ -213,10 +212,11 @@ def test_no_memory_is_a_budget_error() -> None:
     """fallocate really fails: with EFBIG, by the process's limit on file sizes."""
     child = in_child(
         f"""
-        import os
+        import os, resource
         from moetier.tiers.arena.arena import Arena
         from moetier.tiers.errors import BudgetError
         from moetier.tiers.arena.layout import ArenaLayout, Region
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
         before = os.listdir("/proc/self/fd")
         try:
             Arena.create(ArenaLayout("", (1024,), (Region("records", 1024, {PAGE_BYTES}),)))
@@ -225,7 +225,6 @@ def test_no_memory_is_a_budget_error() -> None:
             print(error.fix)
         assert os.listdir("/proc/self/fd") == before
         """,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
     assert "can't allocate 4,222,976 bytes of shared memory (EFBIG)" in child.stdout, child.stderr
     assert "less memory" in child.stdout

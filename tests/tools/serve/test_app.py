@@ -299,7 +299,7 @@ def test_a_body_is_limited_by_the_context(app: Any) -> None:
 
 def test_clients_that_leave_keep_their_places_while_their_prompts_are_made(tinymix_4bit: Path) -> None:
     """They could have any number of threads and prompts otherwise."""
-    rendering, may, gone = threading.Event(), threading.Event(), list[bool]()
+    rendering, may, gone, begun = threading.Event(), threading.Event(), list[bool](), list[bool]()
 
     async def ask(app: Any) -> list[int]:
         transport = httpx2.ASGITransport(app=app)
@@ -342,7 +342,9 @@ def test_clients_that_leave_keep_their_places_while_their_prompts_are_made(tinym
         template = engine.tokenizer.apply_chat_template
 
         def slow(*given: Any, **options: Any) -> Any:
-            rendering.set()
+            begun.append(True)
+            if len(begun) == 3:  # no client leaves before the prompts of all three are made
+                rendering.set()
             assert may.wait(PATIENCE)
             return template(*given, **options)
 
