@@ -43,7 +43,7 @@ for name in [*os.environ]:  # nor is what somebody has set for the commands
     if name.startswith("MOETIER_"):
         del os.environ[name]
 os.environ["MOETIER_CONFIG"] = os.devnull
-os.environ["XDG_STATE_HOME"] = os.devnull  # nor are the lines that somebody has typed
+os.environ["XDG_STATE_HOME"] = os.devnull  # nor are the typed lines that a chat keeps
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a shell began with "&", and in its children
     signal.signal(signal.SIGINT, signal.default_int_handler)

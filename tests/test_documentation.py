@@ -199,7 +199,7 @@ def test_dependencies_are_all_explained_and_no_others() -> None:
 
 @pytest.mark.parametrize("way", published.WAYS, ids=lambda way: way.model)
 def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
-    """Of the row of a machine in "Which way for me": the size, the experts in memory, and the hits."""
+    """Return the size, the share of experts in memory and the hits of a machine's row in "Which way for me"."""
     assert published.row(way) in (ROOT / "README.md").read_text()
 
 

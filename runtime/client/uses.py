@@ -1,4 +1,4 @@
-"""What a daemon's client counts, and reports to the daemon: demands, hits, and uses of copies."""
+"""Counts of a daemon's client, which it reports to the daemon: demands, hits, and uses of copies."""
 
 from __future__ import annotations
 

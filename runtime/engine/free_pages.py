@@ -1,4 +1,8 @@
-"""Numbers of free pages. A sequence gets pages with consecutive numbers where it can, as these are read fastest."""
+"""Numbers of free pages.
+
+A sequence gets pages with consecutive numbers where it can: others are copied where compiled attention does not read
+them.
+"""
 
 from __future__ import annotations
 

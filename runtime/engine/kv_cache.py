@@ -73,7 +73,7 @@ class _Fetch:
 
     @property
     def next(self) -> Future[Any]:
-        """What it waits for."""
+        """The future that it waits for."""
         return self.finding if self.reading is None else self.reading.next
 
 

@@ -70,7 +70,7 @@ class SavedPage(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """What is to be written of a turn that has ended."""
+    """Pages of a turn that has ended, which are to be written."""
 
     user: str
     nodes: list[Node]  # from the first page on

@@ -79,7 +79,7 @@ class CacheMemory(NamedTuple):
 
 
 class TokenPlace(NamedTuple):
-    """Where a new token's key and value, and those that it attends to, lie in a CacheMemory."""
+    """Places in a CacheMemory: of a new token's key and value, and of those that the token attends to."""
 
     pages: int  # address of the numbers of pages, from that on which a piece begins
     page_bits: int  # logarithm of the number of places of a page
@@ -200,7 +200,7 @@ class _InPlace(DynamicLayer):
 
     @property
     def place(self) -> TokenPlace:
-        """Where the new token, and those that it attends to, lie in ``room``."""
+        """Places in ``room``: of the new token, and of those that it attends to."""
         return TokenPlace(ONE_PAGE.numbers.buffer_info()[0], ONE_PAGE.bits, self._begin, self._end)
 
     @property

@@ -283,7 +283,7 @@ class PagedLayer(DynamicLayer):
 
     @property
     def place(self) -> TokenPlace:
-        """Where the new token, and those that it attends to, lie in ``room``."""
+        """Places in ``room``: of the new token, and of those that it attends to."""
         pages, first = self._cache.key_pages, self.first_position % PIECE
         begin = self.first_position - first
         return TokenPlace(pages.address(begin), pages.bits, first, pages.place(self.end))
