@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import socket
 import ssl
 import stat
@@ -59,8 +58,6 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
     Raises ConfigError if the credentials can't be used, RefusedError if ``check_folder`` refuses the daemon's folder,
     and UnavailableError if that folder does not exist.
     """
-    # A forked child does not use its parent's channels. gRPC's own fork handlers would only print warnings.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # gRPC reads this for the first channel
     if address.folder is not None:
         try:
             check_folder(address.folder)

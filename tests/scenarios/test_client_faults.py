@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -318,8 +319,15 @@ def test_the_daemon_sees_the_death_of_a_client_whose_child_lives(store: MappedSt
     with store.daemon(4, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
         (parent,) = crew.start()
         with orphan(parent.do("fork_sleep")):
-            parent.do("hold", 0, 0, 1)
-            daemon.wait_for("leases == 2")
+            # A fork beside a connection that is being made may break it, as gRPC lets both processes do what is queued
+            # for it. The leases of a stream end with it; others are taken on the next.
+            for block, expert in itertools.product(range(3), (0, 2, 4)):
+                parent.do("hold", block, expert, expert + 1)
+                if daemon.stats().leases == 2:
+                    break
+                parent.do("drop")
+            else:
+                pytest.fail("it never has two leases")
             with orphan(parent.do("fork_sleep")):
                 parent.kill()
                 daemon.wait_for("leases == 0 and clients == 0")
@@ -353,8 +361,11 @@ def child():
     try:
         use(0)
     except ClosedError:
-        return
-    raise AssertionError("it was used")
+        pass
+    else:
+        raise AssertionError("it was used")
+    with DaemonTier.open(folder, directory, read_manifest(store_folder(directory))) as own:
+        assert sum(lease.validate() for lease in own.acquire([ExpertKey(1, 0)])) == 1
 
 assert use(0) == 2
 for step in range(10):
