@@ -94,7 +94,7 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-GRACE = 5.0  # seconds for what is ending already
+GRACE = 30.0  # seconds for what is ending already, on a machine with other work
 
 
 def _descriptors() -> Counter[str]:

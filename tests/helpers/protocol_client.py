@@ -36,7 +36,7 @@ class Client:
         status = folder.lstat()
         assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (os.getuid(), 0o700)
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(5.0)
+        self._control.settimeout(60.0)
         self._control.connect(str(folder / "side.sock"))
         peer = self._control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         assert struct.unpack("3i", peer)[1] == os.getuid()

@@ -12,6 +12,7 @@ import torch
 from daemons import running_daemon
 from object_servers import served_folder
 from prepared import Prepared
+from readers import PATIENCE
 
 import moetier
 from moetier.runtime.model.names import directory_at
@@ -97,7 +98,7 @@ def test_a_daemon_holds_a_model_of_an_object_store(tinymix_4bit: Path, tmp_path:
             assert tokens(model) == expected
             assert server.records
             daemon.process.terminate()
-            assert daemon.process.wait(30) == 0
+            assert daemon.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("address", ["s3://KEY:SECRET@bucket/model", "https://host/model?sig=SECRET"])

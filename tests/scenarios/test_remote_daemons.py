@@ -24,8 +24,9 @@ from daemons import DaemonProcess, running_daemon
 from integrity import check_integrity
 from networks import network
 from places import HELPERS
+from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, written
-from threads import Task, wait_until
+from threads import Task, best_time, wait_until
 
 from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteStore
@@ -154,11 +155,11 @@ def test_one_that_is_frozen_is_not_waited_for_twice(
             read(reader, key, RECORDS)
         os.kill(three[1].pid, signal.SIGSTOP)
         try:
-            began = time.monotonic()
             for key in KEYS:
                 read(reader, key, RECORDS)
-            assert time.monotonic() - began < 10, "one deadline, not one a record"
             assert peers[1].away is not None
+            taken = best_time(lambda: [read(reader, key, RECORDS) for key in KEYS], 1.0)
+            assert taken < 1.0, "one deadline, not one a record"
         finally:
             os.kill(three[1].pid, signal.SIGCONT)
         wait_until(lambda: peers[1].away is None)
@@ -289,7 +290,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             finally:
                 over.set()
                 longest = [task.result() for task in tasks]
-            assert max(longest) < 20, "the deadline of one attempt, and then the other daemon"
+            assert max(longest) < PATIENCE, "the deadline of one attempt, and then the other daemon"
 
         with RemoteStore(address_of(far), credentials, manifest, timeout=1.0) as alone:
             key = ExpertKey(0, 0)
@@ -298,7 +299,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             began = time.monotonic()
             with pytest.raises(UnavailableError):
                 read(alone, key, LARGE_RECORDS)
-            assert time.monotonic() - began < 15
+            assert time.monotonic() - began < PATIENCE
             with pytest.raises(UnavailableError):
                 alone.probe(1.0)
             net.flow()

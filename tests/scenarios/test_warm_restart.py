@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,11 +64,9 @@ def test_a_clients_memory_is_taken_back(store: Store, tmp_path: Path, ram: str |
             slots = fill(client, store)
             arena = os.fstat(client.control.descriptor or -1).st_ino
             daemon.kill()
-            began = time.monotonic()
             options = ["--ram", str(ram)] if ram is not None else []
             daemon.command = [*daemon.command[: daemon.command.index("--ram")], *options]
             daemon.start()
-            assert time.monotonic() - began < 5
             stats = daemon.stats()
             assert (stats.recovered, stats.host.ready, stats.host.slots, stats.host.bytes_in) == (12, 12, 12, 0)
             for key, slot in slots.items():  # who had mapped it goes on

@@ -33,7 +33,7 @@ def test_all_misses_of_a_block_are_one_message_ahead_of_its_hits(store: MappedSt
 
 def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
     """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
-    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, timeout=5.0) as tier:
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False) as tier:
         misses = Misses(tier._context, 0)
         with contextlib.closing(misses):
             misses.submit([0, 1])

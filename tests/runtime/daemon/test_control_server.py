@@ -45,8 +45,8 @@ def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:
     )
     command = [sys.executable, "-c", script, str(host.folder)]
     sessions: list[str] = []
-    taken: list[float] = []
-    while not taken or (min(taken) >= 1 and len(taken) < 3):  # but for moments when the machine has other work
+    shortest, deadline = float("inf"), time.monotonic() + PATIENCE
+    while shortest >= 1 and time.monotonic() < deadline:  # but for moments when the machine has other work
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             sessions.append(process.stdout.readline().strip())
@@ -55,8 +55,8 @@ def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:
             process.wait(PATIENCE)
             began = time.monotonic()
             wait_until(lambda: host.left == sessions)
-            taken.append(time.monotonic() - began)
-    assert min(taken) < 1
+            shortest = min(shortest, time.monotonic() - began)
+    assert shortest < 1
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 
     class Begun(ToyRunner):
         def run(self, *given: object) -> object:  # type: ignore[override]
-            arrived.wait(20)
+            arrived.wait(PATIENCE)
             return super().run(*given)  # type: ignore[arg-type]
 
     with Engine(Begun(), pages=40, max_sequences=3, chunk=64, context=2000) as engine:
@@ -217,12 +217,12 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
     class Slow(ToyRunner):
         def run(self, *given: object) -> object:  # type: ignore[override]
             entered.set()
-            may.wait(20)
+            may.wait(PATIENCE)
             return super().run(*given)  # type: ignore[arg-type]
 
     engine = Engine(Slow(), pages=8, max_sequences=1, chunk=64, context=1000)
     streams = [engine.stream(Request((1, 2, 3), 100)) for _ in range(3)]
-    assert entered.wait(20)
+    assert entered.wait(PATIENCE)
     run_all([engine.close, may.set])
     assert [stream.sequence.finish for stream in streams] == [Finish.CANCELLED] * 3
 
@@ -296,12 +296,12 @@ def test_progress_tells_tokens_and_time() -> None:
         def run(self, *given: object) -> object:  # type: ignore[override]
             if self.computed:
                 entered.set()
-                may.wait(20)
+                may.wait(PATIENCE)
             return super().run(*given)  # type: ignore[arg-type]
 
     with Engine(Slow(), pages=20, max_sequences=1, chunk=64, context=1000) as engine:
         stream = engine.stream(Request((5,) * 192, 1))
-        assert entered.wait(20)
+        assert entered.wait(PATIENCE)
         progress = stream.sequence.progress
         assert (progress.done, progress.total) == (64, 192)
         assert progress.seconds_left is not None

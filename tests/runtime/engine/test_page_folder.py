@@ -243,16 +243,16 @@ def test_a_start_with_many_unfinished_files_is_quick(tmp_path: Path, files: int)
         page = f"{name(number + 1).hex()}.page"
         for file in (page, f"{page}.01234567{PARTIAL}"):
             os.close(os.open(place / file, os.O_CREAT | os.O_WRONLY))
-    begin = time.monotonic()
+    begin = time.process_time()
     folder = opened(tmp_path)
     assert read(folder, name(0)) == b"data"
     assert all(read(folder, name(number)) is None for number in range(1, 100))
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
     assert folder.damaged == 99
     assert folder.has(name(200))
-    begin = time.monotonic()
+    begin = time.process_time()
     folder.sweep()  # in the background
-    assert time.monotonic() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 def test_files_of_other_programs_stay(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from daemons import DaemonProcess, running_daemon
+from readers import PATIENCE
 from stores import make_plan, make_records, manifest_of, read_record, slot_of, written
 from threads import Task, wait_until
 
@@ -215,7 +216,7 @@ def test_a_daemon_of_a_group_has_the_certificate_of_its_name(
             assert read_record(reader, ExpertKey(0, 1)) == RECORDS[ExpertKey(0, 1)]
             assert process.card.listen in [share.place for share in reader.shares() if share.records]
         with open_channel(group, credentials) as channel:  # as stats does: of any one of them
-            assert ExpertStoreStub(channel).Describe(pb.DescribeRequest(), timeout=10).pid == process.pid
+            assert ExpertStoreStub(channel).Describe(pb.DescribeRequest(), timeout=PATIENCE).pid == process.pid
         with pytest.raises(RefusedError, match=r"(?i)hostname|not in peer certificate"):
             read(process.card.listen, credentials, manifest)
 
@@ -309,7 +310,7 @@ def test_over_its_unix_socket_too(with_tls: DaemonProcess, manifest: Manifest) -
             "/moetier.v1.ExpertStore/Describe", pb.DescribeRequest.SerializeToString, pb.DescribeReply.FromString
         )
         with pytest.raises(grpc.RpcError) as caught:
-            describe(pb.DescribeRequest(), timeout=10)
+            describe(pb.DescribeRequest(), timeout=PATIENCE)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from control_hosts import ARENA, DIGEST, Host, hosting, private
+from readers import PATIENCE
 from threads import Task, wait_until
 from users import NOBODY, as_nobody, become_nobody, need_root
 
@@ -191,7 +192,7 @@ def test_a_child_that_is_forked_while_a_place_is_asked_for_does_not_keep_it(fold
                 end.send(b"{}")
                 with pytest.raises(ProtocolError):
                     asking.result()
-                end.settimeout(1.0)
+                end.settimeout(PATIENCE)
                 assert end.recv(65536) == b"", "the only client has given up"
             finally:
                 os.write(writing, b"x")

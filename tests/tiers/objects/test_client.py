@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trustme
 from object_servers import served_bucket, served_folder
+from readers import PATIENCE
 from threads import wait_until
 
 from moetier.tiers.addresses import HTTP_AUTHORIZATION
@@ -130,7 +131,7 @@ def test_closing_ends_an_answer_that_is_slow(tmp_path: Path) -> None:
             objects.close()
             try:
                 with pytest.raises(ClosedError):
-                    reading.result(10)
+                    reading.result(PATIENCE)
             finally:
                 server.stop()  # else a failure would hang
 

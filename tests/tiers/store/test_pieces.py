@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from readers import PATIENCE
 
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES
 from moetier.tiers.source import INTERRUPTIBLE_BYTES
@@ -46,10 +47,10 @@ def test_a_piece_that_fails_ends_the_read_and_later_pieces_are_not_begun() -> No
         begun.append(number)
         if number == 0:
             raise OSError("broken")
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(go_on.wait, 10)  # so that the thread that waits for the read makes all of it
+        pool.submit(go_on.wait, PATIENCE)  # so that the thread that waits for the read makes all of it
         view = memoryview(bytearray(30))
         with pytest.raises(OSError, match="broken"):
             run_reads([Read(pool, lambda number=number: read(number), view) for number in range(3)], 0)

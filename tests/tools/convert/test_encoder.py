@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoints import save_checkpoint, tree
+from readers import PATIENCE
 
 from moetier.runtime.checkpoint.recipe import Merging, Recipe
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
@@ -91,7 +92,7 @@ def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.Mo
 
     def hold(tensors: Any, *arguments: Any, **options: Any) -> Any:
         read = dict(tensors)
-        assert overlapped.wait(10)
+        assert overlapped.wait(PATIENCE)
         return encode(read, *arguments, **options)
 
     monkeypatch.setattr(Recipe, "make", note)
@@ -116,4 +117,4 @@ def test_workers_go_on_while_a_record_is_written(tmp_path: Path, monkeypatch: py
     with closing(conversion.encoder.records(keys)) as made:
         next(made)  # and nobody asks for the next one
         for _ in range(5):  # more than the workers and one
-            assert finished.acquire(timeout=10)
+            assert finished.acquire(timeout=PATIENCE)

@@ -144,7 +144,7 @@ from moetier.runtime.kernels.jit.team import KernelTask, run_all, the_team
 def compute():
     together, found = threading.Barrier(2), []
     def job(_):
-        together.wait(20)
+        together.wait(PATIENCE)
         found.append(threading.get_ident())
     made, called = kernel(job)
     run_all([KernelTask(made, array("q", [0]), 2, called)])
