@@ -113,7 +113,7 @@ def bare(folder: Path, tmp_path: Path) -> Path:
 def spread_over(
     daemons: list[Daemon], manifest: Manifest, local: ExpertStore | None = None, *, timeout: float = 30.0
 ) -> Iterator[SpreadStore]:
-    peers = [Peer(str(d.address), RemoteStore(d.address, PLAIN, manifest, timeout=1.0)) for d in daemons]
+    peers = [Peer(str(d.address), RemoteStore(d.address, PLAIN, manifest, timeout=10.0)) for d in daemons]
     with SpreadStore(manifest, peers, local, timeout=timeout) as reader:
         yield reader
 

@@ -42,6 +42,7 @@ from moetier.tiers.errors import (
     MissingExpertError,
     MoetierError,
     ProtocolError,
+    UnavailableError,
     UnknownModelError,
 )
 from moetier.tiers.host.tier import HostTier
@@ -303,6 +304,7 @@ def test_clients_that_read_nothing_make_room_for_others(
     served: tuple[ComputeCalls, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a thread of the server."""
+    monkeypatch.setattr(leases, "STALL", PATIENCE)
     computes, address = served
     x = hidden_states(manifest, 1, torch.float32)
     long = message(manifest, x, [1], counts=[MAX_OUTPUTS], picked=[0] * MAX_OUTPUTS)
@@ -344,8 +346,14 @@ def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, t
         stub = ExpertStoreStub(stack.enter_context(open_channel(address, Credentials(insecure=True))))
         x = hidden_states(manifest, 1)
         request = message(manifest, x, [1, 2])
-        with pytest.raises(ExhaustedError, match="records in time"):
-            answer(stub, request, timeout=1.0)
+        errors = list[Exception]()
+        for seconds in (1, 2, 4, 8, 16, 32):  # a busy machine may need the second half of the time itself
+            with pytest.raises((ExhaustedError, UnavailableError)) as raised:
+                answer(stub, request, timeout=seconds)
+            errors.append(raised.value)
+            if isinstance(errors[-1], ExhaustedError):
+                break
+        assert "records in time" in str(errors[-1])
         gate.open()
         wanted = locally(tinymix_4bit, manifest, x, [(1, [0]), (2, [0])])
         assert answer(stub, request) == wanted.view(torch.uint8).numpy().tobytes()

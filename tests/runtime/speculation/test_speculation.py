@@ -101,7 +101,7 @@ def test_predictions_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Pa
     assert 0 < stats.guesses[0] <= stats.guesses[1]
     at_entry, one, two = (right / all_ for right, all_ in zip(stats.right, stats.guesses, strict=True))
     assert min(at_entry, one) > two > 0.35
-    assert 0 < stats.seconds < 10
+    assert 0 < stats.seconds < 100
 
 
 @pytest.fixture

@@ -185,9 +185,10 @@ def test_each_client_is_logged_without_its_token(store: Path, files: Files, mani
                 read(process.card.listen, Credentials(token_file=token, insecure=True), manifest)
             wait_until(lambda cause=cause: f'cause="{cause}"' in process.log)  # type: ignore[misc]
         lines = [line for line in process.log.splitlines() if "level=warning event=client-refused" in line]
-        assert len(lines) == 2
         assert "peer=ipv4:127.0.0.1:" in lines[0]
-        assert lines[1].endswith(" unsaid=1"), "the record that was asked for, too"
+        told = len(lines) + sum(int(line.partition(" unsaid=")[2] or 0) for line in lines)
+        assert told in (3, 4), "the record that was asked for, too; that of the last may still be to say"
+        assert len(lines) in (2, told), "unless a second passed between the two"
         assert TOKEN[:-1] not in process.log
 
 
