@@ -116,7 +116,7 @@ class DaemonProcess:
     def stub(self) -> Iterator[ExpertStoreStub]:
         """Yield a stub whose credential permits only Describe and Stats."""
         with (
-            ControlConnection.open(self.folder, None) as control,
+            ControlConnection.open(self.folder, None, timeout=PATIENCE) as control,
             open_channel(self.address, Credentials(), bearer=control.session_id) as channel,
         ):
             yield ExpertStoreStub(channel)

@@ -25,7 +25,7 @@ class RawClient:
     """``answers`` are the messages of the stream; None is its end, with ``error`` if it ended with one."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.control = ControlConnection.open(folder, manifest.digest)
+        self.control = ControlConnection.open(folder, manifest.digest, timeout=PATIENCE)
         self.layout = ArenaLayout.of(manifest, self.control.slots)
         assert self.control.descriptor is not None
         self._map = mmap.mmap(self.control.descriptor, self.layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
