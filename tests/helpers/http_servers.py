@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -84,12 +85,17 @@ def answering(model: Any, tokenizer: Any, *, context: int, chunk: int = 16, para
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The address of an application that the server's own listener serves from a thread of this process."""
+def listening(app: Any, *, unread: int | None = None) -> Iterator[str]:
+    """The address of an application that the server's own listener serves from a thread of this process.
+
+    ``unread``: bytes that the kernel takes of an answer that a client does not read; None: as many as it likes.
+    """
     from moetier.tools.serve.listen import Server, bind
 
     ready = threading.Event()
     with bind("127.0.0.1", 0) as bound:
+        if unread is not None:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unread)
         server = Server(app, connections=64, ready=ready.set, ending=lambda: None)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

@@ -165,10 +165,11 @@ def main() -> None:
     ) as server:
         try:
             assert server.stdout is not None
-            found = re.search(r"http://127.0.0.1:(\d+)", server.stdout.readline())
-            assert found is not None
-            asyncio.run(Crowd(int(found[1]), 5).run(options.connections))  # all threads are there then
-            crowd = Crowd(int(found[1]), options.seconds)
+            port = next(
+                int(found[1]) for line in server.stdout if (found := re.search(r"http://127.0.0.1:(\d+)", line))
+            )
+            asyncio.run(Crowd(port, 5).run(options.connections))  # all threads are there then
+            crowd = Crowd(port, options.seconds)
             say(usage_of(server.pid))
             usages = asyncio.run(watched(crowd, options.connections, server.pid, options.seconds))
         finally:

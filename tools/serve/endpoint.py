@@ -25,7 +25,7 @@ from .protocols.protocol import Protocol, Reply
 from .protocols.query import Query
 from .protocols.refusal import Refusal
 from .serving import Served
-from .waiting import kept_alive, on_thread
+from .waiting import ended, kept_alive, on_thread, read_ahead
 
 ALIVE_SECONDS = 10.0  # longest silence of a stream
 # log probabilities of an answer in one piece: more would take 100 MB, and stop other threads for a fifth of a second
@@ -57,20 +57,14 @@ class Endpoint:
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
         name, body, query = await on_thread(partial(self._checked, content, content_type))
         begun = self._begun(name, body, query, scope.get(USER, ""))
+        # a client may read slowly: what is left to be sent refers to no model
         if not body.stream:
             response = await self._whole(begun)
-            del begun
-            await response(scope, receive, send)  # without the model, as a client may read slowly
+            await response(scope, receive, send)
             return
-        async with begun as (pin, beginning):
-            await asyncio.wait({beginning}, timeout=self._alive_seconds)
-            if beginning.done():
-                await beginning  # may raise Refusal
-            async with aclosing(self._stream(pin, beginning)) as events:
-                stream = StreamingResponse(events, media_type="text/event-stream")
-                if beginning.done():
-                    _identify(stream, (await beginning)[1])
-                await stream(scope, receive, send)
+        async with aclosing(read_ahead(self._stream(begun))) as events:
+            headers = _id_headers(await anext(events))
+            await StreamingResponse(events, headers=headers, media_type="text/event-stream")(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def _begun(self, name: str, body: QueryBody, query: Query, user: str) -> AsyncIterator[tuple[Pin, Beginning]]:
@@ -100,21 +94,31 @@ class Endpoint:
         choices = Choices(served.service, served.prompts, jobs)
         return Reply(choices.id, pin.name, int(time.time()), body, choices.prompt_tokens, choices.count), choices
 
-    def _stream(self, pin: Pin, beginning: Beginning) -> AsyncGenerator[str]:
-        """Return a stream of server-sent events. If an answer fails, its error comes last."""
+    async def _stream(self, begun: AbstractAsyncContextManager[tuple[Pin, Beginning]]) -> AsyncGenerator[str]:
+        """Yield the id of a stream, "" if there is none yet, and its server-sent events.
 
-        async def sent() -> AsyncIterator[str]:
-            try:
-                reply, choices = await beginning
-                async for event in self._protocol.stream(reply, choices.events()):
+        If an answer fails, its error comes last. Raises Refusal if the request is refused before there is an id.
+        """
+        async with begun as (pin, beginning):
+            await asyncio.wait({beginning}, timeout=self._alive_seconds)
+            yield (await beginning)[1].id if beginning.done() else ""
+
+            def say() -> str:
+                return beginning.result()[1].say() if beginning.done() else pin.say()
+
+            events = kept_alive(self._sent(beginning), self._alive_seconds, lambda: self._protocol.alive(say()))
+            async with aclosing(events):
+                async for event in events:
                     yield event
-            except Refusal as refusal:
-                yield self._protocol.error(refusal)
 
-        def say() -> str:
-            return beginning.result()[1].say() if beginning.done() else pin.say()
-
-        return kept_alive(sent(), self._alive_seconds, lambda: self._protocol.alive(say()))
+    async def _sent(self, beginning: Beginning) -> AsyncIterator[str]:
+        """Yield the answers as server-sent events. If an answer fails, its error comes last."""
+        try:
+            reply, choices = await beginning
+            async for event in self._protocol.stream(reply, choices.events()):
+                yield event
+        except Refusal as refusal:
+            yield self._protocol.error(refusal)
 
     async def _whole(self, begun: AbstractAsyncContextManager[tuple[Pin, Beginning]]) -> Response:
         """Return the complete answers. Raises Refusal if they can't be computed."""
@@ -126,15 +130,16 @@ class Endpoint:
             write = partial(self._written, reply, [answers[number] for number in sorted(answers)])
             has_scores = any(answered.tokens for answered in answers.values())  # to write them takes up to a second
             response = await on_thread(write) if has_scores else write()
-            _identify(response, choices)
+            response.headers.update(_id_headers(choices.id))
             return response
 
     def _written(self, reply: Reply, answers: list[Answered]) -> JSONResponse:
         return JSONResponse(self._protocol.whole(reply, answers))
 
 
-def _identify(response: Response, choices: Choices) -> None:
-    response.headers["x-request-id"] = response.headers["request-id"] = choices.id
+def _id_headers(answer: str) -> dict[str, str]:
+    """Return the headers that name the id of an answer, if it has one."""
+    return dict.fromkeys(("x-request-id", "request-id"), answer) if answer else {}
 
 
 def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
@@ -159,9 +164,7 @@ def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
 async def _end(beginning: Beginning) -> None:
     """End the answers of a request, once no thread works for it any longer."""
     beginning.cancel()
-    while not beginning.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({beginning})
+    await ended(beginning)
     if not beginning.cancelled() and beginning.exception() is None:
         beginning.result()[1].cancel()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TypeVar, cast
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -26,12 +27,42 @@ async def on_thread(work: Callable[[], T]) -> T:
         return cast("T", await asyncio.shield(task))
     except asyncio.CancelledError:
         is_wanted = False
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # else asyncio would log that the exception was not looked at
+        await ended(task)
         raise
+
+
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Wait until a task has ended, even if the present one is cancelled meanwhile. Raises none of its errors."""
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # otherwise asyncio logs an error that was not taken
+
+
+async def read_ahead(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """Yield ``events``, which a task takes as soon as they come, however late they are read.
+
+    So what they need is released at their end. Raises what they raise.
+    """
+    taken: asyncio.Queue[T | None] = asyncio.Queue()
+
+    async def take() -> None:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    taken.put_nowait(event)
+        finally:
+            taken.put_nowait(None)
+
+    taking = asyncio.ensure_future(take())
+    try:
+        while (event := await taken.get()) is not None:
+            yield event
+        await taking  # it may have failed
+    finally:
+        taking.cancel()
+        await ended(taking)
 
 
 async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[], str]) -> AsyncGenerator[str]:
@@ -53,5 +84,4 @@ async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[
     finally:
         if upcoming is not None:
             upcoming.cancel()  # has an effect if the client is gone
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await upcoming  # otherwise asyncio logs an error that was not taken
+            await ended(upcoming)

@@ -21,7 +21,7 @@ from readers import PATIENCE
 from starlette.applications import Starlette
 from threads import wait_until
 
-from moetier.tools.serve.keys import Keys, RateLimits
+from moetier.tools.serve.keys import Key, Keys, RateLimits, digest_of
 from moetier.tools.serve.listen import LingeringTransport, Server, bind
 from moetier.tools.serve.middleware import MOST_BYTES, AccessControl, RequestLimits
 
@@ -76,12 +76,12 @@ def address(application: Application) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def serving(
-    application: Application, body_seconds: float = PATIENCE, key: str | None = None, **seconds: float
+    application: Application, body_seconds: float = PATIENCE, keys: Keys | None = None, **seconds: float
 ) -> Iterator[tuple[str, int]]:
     ready = threading.Event()
     app = AccessControl(
         RequestLimits(application, MOST, MOST_BYTES, body_seconds=body_seconds),
-        None if key is None else Keys.only(key),
+        keys,
         RateLimits(lambda _: 0),
     )
     seconds = {"header_seconds": PATIENCE, "answer_seconds": PATIENCE} | seconds
@@ -282,6 +282,19 @@ def test_a_body_has_its_time(application: Application, head: bytes) -> None:
         assert not application.bodies
 
 
+def test_keys_are_checked_before_a_body_comes(application: Application) -> None:
+    """And so are their limits. These bodies never come."""
+    keys = Keys({"anna": Key("anna", digest_of(b"a-key"), requests=1)})
+    with serving(application, keys=keys) as address:
+        with connection(address, POST + b"x-api-key: a-key\r\nContent-Length: 2\r\n\r\n{}") as found:
+            assert answer(found)[0] == 200
+        for key, status, code in (b"b-key", 401, "invalid_api_key"), (b"a-key", 429, "rate_limit_exceeded"):
+            with connection(address, POST + b"x-api-key: " + key + b"\r\nContent-Length: 100\r\n\r\n") as found:
+                said, body, _ = answer(found)
+                assert (said, error_of(body)["code"]) == (status, code)
+    assert application.asked == 1
+
+
 @pytest.mark.parametrize("head", [GET[:-2], POST], ids=["GET", "POST"])
 def test_an_answer_that_is_not_taken_ends(application: Application, head: bytes) -> None:
     """And its connection makes room for another."""
@@ -297,7 +310,7 @@ def test_an_answer_that_is_not_taken_ends(application: Application, head: bytes)
 
 def test_refusals_that_are_not_taken_keep_no_connection(application: Application) -> None:
     """A client without the key asks again and again, and reads nothing."""
-    with serving(application, answer_seconds=0.3, key="s3cret") as address, socket.socket() as deaf:
+    with serving(application, answer_seconds=0.3, keys=Keys.only("s3cret")) as address, socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.settimeout(PATIENCE)
         deaf.connect(address)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -32,13 +32,10 @@ from moetier.runtime.engine.engine import Engine
 from moetier.runtime.machine.memory import Available
 from moetier.tools.cli.arguments import resources_of
 from moetier.tools.main import parse
+from moetier.tools.serve import keys
 from moetier.tools.serve.app import application
 from moetier.tools.serve.catalogue import Catalogue
-from moetier.tools.serve.endpoint import Endpoint
-from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.models import Models, _UnwantedError
-from moetier.tools.serve.protocols.body import UnknownFields
-from moetier.tools.serve.protocols.completions import Completions
 from moetier.tools.serve.reservation import reservation_of
 from moetier.tools.serve.serving import Loader
 
@@ -65,19 +62,21 @@ def one_of(place: Path) -> int:
 
 
 @contextlib.contextmanager
-def serving(places: list[Path], *options: str, whole: int = PLENTY, **seconds: float) -> Iterator[tuple[Models, Any]]:
+def serving(
+    places: list[Path], *options: str, whole: int = PLENTY, unread: int | None = None, **seconds: float
+) -> Iterator[tuple[Models, Any]]:
     """(models, client) of a server with ``whole`` bytes of memory for models."""
     arguments, _ = parse(["serve", *map(str, places), *OPTIONS, *options])
-    keys = keys_of(None, arguments.api_keys)
+    given = keys.keys_of(None, arguments.api_keys)
     catalogue = Catalogue(arguments.directories, aliases=dict(arguments.alias))
-    loader = Loader(resources_of(arguments, sequences=arguments.parallel), arguments, keys)
+    loader = Loader(resources_of(arguments, sequences=arguments.parallel), arguments, given)
 
     def available() -> Available:
         return Available(whole - models._taken(), "the test", 0.95)
 
     with (
         Models(catalogue, loader, keep_alive=arguments.keep_alive, available=available) as models,
-        listening(application(models, keys, 64, **seconds)) as url,
+        listening(application(models, given, 64, **seconds), unread=unread) as url,
         # on a busy machine the server closes a connection that was idle
         httpx2.Client(base_url=url, timeout=3 * PATIENCE, headers={"Connection": "close"}) as client,
     ):
@@ -154,25 +153,28 @@ def test_an_answer_ends_before_its_model_goes_and_a_stream_says_what_it_waits_fo
         assert loaded(client) == ["b"]
 
 
-def test_a_client_that_reads_slowly_holds_no_model_up(pair: list[Path]) -> None:
-    """Its answer is complete, but the rest of it can't be sent yet."""
-    body = {"prompt": "Uno", "max_tokens": 40, "temperature": 0, "model": "a"}
-
-    async def asked(models: Models) -> int:
-        content, users = json.dumps(body).encode(), list[int]()
-
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": content, "more_body": False}
-
-        async def send(message: dict[str, Any]) -> None:
-            users.append(models._entries["a"].users)
-
-        endpoint = Endpoint(Completions(), models, UnknownFields())
-        await endpoint({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive, send)
-        return max(users)
-
-    with serving(pair) as (models, _):
-        assert asyncio.run(asked(models)) == 0
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_reads_nothing_holds_no_model_up(pair: list[Path], stream: bool) -> None:
+    """Once its answer is computed. It gets all of it when it reads at last."""
+    body = {"prompt": "Uno", "max_tokens": 300, "model": "a", "logprobs": 20, "stream": stream}
+    with serving(pair, whole=one_of(pair[0]), unread=4096) as (models, client), socket.socket() as idle:
+        with models.pin("a") as pin:
+            model = weakref.ref(pin.future.result(PATIENCE).service.model)
+        del pin
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.settimeout(PATIENCE)
+        idle.connect((client.base_url.host, client.base_url.port))
+        content = json.dumps(body).encode()
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+        idle.sendall(head.encode() + content)
+        first = idle.recv(1)  # its model is in use
+        assert ask(client, "b").status_code == 200
+        assert loaded(client) == ["b"]
+        wait_until(lambda: model() is None)
+        answer = first + b"".join(iter(lambda: idle.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert len(answer) > 128 << 10, "the server had to keep a part of it"
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}")
 
 
 def test_an_unload_leaves_nothing(pair: list[Path]) -> None:
@@ -344,8 +346,11 @@ def test_an_end_while_a_model_loads_waits_for_it(pair: list[Path]) -> None:
         assert loaded(client) == []
 
 
-def test_counts_are_of_each_model_and_outlive_it(pair: list[Path], tmp_path: Path) -> None:
+def test_counts_are_of_each_model_and_outlive_it(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the limits of a key are of all models."""
+    monkeypatch.setattr(keys, "MINUTE", 3600.0)  # on a busy machine, loading a model takes a minute
     file = tmp_path / "keys.toml"
     file.write_text('[anna]\nkey = "a-key"\nrequests_a_minute = 3\n')
     file.chmod(0o600)

@@ -16,6 +16,8 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 import httpx2
 import scripted
 from http_servers import answering, listening, scripted_client, serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from readers import PATIENCE
 from tokenizers.processors import TemplateProcessing
 
@@ -229,3 +231,29 @@ def test_what_has_no_effect_beside_others_is_refused(
 ) -> None:
     error = served.ask(path, BASE[path] | body)["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+# any value in any field, those of other fields among them
+VALUES = st.sampled_from([value for effects in EFFECTS.values() for _, value in effects.values()])
+JSON = st.recursive(
+    VALUES | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(max_size=5), parts, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("path", EFFECTS)
+def test_no_request_is_a_fault_of_the_server(served: Served, path: str) -> None:
+    names = sorted({*EFFECTS[path], *MEANINGFUL} - {"max_tokens", "max_output_tokens", "max_completion_tokens", "n"})
+
+    @settings(derandomize=True, max_examples=40)
+    @given(st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=3))
+    def ask(fields: dict[str, Any]) -> None:
+        answer = client.post(path, content=json.dumps(BASE[path] | fields))  # "Infinity" among it
+        answered.append(answer.status_code)
+        assert answer.status_code < 500, answer.text
+
+    answered = list[int]()
+    with listening(served.app) as url, httpx2.Client(base_url=url, timeout=PATIENCE) as client:
+        ask()
+    assert {200, 400} <= {*answered}
