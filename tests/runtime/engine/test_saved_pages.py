@@ -18,7 +18,7 @@ from orders import NO_ORDER
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
-from moetier.runtime.engine import kv_cache, page_folder, saved_pages
+from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.page_file import BLOCK
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
@@ -62,7 +62,7 @@ def answer(engine: Engine, ids: Sequence[int], most: int = 20, **options: object
 def written(engine: Engine, ids: Sequence[int]) -> list[int]:
     """The new tokens, once all pages are on the disk."""
     tokens, _ = answer(engine, ids)
-    wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+    wait_until(lambda: not engine.saved.writer.is_writing)  # type: ignore[union-attr]
     return tokens
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
             ids = [*LONG, *tokens, 5]
             assert kept - PAGE_TOKENS <= answer(engine, ids)[1] <= kept + len(tokens)
             assert engine.saved.traffic().damaged == damaged  # type: ignore[union-attr]
-            wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+            wait_until(lambda: not engine.saved.writer.is_writing)  # type: ignore[union-attr]
 
 
 def test_a_state_that_is_too_large_stops_no_other_turn(
@@ -312,7 +312,7 @@ def test_reads_that_can_not_begin_keep_no_page(tmp_path: Path) -> None:
     with engine_with(tmp_path, pages=8) as engine:
         assert answer(engine, LONG[:100])[1]
         with pytest.MonkeyPatch.context() as broken:
-            broken.setattr(engine.saved, "read", lambda _: 1 / 0)
+            broken.setattr(engine.saved.reader, "read", lambda _: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 answer(engine, LONG)
         answer(engine, [3] * (8 * PAGE_TOKENS - 5), 3)  # it needs all pages
@@ -352,7 +352,7 @@ def test_a_page_that_is_evicted_before_it_is_written_is_lost(tmp_path: Path) -> 
 
 
 def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_pages, "RATE", 7 * 8192)
+    monkeypatch.setattr(page_writer, "RATE", 7 * 8192)
     with engine_with(tmp_path) as engine:
         begin = time.monotonic()
         answer(engine, LONG)
