@@ -41,7 +41,6 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-engine      computes the steps of all sequences (``engine.engine``)
         moetier-pages       reads pages of keys and values from the disk (``engine.page_reader``)
         moetier-page-writer writes them (``engine.page_writer``)
-        moetier-page-closer waits for the reads that are left (``engine.page_reader``)
         moetier-masks       makes the masks of grammars (``engine.engine``)
         moetier-models      loads and unloads the models of a server (``tools.serve.models``)
         moetier-grammar     compiles a grammar (``engine.grammar``)

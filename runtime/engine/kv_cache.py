@@ -21,6 +21,9 @@ from .saved_pages import SavedPages
 from .sequence import Sequence
 
 LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
+# A prompt's last tokens, which a later one may not have: chat templates end a prompt with the beginning of an answer,
+# and leave out its thoughts later. The snapshot of a prompt is before them, so that it serves the same prompt, too.
+LAST_TOKENS = 8
 READ_SECONDS = 5.0  # time in which the next page is read, or those that are left are computed: a disk may hang
 NOTHING = Match((), None, 0)
 _log = logging.getLogger(__name__)
@@ -82,7 +85,9 @@ class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
 
     If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
-    SNAPSHOT_TOKENS, behind prompts and answers, and where a prompt has left the tokens of an earlier one.
+    SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
+    an earlier one. So of a turn that another one continues, fewer than LEAST_TOKENS + LAST_TOKENS tokens are computed
+    again: those that the later prompt has, too.
     """
 
     def __init__(
@@ -271,9 +276,11 @@ class KVCache:
         """Return how many of a sequence's next tokens may be computed before a snapshot is to be taken."""
         if not self._memory.has_states:
             return sequence.remaining
-        held, end = self._held[sequence], len(sequence.ids)
-        stops = SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch
-        return min(stop for stop in (*stops, end) if stop > sequence.computed) - sequence.computed
+        held, last = self._held[sequence], len(sequence.request.ids) - LAST_TOKENS
+        stops = [SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch, len(sequence.ids)]
+        if last - held.saved >= LEAST_TOKENS:
+            stops.append(last)
+        return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
@@ -299,7 +306,7 @@ class KVCache:
         while self._keeps and held.own and PAGE_TOKENS * (len(held.shared) + 1) <= sequence.computed:
             self._add(sequence, held, PAGE_TOKENS)
         computed = sequence.computed
-        if computed % SNAPSHOT_TOKENS == 0 or computed in (held.branch, len(sequence.request.ids)):
+        if computed % SNAPSHOT_TOKENS == 0 or computed in (held.branch, len(sequence.request.ids) - LAST_TOKENS):
             self._take_snapshot(sequence, held)
 
     def end(self, sequence: Sequence, *, is_turn: bool = False) -> None:

@@ -139,7 +139,8 @@ def read_page(path: Path, name: bytes, buffers: Buffers) -> tuple[Payload, mmap.
 
     Raises DamagedPageError if the file is not that page, and OSError, FileNotFoundError above all.
     """
-    with _opened(path, os.O_RDONLY | os.O_NOFOLLOW) as (descriptor, is_direct):
+    # what is no file is opened at once, a pipe too, and is refused as it has no size or can't be read
+    with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as (descriptor, is_direct):
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid():
             raise DamagedPageError("a file of another user")

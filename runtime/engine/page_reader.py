@@ -9,13 +9,16 @@ only up to the last snapshot behind them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.tiers.disk_order import DiskOrder
@@ -24,6 +27,7 @@ from moetier.tiers.threads import start_thread
 from .page_file import PageBytes, Payload
 from .page_folder import STATE, PageFolder
 
+Result = TypeVar("Result")
 READERS = 2
 AHEAD = 4  # files that are read ahead
 
@@ -76,6 +80,45 @@ class Reading:
                 future.add_done_callback(partial(_release, release))
 
 
+class Readers:
+    """Threads that make calls, in order. They keep no process from ending though a disk hangs."""
+
+    def __init__(self) -> None:
+        self._calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()  # None ends a thread
+        self._threads = [start_thread("moetier-pages", self._run) for _ in range(READERS)]
+
+    def submit(self, call: Callable[[], Result]) -> Future[Result]:
+        """Return the future of a call that raises no errors."""
+        future = Future[Result]()
+        self._calls.put((future, call))
+        return future
+
+    def close(self, seconds: float) -> bool:
+        """Cancel the calls that have not begun. Return whether the threads have ended after ``seconds``."""
+        with contextlib.suppress(Empty):
+            while (waiting := self._calls.get_nowait()) is not None:
+                waiting[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while self._make_next_call():  # which keeps no result
+            pass
+
+    def _make_next_call(self) -> bool:
+        """Make the next call, or return False if the thread is to end."""
+        if (waiting := self._calls.get()) is None:
+            return False
+        future, call = waiting
+        if future.set_running_or_notify_cancel():
+            future.set_result(call())
+        return True
+
+
 class PageReader:
     """Finds and reads files of one engine."""
 
@@ -103,7 +146,7 @@ class PageReader:
         self._order = order
         self._root_of = root_of
         self._has_states = has_states
-        self._readers = ThreadPoolExecutor(READERS, "moetier-pages")
+        self._readers = Readers()
 
     def find(self, user: str, ids: Sequence[int], known: int, state: int = 0) -> Future[list[SavedPage]]:
         """Look for files of pages with the next tokens of ``ids`` after the first ``known`` ones.
@@ -111,7 +154,7 @@ class PageReader:
         The last page may have fewer than PAGE_TOKENS tokens; the first one begins at the beginning of a page. If the
         model has states, the last file is one that is behind more than ``state`` tokens. Never raises an error.
         """
-        return self._readers.submit(self._find, user, [*ids], known, state)
+        return self._readers.submit(partial(self._find, user, [*ids], known, state))
 
     def _find(self, user: str, ids: Sequence[int], known: int, state: int) -> list[SavedPage]:
         try:
@@ -152,7 +195,7 @@ class PageReader:
 
     def read(self, pages: Sequence[SavedPage]) -> Reading:
         """Begin to read pages."""
-        return Reading(pages, lambda page: self._readers.submit(self._read, page))
+        return Reading(pages, lambda page: self._readers.submit(partial(self._read, page)))
 
     def pages_of_state(self, read: Page) -> int:
         """Return how many pages a state takes that was read."""
@@ -194,10 +237,7 @@ class PageReader:
 
     def close(self, seconds: float) -> bool:
         """End the threads. Return whether they have ended after ``seconds``: a disk may hang."""
-        end_readers = partial(self._readers.shutdown, cancel_futures=True)
-        closer = start_thread("moetier-page-closer", end_readers)
-        closer.join(seconds)
-        return not closer.is_alive()
+        return self._readers.close(seconds)
 
 
 def _ends(end: int) -> Iterator[int]:

@@ -4,7 +4,8 @@ The writer's thread copies a page of the tree while the engine goes on, and then
 page that was evicted meanwhile is not written. It writes at a limited rate, and never waits for anything that waits for
 it. It raises no error: a page that can't be written is lost.
 
-Of the states of a turn, those behind full pages are written, and the last one.
+Of the states of a turn, those behind full pages are written, and the last two: near the end of its prompt, and behind
+its answer. A later prompt may not have the answer as it was computed.
 """
 
 from __future__ import annotations
@@ -74,26 +75,28 @@ class PageWriter:
             for depth, node in enumerate(nodes)
             for count, state in sorted(node.snapshots.items(), key=lambda item: item[0])
         ]
-        states = [*(full for full in states[:-1] if full[1] == PAGE_TOKENS), *states[-1:]]
+        states = [*(full for full in states[:-2] if full[1] == PAGE_TOKENS), *states[-2:]]
         with self._changed:
             self._turns.append(_Turn(user, nodes, states))
             self._changed.notify()
 
     def _write_turns(self) -> None:
-        self._try(self._folder.sweep)
+        sweeps_at = time.monotonic()
         while True:
+            if time.monotonic() >= sweeps_at:  # though turns wait: a busy server removes what is too old, too
+                self._try(self._folder.sweep)
+                sweeps_at = time.monotonic() + SWEEP_SECONDS
             with self._changed:
                 self._is_busy = False
                 if self._is_late():
                     self._turns.clear()
-                is_there = self._changed.wait_for(lambda: bool(self._turns or self._closes_at), SWEEP_SECONDS)
+                seconds = max(sweeps_at - time.monotonic(), 0)
+                self._changed.wait_for(lambda: self._turns or self._closes_at, seconds)
+                if not self._turns and self._closes_at:
+                    return
                 turn = self._turns.popleft() if self._turns else None
                 self._is_busy = turn is not None
-                if turn is None and self._closes_at:
-                    return
-            if not is_there:
-                self._try(self._folder.sweep)
-            elif turn is not None and not self._try(partial(self._write_turn, turn)):
+            if turn is not None and not self._try(partial(self._write_turn, turn)):
                 with self._changed:
                     self._changed.wait_for(lambda: self._closes_at, PAUSE)
                     self._turns.clear()
@@ -117,7 +120,10 @@ class PageWriter:
             for depth, node in enumerate(turn.nodes)
         ]
         for depth, count, state in turn.states:
-            name = self._folder.follow(names[depth], turn.nodes[depth].tokens[:count])
+            node = turn.nodes[depth]
+            name = self._folder.follow(names[depth], node.tokens[:count])
+            if count < len(node.tokens):  # without the page's last tokens, too
+                files.append((depth, name, count, partial(_pages_of, node)))
             files.append((depth, self._folder.follow(name, STATE), PAGE_TOKENS, partial(_pages_of, state)))
         lost = len(turn.nodes)  # number of the first page that is not on the disk
         for depth, name, tokens, pages in sorted(files, key=lambda file: file[0]):  # a state behind its page
