@@ -39,9 +39,8 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-metrics     answers requests for metrics (``daemon.metrics``)
     commands
         moetier-engine      computes the steps of all sequences (``engine.engine``)
-        moetier-pages       reads pages of keys and values from the disk (``engine.saved_pages``)
-        moetier-page-writer writes them (``engine.saved_pages``)
-        moetier-page-closer waits for the reads that are left (``engine.saved_pages``)
+        moetier-pages       reads pages of keys and values from the disk (``engine.page_reader``)
+        moetier-page-writer writes them (``engine.page_writer``)
         moetier-masks       makes the masks of grammars (``engine.engine``)
         moetier-models      loads and unloads the models of a server (``tools.serve.models``)
         moetier-grammar     compiles a grammar (``engine.grammar``)
@@ -103,7 +102,7 @@ are taken, and the rule for the fields.
     commands
         Merging._turn           the merging of parameters, by one thread at a time (``checkpoint.recipe``)
         Engine._changed         the engine's sequences (``engine.engine``)
-        SavedPages._changed     turns to be written, and what was read and written (``engine.saved_pages``)
+        PageWriter._changed     turns to be written (``engine.page_writer``)
         PageFolder._counting    the number of damaged files (``engine.page_folder``)
         GrammarCompiler._making the making of llguidance's tokenizer (``engine.grammar``)
         grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)

@@ -15,11 +15,15 @@ from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 from .free_pages import FreePages
+from .page_reader import Page, PageReader, Reading, SavedPage
 from .prefix_tree import Match, Node, PrefixTree
-from .saved_pages import Page, Reading, SavedPage, SavedPages
+from .saved_pages import SavedPages
 from .sequence import Sequence
 
 LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
+# A prompt's last tokens, which a later one may not have: chat templates end a prompt with the beginning of an answer,
+# and leave out its thoughts later. The snapshot of a prompt is before them, so that it serves the same prompt, too.
+LAST_TOKENS = 8
 READ_SECONDS = 5.0  # time in which the next page is read, or those that are left are computed: a disk may hang
 NOTHING = Match((), None, 0)
 _log = logging.getLogger(__name__)
@@ -81,7 +85,9 @@ class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
 
     If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
-    SNAPSHOT_TOKENS, behind prompts and answers, and where a prompt has left the tokens of an earlier one.
+    SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
+    an earlier one. So of a turn that another one continues, fewer than LEAST_TOKENS + LAST_TOKENS tokens are computed
+    again: those that the later prompt has, too.
     """
 
     def __init__(
@@ -117,10 +123,10 @@ class KVCache:
         if self._saved is None or (self._hung is not None and not self._hung.done()):
             return True
         if self._fetch is None or self._fetch.sequence is not sequence:
-            self._begin_fetch(self._saved, sequence)
+            self._begin_fetch(self._saved.reader, sequence)
         deadline = time.monotonic() + seconds
         try:
-            while self._go_on(self._saved, max(deadline - time.monotonic(), 0.0)):
+            while self._go_on(self._saved.reader, max(deadline - time.monotonic(), 0.0)):
                 pass
         except TimeoutError:
             assert self._fetch is not None
@@ -134,16 +140,16 @@ class KVCache:
         self.cancel_fetch()
         return True
 
-    def _begin_fetch(self, saved: SavedPages, sequence: Sequence) -> None:
+    def _begin_fetch(self, reader: PageReader, sequence: Sequence) -> None:
         self.cancel_fetch()
         user, ids = sequence.request.user, _reusable(sequence)
         match = self._tree.match(user, ids)
         state = self._match(sequence)[0].tokens
         node = match.nodes[-1] if match.nodes else self._tree.root(user)
-        self._fetch = _Fetch(sequence, node, saved.find(user, ids, match.tokens, state), time.monotonic())
+        self._fetch = _Fetch(sequence, node, reader.find(user, ids, match.tokens, state), time.monotonic())
         self._tree.pin(node)
 
-    def _go_on(self, saved: SavedPages, seconds: float) -> bool:
+    def _go_on(self, reader: PageReader, seconds: float) -> bool:
         """Let the next page that is read be found in the tree. Returns False if there is none.
 
         Raises TimeoutError if it is not there after ``seconds``.
@@ -158,15 +164,15 @@ class KVCache:
                 self._free.release(pages)
                 return False
             fetch.pages = pages
-            fetch.reading = saved.read([*fetch.left])
+            fetch.reading = reader.read([*fetch.left])
             return bool(fetch.left) and len(pages) == count
         read, page = fetch.reading.take(seconds), fetch.left.popleft()
         fetch.since = time.monotonic()
         if read is None:
             return False
         if page.is_state:
-            self._restore_state(saved, fetch.sequence, page, read)
-        elif not saved.restore(page, read, fetch.pages[:1]):
+            self._restore_state(reader, fetch.sequence, page, read)
+        elif not reader.restore(page, read, fetch.pages[:1]):
             return False
         else:
             node, unneeded = self._tree.add(fetch.node, page.tokens, fetch.pages.pop(0))
@@ -176,10 +182,10 @@ class KVCache:
             fetch.node = node
         return bool(fetch.left)
 
-    def _restore_state(self, saved: SavedPages, sequence: Sequence, state: SavedPage, read: Page) -> None:
+    def _restore_state(self, reader: PageReader, sequence: Sequence, state: SavedPage, read: Page) -> None:
         """Add a state that was read to the tree, unless there is no room for it, or it has come there meanwhile."""
         match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
-        count, pages = saved.pages_of_state(read), list[int]()
+        count, pages = reader.pages_of_state(read), list[int]()
         if match.tokens == state.end and tokens not in (node := match.partial or match.nodes[-1]).snapshots:
             self._tree.pin(node)
             self._free.release(self._tree.evict(count - len(self._free)))
@@ -187,11 +193,11 @@ class KVCache:
             if len(self._free) >= count:
                 pages = self._free.take_last(count)
         if not pages:
-            saved.release(read)
+            reader.release(read)
             return
         with ExitStack() as undo:
             undo.callback(self._free.release, pages)
-            if saved.restore(state, read, pages):
+            if reader.restore(state, read, pages):
                 self._tree.add_snapshot(node, tokens, pages)
                 undo.pop_all()
 
@@ -204,7 +210,7 @@ class KVCache:
         ):
             self._fetch = None
             if fetch.reading is not None:
-                self._saved.cancel(fetch.reading)
+                self._saved.reader.cancel(fetch.reading)
             self._tree.unpin(fetch.node)
             self._free.release(fetch.pages)
 
@@ -270,9 +276,11 @@ class KVCache:
         """Return how many of a sequence's next tokens may be computed before a snapshot is to be taken."""
         if not self._memory.has_states:
             return sequence.remaining
-        held, end = self._held[sequence], len(sequence.ids)
-        stops = SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch
-        return min(stop for stop in (*stops, end) if stop > sequence.computed) - sequence.computed
+        held, last = self._held[sequence], len(sequence.request.ids) - LAST_TOKENS
+        stops = [SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch, len(sequence.ids)]
+        if last - held.saved >= LEAST_TOKENS:
+            stops.append(last)
+        return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
@@ -298,7 +306,7 @@ class KVCache:
         while self._keeps and held.own and PAGE_TOKENS * (len(held.shared) + 1) <= sequence.computed:
             self._add(sequence, held, PAGE_TOKENS)
         computed = sequence.computed
-        if computed % SNAPSHOT_TOKENS == 0 or computed in (held.branch, len(sequence.request.ids)):
+        if computed % SNAPSHOT_TOKENS == 0 or computed in (held.branch, len(sequence.request.ids) - LAST_TOKENS):
             self._take_snapshot(sequence, held)
 
     def end(self, sequence: Sequence, *, is_turn: bool = False) -> None:
@@ -316,7 +324,7 @@ class KVCache:
             self._add(sequence, held, rest, pins=False)
         self._free.release(held.own)
         if is_turn and self._saved is not None:
-            self._saved.save(sequence.request.user, held.node.path)
+            self._saved.writer.save(sequence.request.user, held.node.path)
 
     def free_pages(self) -> int:
         """Return the number of pages that hold nothing."""

@@ -18,10 +18,10 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moetier.tiers.store.atomic import PARTIAL, write_all
 from moetier.tiers.store.checksum import crc32c
@@ -42,6 +42,20 @@ class Payload:
 
     layout: Any
     data: memoryview
+
+
+class PageBytes(Protocol):
+    """Memory of pages whose bytes can be saved and restored."""
+
+    @property
+    def layout(self) -> Sequence[Any]:
+        """The parts of a page, in the order in which they are saved, for JSON. Each has ``token_bytes``."""
+
+    def save_page(self, page: int, tokens: int, data: memoryview) -> None:
+        """Write the first ``tokens`` tokens of a page into ``data``. Called on another thread than the engine's."""
+
+    def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
+        """Write into a page what ``save_page`` has written. Return False if that does not fit this memory."""
 
 
 class DamagedPageError(Exception):
@@ -125,7 +139,8 @@ def read_page(path: Path, name: bytes, buffers: Buffers) -> tuple[Payload, mmap.
 
     Raises DamagedPageError if the file is not that page, and OSError, FileNotFoundError above all.
     """
-    with _opened(path, os.O_RDONLY | os.O_NOFOLLOW) as (descriptor, is_direct):
+    # what is no file is opened at once, a pipe too, and is refused as it has no size or can't be read
+    with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as (descriptor, is_direct):
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid():
             raise DamagedPageError("a file of another user")

@@ -116,11 +116,14 @@ def _path_of(descriptor: int) -> Path:
 
 
 def entries(folder: Path) -> Iterator[Entry]:
-    """Yield all pages and unfinished files in the folder, for all models."""
+    """Yield all pages and unfinished files in the folder, for all models. Raises OSError.
+
+    Folders in it that this user can't enter are left out: they are not of servers that use it.
+    """
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as models:
         for model in models:
             if FOLDER_NAME.fullmatch(model.name) and model.is_dir(follow_symlinks=False):
-                with contextlib.suppress(FileNotFoundError), os.scandir(model) as files:
+                with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(model) as files:
                     yield from filter(None, map(_entry, files))
 
 
@@ -324,11 +327,8 @@ class PageFolder:
         if self._most < file_bytes(payload.layout, len(payload.data)):  # it would be removed at once
             self._bytes = None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if not self._folder.is_dir():
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            (self._folder / MODEL).touch(mode=0o600)
-            (self._folder / MODEL).write_text(self._model)
         try:
+            self._make_folder()
             written = write_page(self._path(name), name, payload, memory, before_piece)
         except FileNotFoundError:
             return 0
@@ -342,6 +342,13 @@ class PageFolder:
         if self._bytes > self._most or self._unswept > SWEEP * self._most:
             self.sweep()
         return written
+
+    def _make_folder(self) -> None:
+        """Make the folder of the model, if it is missing, and the file with its name. Raises OSError."""
+        if not (self._folder / MODEL).exists():
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            (self._folder / MODEL).touch(mode=0o600)
+            (self._folder / MODEL).write_text(self._model)
 
     def sweep(self) -> None:
         """Remove pages that are too old, unfinished files, and if there are too many bytes, those least recently used.

@@ -57,7 +57,7 @@ def first(engine: Engine, ids: tuple[int, ...], tokens: int = ANSWER) -> tuple[f
 
 def finish_writing(engine: Engine) -> None:
     """Wait until all pages are written."""
-    while engine.saved is not None and engine.saved.is_writing:
+    while engine.saved is not None and engine.saved.writer.is_writing:
         time.sleep(0.05)
 
 
@@ -111,7 +111,7 @@ def decode(engine: Engine, other: Engine, arguments: argparse.Namespace) -> None
             answer, count = iter(stream), 0
             next(answer)
             begin = time.perf_counter()
-            while time.perf_counter() < begin + SECONDS and (each.saved is None or each.saved.is_writing):
+            while time.perf_counter() < begin + SECONDS and (each.saved is None or each.saved.writer.is_writing):
                 next(answer)
                 count += 1
             rates[each].append(count / (time.perf_counter() - begin))

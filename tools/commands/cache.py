@@ -12,7 +12,7 @@ from moetier.tools.cli.parser import examples
 EXAMPLES = ("moetier cache list ~/pages", "moetier cache clear ~/pages")
 COMMANDS = {
     "list": "list the models whose keys and values are in a folder of moetier serve --kv-cache-dir",
-    "clear": "remove all keys and values in the folder; a server that uses it computes them again",
+    "clear": "remove all keys and values in the folder; a server that runs may write what it has in memory again",
 }
 
 

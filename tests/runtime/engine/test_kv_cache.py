@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from toy_runner import WrittenPages, WrittenStates
 
-from moetier.runtime.engine.kv_cache import KVCache
+from moetier.runtime.engine.kv_cache import LAST_TOKENS, LEAST_TOKENS, KVCache
 from moetier.runtime.engine.sequence import Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
@@ -239,10 +239,8 @@ def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
 # -- states besides keys and values ------------------------------------------------------------------------------------
 
 
-def computed_in_parts(cache: KVCache, memory: WrittenStates, ids: Ids[int]) -> tuple[Sequence, list[int]]:
-    """Begin a sequence, and compute its tokens. Returns it, with the positions at which parts begin, and the end."""
-    sequence = Sequence(Request(tuple(ids), 100))
-    cache.begin(sequence)
+def compute(cache: KVCache, memory: WrittenStates, sequence: Sequence) -> list[int]:
+    """Compute all tokens of a sequence that has begun. Returns where parts begin, and the end."""
     places = [sequence.computed]
     while sequence.remaining:
         tokens = cache.most_tokens(sequence)
@@ -251,16 +249,24 @@ def computed_in_parts(cache: KVCache, memory: WrittenStates, ids: Ids[int]) -> t
         sequence.computed += tokens
         cache.keep(sequence)
         places.append(sequence.computed)
-    return sequence, places
+    return places
+
+
+def computed_in_parts(cache: KVCache, memory: WrittenStates, ids: Ids[int]) -> tuple[Sequence, list[int]]:
+    """Begin a sequence, and compute its tokens. Returns it, and what ``compute`` returns."""
+    sequence = Sequence(Request(tuple(ids), 100))
+    cache.begin(sequence)
+    return sequence, compute(cache, memory, sequence)
 
 
 def test_a_sequence_continues_behind_the_last_snapshot() -> None:
-    """Those of a prompt are at multiples of 2,048 tokens and at its end; one is at the end of the answer."""
+    """Those of a prompt are at multiples of 2,048 tokens and near its end; one is at the end of the answer."""
     memory = WrittenStates()
     cache = KVCache(200, memory)
     prompt = [*range(2 * SNAPSHOT_TOKENS + 100)]
     first, places = computed_in_parts(cache, memory, prompt)
-    assert places == [0, SNAPSHOT_TOKENS, 2 * SNAPSHOT_TOKENS, len(prompt)]
+    last = len(prompt) - LAST_TOKENS
+    assert places == [0, SNAPSHOT_TOKENS, 2 * SNAPSHOT_TOKENS, last, len(prompt)]
     for token in range(PAGE_TOKENS):
         first.append(Sampled(token))
         assert cache.reserve(first, 1)
@@ -270,13 +276,37 @@ def test_a_sequence_continues_behind_the_last_snapshot() -> None:
     cache.end(first)
     for ids, begin in (
         ([*first.ids, 7], len(first.ids)),
-        ([*prompt, 7], len(prompt)),  # another answer
-        ([*prompt[:-1], 7, 8], 2 * SNAPSHOT_TOKENS),
+        ([*prompt, 7], last),  # another answer
+        (prompt, last),
+        ([*prompt[:-5], 7, 8], last),  # as it is rendered later
+        ([*prompt[:-50], 7, 8], 2 * SNAPSHOT_TOKENS),
         ([*prompt[:2000], 7, 8], 0),
     ):
         sequence, places = computed_in_parts(cache, memory, ids)
         assert places[0] == begin
         cache.end(sequence)
+
+
+@pytest.mark.parametrize("turn", [40, 100, 700])
+@pytest.mark.parametrize("answer", [1, 60, 130])
+def test_few_tokens_of_a_turn_are_computed_again(turn: int, answer: int) -> None:
+    """Wherever prompts and answers end in their pages; the answer is kept, or its first tokens are left out later."""
+    memory = WrittenStates()
+    cache = KVCache(1000, memory)
+    for leaves_out in (0, 5):
+        ids, shared = [9 + leaves_out], 0
+        for number in range(3):
+            ids += [10 + number] * turn
+            sequence, places = computed_in_parts(cache, memory, ids)
+            assert shared - places[0] < LEAST_TOKENS + LAST_TOKENS
+            begin = len(ids)
+            for token in range(answer):
+                sequence.append(Sampled(1000 + token))
+            compute(cache, memory, sequence)
+            cache.end(sequence)
+            # a chat template ends a prompt with tokens that it leaves out once the answer is there
+            shared = begin - leaves_out if leaves_out else len(sequence.ids)
+            ids = [*sequence.ids[:shared], *sequence.ids[begin + leaves_out :]]
 
 
 def test_a_snapshot_is_taken_where_a_prompt_has_left_the_tokens_of_another() -> None:
@@ -288,8 +318,8 @@ def test_a_snapshot_is_taken_where_a_prompt_has_left_the_tokens_of_another() -> 
         sequence, places = computed_in_parts(cache, memory, [*range(1000), *[5000 + number] * 300])
         cache.end(sequence)
         begins.append(places[:-1])
-    left = 1000 - 1000 % PAGE_TOKENS
-    assert begins == [[0], [0, left], [left], [left]]
+    left, last = 1000 - 1000 % PAGE_TOKENS, 1300 - LAST_TOKENS
+    assert begins == [[0, last], [0, left, last], [left, last], [left, last]]
 
 
 def test_the_least_recently_used_snapshot_is_evicted_before_the_pages_of_others() -> None:
@@ -298,13 +328,13 @@ def test_the_least_recently_used_snapshot_is_evicted_before_the_pages_of_others(
     first, _ = computed_in_parts(cache, memory, [*range(2 * PAGE_TOKENS)])
     cache.end(first)
     second, places = computed_in_parts(cache, memory, [*range(4 * PAGE_TOKENS)])
-    assert places[0] == 2 * PAGE_TOKENS
+    assert places[0] == 2 * PAGE_TOKENS - LAST_TOKENS
     cache.end(second)  # 4 pages and two snapshots of 4
     assert cache.free_pages() == 4
     third, _ = computed_in_parts(cache, memory, [9] * (5 * PAGE_TOKENS))
     cache.end(third)
     begun, places = computed_in_parts(cache, memory, [*range(4 * PAGE_TOKENS), 5])
-    assert places[0] in (0, 4 * PAGE_TOKENS), "the older snapshot went first"
+    assert places[0] in (0, 4 * PAGE_TOKENS - LAST_TOKENS), "the older snapshot went first"
     cache.end(begun)
 
 
@@ -361,4 +391,4 @@ def test_a_state_that_can_not_be_read_leaves_nothing_behind() -> None:
             cache.begin(again)
     assert cache.free_pages() == free
     cache.begin(again)
-    assert again.computed == 100
+    assert again.computed == 100 - LAST_TOKENS

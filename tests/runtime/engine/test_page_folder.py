@@ -20,7 +20,7 @@ from faults import flip_bit, mounted, remounted
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from users import NOBODY, need_root
+from users import NOBODY, as_nobody, need_root
 
 from moetier.runtime.engine import page_folder
 from moetier.runtime.engine.page_file import BLOCK, Payload, head_bytes
@@ -281,6 +281,37 @@ def test_what_can_not_be_read_is_removed_and_written_again(tmp_path: Path) -> No
     assert (tmp_path / "elsewhere").exists()
     write(folder, name(0), b"data")
     assert read(folder, name(0)) == b"data"
+
+
+def test_a_pipe_in_place_of_a_file_stops_no_reader(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    write(folder, name(0), b"data")
+    path = Path(next(entries(tmp_path)).path)
+    path.unlink()
+    os.mkfifo(path)
+    assert read(folder, name(0)) is None
+    assert not folder.has(name(0))
+
+
+def test_a_name_that_is_lost_is_written_again(tmp_path: Path) -> None:
+    """`moetier cache clear` removes it while a server writes its next page."""
+    folder = opened(tmp_path)
+    write(folder, name(0), b"data")
+    (Path(next(entries(tmp_path)).path).parent / page_folder.MODEL).unlink()
+    write(folder, name(1), b"data")
+    assert [model.name for model in models_in(tmp_path)] == ["model"]
+
+
+def test_a_model_folder_of_another_user_hinders_no_other_one(tmp_path: Path) -> None:
+    write(opened(tmp_path), name(0), b"data")
+    write(opened(tmp_path, binding=b"c" * 32), name(1), b"data")
+    os.chown(tmp_path, NOBODY, NOBODY)
+    os.chown(Path(next(entries(tmp_path)).path).parent, NOBODY, NOBODY)
+    descriptor = os.open(tmp_path, os.O_RDONLY)  # it is below folders of root
+    try:
+        assert as_nobody(lambda: sum(1 for _ in entries(Path(f"/proc/self/fd/{descriptor}")))) == "returned 1"
+    finally:
+        os.close(descriptor)
 
 
 def test_too_many_open_files_remove_no_page(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,8 +22,9 @@ from readers import PATIENCE
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
-from moetier.runtime.engine import kv_cache, page_folder, saved_pages
+from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
 from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.kv_cache import LAST_TOKENS
 from moetier.runtime.engine.page_file import BLOCK
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
@@ -63,7 +67,7 @@ def answer(engine: Engine, ids: Sequence[int], most: int = 20, **options: object
 def written(engine: Engine, ids: Sequence[int]) -> list[int]:
     """The new tokens, once all pages are on the disk."""
     tokens, _ = answer(engine, ids)
-    wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+    wait_until(lambda: not engine.saved.writer.is_writing)  # type: ignore[union-attr]
     return tokens
 
 
@@ -119,6 +123,17 @@ def test_what_many_prompts_begin_with_is_kept(tmp_path: Path) -> None:
         assert answer(engine, [*LONG, *[3] * 90])[1] == FULL
 
 
+@pytest.mark.parametrize("turn", [90, 400])
+def test_a_prompt_that_leaves_out_thoughts_continues_after_a_restart(tmp_path: Path, turn: int) -> None:
+    """The chat template leaves out the end of the first prompt, and the first tokens of its answer."""
+    first = LONG[:turn]
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        tokens = written(engine, first)
+    for ids in (first, [*first[:-4], *tokens[5:], 5, 6]):
+        with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+            assert answer(engine, ids, 1)[1] == turn - LAST_TOKENS
+
+
 def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
     with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
         tokens = written(engine, LONG)
@@ -129,7 +144,7 @@ def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
             ids = [*LONG, *tokens, 5]
             assert kept - PAGE_TOKENS <= answer(engine, ids)[1] <= kept + len(tokens)
             assert engine.saved.traffic().damaged == damaged  # type: ignore[union-attr]
-            wait_until(lambda: not engine.saved.is_writing)  # type: ignore[union-attr]
+            wait_until(lambda: not engine.saved.writer.is_writing)  # type: ignore[union-attr]
 
 
 def test_a_state_that_is_too_large_stops_no_other_turn(
@@ -151,7 +166,7 @@ def test_a_state_that_has_left_memory_is_read_for_pages_that_are_there(tmp_path:
         for number in range(1, 4):
             written(engine, [number] * 200)
         before = runner.computed
-        assert answer(engine, [*LONG, *tokens, 5], 1)[1] >= len(LONG)
+        assert answer(engine, [*LONG, *tokens, 5], 1)[1] >= len(LONG) - LAST_TOKENS
         assert runner.computed - before < 2 * PAGE_TOKENS
 
 
@@ -313,7 +328,7 @@ def test_reads_that_can_not_begin_keep_no_page(tmp_path: Path) -> None:
     with engine_with(tmp_path, pages=8) as engine:
         assert answer(engine, LONG[:100])[1]
         with pytest.MonkeyPatch.context() as broken:
-            broken.setattr(engine.saved, "read", lambda _: 1 / 0)
+            broken.setattr(engine.saved.reader, "read", lambda _: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 answer(engine, LONG)
         answer(engine, [3] * (8 * PAGE_TOKENS - 5), 3)  # it needs all pages
@@ -353,12 +368,39 @@ def test_a_page_that_is_evicted_before_it_is_written_is_lost(tmp_path: Path) -> 
 
 
 def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_pages, "RATE", 7 * 8192)
+    monkeypatch.setattr(page_writer, "RATE", 7 * 8192)
     with engine_with(tmp_path) as engine:
         begin = time.monotonic()
         answer(engine, LONG)
         wait_until(lambda: len(files(tmp_path)) == 7)
         assert time.monotonic() - begin > 0.8, "they take a second, but for the pause after the last one"
+
+
+def test_pages_that_are_too_old_are_removed_though_the_server_is_never_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_writer, "SWEEP_SECONDS", 0.05)
+    with engine_with(tmp_path) as engine:
+        written(engine, [8, *LONG])
+        for path in (old := files(tmp_path)):
+            os.utime(path, (0, 0))
+        while any(path.exists() for path in old):
+            answer(engine, LONG, 2)
+
+
+def test_a_process_ends_though_a_disk_hangs() -> None:
+    """Threads that Python waits for would keep it."""
+    script = """
+import sys, threading
+from moetier.runtime.engine.page_reader import Readers
+begun, readers = threading.Event(), Readers()
+for _ in range(5):
+    last = readers.submit(lambda: begun.set() or threading.Event().wait())
+assert begun.wait(20)
+assert not readers.close(0.1)
+assert last.cancelled()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_closing_ends_in_time_though_many_turns_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
