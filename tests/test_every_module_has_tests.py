@@ -47,7 +47,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/libraries/transformers_internals.py": ("runtime/libraries/test_internals.py", "all libraries are in one"),
     "runtime/moe/layer_forms.py": ("runtime/moe/test_layers.py", PARTS),
     "runtime/moe/snapshot.py": ("runtime/moe/test_layers.py", PARTS),
-    "tiers/device/copies.py": ("tiers/device/test_tier.py", PARTS),
     "tiers/device/device_pool.py": ("tiers/device/test_tier.py", PARTS),
     "tiers/device/fill.py": ("tiers/device/test_promoter.py", PARTS),
     "tiers/device/views.py": ("tiers/test_source_contract.py", "a source of experts, tested as all of them are"),

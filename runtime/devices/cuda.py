@@ -5,7 +5,6 @@ Torch for ROCm calls AMD's GPUs cuda, too, and would use these classes. That was
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from .device import ComputeDevice, Diagnosis
 
 DRIVER = Path("/proc/driver/nvidia/version")
 _cuda: Any = torch.cuda  # typed as Any, because half of its functions have no types
-_PORTABLE, _READ_ONLY = 0x01, 0x08  # flags of cudaHostRegister: pinned for all devices; read-only
 
 
 class Cuda(ComputeDevice):
@@ -73,7 +71,7 @@ class Cuda(ComputeDevice):
         return Available(torch.cuda.mem_get_info(self.torch_device)[0], str(self.torch_device))
 
     def streams(self) -> CudaDevice:
-        """Return streams of the GPU. Pages are locked by CUDA."""
+        """Return streams and memory of the GPU."""
         return CudaDevice(self.torch_device)
 
 
@@ -113,6 +111,11 @@ class CudaDevice:
         with torch.inference_mode(False):  # a tensor made in inference mode can't be changed outside of that mode
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
+    def page_locked(self, nbytes: int) -> torch.Tensor:
+        """Return page-locked memory of the host, uint8 [nbytes]. Raises RuntimeError if CUDA refuses it."""
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
     def current_stream(self) -> DeviceStream:
         """Return the calling thread's current stream in torch."""
         stream: DeviceStream = _cuda.current_stream(self._device)
@@ -123,7 +126,7 @@ class CudaDevice:
         return self._copies
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy of uint8 [record bytes]. The copy is asynchronous only if ``source`` is page-locked."""
+        """Queue a copy of uint8 [bytes of a piece]. It is asynchronous only if ``source`` is page-locked."""
         with _cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
@@ -135,18 +138,3 @@ class CudaDevice:
         """Call ``work`` with ``stream`` as torch's current stream."""
         with _cuda.stream(stream):
             work()
-
-    def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        """Register host memory, uint8 [nbytes], with CUDA. Return whether this succeeded."""
-        flags = _PORTABLE | (_READ_ONLY if read_only else 0)
-        if int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)) == 0:
-            return True
-        # CUDA keeps the error until it is read, and torch has no function for that. Run a kernel that raises the error
-        # here, so that no later kernel does.
-        with contextlib.suppress(RuntimeError):
-            torch.ones(1, device=self._device).add_(1)
-        return False
-
-    def unlock_pages(self, memory: torch.Tensor) -> None:
-        """Unregister host memory, uint8 [nbytes], that ``lock_pages`` has registered."""
-        _cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -71,7 +71,7 @@ class ComputeDevice(ABC):
         raise NotImplementedError
 
     def streams(self) -> Device:
-        """Return the streams, memory and page locks of a new device tier."""
+        """Return the streams and memory of a new device tier."""
         raise NotImplementedError
 
 

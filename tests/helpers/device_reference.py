@@ -1,6 +1,7 @@
-"""The protocol of a device tier whose look-ups are done by the device, in plain Python, for ``interleavings``.
+"""The protocols of a device tier in plain Python, for ``interleavings``: with leases, as ``tiers.device`` has it, and
+with look-ups by the device, which no code has yet.
 
-``docs/architecture.md`` describes it. Threads of the host queue work; each stream of the device is a thread that does
+``docs/architecture.md`` describes them. Threads of the host queue work; each stream of the device is a thread that does
 its own queue in order. Records have the numbers of their experts, from 1 on; slots have numbers from 1 on, too.
 """
 
@@ -78,7 +79,7 @@ def copy(buffer: int, slot: int) -> Thread:
     yield Store(("slot", slot), last if first == last else TORN)
 
 
-# -- threads of the host -----------------------------------------------------------------------------------------------
+# -- threads of the host, with look-ups by the device ------------------------------------------------------------------
 
 
 def lock() -> Thread:
@@ -215,6 +216,89 @@ def promote(expert: int, slots: int, used: int, copied: int) -> Thread:
         yield from queue("computing", work(PUBLISH, expert, slot))
         yield Store(("holder", slot), expert)
         yield from unlock()
+
+
+# -- threads of the host, with leases ----------------------------------------------------------------------------------
+
+
+def compute_leased(blocks: Sequence[Pairs], slots: int, events: Sequence[int]) -> Thread:
+    """Compute blocks one after the other, with a lease of each record. ``events`` are used by no other thread."""
+    for pair, expert in (one for block in blocks for one in block):
+        copied, used, *events = events
+        slot = yield from lease(expert, slots, copied)
+        yield Store(("found", pair), slot)
+        ready = yield Load(("ready", slot))
+        yield from queue("computing", *([work(WAIT, ready)] if ready else []), work(USE, pair, expert))
+        yield from lock()
+        yield from queue("computing", work(RECORD, used))
+        yield Store(("used", slot), used)
+        yield Store(("pinned", slot), 0)
+        yield from unlock()
+
+
+def lease(expert: int, slots: int, copied: int) -> Thread:
+    """Return a slot that has a record or will have it when its copy has ended, and pin it."""
+    while True:
+        yield from lock()
+        slot, holder = yield from find(expert, slots)
+        if holder == expert:
+            yield Store(("pinned", slot), 1)
+            yield from unlock()
+            return slot
+        filling = yield Load("filling")
+        if not filling and slot:
+            break
+        yield from unlock()
+    yield from fill(slot, expert, copied, 1)
+    return slot
+
+
+def promote_leased(expert: int, slots: int, copied: int) -> Thread:
+    """Bring a record to the device beside the computing thread."""
+    yield from lock()
+    slot, holder = yield from find(expert, slots)
+    filling = yield Load("filling")
+    if holder == expert or filling or not slot:
+        yield from unlock()
+        return
+    yield from fill(slot, expert, copied, 0)
+    yield from wait(copied)
+
+
+def find(expert: int, slots: int) -> Thread:
+    """Return the slot of a record and the record; or else an empty slot, or one that is not pinned; 0 if all are."""
+    chosen = evicted = 0
+    for slot in range(1, slots + 1):
+        holder = yield Load(("holder", slot))
+        if holder == expert:
+            return slot, holder
+        pinned = yield Load(("pinned", slot))
+        if not (pinned or holder == FILLING) and (not chosen or (evicted and not holder)):
+            chosen, evicted = slot, holder
+    return chosen, evicted
+
+
+def fill(slot: int, expert: int, copied: int, pins: int) -> Thread:
+    """Fill a slot through the ring, which has one buffer here. The caller holds the lock, which this gives back."""
+    yield Store(("holder", slot), FILLING)
+    yield Store("filling", 1)
+    yield from unlock()
+    used = yield Load(("used", slot))
+    if used:
+        yield from queue("copying", work(WAIT, used))
+    yield from bring(expert, 1)
+    yield from queue("copying", work(COPY, 1, slot), work(RECORD, copied))
+    yield Store("copied", copied)
+    yield from lock()
+    yield Store(("ready", slot), copied)
+    yield Store(("used", slot), 0)
+    yield Store(("holder", slot), expert)
+    yield Store(("pinned", slot), pins)
+    yield Store("filling", 0)
+    yield from unlock()
+
+
+# -- the owner of the arena --------------------------------------------------------------------------------------------
 
 
 def replace_record(record: int) -> Thread:

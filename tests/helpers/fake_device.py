@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +21,7 @@ class Order(Enum):
 
     COMPUTE_AFTER_COPY = auto()
     REFILL_AFTER_COMPUTE = auto()
-    RELEASE_AFTER_COPY = auto()
-
-
-class Locked(NamedTuple):
-    nbytes: int
-    read_only: bool
+    REUSE_AFTER_COPY = auto()
 
 
 class FakeEvent:
@@ -37,10 +31,12 @@ class FakeEvent:
         self.done = False
 
     def synchronize(self) -> None:
+        if self.done:
+            return
         self.device.waits_of_the_host += 1
         if self.stream is self.device.copies:
             assert self.device.copy_may_end.wait(PATIENCE)
-        if self.device.forgets is not Order.RELEASE_AFTER_COPY:
+        if self.device.forgets is not Order.REUSE_AFTER_COPY:
             self.device.run_until(self)
 
 
@@ -89,12 +85,11 @@ class FakeDevice:
         self.copies = FakeStream(self)
         self.arranging = FakeStream(self)
         self.streams = [self.copies, FakeStream(self), self.arranging]
-        self.locked: dict[int, Locked] = {}  # by address
-        self.waits_of_the_host = 0  # for events
-        self.page_lock_calls = 0
+        self.locked: dict[int, int] = {}  # bytes of page-locked memory, by address
+        self.waits_of_the_host = 0  # for events that were not done
         self.copy_error: Exception | None = None  # of the next copy
         self.copying = 0  # copies that callers are about to queue
-        self.copy_may_begin = threading.Event()  # a copy from pageable memory holds up its caller
+        self.copy_may_begin = threading.Event()  # a call that queues a copy returns only then
         self.copy_may_begin.set()
         self.copy_may_end = threading.Event()  # for who waits for it
         self.copy_may_end.set()
@@ -119,6 +114,18 @@ class FakeDevice:
         with self.lock:
             self.left += nbytes
 
+    def page_locked(self, nbytes: int) -> torch.Tensor:
+        if not self._locks_pages:
+            raise RuntimeError("CUDA error: operation not supported")
+        memory = np.full(nbytes, 0xEE, dtype=np.uint8)
+        self.locked[memory.ctypes.data] = nbytes
+        weakref.finalize(memory, self._unlock, memory.ctypes.data)
+        return torch.from_numpy(memory)
+
+    def _unlock(self, address: int) -> None:
+        assert not self.pending[address], "it is copied from"
+        del self.locked[address]
+
     def current_stream(self) -> FakeStream:
         return getattr(self._here, "stream", self.streams[1])
 
@@ -127,6 +134,7 @@ class FakeDevice:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with self.lock:
+            assert source.data_ptr() in self.locked or not self._locks_pages, "a copy that the caller waits for"
             self.copying += 1
         may_begin = self.copy_may_begin.wait(PATIENCE)
         with self.lock:
@@ -146,17 +154,6 @@ class FakeDevice:
     def run(self, stream: FakeStream, work: Callable[[], None]) -> None:
         with self.lock:
             stream.queue.append(work)
-
-    def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        self.page_lock_calls += 1
-        if self._locks_pages:
-            assert memory.data_ptr() not in self.locked, "twice"
-            self.locked[memory.data_ptr()] = Locked(memory.nbytes, read_only)
-        return self._locks_pages
-
-    def unlock_pages(self, memory: torch.Tensor) -> None:
-        first, nbytes = memory.data_ptr(), self.locked.pop(memory.data_ptr()).nbytes
-        assert not any(self.pending[at] for at in self.pending if first <= at < first + nbytes), "it is copied from"
 
     # -- the test's side ----------------------------------------------------------------------------------------------
 

@@ -58,7 +58,10 @@ class Card:
 
 
 def machine(card: Card, **_: Any) -> dict[str, Any]:
-    """Name the card; measure the rates of its memory and of its link, and what page-locking costs."""
+    """Name the card; measure the rates of its memory, of its link, and of copies through the ring."""
+    from moetier.runtime.devices.device import chosen_device
+    from moetier.tiers.device.ring import Ring
+
     size = card.scaled(1 << 30)
     here = torch.empty(size, dtype=torch.uint8, device=card.torch_device)
     other, host = torch.empty_like(here), torch.ones(size, dtype=torch.uint8)
@@ -79,25 +82,8 @@ def machine(card: Card, **_: Any) -> dict[str, Any]:
         pinned = host.pin_memory()
         found["pinned_bytes_per_s"] = size / card.seconds(lambda: here.copy_(pinned, non_blocking=True), 3)
         found["host_copy_bytes_per_s"] = size / card.seconds(lambda: pinned.copy_(host), 3)
-        found |= registration()
-    return found
-
-
-def registration() -> dict[str, Any]:
-    """Page-lock 1 GiB of a memory file, mapped to be written and mapped read-only, as a daemon's client maps it."""
-    import mmap
-    import os
-
-    found: dict[str, Any] = {}
-    descriptor = os.memfd_create("gpu", 0)
-    os.posix_fallocate(descriptor, 0, 1 << 30)
-    for name, protection in (("writable", mmap.PROT_READ | mmap.PROT_WRITE), ("read-only", mmap.PROT_READ)):
-        whole = torch.frombuffer(mmap.mmap(descriptor, 1 << 30, prot=protection), dtype=torch.uint8)
-        began = time.perf_counter()
-        flags = 1 | (8 if name == "read-only" else 0)
-        code = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), 1 << 30, flags))  # type: ignore[no-untyped-call]
-        found[f"registering {name}"] = {"error": code, "s": round(time.perf_counter() - began, 3)}
-    os.close(descriptor)
+    ring = Ring(chosen_device(card.option).streams(), size)
+    found["ring_bytes_per_s"] = size / card.seconds(lambda: ring.copy(host, here).synchronize(), 3)
     return found
 
 

@@ -116,10 +116,15 @@ class SlotPool:
         """Return whether the slot is READY and not pinned."""
         return not self._pins[slot] and self._keys[slot] is not None and slot not in self._loading
 
+    @property
+    def loading(self) -> int:
+        """Number of slots that are LOADING."""
+        return len(self._loading)
+
     def counts(self) -> SlotCounts:
         """Return how many slots are in each state."""
         leased = sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
-        return SlotCounts(len(self._slots) - len(self._loading), len(self._loading), leased)
+        return SlotCounts(len(self._slots) - self.loading, self.loading, leased)
 
     def begin_fill(
         self, slot: PoolSlot, key: ExpertKey, *, is_scan: bool = False, is_prefetch: bool = False

@@ -77,9 +77,9 @@ class DeviceSlots:
         return self.pool(key.block).slot_of(key)
 
     @property
-    def copying(self) -> int:
-        """Number of slots that are being filled."""
-        return sum(pool.counts().loading for pool in self.pools.values())
+    def is_filling(self) -> bool:
+        """True while a slot is LOADING."""
+        return any(pool.loading for pool in self.pools.values())
 
     @property
     def counts(self) -> dict[str, int]:

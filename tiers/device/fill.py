@@ -1,6 +1,8 @@
 """Fill the slots of a device tier with records that the host tier has leased, for demands and for promotions.
 
-A *promotion* is a copy of a record to the device that a prefetch request asks for (see ``promoter``).
+A *promotion* is a copy of a record to the device that a prefetch request asks for (see ``promoter``). One slot at a
+time is LOADING, and only the thread that fills it uses the ring of buffers: the link to the device copies one record
+after the other anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from moetier.tiers.stats import TierCounters
 from .copies import Copies, Copy
 from .device_pool import DevicePool, DeviceSlots
 from .promoter import Promoter
-from .stream import DeviceStream, Event
+from .stream import DeviceStream
 
 
 @dataclass(eq=False, slots=True)
@@ -41,13 +43,6 @@ class DeviceDemand:
     ready: deque[PoolSlot] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
     leased: tuple[PoolSlot, DeviceStream] | None = None  # the slot that is leased, and the stream that computes with it
     filling: tuple[PoolSlot, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
-    copied: Event | None = None  # the end of the latest copy, by which all earlier copies have ended too
-
-    def end_copies(self) -> None:
-        """Wait until all copies of the demand have ended, so that the host tier's records may be released."""
-        if self.copied is not None:
-            self.copied.synchronize()
-            self.copied = None
 
 
 class DeviceFill:
@@ -83,10 +78,10 @@ class DeviceFill:
             demand: the demand.
             lease: the host tier's lease.
             began: time by ``time.perf_counter`` since when the demand has waited for the record.
-            wait: whether to wait for a slot if no slot is available.
+            wait: whether to wait if no slot is available, or another slot is being filled.
 
         Returns:
-            False if ``wait`` is false and no slot is available, else True.
+            False if ``wait`` is false and no slot can be filled now, else True.
 
         Raises:
             ClosedError: the tier was closed.
@@ -96,7 +91,6 @@ class DeviceFill:
         if demand.filling is not None:  # otherwise the record is already on the device
             copy = self._transfer(demand, lease)
             if copy is not None:
-                demand.copied = copy.ended
                 self._complete(demand, copy, began)
         return True
 
@@ -108,15 +102,14 @@ class DeviceFill:
         """
         self._check_open()
         pool = demand.pool
-        state = pool.lookup(key)
-        if state is Lookup.HIT:  # another caller has copied the record since the demand began
+        if pool.lookup(key) is Lookup.HIT:  # another caller has copied the record since the demand began
             slot = pool.pin_ready(key)
             assert slot is not None
             self._counters.count(joined=1)
             pool.partitions.touch((key,), is_scan=demand.is_scan)
             self._admit(demand, slot, began)
             return True
-        if state is Lookup.LOADING or (slot := self._choose(demand, key.block)) is None:
+        if self._slots.is_filling or (slot := self._choose(demand, key.block)) is None:
             return None if wait else False
         self._begin(demand, slot, key)
         pool.partitions.touch((key,), is_scan=demand.is_scan)
@@ -125,32 +118,36 @@ class DeviceFill:
     def promote(self, lease: Lease[memoryview]) -> None:
         """Copy a record that the host tier has leased into a slot, if it is still requested and a slot is available.
 
-        Returns after the end of the copy, so that the caller may release the lease.
+        Returns after the end of the copy.
         """
         began = time.perf_counter()
-        promotion = self._place_promotion(lease.key, began)
-        if promotion is None or (copy := self._transfer(promotion, lease)) is None:
+        promotion = DeviceDemand(self._slots.pool(lease.key.block), threading.get_ident())
+        if not self._place_promotion(promotion, lease.key) or (copy := self._transfer(promotion, lease)) is None:
             return
         self._complete(promotion, copy, None)
         copy.ended.synchronize()
         self._end_promotion(lease.key, began)
 
-    @transition
-    def _place_promotion(self, key: ExpertKey, began: float) -> DeviceDemand | None:
+    @waiting
+    def _place_promotion(self, promotion: DeviceDemand, key: ExpertKey) -> bool | None:
+        """Begin to fill a slot for a promotion, and return whether there is one to fill. Waits for another filling."""
         promoter, pool = self._promoter, self._slots.pool(key.block)
+        promotion.pool = pool  # another than before if the tier was made smaller meanwhile
         if not promoter.may_begin(key):
-            return None
+            return False
         if pool.slot_of(key) is not None:
             promoter.remove(key)
+            return False
+        if self._slots.is_filling:
             return None
         slot = pool.choose(key.block, keep=promoter.__contains__)
         if slot is None:
             promoter.cancel(key)
-            return None
-        self.promotion = DeviceDemand(pool, threading.get_ident())
-        self._begin(self.promotion, slot, key, is_prefetch=True)
+            return False
+        self.promotion = promotion
+        self._begin(promotion, slot, key, is_prefetch=True)
         promoter.begin(key)
-        return self.promotion
+        return True
 
     @transition
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
@@ -211,7 +208,6 @@ class DeviceFill:
     def leave(self, demand: DeviceDemand) -> None:
         """Stop filling a slot for a demand that ends, if the demand is filling one. Part of a transition."""
         if demand.filling is not None:
-            demand.copied = self._copies.abandon(demand.pool, demand.filling[0])
             self._cancel(demand)
 
     @transition
@@ -225,13 +221,10 @@ class DeviceFill:
         self._promoter.outcomes.abort(key)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
+        self._copies.abandon(demand.pool, slot)
 
     def _end_filling(self, demand: DeviceDemand) -> None:
         demand.filling = None
-        locks = self._copies.locks
-        if locks.has_retired and not self._slots.copying:  # no copy can begin, as this thread holds the tier's lock
-            self._slots.wait_for_copies()
-            locks.unlock_retired()
         self._monitor.wake()
 
     def _admit(self, demand: DeviceDemand, slot: PoolSlot, began: float) -> None:

@@ -38,6 +38,9 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return a tensor uint8 [nbytes] on the device. Raises torch.OutOfMemoryError if there is not enough memory."""
 
+    def page_locked(self, nbytes: int) -> torch.Tensor:
+        """Return page-locked memory of the host, uint8 [nbytes]. Raises RuntimeError if the system refuses it."""
+
     def current_stream(self) -> DeviceStream:
         """Return the stream on which the calling thread computes."""
 
@@ -47,7 +50,8 @@ class Device(Protocol):
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy from host memory ``source`` to device memory ``target`` on the copy stream.
 
-        Both are uint8 [record bytes]. They must stay unchanged until the copy has ended.
+        Both are uint8 [bytes of a piece]. They must stay unchanged until the copy has ended. The copy is asynchronous
+        only if ``source`` is page-locked.
         """
 
     def arranging_stream(self) -> DeviceStream:
@@ -55,12 +59,3 @@ class Device(Protocol):
 
     def run(self, stream: DeviceStream, work: Callable[[], None]) -> None:
         """Call ``work`` so that it queues its computations on ``stream``."""
-
-    def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        """Page-lock host memory, so that copies from it are fast and asynchronous. Return whether this succeeded.
-
-        ``memory`` is uint8 [nbytes]. ``read_only`` is true if the memory is mapped read-only.
-        """
-
-    def unlock_pages(self, memory: torch.Tensor) -> None:
-        """Unlock host memory, uint8 [nbytes], that ``lock_pages`` has locked."""

@@ -5,15 +5,15 @@ A device does queued work later, and its streams run independently. The tier ens
     A computation on a slot begins after the copy into the slot: the stream that computes waits for the copy's event.
     A copy into a slot begins after every use of the slot: at the end of each lease, an event is recorded on the stream
     that has used the slot, and the copy stream waits for this event.
-    A lease of the host tier ends after the copy from its record: the caller waits for the copy's event before it takes
-    the next lease from the host tier.
+    A buffer of the ring (see ``ring``) is filled again after the copy from it: the host waits for the copy's event.
+    The host tier's lease may end before, because the bytes are in the buffer.
 
 If records are arranged on the device (see ``Copies``), this is done after the copy, in a stream of its own. Arranging
 counts as a use of the slot, and computations on the slot wait for its end.
 
 There is no deadlock. A caller that waits for the host tier holds no slot of this tier, so all leased slots belong to
 callers that are computing. A caller that holds a lease of the host tier and waits for a slot waits for one of these
-callers, which need nothing from it.
+callers, which need nothing from it, or for one that fills a slot, which waits only for the device.
 
 If ``promotes`` is true, requested records are copied to the device in the background (see ``promoter``).
 """
@@ -85,7 +85,7 @@ class DeviceTier:
         self._manifest = manifest
         self._monitor = Monitor(self._repair)
         self._counters = TierCounters("device")
-        self._copies = Copies(device, arrange)
+        self._copies = Copies(device, max(layout.record_bytes for layout in manifest.layouts.values()), arrange)
         self._slots = DeviceSlots(manifest, allocate(device, manifest, slots), policy, self._counters)
         self._promotes = promotes
         self._promoter = Promoter(
@@ -114,9 +114,7 @@ class DeviceTier:
             hits, missing, was_requested = self._begin(demand, distinct, wanted)
             if hits:
                 self._source.uses.note_copies(hits)
-            if (
-                was_requested and not missing and not wanted
-            ):  # cancel the requests; if records are missing, the source's demand does
+            if was_requested and not missing and not wanted:  # if records are missing, the source's demand cancels them
                 self._source.prefetch(block, ())
             yield from self._leases(demand)
             if missing:
@@ -138,7 +136,6 @@ class DeviceTier:
         self._end_shrinking(caller)
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self._leave(demand)
-            demand.end_copies()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies.
@@ -214,11 +211,10 @@ class DeviceTier:
         if not self._monitor.fork_guard.is_owner:
             return
         self._stop(threading.get_ident())
-        self._wait_for_copies()
+        self._end_copies()
         self._promoter.join()
-        self._unlock()
         self._slots.clear()
-        self._copies.clear()
+        self._copies.close()
 
     # -- transitions --------------------------------------------------------------------------------------------------
 
@@ -248,13 +244,16 @@ class DeviceTier:
         return before, less
 
     @waiting
-    def _wait_for_copies(self) -> bool | None:
-        return None if self._slots.copying else True
+    def _end_copies(self) -> bool | None:
+        if self._slots.is_filling:
+            return None
+        self._slots.wait_for_copies()
+        return True
 
     @waiting
     def _wait_until_idle(self) -> bool | None:
         self._check_open()
-        return None if self._demands or self._slots.copying else True
+        return None if self._demands or self._slots.is_filling else True
 
     @transition
     def _use_fewer(self, less: dict[str, int]) -> tuple[int, TierStats]:
@@ -282,11 +281,6 @@ class DeviceTier:
             self._shrinking = None
             self._promoter.resume()
             self._monitor.wake()
-
-    @transition
-    def _unlock(self) -> None:
-        self._slots.wait_for_copies()
-        self._copies.locks.unlock()
 
     def _repair(self) -> None:
         if self._slots.is_dropped and not self._closed:  # an exception has interrupted ``shrink``
@@ -343,21 +337,14 @@ class DeviceTier:
         """Copy the records that the device lacks, as the source leases them, and yield leases of the copies."""
         with closing(self._source.acquire(missing, wanted)) as leases:
             began = time.perf_counter()
-            try:
-                for lease in leases:
-                    if not self._fill.demand(demand, lease, began, wait=not demand.ready):
-                        yield from self._leases(demand)
-                        self._fill.demand(demand, lease, time.perf_counter(), wait=True)
-                    # If the source already has the next record, lease this record only after the copy of the next is
-                    # queued, so that the copy runs during the computation. This is of no use if the source's leases
-                    # have proofs, because then each copy has ended before its record is leased.
-                    yield from self._leases(demand, behind=int(lease.more and lease.proof is None))
-                    if not lease.more:
-                        demand.end_copies()
-                    began = time.perf_counter()
-            finally:
-                if self._monitor.fork_guard.is_owner:  # a forked child can't use the device
-                    demand.end_copies()
+            for lease in leases:
+                if not self._fill.demand(demand, lease, began, wait=not demand.ready):
+                    yield from self._leases(demand)
+                    self._fill.demand(demand, lease, time.perf_counter(), wait=True)
+                # If the source already has the next record, lease this record only after the copy of the next is
+                # queued, so that the copy runs during the computation.
+                yield from self._leases(demand, behind=int(lease.more))
+                began = time.perf_counter()
 
     def _leases(self, demand: DeviceDemand, behind: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield a lease for each slot that is ready, except the last ``behind`` slots."""

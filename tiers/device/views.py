@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any
 
 import torch
 
@@ -19,21 +18,8 @@ from moetier.tiers.stats import TierStats
 class SlotViews:
     """Tensors that share the memory of the host tier's slots. They are cached, so that a decode step makes none."""
 
-    def __init__(
-        self,
-        prepare: Callable[[Any], None] = lambda memory: None,
-        retire: Callable[[Any], None] = lambda memory: None,
-    ) -> None:
-        """Make an empty cache of views.
-
-        Args:
-            prepare: called with the whole memory of the host tier before the first view of this memory is made.
-            retire: called with the old memory after the host tier has replaced it.
-        """
-        self._lock = threading.Lock()  # guards: ``_memories``, ``_views``; ``clear`` does not take it
-        self._prepare = prepare
-        self._retire = retire
-        self._memories: list[object] = []  # the memory objects that have views; more than one only during a replacement
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards: ``_views``; ``clear`` does not take it
         self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}  # from slot to the leased record and its view
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
@@ -52,10 +38,7 @@ class SlotViews:
         return known[1]
 
     def _make(self, record: memoryview) -> torch.Tensor:
-        """Make the view of a record. The caller holds ``_lock``."""
-        if not any(memory is record.obj for memory in self._memories):
-            self._prepare(record.obj)  # may be called again for the same memory, after an exception
-            self._memories.append(record.obj)
+        """Make the view of a record. The caller holds ``_lock``, as filters of warnings are the process's."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(record, dtype=torch.uint8)
@@ -66,13 +49,10 @@ class SlotViews:
         The caller holds ``_lock``.
         """
         self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not replaced}
-        self._memories = [memory for memory in self._memories if memory is not replaced]
-        self._retire(replaced)
 
     def clear(self) -> None:
         """Release all views."""
         self._views.clear()  # without taking the lock, which may stay held for ever in a forked child
-        self._memories.clear()
 
 
 class HostViews:

@@ -81,7 +81,6 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
         "gpu": machine.gpus,
         "memory": partial(model_directory.memory, directory),
         "memfd": machine.memory_files,
-        "memlock": machine.page_locks,
         "/dev/shm": machine.shared_memory,
         "daemons": machine.daemons,
     }

@@ -6,7 +6,6 @@ import fcntl
 import mmap
 import os
 import platform
-import resource
 import shutil
 import sys
 import textwrap
@@ -25,8 +24,6 @@ from moetier.tools.cli.failure import as_options, plain
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
-ENOUGH_LOCKED = 1 << 30
 
 
 class State(StrEnum):
@@ -224,23 +221,6 @@ def memory_files() -> Iterator[Finding]:
         os.close(descriptor)
 
 
-def page_locks() -> Iterator[Finding]:
-    """Check how much memory may be locked, which fast copies to a GPU need."""
-    from moetier.runtime.devices.device import chosen_device
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    has_gpu = chosen_device("auto").has_memory
-    text = f"{_limit(soft)} of memory may be locked (hard limit: {_limit(hard)})"
-    if has_gpu and soft != resource.RLIM_INFINITY and soft < ENOUGH_LOCKED:
-        yield warn(
-            "memlock",
-            f"{text}: copies to the GPU may have to be made from pageable memory, which is slower.",
-            "Raise the limit: ulimit -l unlimited, or LimitMEMLOCK=infinity in a systemd unit.",
-        )
-    else:
-        yield ok("memlock", text + ("" if has_gpu else "; only copies to a GPU need it"))
-
-
 def shared_memory() -> Iterator[Finding]:
     """Report the free space of /dev/shm, which experts don't need."""
     place = Path("/dev/shm")
@@ -286,7 +266,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _limit(count: int) -> str:
-    return "any amount" if count == resource.RLIM_INFINITY else format_bytes(count)

@@ -27,16 +27,19 @@ class Card:
     source: str
 
 
+# Data sheets give the rate of the link for both directions together: 32 GB/s for PCIe 3.0 x16, 64 for 4.0, 128 for 5.0.
+# All numbers were compared with copies of these documents and with the specifications that shops and reviews quote, as
+# NVIDIA's own pages could not be reached.
 CARDS = (
-    Card("Tesla T4", 16 * GIB, 320 * GB, 16 * GB, "NVIDIA T4 data sheet, 2019: PCIe 3.0 x16"),
+    Card("Tesla T4", 16 * GIB, 320 * GB, 16 * GB, "NVIDIA T4, product brief: PCIe 3.0 x16"),
     Card("RTX 3060", 12 * GIB, 360 * GB, 32 * GB, "NVIDIA GeForce RTX 3060, specifications: PCIe 4.0 x16"),
-    Card("RTX 3090", 24 * GIB, 936 * GB, 32 * GB, "NVIDIA Ampere GA102 white paper: PCIe 4.0 x16"),
-    Card("RTX 4090", 24 * GIB, 1008 * GB, 32 * GB, "NVIDIA Ada white paper: PCIe 4.0 x16"),
-    Card("RTX 5090", 32 * GIB, 1792 * GB, 64 * GB, "NVIDIA RTX Blackwell white paper: PCIe 5.0 x16"),
-    Card("L40S", 48 * GIB, 864 * GB, 32 * GB, "NVIDIA L40S data sheet: PCIe 4.0 x16"),
-    Card("A100-SXM4-80GB", 80 * GIB, 2039 * GB, 32 * GB, "NVIDIA A100 data sheet: PCIe 4.0 x16"),
-    Card("H100 80GB HBM3", 80 * GIB, 3350 * GB, 64 * GB, "NVIDIA H100 data sheet, SXM: PCIe 5.0 x16"),
-    Card("H200", 141 * GIB, 4800 * GB, 64 * GB, "NVIDIA H200 data sheet, SXM: PCIe 5.0 x16"),
+    Card("RTX 3090", 24 * GIB, 936 * GB, 32 * GB, "NVIDIA Ampere GA102 GPU Architecture, V2.0: PCIe 4.0 x16"),
+    Card("RTX 4090", 24 * GIB, 1008 * GB, 32 * GB, "NVIDIA Ada GPU Architecture, V2.01: PCIe 4.0 x16"),
+    Card("RTX 5090", 32 * GIB, 1792 * GB, 64 * GB, "NVIDIA RTX Blackwell GPU Architecture: PCIe 5.0 x16"),
+    Card("L40S", 48 * GIB, 864 * GB, 32 * GB, "NVIDIA L40S, datasheet: PCIe 4.0 x16"),
+    Card("A100-SXM4-80GB", 80 * GIB, 2039 * GB, 32 * GB, "NVIDIA A100 Tensor Core GPU, datasheet: PCIe 4.0 x16"),
+    Card("H100 80GB HBM3", 80 * GIB, 3350 * GB, 64 * GB, "NVIDIA H100 Tensor Core GPU, datasheet, SXM: PCIe 5.0 x16"),
+    Card("H200", 141 * GIB, 4800 * GB, 64 * GB, "NVIDIA H200 Tensor Core GPU, datasheet, SXM: PCIe 5.0 x16"),
 )
 
 

@@ -1,16 +1,29 @@
-"""The protocol of look-ups by the device, in all interleavings of small cases, and with each of its rules broken."""
+"""The protocols of a device tier, in all interleavings of small cases, and with each of their rules broken.
+
+The tier queues the same work, in the same order, as the protocol with leases.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+import random
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import device_reference
 import pytest
-from interleavings import Load, Thread, explore
+import torch
+from consumers import Consumer
+from fake_device import FakeDevice, FakeEvent, FakeStream
+from interleavings import Load, Store, Swap, Thread, explore
+from readers import RamReader
+from stores import make_plan, make_records
+
+from moetier.tiers.device.tier import DeviceTier
+from moetier.tiers.host.tier import HostTier
 
 COMPUTING, COPYING = 27, 9  # most work that is queued on each stream
 EVENTS, USED, COPIED, LAST = range(1, 10), 10, 11, 12  # of the computing thread; of a promotion; of the end
@@ -50,7 +63,8 @@ class Case:
             memory |= {("slot", slot): record, ("holder", slot): record} | ({("table", record): slot} if record else {})
         for pair, _ in (each for block in self._blocks for each in block):
             memory |= {("found", pair): 0, ("missing", pair): 0, ("output", pair): 0}
-        memory |= {("buffer", 1): 0, ("buffer", 2): 0}
+        memory |= {("buffer", 1): 0, ("buffer", 2): 0, "filling": 0}
+        memory |= {(name, slot): 0 for name in ("pinned", "used", "ready") for slot in range(1, len(self._held) + 1)}
         name, given = self._beside
         streams = [partial(reference.stream, name) for name in ("computing", "copying")]
         explore(
@@ -69,6 +83,7 @@ class Case:
 
 
 PROMOTE = ("promote", (3, 2, USED, COPIED))  # the record 3, to one of two slots
+PROMOTE_LEASED = ("promote_leased", (3, 2, COPIED))
 CASES = {
     "three misses": Case("compute", [[(1, 1)], [(2, 2)], [(3, 1)]], [0], ("replace_record", (3,)), arena=2),
     "two misses": Case("compute", [[(1, 1), (2, 2)]], [0, 0], ("replace_record", (3,)), arena=2),
@@ -76,6 +91,10 @@ CASES = {
     "a hit": Case("compute", [[(1, 1)]], [1, 2], PROMOTE),
     "a promoted record": Case("compute", [[(1, 3)]], [1, 2], PROMOTE),
     "a graph": Case("replay", [[(1, 2)], [(2, 1)]], [1, 2], PROMOTE),
+    "three leased misses": Case("compute_leased", [[(1, 1)], [(2, 2)], [(3, 1)]], [0], ("replace_record", (3,)), 2),
+    "a leased hit": Case("compute_leased", [[(1, 1)]], [1, 2], PROMOTE_LEASED),
+    "a leased miss": Case("compute_leased", [[(1, 2)]], [1, 0], PROMOTE_LEASED),
+    "a promoted record is leased": Case("compute_leased", [[(1, 3)]], [1, 2], PROMOTE_LEASED),
 }
 
 BROKEN = {
@@ -106,6 +125,19 @@ BROKEN = {
         yield from queue("computing", *launch(block)[len(block) :], work(RECORD, looked))""",
         "a hit",
     ),
+    "a leased record's copy is not waited for": (
+        "*([work(WAIT, ready)] if ready else []), work(USE, pair, expert)",
+        "work(USE, pair, expert)",
+        "a promoted record is leased",
+    ),
+    "a copy does not wait for a lease's end": ("    if used:\n", "    if False:\n", "three leased misses"),
+    "a leased slot is not pinned": ('Store(("pinned", slot), 1)', 'Store(("pinned", slot), 0)', "a leased hit"),
+    "two slots are filled at a time": ('yield Store("filling", 1)', 'yield Store("filling", 0)', "a leased miss"),
+    "a buffer is filled while it is copied from": (
+        "if copied and buffer == 1:",
+        "if False:",
+        "three leased misses",
+    ),
     "a graph's misses are not looked at": (
         "for number, block in enumerate(blocks):",
         "for number, block in ():",
@@ -128,3 +160,85 @@ def test_a_broken_rule_is_noticed(what: str) -> None:
     exec(compile(source.replace(old, new), "broken", "exec"), broken.__dict__)
     with pytest.raises(AssertionError, match=r"is computed with what slot|was not computed"):
         CASES[case].explore(broken)
+
+
+class TracedStream(FakeStream):
+    """A stream that notes in its device's ``trace`` what is queued: its own name, the kind of work, and a number."""
+
+    def __init__(self, device: TracedDevice, name: str) -> None:
+        super().__init__(device)
+        self.name, self.trace, self.numbers = name, device.trace, device.numbers
+
+    def record_event(self) -> FakeEvent:
+        event = super().record_event()
+        self.trace.append((self.name, device_reference.RECORD, self.numbers.setdefault(event, len(self.numbers))))
+        return event
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.trace.append((self.name, device_reference.WAIT, self.numbers[event]))
+        super().wait_event(event)
+
+
+class TracedDevice(FakeDevice):
+    def __init__(self) -> None:
+        super().__init__(random.Random(0))
+        self.trace: list[tuple[str, int, int]] = []
+        self.numbers: dict[FakeEvent, int] = {}
+        self.slots: dict[int, int] = {}  # number of each slot, by its address
+        self.copies = TracedStream(self, "copying")
+        self.streams = [self.copies, TracedStream(self, "computing")]
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        slot = self.slots.setdefault(target.data_ptr(), len(self.slots))
+        self.trace.append(("copying", device_reference.COPY, slot))
+        super().copy(target, source)
+
+    def compute(self, work: Callable[[], None]) -> None:
+        self.trace.append(("computing", device_reference.USE, 0))
+        super().compute(work)
+
+
+def trace_of_the_protocol(experts: Sequence[int], slots: int) -> list[tuple[str, int, int]]:
+    """The work that one caller queues who leases records one after the other, with numbers as ``TracedDevice`` has."""
+    memory: defaultdict[Hashable, int] = defaultdict(int)
+    trace: list[tuple[str, int, int]] = []
+    events, numbers = dict[int, int](), dict[int, int]()
+    caller = device_reference.compute_leased([[(n, e)] for n, e in enumerate(experts, 1)], slots, range(1, 16))
+    streams = {name: device_reference.stream(name) for name in ("computing", "copying")}
+    threads = {None: caller, **streams}
+    answers: dict[Any, Any] = dict.fromkeys(threads)
+    while True:
+        for name, thread in threads.items():
+            try:
+                operation = thread.send(answers[name])
+            except StopIteration:
+                return trace
+            answers[name] = memory[operation.place]
+            match operation:
+                case Swap(place, old, new):
+                    answers[name] = int(memory[place] == old)
+                    memory[place] = new if memory[place] == old else memory[place]
+                case Store((stream, int()), value) if stream in streams:
+                    kind, first, second = value >> 8, value >> 4 & 15, value & 15
+                    number = {
+                        device_reference.COPY: lambda second=second: numbers.setdefault(second, len(numbers)),
+                        device_reference.USE: lambda: 0,
+                    }.get(kind, lambda first=first: events.setdefault(first, len(events)))
+                    trace.append((stream, kind, number()))
+                    memory[operation.place] = value
+                case Store(place, value):
+                    memory[place] = value
+
+
+@pytest.mark.parametrize("experts", [[1], [1, 1], [1, 2, 1], [1, 2, 3], [1, 2, 3, 2, 1]])
+def test_the_tier_queues_the_work_of_the_protocol(experts: list[int]) -> None:
+    plan = make_plan(blocks=1, experts=3, top_k=1)
+    device = TracedDevice()
+    with HostTier(RamReader(plan, make_records(plan)), slots={"records": 3}) as host:
+        tier = DeviceTier(host, plan, slots={"records": 2}, device=device, policy="lru")
+        consumer = Consumer(tier, device)
+        for expert in experts:
+            consumer.run(0, [expert - 1])
+        assert device.trace == trace_of_the_protocol(experts, 2)
+        device.finish()
+        tier.close()

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, record_bytes
-from fake_device import Locked, Order
+from fake_device import Order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integrity import check_integrity
@@ -23,22 +21,13 @@ from unsteady import UnsteadySource
 
 from moetier.runtime.devices.cuda import CudaDevice
 from moetier.testing import in_fork
-from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for, smallest_budget
-from moetier.tiers.device.copies import PageLocks
 from moetier.tiers.device.tier import DeviceTier
-from moetier.tiers.device.views import HostViews, SlotViews
+from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey, RecordLayout
-from moetier.tiers.source import Lease
 from moetier.tiers.store.reader import ExpertStore
-
-
-def arena_address(host: HostTier) -> int:
-    with contextlib.closing(host.acquire(keys(0, 0))) as leases:
-        lease = next(leases)
-        return int(np.frombuffer(lease.record, np.uint8).ctypes.data) - host.layout.offset(lease.slot)
 
 
 @pytest.fixture
@@ -138,8 +127,7 @@ def test_a_refill_waits_once_for_each_use_and_not_for_those_before(host: HostTie
 
 @pytest.mark.parametrize("slots", [2, 12])
 def test_the_next_record_is_copied_while_one_is_computed_on(reader: RamReader, slots: int) -> None:
-    """Its copy is queued before the computation is, and nobody waits for either in between: only at the end does the
-    caller wait for the last copy, because the host's leases end then."""
+    """Its copy is queued before the computation is, and the caller waits for neither."""
     device = device_of()
     with HostTier(reader, slots={"records": 12}) as host:
         list(host.acquire(keys(0, 0, 1)))
@@ -151,7 +139,7 @@ def test_the_next_record_is_copied_while_one_is_computed_on(reader: RamReader, s
             assert device.waits_of_the_host == 0
             device.compute(lambda lease=lease: consumer.look(lease))
         assert queued == [2, 2]
-        assert device.waits_of_the_host == 1
+        assert device.waits_of_the_host == 0
         assert consumer.wrong() == 0
         tier.close()
 
@@ -171,34 +159,22 @@ def test_a_slot_that_is_computed_on_is_refilled_without_a_wait_of_the_host() -> 
                 assert device.waits_of_the_host == waits
                 device.compute(lambda lease=lease, seen=seen: seen.append((lease.key, record_bytes(lease.record))))
             assert queued == [2, 3, 4, 4]
-            assert device.waits_of_the_host == waits + 1
             device.finish()
             assert [key.expert for key, data in seen if data == records[key]] == list(experts)
         tier.close()
 
 
-def test_what_another_process_may_replace_is_proved_before_it_is_computed_on(host: HostTier) -> None:
+def test_what_another_process_may_replace_is_not_waited_for_either(host: HostTier) -> None:
+    """It is proved when it is in a buffer, before it has come to the device."""
     device = device_of()
-    tier = DeviceTier(UnsteadySource(host, share=0.0), PLAN, slots=SMALLEST, device=device)
-    for lease in tier.acquire(keys(0, 0, 1)):
-        assert record_bytes(lease.record) == RECORDS[lease.key], "it is there"
-        assert not any(device.pending.values())
+    source = UnsteadySource(host, share=0.0)
+    tier = DeviceTier(source, PLAN, slots=SMALLEST, device=device)
+    consumer = Consumer(tier, device)
+    consumer.run(0, [0, 1])
+    assert sum(device.pending.values()) == 2
+    assert device.waits_of_the_host == source.unasked == 0
+    assert consumer.wrong() == 0
     tier.close()
-
-
-def test_a_callers_end_waits_for_the_copies_that_were_begun_ahead(reader: RamReader) -> None:
-    device = device_of()
-    with HostTier(reader, slots={"records": 12}) as host:
-        list(host.acquire(keys(0, 0, 1)))
-        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
-        leases = tier.acquire(keys(0, 0, 1))
-        next(leases)
-        assert sum(device.pending.values()) == 2
-        leases.close()
-        assert not any(device.pending.values()), "the host may refill what was copied from"
-        check_integrity(tier)
-        check_integrity(host)
-        tier.close()
 
 
 # -- records that are made ready on the device ------------------------------------------------------------------------
@@ -268,7 +244,6 @@ def test_what_can_not_be_arranged_leaves_nothing_behind(host: HostTier) -> None:
     consumer = Consumer(tier, device)
     with pytest.raises(torch.OutOfMemoryError):
         consumer.run(0, [0])
-    assert not any(device.pending.values())
     check_integrity(tier)
     consumer.run(0, [0])
     assert consumer.wrong() == 0
@@ -482,16 +457,17 @@ def test_who_waits_for_a_copy_that_fails_copies_for_itself(reader: RamReader) ->
         tier.close()
 
 
-def test_a_lease_of_the_host_ends_when_the_copy_is_done(host: HostTier) -> None:
+def test_a_lease_of_the_host_ends_before_the_copy(host: HostTier) -> None:
+    """The host may refill its slot, as the bytes are in a buffer."""
     device = device_of()
     tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
-    leases = tier.acquire(keys(0, 0))
-    next(leases)
-    assert device.copies.queue, "the copy has not run"
-    leases.close()
-    check_integrity(host)
+    consumer = Consumer(tier, device)
+    consumer.run(0, [0, 1])
+    assert sum(device.pending.values()) == 2, "no copy has run"
     assert host.stats().leased == 0
-    assert not any(device.pending.values()), "it has run by now"
+    list(host.acquire(keys(1, 0, 1, 2, 3)))
+    assert consumer.wrong() == 0
+    check_integrity(host)
     tier.close()
 
 
@@ -557,55 +533,14 @@ def test_a_device_without_room_for_one_token_is_refused(host: HostTier) -> None:
 
 def test_memory_that_can_not_be_page_locked_is_copied_all_the_same(host: HostTier) -> None:
     device = device_of(locks_pages=False)
-    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
-    consumer = Consumer(tier, device)
-    with pytest.warns(RuntimeWarning, match="page-lock"):
-        consumer.run(0, [0, 1, 2, 3])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        consumer.run(1, [0, 1, 2, 3])
-    assert device.page_lock_calls == 1, "it is not tried again"
-    assert consumer.wrong() == 0
-    tier.close()
-
-
-def test_the_hosts_memory_is_page_locked_as_a_whole_and_let_go(host: HostTier) -> None:
-    device, address = device_of(), arena_address(host)
-    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    with pytest.warns(RuntimeWarning, match="No memory can be page-locked") as caught:
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
     consumer = Consumer(tier, device)
     for block in (0, 1, 2, 0):
         consumer.run(block, [0, 1, 2, 3])
-    assert device.page_lock_calls == 1
-    assert device.locked == {address: Locked(host.layout.nbytes, read_only=False)}
-    consumer.wrong()
+    assert consumer.wrong() == 0
     tier.close()
-    assert not device.locked
-
-
-@pytest.mark.parametrize("maps", [False, True])
-def test_what_is_mapped_read_only_is_page_locked_so(host: HostTier, maps: bool) -> None:
-    """As the arena of a daemon is."""
-    device, owner = device_of(), Arena.create(host.layout)
-    descriptor = owner.export()
-    arena = Arena.map(descriptor, owner.layout) if maps else owner
-    views = SlotViews(PageLocks(device).lock)
-    for slot in range(arena.layout.slots):
-        views.of(Lease(ExpertKey(0, slot), arena.view(slot), slot))
-    assert list(device.locked.values()) == [Locked(arena.layout.nbytes, read_only=maps)]
-    os.close(descriptor)
-    owner.close()
-
-
-def test_memory_that_comes_back_before_it_was_unlocked_is_not_locked_twice() -> None:
-    device, memory = device_of(), bytearray(4096)
-    locks = PageLocks(device)
-    locks.lock(memory)
-    locks.retire(memory)
-    locks.lock(memory)
-    assert not locks.has_retired
-    assert device.page_lock_calls == len(device.locked) == 1
-    locks.unlock()
-    assert not device.locked
 
 
 def test_a_copy_that_fails_leaves_nothing_behind(host: HostTier) -> None:
@@ -675,7 +610,7 @@ def test_close_waits_for_a_copy_that_is_being_begun(host: HostTier) -> None:
     wait_until(lambda: device.copying == 1)
     closer = Task(tier.close)
     wait_until(lambda: sleeps(closer.thread))
-    assert device.locked, "the memory that is copied from is still page-locked"
+    assert device.locked, "the buffers are still there"
     device.copy_may_begin.set()
     closer.result()
     assert not device.locked
@@ -695,7 +630,7 @@ def test_close_lets_go_of_the_hosts_memory_when_it_has_been_copied(host: HostTie
     leases.close()
 
 
-def test_memory_that_the_host_has_given_up_is_unlocked_and_let_go_of(host: HostTier) -> None:
+def test_memory_that_the_host_has_given_up_is_let_go_of(host: HostTier) -> None:
     """As a daemon's client does, when a new daemon comes with an arena of its own."""
     device, spare = device_of(), HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST)
     source = UnsteadySource(spare, share=0.0)
@@ -703,19 +638,15 @@ def test_memory_that_the_host_has_given_up_is_unlocked_and_let_go_of(host: HostT
     consumer = Consumer(tier, device)
     for block in range(3):
         consumer.run(block, [0, 1])
-    device.finish()
-    assert list(device.locked) == [arena_address(spare)]
     source.source = host
     spare.close()
     for _ in range(2):
         for block in range(3):
             consumer.run(block, [0, 1, 2, 3])
     assert consumer.wrong() == 0
-    assert list(device.locked) == [arena_address(host)], "the old memory is unlocked"
     del consumer
     assert Path("/proc/self/maps").read_text().count("/memfd:moetier-arena") == 1
     tier.close()
-    assert not device.locked
 
 
 # -- a CPU's tier ------------------------------------------------------------------------------------------------------
@@ -769,6 +700,7 @@ def test_views_follow_a_source_whose_memory_changes() -> None:
 def test_on_cuda(tmp_path: Path) -> None:
     records = make_store(tmp_path)
     cuda = torch.device("cuda")
+    assert CudaDevice(cuda).page_locked(4096).is_pinned()
     with ExpertStore.open(tmp_path) as store, HostTier(store, slots=SMALLEST) as host:
         tier = DeviceTier(host, store.manifest, slots=SMALLEST, device=CudaDevice(cuda))
 
@@ -783,40 +715,6 @@ def test_on_cuda(tmp_path: Path) -> None:
 
         assert run_all([lambda n=n: caller(n) for n in range(4)]) == [80] * 4
         tier.close()
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_page_locks_and_recovers_from_a_refusal() -> None:
-    device = CudaDevice(torch.device("cuda"))
-    with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as host:
-        for lease in host.acquire(keys(0, 0)):
-            record = torch.frombuffer(lease.record, dtype=torch.uint8)
-            assert device.lock_pages(record, read_only=False)
-            assert record.is_pinned()
-            assert not device.lock_pages(record, read_only=False), "it is locked already"
-            assert float(torch.ones(4, device="cuda").sum()) == 4, "the refusal does not come up again"
-            device.unlock_pages(record)
-            del record
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_copies_out_of_what_is_mapped_read_only(host: HostTier) -> None:
-    """Page-locked, or pageable where the device has no such locks."""
-    cuda, descriptor = CudaDevice(torch.device("cuda")), host.export()
-    arena = Arena.map(descriptor, host.layout)
-    locks = PageLocks(cuda)
-    views = SlotViews(locks.lock, locks.retire)
-    target = cuda.allocate(PLAN.layouts["records"].record_bytes)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The memory of the host tier can't be page-locked")
-        for lease in host.acquire(keys(0, 0, 1)):
-            cuda.copy(target, views.of(Lease(lease.key, arena.view(lease.slot), lease.slot)))
-            cuda.copy_stream().record_event().synchronize()
-            assert record_bytes(target) == RECORDS[lease.key]
-    locks.unlock()
-    os.close(descriptor)
 
 
 # -- records that another process may replace --------------------------------------------------------------------------

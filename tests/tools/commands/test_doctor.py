@@ -16,7 +16,7 @@ from moetier.tools.commands.doctor import findings
 from moetier.tools.doctor.machine import State
 from moetier.tools.main import main
 
-NAMES = ["python", "libraries", "config", "cpu", "kernel", "gpu", "memory", "memfd", "memlock", "/dev/shm", "daemons"]
+NAMES = ["python", "libraries", "config", "cpu", "kernel", "gpu", "memory", "memfd", "/dev/shm", "daemons"]
 SECONDS = 0.01  # of disk reads
 
 
