@@ -175,7 +175,6 @@ CHANGES = {
     "append",
     "clear",
     "count",
-    "count_lookups",
     "count_wait",
     "difference_update",
     "discard",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from .layout import ExpertKey
 
@@ -16,40 +16,78 @@ WAITS_KEPT = 65_536  # number of the latest waits, of which the median and the 9
 LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
+class MetricText(NamedTuple):
+    """Name of a field as a metric of Prometheus, after the prefix ``moetier_tier_``, and its meaning for users."""
+
+    name: str
+    help: str
+
+
+def _counter(metric: str, help: str, *, zero: float = 0) -> Any:
+    """Declare a counter of a tier, which is ``zero`` at first."""
+    return field(default=zero, metadata={"counter": MetricText(metric, help)})
+
+
+def _outcome(outcome: str) -> Any:
+    """Declare a counter of prefetches that have ended with ``outcome``, a label of one metric."""
+    return field(default=0, metadata={"outcome": outcome})
+
+
+def _gauge(metric: str, help: str, default: int | None = 0) -> Any:
+    """Declare a number that describes the present state of the slots."""
+    return field(default=default, metadata={"gauge": MetricText(metric, help)})
+
+
 @dataclass(frozen=True, slots=True)
 class TierStats:
     """Snapshot of a tier: its counters, which are 0 when it is opened, and the state of its slots.
+
+    A counter is declared here: ``TierCounters`` counts it by this name, and ``/metrics`` takes its name and meaning
+    from here. A daemon sends it in a field of the same name (``Tier`` in ``proto/expert_store.proto``).
 
     A wait is a time during which a caller was blocked in ``acquire``, or during which a request of another process
     waited for records and held no lease.
     """
 
     name: str
-    hits: int = 0
-    misses: int = 0  # demands for records that were not READY: they began a load, or joined one
-    joined: int = 0  # misses that joined a load which a prefetch or another demand had begun
-    prefetched: int = 0  # prefetches whose read began; if it does not fail, each has one of the next four outcomes
-    useful: int = 0  # the record was READY when a demand came, in this tier or in the tier above, which had copied it
-    late: int = 0  # the record was still being read when a demand came
+    hits: int = _counter("hits", "Demands whose record was in the tier.")
+    # each has begun a load, or joined one
+    misses: int = _counter("misses", "Demands whose record was not in the tier.")
+    # the load was begun for a prefetch or another demand
+    joined: int = _counter("joined", "Misses whose record was already being loaded.")
+    # if the read does not fail, each prefetch has one of the next four outcomes
+    prefetched: int = _counter("prefetches", "Loads that a prefetch request began.")
+    # the record was READY when a demand came, in this tier or in the tier above, which had copied it
+    useful: int = _outcome("useful")
+    late: int = _outcome("late")  # the record was still being read when a demand came
     # the record was evicted before any demand; if the tier above has a copy, it counts when it is read again
-    wasted: int = 0
-    cancelled: int = 0  # prefetch requests that were replaced or got no slot, before their read or during it
-    saved_seconds: float = 0.0  # how much longer demands would have waited without useful and late prefetches
-    warmed: int = 0  # records that the warm-up has loaded: the most used of earlier runs, or the rest where all fit
-    recalled: int = 0  # records that the warm-up has loaded and a demand has used since
-    evictions: int = 0
-    failures: int = 0  # loads that ended with an error, and reads that failed but succeeded from a mirror
-    discarded: int = 0  # copies or results discarded because the record was replaced while it was in use
-    bytes_in: int = 0  # bytes that were loaded into this tier
+    wasted: int = _outcome("wasted")
+    cancelled: int = _outcome("cancelled")  # requests that were replaced or got no slot, before their read or during it
+    # how much longer demands would have waited
+    saved_seconds: float = _counter(
+        "prefetch_saved_seconds", "Seconds that useful and late prefetches have saved, at most.", zero=0.0
+    )
+    warmed: int = _counter(
+        "warmed",
+        "Records that were read beforehand: the most used of earlier runs, and the rest of a model that fits.",
+    )
+    recalled: int = _counter("recalled", "Records that were read beforehand and demanded afterwards.")
+    evictions: int = _counter("evictions", "Records that were evicted to make room for others.")
+    failures: int = _counter("load_failures", "Loads that ended in an error, and reads that a mirror made good.")
+    discarded: int = _counter(
+        "discarded", "Results that were discarded because their record had been replaced meanwhile."
+    )
+    bytes_in: int = _counter("loaded_bytes", "Bytes of records that came into the tier.")
     # number of loads for each bin of their duration; LOAD_BOUNDS are the upper bounds, and the last bin has none
     loads: tuple[int, ...] = (0,) * (len(LOAD_BOUNDS) + 1)
     load_seconds: float = 0.0  # total duration of the loads in ``loads``
     waits: int = 0
     wait_seconds: float = 0.0  # total duration of all waits
-    slots: int = 0  # number of slots
-    ready: int = 0  # number of slots that are READY
-    leased: int | None = None  # number of READY slots that are leased; None in a daemon's client, which can't know it
-    slot_bytes: int = 0  # size of all slots together, in bytes
+    slots: int = _gauge("slots", "Slots that the memory budget allows.")
+    ready: int = _gauge("ready_slots", "Slots that hold a record.")
+    # of the READY slots; None in a daemon's client, which can't know it
+    leased: int | None = _gauge("leased_slots", "Slots whose record is leased.", None)
+    slot_bytes: int = _gauge("slot_bytes", "Memory of all slots.")
     load_bounds: tuple[float, ...] = LOAD_BOUNDS  # upper bounds of the bins of ``loads``, in seconds
     wait_median: float = 0.0  # median of the latest waits, in seconds
     wait_p99: float = 0.0  # 99th percentile of the latest waits, in seconds
@@ -65,86 +103,56 @@ class TierStats:
         return asdict(self) | {"hit_ratio": self.hit_ratio}
 
 
+def declared(kind: Literal["counter", "gauge", "outcome"]) -> dict[str, Any]:
+    """Return what the fields of ``TierStats`` declare, by their names: a MetricText, or the text of an outcome."""
+    return {each.name: each.metadata[kind] for each in fields(TierStats) if kind in each.metadata}
+
+
 class TierCounters:
-    """The counters of a tier, which the tier changes under its lock. ``TierStats`` says what each of them counts."""
+    """The counters that ``TierStats`` declares, which a tier changes under its lock."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.hits = self.misses = self.joined = 0
-        self.prefetched = self.useful = self.late = self.wasted = self.cancelled = 0
-        self.saved_seconds = 0.0
-        self.warmed = self.recalled = self.evictions = self.failures = self.discarded = self.bytes_in = 0
-        self.loads = [0] * (len(LOAD_BOUNDS) + 1)
-        self.load_seconds = 0.0
-        self.waits, self.wait_seconds = 0, 0.0
+        names = declared("counter") | declared("outcome")
+        self._counts: dict[str, Any] = {each.name: each.default for each in fields(TierStats) if each.name in names}
+        self._loads = [0] * (len(LOAD_BOUNDS) + 1)
+        self._load_seconds = 0.0
+        self._waits, self._wait_seconds = 0, 0.0
         self._latest_waits = deque[float](maxlen=WAITS_KEPT)
 
-    def count(
-        self,
-        *,
-        joined: int = 0,
-        prefetched: int = 0,
-        cancelled: int = 0,
-        wasted: int = 0,
-        recalled: int = 0,
-        evictions: int = 0,
-        failures: int = 0,
-        discarded: int = 0,
-    ) -> None:
-        """Count what has happened. A miss that has ``joined`` a load is counted as a miss, too.
-
-        ``discarded`` copies were not used, because their records were replaced meanwhile.
-        """
-        self.joined += joined
-        self.prefetched += prefetched
-        self.cancelled += cancelled
-        self.wasted += wasted
-        self.recalled += recalled
-        self.evictions += evictions
-        self.failures += failures
-        self.discarded += discarded
-
-    def count_lookups(self, *, hits: int = 0, misses: int = 0) -> None:
-        """Count records that were looked up."""
-        self.hits += hits
-        self.misses += misses
+    def count(self, **events: float) -> None:
+        """Count what has happened: so many ``hits``, ``evictions`` or other counters of ``TierStats``."""
+        for name, number in events.items():
+            self._counts[name] += number
 
     def take_back_hits(self, hits: int) -> None:
         """Count so many of the earlier hits as discarded, because their records were replaced during their use."""
-        self.hits -= hits
-        self.discarded += hits
+        self.count(hits=-hits, discarded=hits)
 
     def count_load(self, seconds: float) -> None:
         """Count a load that took ``seconds``."""
-        self.loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
-        self.load_seconds += seconds
-
-    def count_fill(self, nbytes: int, *, is_warmup: bool = False) -> None:
-        """Count a slot that was filled with a record of ``nbytes``."""
-        self.bytes_in += nbytes
-        self.warmed += is_warmup
-
-    def count_used_prefetch(self, saved_seconds: float, *, is_late: bool) -> None:
-        """Count a prefetch whose record a demand uses, and how much longer the demand would have waited without it."""
-        self.late += is_late
-        self.useful += not is_late
-        self.saved_seconds += saved_seconds
+        self._loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
+        self._load_seconds += seconds
 
     def count_wait(self, seconds: float) -> None:
         """Count a wait of ``seconds``."""
-        self.waits += 1
-        self.wait_seconds += seconds
+        self._waits += 1
+        self._wait_seconds += seconds
         self._latest_waits.append(seconds)
 
-    def snapshot(self, *, slots: int, ready: int, leased: int | None, slot_bytes: int) -> TierStats:
+    def snapshot(self, *, slots: int = 0, ready: int = 0, leased: int | None = None, slot_bytes: int = 0) -> TierStats:
         """Return a copy of the counters, together with the given state of the slots.
 
         The caller holds the tier's lock. The only work that takes time is to sort the latest waits.
         """
         waits = sorted(self._latest_waits)
-        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return TierStats(
-            **counts | {"loads": tuple(self.loads)},
+            self.name,
+            **self._counts,
+            loads=tuple(self._loads),
+            load_seconds=self._load_seconds,
+            waits=self._waits,
+            wait_seconds=self._wait_seconds,
             slots=slots,
             ready=ready,
             leased=leased,
@@ -190,9 +198,9 @@ class PrefetchOutcomes:
     def note_use(self, key: ExpertKey) -> None:
         """Note a demand for a record. If it is the first since the prefetch, count the prefetch as useful or late."""
         if (seconds := self._unused.pop(key, None)) is not None:
-            self._counters.count_used_prefetch(seconds, is_late=False)
+            self._counters.count(useful=1, saved_seconds=seconds)
         elif (began := self._began.pop(key, None)) is not None:
-            self._counters.count_used_prefetch(self._clock() - began, is_late=True)
+            self._counters.count(late=1, saved_seconds=self._clock() - began)
 
     def evict(self, key: ExpertKey) -> None:
         """Note that the record was evicted. If no demand has used it, count its prefetch as wasted."""
@@ -219,21 +227,25 @@ class Share:
     computed_bytes: int = 0  # hidden states and outputs that were sent for that, both ways
 
 
+class Counts:
+    """A dataclass whose fields are counters. Its owner holds a lock."""
+
+    __slots__ = ()
+
+    def count(self, **events: int) -> None:
+        """Add to fields, by their names."""
+        for name, number in events.items():
+            setattr(self, name, getattr(self, name) + number)
+
+
 @dataclass(slots=True)
-class ShareCounts:
+class ShareCounts(Counts):
     """Counts of the records that come from one place. They are fields of ``Share``."""
 
     records: int = 0
     bytes: int = 0
     computed: int = 0
     computed_bytes: int = 0
-
-    def count(self, *, records: int = 0, bytes: int = 0, computed: int = 0, computed_bytes: int = 0) -> None:
-        """Count what has come from the place."""
-        self.records += records
-        self.bytes += bytes
-        self.computed += computed
-        self.computed_bytes += computed_bytes
 
     def share(self, place: str, away: str = "", lost: int = 0) -> Share:
         """Return these counts, labelled with ``place``. ``away`` and ``lost`` are as in ``Share``."""

@@ -41,7 +41,7 @@ class ClientUses:
             if not misses:  # with misses, their request tells the daemon that the demand has come
                 self._link.prefetch(block, [])
         with self._counting:
-            self._counters.count_lookups(hits=len(hits), misses=len(misses))
+            self._counters.count(hits=len(hits), misses=len(misses))
 
     def note(self, block: int, experts: Sequence[int]) -> None:
         """Count and report a demand, as ``ResidentUses`` says."""
@@ -60,7 +60,7 @@ class ClientUses:
         """Count hits whose records were replaced before the computation had ended. They are misses now."""
         with self._counting:
             self._counters.take_back_hits(hits)
-            self._counters.count_lookups(misses=hits)
+            self._counters.count(misses=hits)
 
     def note_copy(self, key: ExpertKey) -> None:
         """Note that the tier above copies a record. Its next use is reported."""

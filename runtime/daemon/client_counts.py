@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from dataclasses import asdict, dataclass, replace
 
+from moetier.tiers.stats import Counts
+
 
 @dataclass(slots=True)
-class StreamCounts:
+class StreamCounts(Counts):
     """Counts of all streams of a client."""
 
     requests: int = 0  # requests for experts
@@ -15,11 +17,6 @@ class StreamCounts:
     misses: int = 0  # experts that the client has requested
     bytes_in: int = 0
     bytes_out: int = 0
-
-    def add(self, other: StreamCounts) -> None:
-        """Add the counts of ``other``."""
-        for name, count in asdict(other).items():
-            setattr(self, name, getattr(self, name) + count)
 
 
 class ClientCounts:
@@ -38,12 +35,12 @@ class ClientCounts:
     def unregister(self, client: int) -> None:
         """Keep the counts of a client that has gone only in the sum."""
         with self._lock:
-            self._gone.add(self._by_client.pop(client))
+            self._gone.count(**asdict(self._by_client.pop(client)))
 
-    def count(self, client: int, event: StreamCounts) -> None:
-        """Count an event of a client."""
+    def count(self, client: int, **events: int) -> None:
+        """Count events of a client, by the names of ``StreamCounts``."""
         with self._lock:
-            self._by_client.get(client, self._gone).add(event)
+            self._by_client.get(client, self._gone).count(**events)
 
     def of(self, client: int) -> StreamCounts:
         """Return the counts of a client; zeros if it has gone."""
@@ -55,5 +52,5 @@ class ClientCounts:
         with self._lock:
             counts = replace(self._gone)
             for client in self._by_client.values():
-                counts.add(client)
+                counts.count(**asdict(client))
             return counts

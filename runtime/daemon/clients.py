@@ -108,7 +108,7 @@ class SessionCall:
                 self._on_ended()
                 self._model.log_failure(event.error)
                 message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
-            self._count(StreamCounts(bytes_out=message.ByteSize()))
+            self._count(bytes_out=message.ByteSize())
             yield message
         if self._error is not None:
             raise self._error
@@ -120,7 +120,7 @@ class SessionCall:
         """
         with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
             for message in messages:
-                self._count(StreamCounts(bytes_in=len(message)))
+                self._count(bytes_in=len(message))
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
@@ -155,7 +155,7 @@ class SessionCall:
             case "uses":
                 keys = [key for entry in message.uses.blocks for key in self._keys(entry)]
                 self._session.note_uses(keys)
-                self._count(StreamCounts(hits=len(keys)))
+                self._count(hits=len(keys))
             case "prefetch":
                 requested = message.prefetch.requested
                 self._session.prefetch(requested.block, self._keys(requested))
@@ -174,7 +174,7 @@ class SessionCall:
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._count(StreamCounts(requests=1, misses=len(keys)))
+        self._count(requests=1, misses=len(keys))
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -185,8 +185,8 @@ class SessionCall:
         except MoetierError as error:
             self._events.put(Failed(request, error))
 
-    def _count(self, event: StreamCounts) -> None:
-        self._model.counts.count(self._client.number, event)
+    def _count(self, **events: int) -> None:
+        self._model.counts.count(self._client.number, **events)
 
     def _release(self, message: pb.Release) -> None:
         if (block := self._session.block_of(message.request)) is None:  # it has failed since the client sent this

@@ -31,56 +31,29 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.stats import TierStats
+from moetier.tiers.stats import MetricText, TierStats, declared
 from moetier.tiers.threads import start_thread
 
 CONNECTIONS = 64  # most connections to the HTTP server at once: each takes a thread and a descriptor
 
 LABELS = ("model", "tier")
 
-# metric: (field, meaning)
-GAUGES = {
-    "slots": ("slots", "Slots that the memory budget allows."),
-    "ready_slots": ("ready", "Slots that hold a record."),
-    "leased_slots": ("leased", "Slots whose record is leased."),
-    "slot_bytes": ("slot_bytes", "Memory of all slots."),
-}
-COUNTERS = {
-    "hits": ("hits", "Demands whose record was in the tier."),
-    "misses": ("misses", "Demands whose record was not in the tier."),
-    "joined": ("joined", "Misses whose record was already being loaded."),
-    "evictions": ("evictions", "Records that were evicted to make room for others."),
-    "load_failures": ("failures", "Loads that ended in an error, and reads that a mirror made good."),
-    "discarded": ("discarded", "Results that were discarded because their record had been replaced meanwhile."),
-    "loaded_bytes": ("bytes_in", "Bytes of records that came into the tier."),
-    "prefetches": ("prefetched", "Loads that a prefetch request began."),
-    "prefetch_saved_seconds": (
-        "saved_seconds",
-        "Seconds that useful and late prefetches have saved, at most.",
-    ),
-    "warmed": (
-        "warmed",
-        "Records that were read beforehand: the most used of earlier runs, and the rest of a model that fits.",
-    ),
-    "recalled": ("recalled", "Records that were read beforehand and demanded afterwards."),
-}
-OUTCOMES = ("useful", "late", "wasted", "cancelled")
-
+# field of ModelStats: its metric
 OF_CLIENTS_NOW = {
-    "clients": ("clients", "Processes of this host that are connected."),
-    "sessions": ("sessions", "Clients that have a session."),
-    "leases": ("leases", "Slots held for clients of this host, or on their way to them."),
-    "recovered_slots": ("recovered", "Slots that were reclaimed with their records when the daemon started."),
+    "clients": MetricText("clients", "Processes of this host that are connected."),
+    "sessions": MetricText("sessions", "Clients that have a session."),
+    "leases": MetricText("leases", "Slots held for clients of this host, or on their way to them."),
+    "recovered": MetricText("recovered_slots", "Slots that were reclaimed with their records when the daemon started."),
 }
 FAULTY = "1 if the model is no longer served: its shards are not of one conversion, or a thread has failed; else 0."
 OF_CLIENTS = {
-    "requests": ("requests", "Requests of clients for the missing experts of a block."),
-    "reported_hits": ("used", "Hits in the directory, as clients report them."),
-    "fetches": ("fetches", "Records, or parts of them, sent to other hosts."),
-    "fetched_bytes": ("fetched_bytes", "Bytes of records sent to other hosts."),
-    "computed_rows": ("computed", "Outputs of experts computed for other hosts."),
-    "received_bytes": ("session_bytes_in", "Bytes of messages from clients of this host."),
-    "sent_bytes": ("session_bytes_out", "Bytes of messages to clients of this host."),
+    "requests": MetricText("requests", "Requests of clients for the missing experts of a block."),
+    "used": MetricText("reported_hits", "Hits in the directory, as clients report them."),
+    "fetches": MetricText("fetches", "Records, or parts of them, sent to other hosts."),
+    "fetched_bytes": MetricText("fetched_bytes", "Bytes of records sent to other hosts."),
+    "computed": MetricText("computed_rows", "Outputs of experts computed for other hosts."),
+    "session_bytes_in": MetricText("received_bytes", "Bytes of messages from clients of this host."),
+    "session_bytes_out": MetricText("sent_bytes", "Bytes of messages to clients of this host."),
 }
 
 Tiers = Sequence[tuple[str, TierStats | pb.Tier]]  # counters of tiers, each with its model's name
@@ -111,8 +84,8 @@ class DaemonCollector(Collector):
 def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
     """Yield the metrics of tiers, labelled by model and tier."""
     rows = [([model, tier.name], tier) for model, tier in tiers]
-    yield from _families(GaugeMetricFamily, "moetier_tier", GAUGES, LABELS, rows)
-    yield from _families(CounterMetricFamily, "moetier_tier", COUNTERS, LABELS, rows)
+    yield from _families(GaugeMetricFamily, "moetier_tier", declared("gauge"), LABELS, rows)
+    yield from _families(CounterMetricFamily, "moetier_tier", declared("counter"), LABELS, rows)
     outcomes = CounterMetricFamily(
         "moetier_tier_prefetch_outcomes",
         "Outcomes of prefetch requests, as far as they are known.",
@@ -121,8 +94,8 @@ def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
     loads = HistogramMetricFamily("moetier_tier_load_seconds", "How long loads took.", labels=LABELS)
     waits = SummaryMetricFamily("moetier_tier_wait_seconds", "How long callers waited for records.", labels=LABELS)
     for labels, tier in rows:
-        for outcome in OUTCOMES:
-            outcomes.add_metric([*labels, outcome], getattr(tier, outcome))
+        for name, outcome in declared("outcome").items():
+            outcomes.add_metric([*labels, outcome], getattr(tier, name))
         bounds = [*map(repr, tier.load_bounds), "+Inf"]
         loads.add_metric(labels, list(zip(bounds, accumulate(tier.loads), strict=True)), tier.load_seconds)
         waits.add_metric(labels, tier.waits, tier.wait_seconds)
@@ -132,17 +105,16 @@ def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
 def _families(
     family: type[GaugeMetricFamily | CounterMetricFamily],
     prefix: str,
-    fields: Mapping[str, tuple[str, str]],
+    fields: Mapping[str, MetricText],
     labels: Sequence[str],
     rows: Sequence[tuple[list[str], object]],
 ) -> Iterator[Metric]:
     """Yield a metric of type ``family`` for each of ``fields``, with a sample for each of ``rows``.
 
-    ``fields`` is a dictionary from metrics to pairs (field, meaning). A row is a pair: the values of the ``labels``,
-    and an object that has the fields.
+    A row is a pair: the values of the ``labels``, and an object that has the fields.
     """
-    for metric, (field, meaning) in fields.items():
-        sampled = family(f"{prefix}_{metric}", meaning, labels=labels)
+    for field, metric in fields.items():
+        sampled = family(f"{prefix}_{metric.name}", metric.help, labels=labels)
         for values, counters in rows:
             if (value := getattr(counters, field)) is not None:
                 sampled.add_metric(values, value)

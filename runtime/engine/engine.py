@@ -21,6 +21,7 @@ from moetier.runtime.libraries.model_building import BUILDING
 from moetier.runtime.model.context import longest_context
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
+from moetier.tiers.threads import start_thread
 
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
@@ -30,7 +31,7 @@ from .page_folder import PageFolder, PageOptions
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself, scored
 from .saved_pages import SavedPages
-from .scheduler import Scheduler
+from .scheduler import Scheduler, StepLimits
 from .sequence import DeadlineError, Finish, Request, Sampled, Sequence
 from .stream import Stream
 
@@ -90,14 +91,15 @@ class Engine(Closeable):
         self.context = min(context, PAGE_TOKENS * pages)
         self.saved = saved
         self._runner = runner
-        self._scheduler = Scheduler(
-            KVCache(pages, runner, keeps=runner.can_resume, saved=saved),
-            max_sequences=max_sequences,
-            chunk=chunk if runner.can_resume else context,
-            later=min(chunk, later or chunk) if runner.can_resume else context,
-            prefill_block=runner.prefill_block,
-            scored=SCORED if runner.can_resume else context,
+        block, whole = runner.prefill_block, context  # a model that can't resume computes whole prompts
+        limits = StepLimits(
+            max_sequences,
+            first_chunk=max(chunk, block or 1) if runner.can_resume else whole,
+            later_chunk=min(chunk, later or chunk) if runner.can_resume else whole,
+            scored_chunk=min(SCORED, block or chunk) if runner.can_resume else whole,
+            block=block,
         )
+        self._scheduler = Scheduler(KVCache(pages, runner, keeps=runner.can_resume, saved=saved), limits)
         self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
         self._next_turn = 0.0  # time at which other sequences are computed beside them
         self._samplers: dict[Sequence, Sampler] = {}
@@ -106,8 +108,7 @@ class Engine(Closeable):
         self._arrived: list[Sequence] = []
         self._is_closed = False
         self._failure: BaseException | None = None  # what has ended the thread
-        self._thread = threading.Thread(target=self._work, name="moetier-engine", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("moetier-engine", self._work)
 
     @classmethod
     def of(
@@ -269,7 +270,7 @@ class Engine(Closeable):
         Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
         """
         for task in tasks:
-            task.sequence.underway = done * task.tokens
+            task.sequence.note_underway(done * task.tokens)
         if self._is_closed or all(task.sequence.is_over for task in tasks):
             raise Stopped
         BUILDING.let_build()
@@ -330,7 +331,7 @@ class Engine(Closeable):
             )
         finally:
             for sequence in prompts:
-                sequence.underway = 0.0
+                sequence.note_underway(0.0)
 
     def _advance(self, task: Task, output: Tensor | None) -> None:
         """Let a sequence go on after a computed task. ``output``: its logits, as ``Runner.run`` returns them."""
@@ -350,7 +351,7 @@ class Engine(Closeable):
         """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
         tokens = sequence.ids[begin + 1 : min(begin + 1 + len(logits), len(sequence.request.ids))]
         scores = scored(logits[: len(tokens)], tokens, sequence.request.logprobs or 0)
-        sequence.prompt_scores |= dict(enumerate(scores, begin + 1))
+        sequence.score(begin + 1, scores)
 
     def _sample(self, sequence: Sequence, logits: Tensor) -> None:
         sampler = self._samplers[sequence]
@@ -367,24 +368,23 @@ class Engine(Closeable):
             self._end(sequence, Finish.CANCELLED)
             return
         done = f"{sequence.new_tokens:,} of at most {sequence.request.max_new_tokens:,} tokens"
-        sequence.error = DeadlineError(
+        error = DeadlineError(
             f"The deadline of a request has passed after {done} of its answer.",
             "Ask for fewer tokens, send fewer requests at a time, or give it a later deadline.",
         )
-        self._end(sequence, Finish.DEADLINE)
+        self._end(sequence, Finish.DEADLINE, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        sequence.error = error
-        self._end(sequence, Finish.FAILED)
+        self._end(sequence, Finish.FAILED, error)
 
-    def _end(self, sequence: Sequence, finish: Finish) -> None:
+    def _end(self, sequence: Sequence, finish: Finish, error: BaseException | None = None) -> None:
         self._scheduler.remove(sequence, is_turn=finish is not Finish.FAILED and sequence.new_tokens > 0)
         self._runner.end(sequence)
         self._samplers.pop(sequence, None)
         try:
-            sequence.end(finish)
-        except Exception as error:  # of the caller's function; the sequences that are computed need not end
-            _log.error("A function that was to be called at the end of a sequence has failed: %s", error)
+            sequence.end(finish, error)
+        except Exception as failure:  # of the caller's function; the sequences that are computed need not end
+            _log.error("A function that was to be called at the end of a sequence has failed: %s", failure)
 
     def _work(self) -> None:
         try:
@@ -399,13 +399,12 @@ class Engine(Closeable):
             arrived, self._arrived = self._arrived, []
         finish = Finish.CANCELLED if self._failure is None else Finish.FAILED
         for sequence in (*arrived, *self.sequences):
-            sequence.error = self._failure
             try:
-                self._end(sequence, finish)
+                self._end(sequence, finish, self._failure)
             except Exception as error:  # the others must end nevertheless
                 _log.error("The end of a sequence has failed: %s", error)
                 with contextlib.suppress(Exception):
-                    sequence.end(finish)
+                    sequence.end(finish, self._failure)
 
     def _take(self) -> bool:
         """Wait until there is work, and let the scheduler have the sequences that have arrived.

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tiers.threads import start_thread
 
 from .type_schema import schema_of
 
@@ -296,11 +297,10 @@ def _on_large_stack(compiled: Callable[[], LLMatcher]) -> LLMatcher:
         except BaseException as error:  # the caller gets a panic of llguidance, too
             result.set_exception(error)
 
-    thread = threading.Thread(target=run, name="moetier-grammar")
     with _stack_size:
         usual = threading.stack_size(STACK_BYTES)
         try:
-            thread.start()
+            thread = start_thread("moetier-grammar", run, daemon=False)
         finally:
             threading.stack_size(usual)
     thread.join()

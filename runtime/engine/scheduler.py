@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from .kv_cache import KVCache
 from .runner import Task
@@ -13,41 +14,38 @@ FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one 
 BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """How much a step may compute.
+
+    Attributes:
+        max_sequences: most sequences that run at a time.
+        first_chunk: most tokens of prompts in a step: of one that runs alone, from its first token on; or of all that
+            are computed together.
+        later_chunk: most tokens of a prompt behind earlier ones of it, or beside other sequences, if prompts are
+            computed one by one. Attention to earlier tokens takes memory.
+        scored_chunk: most tokens of a prompt that is scored, as each has logits for the whole vocabulary.
+        block: tokens of a short prompt, at most. Longer prompts are computed together, and short ones beside them.
+            None: prompts are computed one by one.
+    """
+
+    max_sequences: int
+    first_chunk: int
+    later_chunk: int
+    scored_chunk: int
+    block: int | None = None
+
+
 class Scheduler:
     """Sequences that wait, and those that run. A running sequence holds pages.
 
     Sequences wait in the order in which they came, but those whose deadlines are near go before others (``due``).
     """
 
-    def __init__(
-        self,
-        cache: KVCache,
-        *,
-        max_sequences: int,
-        chunk: int,
-        later: int | None = None,
-        scored: int | None = None,
-        prefill_block: int | None = None,
-    ) -> None:
-        """Make a scheduler of sequences that have their pages in ``cache``.
-
-        Args:
-            cache: the pages.
-            max_sequences: most sequences that run at a time.
-            chunk: most tokens of prompts that are computed in a step.
-            later: most tokens of a prompt that are computed behind earlier ones or beside other sequences, which takes
-                more memory; None for ``chunk``.
-            scored: most tokens of a prompt that is scored, as each has logits for the whole vocabulary; None for
-                ``chunk``.
-            prefill_block: prompts of more tokens are computed together, and short ones beside them; None to compute
-                prompts one by one.
-        """
+    def __init__(self, cache: KVCache, limits: StepLimits) -> None:
+        """Make a scheduler of sequences that have their pages in ``cache``."""
         self._cache = cache
-        self._max_sequences = max_sequences
-        self._chunk = max(chunk, prefill_block or 1)
-        self._later = later or chunk
-        self._prefill_block = prefill_block
-        self._scored = min(scored or chunk, prefill_block or chunk)
+        self._limits = limits
         self._step = 0
         self.waiting: list[Sequence] = []  # ascending by ``due``
         self.running: list[Sequence] = []  # in the order in which they began
@@ -73,7 +71,7 @@ class Scheduler:
         """
         if (
             not self.waiting
-            or len(self.running) >= self._max_sequences
+            or len(self.running) >= self._limits.max_sequences
             or not self._cache.has_pages_for(self.waiting[0])
         ):
             return False
@@ -84,7 +82,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.begin()
         self.running.append(sequence)
-        return self._prefill_block is not None
+        return self._limits.block is not None
 
     def schedule(self, beside: Collection[Sequence] = ()) -> tuple[list[Task], list[Sequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
@@ -120,23 +118,23 @@ class Scheduler:
     def _tokens(self, running: list[Sequence], *, is_beside: bool) -> dict[Sequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
-        if self._prefill_block is None:
+        if self._limits.block is None:
             is_alone = len(self.running) == 1 and not self.running[0].computed
-            left, chosen = self._chunk if is_alone else self._later, prompts[:1]
+            left, chosen = self._limits.first_chunk if is_alone else self._limits.later_chunk, prompts[:1]
         else:
-            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._prefill_block]
+            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._limits.block]
             short = [sequence for sequence in prompts if sequence not in long]
-            left, chosen = self._chunk, short[:1] + long
+            left, chosen = self._limits.first_chunk, short[:1] + long
             if is_beside:
                 # a block of a prompt that is not very long; the others wait for a step of their own
-                left = self._prefill_block
+                left = self._limits.block
                 chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= BLOCKS_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
             if left >= min(
-                self._max_tokens(sequence), self._prefill_block or 1
+                self._max_tokens(sequence), self._limits.block or 1
             ):  # few tokens would need as many experts as many do
-                sequence.last_step = self._step
+                sequence.note_part(self._step)
                 tokens[sequence] = min(self._max_tokens(sequence), left)
                 left -= tokens[sequence]
         return {sequence: tokens[sequence] for sequence in running if sequence in tokens}
@@ -144,7 +142,7 @@ class Scheduler:
     def _max_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a sequence a step computes at most."""
         most = self._cache.most_tokens(sequence)
-        return min(most, self._scored) if sequence.request.scores_prompt else most
+        return min(most, self._limits.scored_chunk) if sequence.request.scores_prompt else most
 
     def computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""

@@ -125,6 +125,7 @@ class Sequence:
     """The tokens of a request and its answer so far.
 
     ``computed`` is the number of tokens whose keys and values are kept; the tokens after them are to be computed next.
+    Only the methods change a sequence. The engine's thread calls them; any thread may call ``cancel``.
     """
 
     def __init__(
@@ -167,6 +168,18 @@ class Sequence:
         """Note that the next ``tokens`` tokens were computed."""
         self.computed += tokens
 
+    def note_part(self, step: int) -> None:
+        """Note that a step, of this number, computes a part of the prompt."""
+        self.last_step = step
+
+    def note_underway(self, tokens: float) -> None:
+        """Note that a part of the prompt has had ``tokens`` tokens' worth of computing, of which none is kept yet."""
+        self.underway = tokens
+
+    def score(self, position: int, scores: ManyOf[Sampled]) -> None:
+        """Note the log probabilities of the prompt's tokens from ``position`` on."""
+        self.prompt_scores |= dict(enumerate(scores, position))
+
     def begin(self) -> None:
         """Note that the sequence begins to run, with its ``computed`` tokens. Only the first time has an effect."""
         if self.began is None:
@@ -197,7 +210,7 @@ class Sequence:
         """End the sequence soon. May be called on any thread, and after the end."""
         self.is_cancelled = True
 
-    def end(self, finish: Finish) -> None:
-        """Note why the sequence has ended, and tell that it has."""
-        self.finish = finish
+    def end(self, finish: Finish, error: BaseException | None = None) -> None:
+        """Note why the sequence has ended, and with which error, and tell that it has."""
+        self.error, self.finish = error, finish  # in this order, as other threads read the error after the end
         self._on_end(self)

@@ -26,6 +26,7 @@ from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
+from moetier.tiers.threads import start_thread
 
 from .budgets import ModelMemory, Needs
 from .kv_budget import NO_KV, KVBudget
@@ -36,7 +37,7 @@ from .trunk_files import TrunkFiles
 NO_NEEDS = Needs()  # all memory is for experts
 
 _log = logging.getLogger(__name__)
-_closers: set[threading.Thread] = set()
+_closers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that have not ended
 
 
 class Tiers(Closeable):
@@ -182,15 +183,7 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
         close_sources()
         return
 
-    def close() -> None:
-        try:
-            close_sources()
-        finally:
-            _closers.discard(threading.current_thread())
-
-    closer = threading.Thread(target=close, name="moetier-closer", daemon=True)
-    _closers.add(closer)
-    closer.start()
+    _closers.add(start_thread("moetier-closer", close_sources))
 
 
 @atexit.register

@@ -196,7 +196,7 @@ class DeviceFill:
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
-        self._counters.count_fill(pool.slot_bytes)
+        self._counters.count(bytes_in=pool.slot_bytes)
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
         pool.complete_fill(slot)

@@ -326,7 +326,7 @@ class DeviceTier:
         if missing:
             self._promoter.pause()
             demand.misses = True
-        self._counters.count_lookups(hits=len(hits), misses=len(missing))
+        self._counters.count(hits=len(hits), misses=len(missing))
         was_requested = block in self._requested
         self._requested.discard(block)
         return hits, missing, was_requested

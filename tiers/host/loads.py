@@ -313,7 +313,7 @@ class Loads:
         """End a load whose record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded:
             self._counters.count_load(seconds)
-        self._counters.count_fill(load.pool.slot_bytes, is_warmup=load.purpose is Purpose.WARMUP)
+        self._counters.count(bytes_in=load.pool.slot_bytes, warmed=load.purpose is Purpose.WARMUP)
         del self._loads[load.key]
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.pool.number(load.slot), load.key)

@@ -40,7 +40,7 @@ class Uses:
     def note_demand(self, hits: Collection[ExpertKey], misses: Collection[ExpertKey]) -> None:
         """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
         self._counts.update([*hits, *misses])
-        self._counters.count_lookups(hits=len(hits), misses=len(misses))
+        self._counters.count(hits=len(hits), misses=len(misses))
         self._prefetches.mark_used(hits)
 
     def note_found(self, block: int, experts: Sequence[int]) -> None:
@@ -49,7 +49,7 @@ class Uses:
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self._prefetches.replace(pool, block, (), None)
         self._counts.update(keys)
-        self._counters.count_lookups(hits=len(keys))
+        self._counters.count(hits=len(keys))
         cached = [key for key in keys if pool.lookup(key) is Lookup.HIT]  # others were evicted since
         self._prefetches.mark_used(cached)
         pool.partitions.touch(reversed(cached), is_scan=len(keys) > pool.partitions.quota(block))
@@ -66,7 +66,7 @@ class Uses:
 
     def note_client(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""
-        self._counters.count_lookups(hits=len(keys))
+        self._counters.count(hits=len(keys))
         self._counts.update(keys)
         for key in keys:
             pool = self._pool_of[key.block]

@@ -9,7 +9,7 @@ def test_the_sum_is_that_of_all_clients_and_stays_when_one_goes() -> None:
     counts = ClientCounts()
     for client in (1, 2):
         counts.register(client)
-        counts.count(client, StreamCounts(hits=client, bytes_in=10))
+        counts.count(client, hits=client, bytes_in=10)
     assert (counts.of(1), counts.of(2)) == (StreamCounts(hits=1, bytes_in=10), StreamCounts(hits=2, bytes_in=10))
     assert counts.sum() == StreamCounts(hits=3, bytes_in=20)
     counts.unregister(1)
@@ -21,5 +21,5 @@ def test_what_a_stream_counts_while_its_client_goes_is_not_lost() -> None:
     counts = ClientCounts()
     counts.register(1)
     counts.unregister(1)
-    counts.count(1, StreamCounts(bytes_out=5))
+    counts.count(1, bytes_out=5)
     assert counts.sum() == StreamCounts(bytes_out=5)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
-from moetier.runtime.engine.scheduler import Scheduler
+from moetier.runtime.engine.scheduler import Scheduler, StepLimits
 from moetier.runtime.engine.sequence import PATIENCE, Request, Sampled, Sequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
@@ -21,13 +21,10 @@ def scheduler_of(
     later: int | None = None,
     prefill_block: int | None = None,
 ) -> Scheduler:
-    return Scheduler(
-        KVCache(pages, WrittenPages()),
-        max_sequences=max_sequences,
-        chunk=chunk,
-        later=later,
-        prefill_block=prefill_block,
+    limits = StepLimits(
+        max_sequences, max(chunk, prefill_block or 1), later or chunk, prefill_block or chunk, prefill_block
     )
+    return Scheduler(KVCache(pages, WrittenPages()), limits)
 
 
 def added(scheduler: Scheduler, tokens: int, deadline: float | None = None) -> Sequence:

@@ -81,8 +81,8 @@ def test_evictions_are_counted() -> None:
         caller = demand(ledger, pool, 1, expert)
         arrive_all(ledger)
         ledger.end(caller)
-    assert ledger.counters.evictions == 2
-    assert (ledger.counters.hits, ledger.counters.misses) == (1, 4)
+    assert ledger.stats().evictions == 2
+    assert (ledger.stats().hits, ledger.stats().misses) == (1, 4)
 
 
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:

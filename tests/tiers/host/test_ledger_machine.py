@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -131,12 +129,12 @@ class LedgerMachine(RuleBasedStateMachine):
         pool = self.ledger.slots.pool_of[block]
         with self.monitor.transition():
             ready = {key for key in keys if pool.lookup(key) is Lookup.HIT}
-            hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
+            hits, misses = self.ledger.stats().hits, self.ledger.stats().misses
             caller = Caller(Demand(pool, block, ThreadCaller(len(self.callers))), keys)
             self.callers.append(caller)
             self.ledger.begin(caller.demand, keys)
-            assert self.ledger.counters.hits - hits == len(ready)
-            assert self.ledger.counters.misses - misses == len(set(keys)) - len(ready)
+            assert self.ledger.stats().hits - hits == len(ready)
+            assert self.ledger.stats().misses - misses == len(set(keys)) - len(ready)
             assert {pool.key(slot) for slot in caller.demand.ready} == ready
 
     def steps(self) -> list[Caller]:
@@ -181,14 +179,14 @@ class LedgerMachine(RuleBasedStateMachine):
         """For as long as any other lease."""
         pool = self.ledger.slots.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, ThreadCaller(len(self.callers))), [])
-        before = copy.deepcopy(vars(self.ledger.counters))
+        before = self.ledger.counters.snapshot()
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
             assert (slot is not None) == ((pool.lookup(key) is Lookup.HIT) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)
-            assert vars(self.ledger.counters) == before
+            assert self.ledger.counters.snapshot() == before
             if used:
                 self.ledger.uses.note_copies([key])
 
@@ -285,12 +283,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def begin_read(self) -> None:
         with self.monitor.transition():
-            evictions = self.ledger.counters.evictions
+            evictions = self.ledger.stats().evictions
             load = self.ledger.loads.take()
         if load is not None:
             if load.purpose is Purpose.WARMUP:
                 assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
-                assert self.ledger.counters.evictions == evictions, "and of the slots"
+                assert self.ledger.stats().evictions == evictions, "and of the slots"
             self.reading.append(load)
 
     def awake(self) -> list[Load]:
@@ -334,7 +332,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         check_ledger(self.ledger)
-        counters = self.ledger.counters
+        counters = self.ledger.stats()
         assert counters.useful + counters.late + counters.wasted <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None

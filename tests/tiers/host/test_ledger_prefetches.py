@@ -54,7 +54,7 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     assert other.key == ExpertKey(4, 1)
     assert pool.slot_of(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
     ledger.loads.complete(other)
-    assert ledger.counters.prefetched == 2
+    assert ledger.stats().prefetched == 2
 
 
 def test_what_becomes_of_prefetches_is_counted() -> None:
@@ -68,7 +68,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
         ledger.loads.complete(load)
 
     def counts() -> tuple[int, ...]:
-        found = ledger.counters
+        found = ledger.stats()
         assert found.useful + found.late + found.wasted <= found.prefetched
         return found.prefetched, found.useful, found.late, found.wasted, found.cancelled
 
@@ -82,7 +82,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     now[0] += 0.25
     ledger.loads.complete(late)
     ledger.end(first)
-    assert ledger.counters.saved_seconds == 0.75
+    assert ledger.stats().saved_seconds == 0.75
     ledger.end(demand(ledger, pool, 1, 0, 1))
     assert counts() == (2, 1, 1, 0, 1), "each once"
 
@@ -95,7 +95,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     arrive_all(ledger)
     ledger.end(others)
     assert counts() == (3, 1, 1, 1, 2), "evicted before a demand used it; and the next request found no slot"
-    assert ledger.counters.saved_seconds == 0.75
+    assert ledger.stats().saved_seconds == 0.75
 
 
 def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
@@ -118,7 +118,7 @@ def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
     arrive_all(ledger)
     ledger.end(asked)
     assert there((1, 2), (1, 0), (1, 1), (4, 1), (4, 2)) == [False, True, True, True, True], "block 4 has its slot back"
-    assert ledger.counters.wasted == 2
+    assert ledger.stats().wasted == 2
 
 
 def test_a_prefetch_takes_what_is_empty_before_what_was_wrong() -> None:
@@ -128,18 +128,18 @@ def test_a_prefetch_takes_what_is_empty_before_what_was_wrong() -> None:
         ledger.prefetch(key.block, [key])
         arrive_all(ledger)
     assert None not in (pool.slot_of(ExpertKey(4, 0)), pool.slot_of(ExpertKey(1, 0)))
-    assert ledger.counters.wasted == 0
+    assert ledger.stats().wasted == 0
 
 
 def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> None:
     ledger, _ = ledger_of(2)
     ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     assert [read_next(ledger) for _ in range(3)] == [ExpertKey(1, 0), ExpertKey(1, 1), None]
-    assert (ledger.counters.prefetched, ledger.counters.cancelled) == (2, 1), "two are requested still"
+    assert (ledger.stats().prefetched, ledger.stats().cancelled) == (2, 1), "two are requested still"
     caller = AsyncCaller(lambda event: None, 1)
     ledger.prefetch(3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller)
     ledger.prefetches.cancel(caller)
-    assert (read_next(ledger), ledger.counters.cancelled) == (None, 3)
+    assert (read_next(ledger), ledger.stats().cancelled) == (None, 3)
 
 
 def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -> None:
@@ -149,7 +149,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
     assert load is not None
     ledger.loads.complete(load)
     ledger.uses.note_client([ExpertKey(1, 0)])
-    assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
+    assert (ledger.stats().useful, ledger.stats().late) == (1, 0)
 
 
 def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
@@ -168,7 +168,11 @@ def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
     ledger.end(wanted)
     ledger.prefetch(3, [ExpertKey(3, 3)])
     assert [read_next(ledger) for _ in range(5)] == [(3, 3), (1, 2), (3, 0), (4, 1), None], "never beyond the quota"
-    assert (ledger.counters.evictions, ledger.counters.warmed, ledger.counters.prefetched) == (0, 4, 1)
+    assert (
+        ledger.stats().evictions,
+        ledger.stats().warmed,
+        ledger.stats().prefetched,
+    ) == (0, 4, 1)
 
 
 def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() -> None:
@@ -180,7 +184,7 @@ def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() 
         arrive_all(ledger)
         ledger.end(made)
         assert [e for e in range(4) if pool.slot_of(ExpertKey(1, e)) is not None] == held
-    assert (ledger.counters.warmed, ledger.counters.recalled) == (2, 0)
+    assert (ledger.stats().warmed, ledger.stats().recalled) == (2, 0)
 
 
 def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
@@ -194,7 +198,7 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
         if load in ledger.loads:
             ledger.loads.complete(load)
         ledger.end(made)
-    found = ledger.counters
+    found = ledger.stats()
     assert (found.warmed, found.recalled) == (2, 2)
     assert (found.prefetched, found.useful, found.late) == (0, 0, 0), "it was no prediction"
 
@@ -226,7 +230,7 @@ def test_a_pool_with_room_for_all_is_filled_once_half_of_it_is_taken() -> None:
     assert pool.counts().ready == 5, "and nothing more, as long as so little is used"
     third = demand(ledger, pool, 4, 3, 0)
     assert [read_next(ledger) for _ in range(8)] == [(4, 3), (4, 0), (1, 3), (3, 2), (3, 3), (4, 1), (4, 2), None]
-    found = ledger.counters
+    found = ledger.stats()
     assert (pool.counts().ready, found.misses, found.warmed, found.evictions) == (12, 7, 5, 0)
     for made in (first, second, third):
         ledger.end(made)
@@ -240,4 +244,4 @@ def test_a_pool_is_not_filled_without_room_for_all_or_if_records_are_far_away(co
         made = demand(ledger, pool, block, 0, 1, 2)
         arrive_all(ledger)
         ledger.end(made)
-    assert (pool.counts().ready, ledger.counters.warmed) == (9, 0)
+    assert (pool.counts().ready, ledger.stats().warmed) == (9, 0)

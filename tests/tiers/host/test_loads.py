@@ -109,7 +109,7 @@ def test_a_complete_load_is_ready_for_all_who_wait_and_in_the_directory() -> Non
     assert found is not None
     assert found[0] == load.slot
     assert tier.pool.lookup(A) is Lookup.HIT
-    assert (tier.counters.bytes_in, tier.counters.load_seconds) == (tier.pool.slot_bytes, 0.25)
+    assert (tier.counters.snapshot().bytes_in, tier.counters.snapshot().load_seconds) == (tier.pool.slot_bytes, 0.25)
 
 
 def test_a_failed_load_tells_all_who_wait_and_the_record_can_be_read_again() -> None:
@@ -121,7 +121,7 @@ def test_a_failed_load_tells_all_who_wait_and_the_record_can_be_read_again() -> 
     assert repr(first.error) == repr(second.error) == repr(ERROR)
     assert first.error is not second.error, "each thread raises an error of its own"
     assert [waited.key for waited in second.loads] == [B]
-    assert tier.counters.failures == 1
+    assert tier.counters.snapshot().failures == 1
     assert tier.pool.slot_of(A) is None
     tier.loads.complete(tier.take())
     tier.demand(A)
@@ -171,7 +171,9 @@ def test_the_read_of_a_prefetch_yields_to_demands_goes_on_for_one_and_ends_unwan
     assert tier.loads.may_continue(load) is True
     tier.prefetches.replace(tier.pool, 0, [], None)
     assert tier.loads.may_continue(load) is False
-    assert (tier.counters.late, tier.counters.cancelled) == (1, 0), "each prefetch has one outcome"
+    assert (tier.counters.snapshot().late, tier.counters.snapshot().cancelled) == (1, 0), (
+        "each prefetch has one outcome"
+    )
     assert tier.pool.slot_of(A) is None
 
 
@@ -189,7 +191,7 @@ def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
         load = tier.take()
         assert (load.key, load.purpose) == (key, Purpose.WARMUP)
         tier.loads.complete(load)
-    assert tier.counters.warmed == 4
+    assert tier.counters.snapshot().warmed == 4
     assert tier.loads.take() is None
 
 
@@ -204,7 +206,7 @@ def test_closing_fails_what_was_not_begun_and_lets_reads_end() -> None:
     assert [waiting.key for waiting in tier.loads] == [A]
     tier.loads.complete(load)
     assert tier.loads.take() is None
-    assert tier.counters.failures == 0, "closing is no failure of a read"
+    assert tier.counters.snapshot().failures == 0, "closing is no failure of a read"
 
 
 @pytest.mark.parametrize(("columns", "prefetches"), [(32, 1), (1 << 16, 3)], ids=["small", "in pieces"])

@@ -33,14 +33,14 @@ class Queue:
 
     def request(self, caller: AsyncCaller, block: int, wanted: list[ExpertKey], pool: Pool | None = None) -> int:
         """Returns how many requests were cancelled."""
-        before = self.counters.cancelled
+        before = self.counters.snapshot().cancelled
         self.queue.replace(pool or self.pool, block, wanted, caller)
-        return self.counters.cancelled - before
+        return self.counters.snapshot().cancelled - before
 
     def cancel(self, caller: AsyncCaller) -> int:
-        before = self.counters.cancelled
+        before = self.counters.snapshot().cancelled
         self.queue.cancel(caller)
-        return self.counters.cancelled - before
+        return self.counters.snapshot().cancelled - before
 
     def take(self, count: int = 100) -> list[ExpertKey]:
         found: list[ExpertKey] = []

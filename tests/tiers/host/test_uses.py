@@ -44,7 +44,7 @@ class Tier:
 def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None:
     tier = Tier()
     tier.uses.note_found(0, [0, 1, 0])
-    assert (tier.counters.hits, tier.counters.misses) == (2, 0)
+    assert (tier.counters.snapshot().hits, tier.counters.snapshot().misses) == (2, 0)
     tier.fill(ExpertKey(0, 7))
     assert sorted(tier.pool.keys) == keys(0, 0, 1, 7), "2 was not used"
 
@@ -54,7 +54,7 @@ def test_a_touched_record_is_evicted_later_and_nothing_is_counted() -> None:
     tier.prefetched(ExpertKey(0, 0))
     tier.prefetches.replace(tier.pool, 0, keys(0, 5), None)
     tier.uses.touch(0, [0, 1, 9])
-    assert (tier.counters.hits, tier.counters.useful, tier.uses.counts()) == (0, 0, {})
+    assert (tier.counters.snapshot().hits, tier.counters.snapshot().useful, tier.uses.counts()) == (0, 0, {})
     assert tier.prefetches.is_requested(ExpertKey(0, 5))
     tier.fill(ExpertKey(0, 7))
     assert sorted(tier.pool.keys) == keys(0, 0, 1, 7), "2 was not touched, and 9 is absent"
@@ -64,9 +64,9 @@ def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     tier = Tier()
     tier.fill(ExpertKey(0, 7))
     tier.uses.note_found(0, [0, 1])
-    assert tier.counters.hits == 2
+    assert tier.counters.snapshot().hits == 2
     tier.uses.note_client([ExpertKey(0, 0)])
-    assert tier.counters.hits == 3
+    assert tier.counters.snapshot().hits == 3
     assert tier.pool.lookup(ExpertKey(0, 0)) is not Lookup.HIT
 
 
@@ -74,7 +74,7 @@ def test_discarded_hits_are_no_hits() -> None:
     tier = Tier()
     tier.uses.note_found(0, [0, 1, 2])
     tier.uses.take_back([0, 2, 2])
-    assert (tier.counters.hits, tier.counters.discarded) == (1, 2)
+    assert (tier.counters.snapshot().hits, tier.counters.snapshot().discarded) == (1, 2)
 
 
 def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> None:
@@ -87,7 +87,7 @@ def test_a_hit_makes_a_prefetch_useful_and_ends_the_requests_of_its_block() -> N
         tier.prefetched(ExpertKey(0, 1))
         use(tier)
         use(tier)
-        assert (tier.counters.useful, tier.counters.late) == (1, 0)
+        assert (tier.counters.snapshot().useful, tier.counters.snapshot().late) == (1, 0)
     tier = Tier()
     tier.prefetches.replace(tier.pool, 0, keys(0, 5), None)
     tier.uses.note_found(0, [1])
@@ -100,4 +100,4 @@ def test_uses_of_all_callers_are_counted() -> None:
     tier.uses.note_client([ExpertKey(0, 1)])
     tier.uses.note_copies(keys(0, 1, 6))
     assert tier.uses.counts() == {(0, 0): 1, (0, 1): 3, (0, 6): 1}
-    assert tier.counters.hits == 3, "those of the tier above are hits of that tier"
+    assert tier.counters.snapshot().hits == 3, "those of the tier above are hits of that tier"
