@@ -37,8 +37,12 @@ FURTHER = {
 SINCE_5_24 = {"hy_v4_vl", "inkling2_loop", "lara_mini"}  # of FURTHER; transformers 5.23 has not got them
 FURTHER -= {name for name in SINCE_5_24 if not (MODELS / name).exists()}
 
-# values of a parameter, where a test of all types takes long and those of REQUIRED say most
+# a gate of softmax, and one of sigmoids; shared experts; biases and sinks; layers with a state
+VARIED = {"deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_next"}
+
+# values of a parameter, where a test of all types takes long and those of REQUIRED, or the varied ones, say most
 TYPES = [*sorted(REQUIRED), *(pytest.param(each, marks=pytest.mark.slow) for each in sorted(FURTHER))]
+FEW_REQUIRED = [pytest.param(each, marks=[pytest.mark.slow] * (each not in VARIED)) for each in sorted(REQUIRED)]
 
 TINY: dict[str, Any] = {
     "vocab_size": 256, "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 3,

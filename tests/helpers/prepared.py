@@ -49,11 +49,11 @@ MAIN = "import sys; from moetier.tools.main import main; sys.exit(main())"  # th
 
 SHARED = "PREPARED_PROCESSES_OF_TESTS"  # a variable of the environment: the folder of their sockets
 
-# For each script there are two processes: one runs the script, and the other, its parent, reports how it ended. The
-# server ends, with all scripts, when the last process that keeps it alive has ended. After a script, its process waits
-# for threads, calls what is registered for the end and flushes its streams as an interpreter does, and leaves the rest
-# to the system: an interpreter would clear each module, and so copy the memory that it has from the server, which takes
-# longer than most scripts. After an exception, and if a stream can't be flushed, it ends as any interpreter does.
+# Each script runs in one fork of the server, which reports how it ended: to fork a process with so much memory takes
+# longer than most scripts. The server ends, with all scripts, when the last process that keeps it alive has ended.
+# After a script, its process waits for threads, calls what is registered for the end and flushes its streams as an
+# interpreter does, and leaves the rest to the system: an interpreter would clear each module, and so copy the memory
+# that it has from the server. After an exception, and if a stream can't be flushed, it ends as any interpreter does.
 SERVER = """
 import atexit, fcntl, gc, json, os, select, signal, socket, sys, threading, weakref
 scripts = socket.socket(fileno=int(sys.argv[1]))
@@ -72,28 +72,37 @@ for finalizer in [*weakref.finalize._registry]:  # torch's: it would delete each
 gc.collect()
 gc.freeze()
 gc.enable()
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def tell(report, number):
+    try:
+        os.write(report, b"%d\\n" % number)
+    except BrokenPipeError:  # the test's process has ended
+        pass
+running = {}  # by a descriptor of its process: its number, and where to report how it ended
 while True:
-    if alive in select.select([scripts, alive], [], [])[0]:
+    ready = select.select([scripts, alive, *running], [], [])[0]
+    if alive in ready:
         os.killpg(0, signal.SIGKILL)
+    for ended in {*ready} & {*running}:
+        child, report = running.pop(ended)
+        tell(report, os.waitpid(child, 0)[1])
+        os.close(report)
+        os.close(ended)
+    if scripts not in ready:
+        continue
     with scripts.accept()[0] as connection:
         message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 32)
-    if message and not os.fork():
+    if not message:
+        continue
+    report, *descriptors = descriptors
+    child = os.fork()
+    if not child:
         break
     for descriptor in descriptors:
         os.close(descriptor)
-signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-scripts.close()
-os.close(alive)
-report, *descriptors = descriptors
-if child := os.fork():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    os.write(report, b"%d\\n" % child)
-    os.write(report, b"%d\\n" % os.waitpid(child, 0)[1])
-    os._exit(0)
-os.close(report)
+    tell(report, child)
+    running[os.pidfd_open(child)] = child, report
+for descriptor in (scripts.detach(), alive, report, *running, *(report for _, report in running.values())):
+    os.close(descriptor)
 job = json.loads(message)
 above = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1 + max(job["numbers"])) for descriptor in descriptors]
 for descriptor in descriptors:

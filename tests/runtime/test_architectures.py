@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_table import TABLE, listed
-from architectures import FURTHER, REQUIRED, TINY, model_types
+from architectures import FEW_REQUIRED, FURTHER, REQUIRED, TINY, VARIED, model_types
 from comparison import apart, compare, convert_tiny, farthest
 
 import moetier
@@ -31,11 +31,6 @@ def test_the_table_in_the_documentation_has_them_all() -> None:
 @pytest.mark.parametrize("model_type", sorted(REQUIRED))
 def test_required(model_type: str, tmp_path: Path) -> None:
     assert compare(model_type, BF16, tmp_path).differing == ()
-
-
-# a gate of softmax, and one of sigmoids; shared experts; biases and sinks; layers with a state
-VARIED = {"deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_next"}
-FEW_REQUIRED = [pytest.param(each, marks=[pytest.mark.slow] * (each not in VARIED)) for each in sorted(REQUIRED)]
 
 
 @pytest.mark.parametrize("model_type", FEW_REQUIRED)
@@ -100,7 +95,7 @@ GATED = {"bailing_hybrid", "granitemoehybrid"}  # their norms take a gate, too
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(each, marks=[pytest.mark.slow] * (each not in REQUIRED | GATED))
+        pytest.param(each, marks=[pytest.mark.slow] * (each not in VARIED | GATED))
         for each in sorted(REQUIRED | FURTHER)
     ],
 )

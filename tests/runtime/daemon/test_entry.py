@@ -107,9 +107,12 @@ def test_its_folder_may_have_any_name(store: Store, tmp_path: Path, name: str) -
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.log"])
 
 
-@pytest.mark.parametrize("words", [[], ["--folder", "other"]], ids=["default", "name"])
-@pytest.mark.parametrize("where", ["XDG_RUNTIME_DIR", "TMPDIR"])
-def test_where_it_is_by_default(store: Store, tmp_path: Path, words: list[str], where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("XDG_RUNTIME_DIR", []), ("TMPDIR", ["--folder", "other"])],
+    ids=["default-runtime", "name-temporary"],
+)
+def test_where_it_is_by_default(store: Store, tmp_path: Path, where: str, words: list[str]) -> None:
     """Beneath the user's runtime folder, or where there is none, beneath one of the user's own for such things."""
     environment = os.environ | {"XDG_RUNTIME_DIR": "not/absolute", where: str(tmp_path)}
     parent = tmp_path / ("moetier" if where == "XDG_RUNTIME_DIR" else f"moetier-{os.getuid()}")

@@ -119,10 +119,12 @@ def group_below(top: Path, **files: str) -> Iterator[Path]:
 
 
 def run_in(group: Path, code: str, *arguments: object, **variables: str) -> list[str]:
-    """The words that ``code`` prints as a process of ``group``."""
+    """Return the lines that ``code`` prints as a process of ``group``."""
     enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
     command = ["/bin/sh", "-c", enter, "sh", sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=FREE | variables, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    return subprocess.run(
+        command, env=FREE | variables, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.splitlines()
 
 
 @several
@@ -140,12 +142,13 @@ moetier.load(sys.argv[1], daemon=None)[0].tiers.close()
 print(torch.get_num_threads())
 moetier.load(sys.argv[1], daemon=None, threads=2)[0].tiers.close()
 print(torch.get_num_threads())
+from moetier.tools.doctor.machine import processor
+print(*(each.found for each in processor()))
 """
     with group_below(CPU, cpu__cfs_period_us="100000", cpu__cfs_quota_us="100000") as group:
-        found = run_in(group, code, tinymix_4bit)
-        doctor = "from moetier.tools.doctor.machine import processor; print(*(each.found for each in processor()))"
-        assert " ".join(run_in(group, doctor)).endswith("cores, of which a control group's quota allows 1")
-    assert found == [str(len(os.sched_getaffinity(0))), "2", "1", "2"]
+        *threads, doctor = run_in(group, code, tinymix_4bit)
+    assert threads == [str(len(os.sched_getaffinity(0))), "2", "1", "2"]
+    assert doctor.endswith("cores, of which a control group's quota allows 1")
 
 
 @several

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FURTHER, REQUIRED, TYPES, model_class, tiny_config, tiny_model
+from architectures import FURTHER, REQUIRED, TYPES, VARIED, model_class, tiny_config, tiny_model
 from foretelling import foretell, run
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ SCORES = {
 @pytest.mark.parametrize(
     ("model_type", "dtype"),
     [
-        pytest.param(each, dtype, marks=[pytest.mark.slow] * (each in FURTHER and dtype == FP32))
+        pytest.param(each, dtype, marks=[pytest.mark.slow] * (each not in VARIED and dtype == FP32))
         for each in sorted(REQUIRED | FURTHER)
         for dtype in (FP32, BF16)
     ],

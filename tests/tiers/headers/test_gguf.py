@@ -145,7 +145,7 @@ def test_fuzzed_headers_are_refused_or_lie_in_the_file(tmp_path: Path) -> None:
     chance = random.Random(0)
     path = tmp_path / "model.gguf"
     accepted = 0
-    for _ in range(10_000):
+    for _ in range(3000):
         data = bytearray(whole)
         for _ in range(chance.randint(1, 3)):
             at = chance.randrange(header)

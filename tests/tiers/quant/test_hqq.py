@@ -137,7 +137,8 @@ def offsets() -> bytes:
     return b"".join(found)
 
 
-@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/tiers/quant/test_codec.py compares the records that are made of them
+@pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_offsets_do_not_depend_on_the_processor(capability: str) -> None:
     """To the last bit, before they are rounded. torch is told to use other instructions; it reads the variable when it
     is imported."""

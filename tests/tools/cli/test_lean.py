@@ -116,6 +116,7 @@ def lean() -> Lean:
     return Lean(names.splitlines(), json.loads(rest))
 
 
+@pytest.mark.slow
 def test_with_it_off_a_command_works_and_transformers_has_the_same_names(tinymix_4bit: Path, lean: Lean) -> None:
     """The command builds and loads the model as transformers does, and says the same. The names are in the same
     modules, and need the same libraries."""

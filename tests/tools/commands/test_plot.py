@@ -69,7 +69,7 @@ def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.parametrize("kind", plot.OF_TRACES)
-@pytest.mark.parametrize("form", ["png", "svg"])
+@pytest.mark.parametrize("form", ["png", pytest.param("svg", marks=pytest.mark.slow)])
 def test_every_picture_can_be_made_and_is_the_same_again(kind: str, form: str, tmp_path: Path) -> None:
     trace = recorded(tmp_path)
     run(kind, trace, "-o", tmp_path / f"a.{form}")

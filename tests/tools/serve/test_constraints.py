@@ -113,7 +113,7 @@ def test_arguments_of_a_call_are_as_its_schema_says(ask: Ask) -> None:
 
 
 @of_each_kind
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_calls_are_demanded(ask: Ask, seed: int) -> None:
     """The model would think, and say something. It may think."""
     any_of_them = message_of(ask(scripted.MAIN, tools=TOOLS, tool_choice="required", seed=seed))

@@ -8,6 +8,7 @@ from array import array
 import pytest
 import torch
 from instructions import FEATURES, processor_with
+from pairwise import each_two
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,10 +18,11 @@ from moetier.runtime.kernels.layer.attention_piece import PIECE
 from moetier.runtime.kernels.layer.eight_bits import in_codes
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS, KeyPages
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+TYPES = [torch.float32, torch.bfloat16]
+DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["fp32", "bf16"])
 
 
-@pytest.fixture(params=FEATURES)
+@pytest.fixture
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``attend`` compute with some of this processor's instructions."""
     chosen = processor_with(request.param)
@@ -34,16 +36,17 @@ def numbers(dtype: torch.dtype, heads: int, length: int, widths: tuple[int, int]
     return [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
 
 
-@DTYPES
-@pytest.mark.parametrize(
-    ("heads", "widths", "window", "first", "has_sinks"),
-    [(6, (64, 64), 0, 0, False), (2, (48, 80), 300, 200, True), (16, (32, 16), 40, 511, False)],
-    ids=["causal", "window and sinks", "short window"],
-)
+CASES: dict[str, tuple[int, tuple[int, int], int, int, bool]] = {
+    "causal": (6, (64, 64), 0, 0, False),
+    "window and sinks": (2, (48, 80), 300, 200, True),
+    "short window": (16, (32, 16), 40, 511, False),
+}
+
+
+@pytest.mark.parametrize(("processor", "dtype", "case"), each_two(FEATURES, TYPES, CASES), indirect=["processor"])
 @pytest.mark.usefixtures("processor")
-def test_chunks_change_no_bit(
-    dtype: torch.dtype, heads: int, widths: tuple[int, int], window: int, first: int, has_sinks: bool
-) -> None:
+def test_chunks_change_no_bit(dtype: torch.dtype, case: str) -> None:
+    heads, widths, window, first, has_sinks = CASES[case]
     length = 2 * PIECE - 150
     query, key, value = numbers(dtype, heads, length, widths)
     sinks = torch.linspace(-3, 3, heads).to(dtype) if has_sinks else None
@@ -74,12 +77,15 @@ def test_chunks_change_no_bit(
     torch.testing.assert_close(whole.double(), expected.transpose(1, 2), atol=near, rtol=near)
 
 
-@DTYPES
-@pytest.mark.parametrize("has_codes", [False, True], ids=["as they are", "in 8 bits"])
-@pytest.mark.parametrize(("window", "first"), [(NO_WINDOW, 0), (300, 700)])
+@pytest.mark.parametrize(
+    ("processor", "dtype", "has_codes", "span"),
+    each_two(FEATURES, TYPES, [False, True], [(NO_WINDOW, 0), (300, 700)]),
+    indirect=["processor"],
+)
 @pytest.mark.usefixtures("processor")
-def test_pages_change_no_bit(dtype: torch.dtype, has_codes: bool, window: int, first: int) -> None:
+def test_pages_change_no_bit(dtype: torch.dtype, has_codes: bool, span: tuple[int, int]) -> None:
     """Keys and values may lie in pages in any order; what is in the others is not used."""
+    window, first = span
     length = PIECE + 100
     query, key, value = numbers(dtype, 6, length, (64, 48))
     key, value = (in_codes(part) if has_codes else part for part in (key, value))

@@ -152,11 +152,11 @@ DEFAULT = (64, "bfloat16")
 
 
 def some_records() -> Iterator[tuple[Bits, int, str]]:
-    """Yield every width with every kind of pairs, every size of groups with some width, and what is the default."""
+    """Yield every kind of pairs with several widths, every size of groups with some width, and what is the default."""
     for group, pairs in PAIRS:
         sizes = [size for size, kind in PAIRS if kind == pairs]
         at = sizes.index(group)
-        some = WIDTHS if (group, pairs) == DEFAULT else WIDTHS[at :: len(sizes)] or WIDTHS[:1]
+        some = WIDTHS if (group, pairs) == DEFAULT else WIDTHS[at :: max(len(sizes), 2)] or WIDTHS[:1]
         yield from ((bits, group, pairs) for bits in some)
 
 

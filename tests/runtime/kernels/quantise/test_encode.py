@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import each_two
 from threads import Task
 
 from moetier.runtime.kernels.jit.processor import Processor, this_processor
@@ -74,13 +73,6 @@ def test_it_makes_torchs_bytes(
     layout = layout_of(rows, columns, dtype, transposed, bits=bits, group=max(group, min(GROUPS[pairs])), pairs=pairs)
     weights = normal(rows, columns, std, seed).to(getattr(torch, dtype))
     both(weights.T.contiguous() if transposed else weights, layout, fast=fast)
-
-
-def each_two(*values: Sequence[Any]) -> Iterator[Any]:
-    """Yield all cases. Half of them, which have every two values of different parameters, are quick."""
-    for places in itertools.product(*map(range, map(len, values))):
-        case = [of[place] for of, place in zip(values, places, strict=True)]
-        yield pytest.param(*case, marks=[pytest.mark.slow] * (sum(places) % 2))
 
 
 @pytest.mark.parametrize(("features", "bits", "pairs"), each_two(("+avx2,+fma,+f16c", ""), QUANTISED, PAIRS))
