@@ -187,7 +187,10 @@ def test_the_dashboard_is_whole() -> None:
     for panel in PANELS:
         assert panel["type"] in ("timeseries", "stat")
         assert panel["description"]
-        assert panel["fieldConfig"]["defaults"]["unit"] in ("percentunit", "binBps", "bytes", "s", "short")
+        defaults = panel["fieldConfig"]["defaults"]
+        assert defaults["unit"] in ("percentunit", "binBps", "bytes", "s", "short")
+        divides = any(" / " in target["expr"] or "histogram_quantile" in target["expr"] for target in panel["targets"])
+        assert divides == ("nan" in [each["options"]["match"] for each in defaults.get("mappings", ())])
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
         sources: list[Any] = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
         assert sources == [{"type": "prometheus", "uid": "${datasource}"}] * len(sources)
