@@ -15,7 +15,8 @@ from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 from .free_pages import FreePages
-from .page_reader import Page, PageReader, Reading, SavedPage
+from .page_file import FileContents
+from .page_reader import PageReader, Reading, SavedFile
 from .prefix_tree import Match, Node, PrefixTree
 from .saved_pages import SavedPages
 from .sequence import Sequence
@@ -54,7 +55,7 @@ class _Held:
     node: Node
     shared: list[int]
     own: list[int] = field(default_factory=list)
-    saved: int = 0  # tokens behind which the last snapshot is
+    snapshot: int = 0  # tokens behind which the last snapshot is
     branch: int = 0  # the tree has full pages of so many tokens, with no snapshot behind them; 0: it has not
 
     @property
@@ -69,10 +70,10 @@ class _Fetch:
 
     sequence: Sequence
     node: Node
-    finding: Future[list[SavedPage]]
+    finding: Future[list[SavedFile]]
     since: float  # time since which it waits for the result, or for the next page
     reading: Reading | None = None  # once they were found
-    left: deque[SavedPage] = field(default_factory=deque[SavedPage])
+    left: deque[SavedFile] = field(default_factory=deque[SavedFile])
     pages: list[int] = field(default_factory=list[int])  # for those that are left
 
     @property
@@ -158,7 +159,7 @@ class KVCache:
             return False
         if fetch.reading is None:
             fetch.left = deque(fetch.finding.result(seconds))
-            count = sum(not page.is_state for page in fetch.left)
+            count = sum(not file.is_state for file in fetch.left)
             pages = self._take(count, [node.page for node in fetch.node.path])
             if self._fetch is not fetch:  # its node was unpinned for them
                 self._free.release(pages)
@@ -166,26 +167,26 @@ class KVCache:
             fetch.pages = pages
             fetch.reading = reader.read([*fetch.left])
             return bool(fetch.left) and len(pages) == count
-        read, page = fetch.reading.take(seconds), fetch.left.popleft()
+        contents, file = fetch.reading.take(seconds), fetch.left.popleft()
         fetch.since = time.monotonic()
-        if read is None:
+        if contents is None:
             return False
-        if page.is_state:
-            self._restore_state(reader, fetch.sequence, page, read)
-        elif not reader.restore(page, read, fetch.pages[:1]):
+        if file.is_state:
+            self._restore_state(reader, fetch.sequence, file, contents)
+        elif not reader.restore(file, contents, fetch.pages[:1]):
             return False
         else:
-            node, unneeded = self._tree.add(fetch.node, page.tokens, fetch.pages.pop(0))
+            node, unneeded = self._tree.add(fetch.node, file.tokens, fetch.pages.pop(0))
             self._free.release(unneeded)
             self._tree.pin(node)
             self._tree.unpin(fetch.node)
             fetch.node = node
         return bool(fetch.left)
 
-    def _restore_state(self, reader: PageReader, sequence: Sequence, state: SavedPage, read: Page) -> None:
+    def _restore_state(self, reader: PageReader, sequence: Sequence, state: SavedFile, contents: FileContents) -> None:
         """Add a state that was read to the tree, unless there is no room for it, or it has come there meanwhile."""
         match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
-        count, pages = reader.pages_of_state(read), list[int]()
+        count, pages = reader.pages_of_state(contents), list[int]()
         if match.tokens == state.end and tokens not in (node := match.partial or match.nodes[-1]).snapshots:
             self._tree.pin(node)
             self._free.release(self._tree.evict(count - len(self._free)))
@@ -193,11 +194,11 @@ class KVCache:
             if len(self._free) >= count:
                 pages = self._free.take_last(count)
         if not pages:
-            reader.release(read)
+            reader.release(contents)
             return
         with ExitStack() as undo:
             undo.callback(self._free.release, pages)
-            if reader.restore(state, read, pages):
+            if reader.restore(state, contents, pages):
                 self._tree.add_snapshot(node, tokens, pages)
                 undo.pop_all()
 
@@ -226,7 +227,7 @@ class KVCache:
         if not self._begin_after(sequence, match):
             self._begin_after(sequence, NOTHING)
         held = self._held[sequence]
-        held.saved = sequence.computed
+        held.snapshot = sequence.computed
         branch = tokens - tokens % PAGE_TOKENS
         if branch - sequence.computed >= LEAST_TOKENS:
             held.branch = branch
@@ -278,7 +279,7 @@ class KVCache:
             return sequence.remaining
         held, last = self._held[sequence], len(sequence.request.ids) - LAST_TOKENS
         stops = [SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch, len(sequence.ids)]
-        if last - held.saved >= LEAST_TOKENS:
+        if last - held.snapshot >= LEAST_TOKENS:
             stops.append(last)
         return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
@@ -347,18 +348,18 @@ class KVCache:
         If the memory for that is missing, the sequence goes on without.
         """
         begin, end = PAGE_TOKENS * len(held.shared), sequence.computed
-        if not self._keeps or not self._memory.has_states or end - held.saved < LEAST_TOKENS:
+        if not self._keeps or not self._memory.has_states or end - held.snapshot < LEAST_TOKENS:
             return
         count, copied = self._memory.state_pages(sequence), int(end > begin)
         if not count:
             return
         if self._tree.use_snapshot(held.node, sequence.ids[begin:end]):
-            held.saved = end
+            held.snapshot = end
             return
         if self._obtainable() < count + copied:
             return
         self._evict_for(count + copied)
-        held.saved = end
+        held.snapshot = end
         pages = self._free.take_last(count + copied)
         try:
             self._memory.save_state(sequence, pages[copied:])

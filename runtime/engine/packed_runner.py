@@ -26,7 +26,7 @@ from moetier.runtime.kernels.layer.packing import Part, packed
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.kernels.layer.pages import KeyPages
 from moetier.runtime.libraries.transformers_internals import attention_of
-from moetier.runtime.model.context import can_resume, has_states
+from moetier.runtime.model.context import can_resume, has_index, has_states
 from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.experts import experts_modules, without_experts
 from moetier.runtime.moe.layer_inputs import LayerInputs
@@ -233,7 +233,7 @@ def may_pack(model: Any) -> bool:
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return (
         can_resume(model)
-        and not has_states(model)
+        and not (has_states(model) or has_index(model))
         and attention_of(model.config) in (NAME, WITH_SINKS)
         and {*(getattr(text, "layer_types", None) or ())} <= LAYER_TYPES
         and not any(part.get("rope_type") in OWN_ANGLES for part in ropes)

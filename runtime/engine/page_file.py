@@ -2,8 +2,8 @@
 
     magic and version, sizes, name of the page, CRC-32C of the data     HEAD
     what the data is, as JSON
-    zeros up to a multiple of BLOCK bytes
-    the data, and zeros up to a multiple of BLOCK bytes
+    zeros up to a multiple of ALIGNMENT bytes
+    the data, and zeros up to a multiple of ALIGNMENT bytes
 
 The name is a digest of all that the data depends on (``page_folder``). So a file is used only if it has the name that
 is looked for, its whole length, and both checksums. Files are not synced: after a crash some are short or have other
@@ -21,12 +21,12 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from moetier.tiers.store.atomic import PARTIAL, write_all
 from moetier.tiers.store.checksum import crc32c
 
-BLOCK = 4096  # O_DIRECT reads and writes whole blocks, from and to memory that begins at one
+ALIGNMENT = 4096  # bytes; O_DIRECT reads and writes multiples of it, at multiples of it in file and memory
 NAME_BYTES = 32
 PIECE = 1 << 20  # most bytes of one write
 LARGEST_KEPT = 16 << 20  # bytes of memory that is used again; a state takes more, but is seldom read or written
@@ -44,6 +44,13 @@ class Payload:
     data: memoryview
 
 
+class FileContents(NamedTuple):
+    """What was read, and the memory in which it is. Both are given back: first the payload's data is released."""
+
+    payload: Payload
+    memory: mmap.mmap
+
+
 class PageBytes(Protocol):
     """Memory of pages whose bytes can be saved and restored."""
 
@@ -58,14 +65,14 @@ class PageBytes(Protocol):
         """Write into a page what ``save_page`` has written. Return False if that does not fit this memory."""
 
 
-class DamagedPageError(Exception):
+class DamagedFileError(Exception):
     """A file is not the page that it should be, or not all of it."""
 
 
 class Buffers:
-    """Memory for whole files, which begins at a block. Up to LARGEST_KEPT bytes are used again, as new memory is slow.
+    """Memory for whole files, which begins at a multiple of ALIGNMENT. Thread-safe.
 
-    Thread-safe.
+    Up to LARGEST_KEPT bytes are used again, as new memory is slow.
     """
 
     def __init__(self) -> None:
@@ -73,7 +80,7 @@ class Buffers:
 
     def take(self, size: int) -> mmap.mmap:
         """Return memory of at least ``size`` bytes."""
-        size = 1 << max(size - 1, BLOCK - 1).bit_length()  # a few sizes; what is not written takes no memory
+        size = 1 << max(size - 1, ALIGNMENT - 1).bit_length()  # a few sizes; what is not written takes no memory
         with contextlib.suppress(KeyError, IndexError):
             return self._free[size].pop()
         return mmap.mmap(-1, size)
@@ -95,7 +102,7 @@ def file_bytes(layout: Any, size: int) -> int:
     return _whole(head_bytes(layout) + size)
 
 
-def write_page(
+def write_file(
     path: Path, name: bytes, payload: Payload, memory: mmap.mmap, before_piece: Callable[[int], None] = lambda _: None
 ) -> int:
     """Write a page to ``path``. Return the size of the file. Raises OSError; then there is no file.
@@ -134,19 +141,19 @@ def write_page(
     return total
 
 
-def read_page(path: Path, name: bytes, buffers: Buffers) -> tuple[Payload, mmap.mmap]:
-    """Read the page ``name``. Return it, and its memory, which the caller gives back to ``buffers``.
+def read_file(path: Path, name: bytes, buffers: Buffers) -> FileContents:
+    """Read the file of the page ``name``. The caller gives its memory back to ``buffers``.
 
-    Raises DamagedPageError if the file is not that page, and OSError, FileNotFoundError above all.
+    Raises DamagedFileError if the file is not that page, and OSError, FileNotFoundError above all.
     """
     # what is no file is opened at once, a pipe too, and is refused as it has no size or can't be read
     with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as (descriptor, is_direct):
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid():
-            raise DamagedPageError("a file of another user")
+            raise DamagedFileError("a file of another user")
         size = status.st_size
-        if size % BLOCK or not 0 < size <= MOST_BYTES:
-            raise DamagedPageError(f"{size:,} bytes")
+        if size % ALIGNMENT or not 0 < size <= MOST_BYTES:
+            raise DamagedFileError(f"{size:,} bytes")
         memory = buffers.take(size)
         try:
             done = 0
@@ -154,26 +161,26 @@ def read_page(path: Path, name: bytes, buffers: Buffers) -> tuple[Payload, mmap.
                 done += count
             if not is_direct:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            return _checked(memory, done, name), memory
+            return FileContents(_checked(memory, done, name), memory)
         except BaseException:
             buffers.release(memory)
             raise
 
 
 def _checked(memory: mmap.mmap, size: int, name: bytes) -> Payload:
-    """Return the page in the first ``size`` bytes of ``memory``. Raises DamagedPageError."""
+    """Return the page in the first ``size`` bytes of ``memory``. Raises DamagedFileError."""
     magic, version, text_bytes, data_bytes, crc, stored, head_crc = HEAD.unpack(memory[: HEAD.size])
     if (magic, version) != (MAGIC, VERSION):
-        raise DamagedPageError("another format")
+        raise DamagedFileError("another format")
     begin = _whole(HEAD.size + text_bytes)
     if size != _whole(begin + data_bytes):
-        raise DamagedPageError(f"{size:,} bytes in place of {_whole(begin + data_bytes):,}")
+        raise DamagedFileError(f"{size:,} bytes in place of {_whole(begin + data_bytes):,}")
     text = memory[HEAD.size : HEAD.size + text_bytes]
     data = memoryview(memory)[begin : begin + data_bytes]
     if crc32c(text, crc32c(memory[: HEAD.size - 4])) != head_crc or crc32c(data) != crc:
-        raise DamagedPageError("a wrong checksum")
+        raise DamagedFileError("a wrong checksum")
     if stored != name:
-        raise DamagedPageError("another page")
+        raise DamagedFileError("another page")
     return Payload(json.loads(text), data)
 
 
@@ -199,4 +206,4 @@ def _json(layout: Any) -> bytes:
 
 
 def _whole(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+    return -(-size // ALIGNMENT) * ALIGNMENT

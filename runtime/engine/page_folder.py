@@ -33,19 +33,19 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.ownership import access_fault
 from moetier.tiers.store.atomic import PARTIAL, make_folders
 
-from .page_file import MOST_BYTES, Buffers, DamagedPageError, Payload, file_bytes, read_page, write_page
+from .page_file import MOST_BYTES, Buffers, DamagedFileError, FileContents, Payload, file_bytes, read_file, write_file
 
 PAGE = ".page"  # suffix of pages
 # names of folders and files; other ones are of other programs
 FOLDER_NAME = re.compile(r"[0-9a-f]{16}")
 FILE_NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(PAGE)}(\.[0-9a-f]{{8}}{re.escape(PARTIAL)})?")
 MODEL = "model"  # name of the file with the model's name
-LEFT = 60.0  # seconds after which an unfinished file is removed, as its process has ended
+UNFINISHED_SECONDS = 60.0  # seconds after which an unfinished file is removed, as its process has ended
 RESERVE = 1 << 30  # bytes of the disk that are left to other programs, but no more than a tenth of it
-ROOM = 0.9  # share of the size that is left when pages are removed
-SWEEP = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
+KEPT_SHARE = 0.9  # share of the size that is left when pages are removed
+SWEEP_SHARE = 1 / 16  # pages are counted anew after so much of the size was written: other processes write, too
 STATE = (-1,)  # in place of tokens: their ids are not negative
-STEP = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
+DEPTH_NS = 1000  # ns between the times of pages that are used together: the last of a sequence is removed first
 
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that say nothing of a file
 
@@ -227,7 +227,7 @@ class PageFolder:
         self._counting = threading.Lock()  # guards: ``damaged``
         self._bytes: int | None = None  # of all pages, when they were counted, and those written since; None: unknown
         self._unswept = 0  # bytes written since then
-        self._most = options.size  # most bytes of all pages, less if the disk is nearly full
+        self._limit = options.size  # most bytes of all pages, less if the disk is nearly full
 
     def _open_again(self) -> None:
         """Make the folder again if another process has removed it. Raises ConfigError, and changes nothing then."""
@@ -257,7 +257,7 @@ class PageFolder:
         """Return whether there is a file with the name of a page, which may be damaged or too old."""
         return os.path.exists(self._path(name))  # noqa: PTH110 - called for each page of a prompt
 
-    def read(self, name: bytes, depth: int) -> tuple[Payload, mmap.mmap] | None:
+    def read(self, name: bytes, depth: int) -> FileContents | None:
         """Read a page, and note that it was used. Return None if there is none.
 
         One that is damaged or can't be read is removed, so that it is written again.
@@ -269,10 +269,10 @@ class PageFolder:
         try:
             if self._is_old(path.stat().st_mtime_ns):
                 return None
-            page = read_page(path, name, self._buffers)
+            contents = read_file(path, name, self._buffers)
         except FileNotFoundError:
             return None
-        except (OSError, DamagedPageError) as error:
+        except (OSError, DamagedFileError) as error:
             with self._counting:
                 self.damaged += 1
             shown = self.options.folder / path.relative_to(self._root)
@@ -281,7 +281,7 @@ class PageFolder:
                 remove(path)
             return None
         self.touch(name, depth)
-        return page
+        return contents
 
     def remove(self, name: bytes) -> None:
         """Remove a page that is of no use, so that it is written again."""
@@ -301,7 +301,7 @@ class PageFolder:
 
     def touch(self, name: bytes, depth: int) -> None:
         """Note that a page was used. ``depth`` is its number in its sequence."""
-        now = self._clock() - STEP * depth
+        now = self._clock() - DEPTH_NS * depth
         with contextlib.suppress(OSError):
             os.utime(self._path(name), ns=(now, now))
 
@@ -313,7 +313,7 @@ class PageFolder:
         memory: mmap.mmap,
         before_piece: Callable[[int], None] = lambda _: None,
     ) -> int:
-        """Write a page, as ``write_page`` does. If there are too many bytes then, remove other pages.
+        """Write a page, as ``write_file`` does. If there are too many bytes then, remove other pages.
 
         ``depth`` is the page's number in its sequence. Returns the size of the file; 0 if it does not fit
         (``fits``), or if another process has removed it, or its folder, meanwhile. Raises OSError, and ConfigError if
@@ -324,12 +324,12 @@ class PageFolder:
         self._open_again()
         if self._bytes is None:
             self.sweep()
-        if self._most < file_bytes(payload.layout, len(payload.data)):  # it would be removed at once
+        if self._limit < file_bytes(payload.layout, len(payload.data)):  # it would be removed at once
             self._bytes = None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             self._make_folder()
-            written = write_page(self._path(name), name, payload, memory, before_piece)
+            written = write_file(self._path(name), name, payload, memory, before_piece)
         except FileNotFoundError:
             return 0
         except OSError:
@@ -339,7 +339,7 @@ class PageFolder:
         assert self._bytes is not None
         self._bytes += written
         self._unswept += written
-        if self._bytes > self._most or self._unswept > SWEEP * self._most:
+        if self._bytes > self._limit or self._unswept > SWEEP_SHARE * self._limit:
             self.sweep()
         return written
 
@@ -359,20 +359,20 @@ class PageFolder:
         now, kept = self._clock(), list[Entry]()
         for entry in entries(self._root):
             is_unfinished = entry.path.endswith(PARTIAL)
-            if abs(now - entry.used) > LEFT * 1e9 if is_unfinished else self._is_old(entry.used):
+            if abs(now - entry.used) > UNFINISHED_SECONDS * 1e9 if is_unfinished else self._is_old(entry.used):
                 remove(entry.path)
                 continue
-            if entry.used > now + LEFT * 1e9:
+            if entry.used > now + UNFINISHED_SECONDS * 1e9:
                 with contextlib.suppress(OSError):
                     os.utime(entry.path, ns=(now, now))
                 entry = entry._replace(used=now)
             kept.append(entry)
         total = sum(entry.bytes for entry in kept)
         disk = shutil.disk_usage(self._root)
-        self._most = min(self.options.size, total + disk.free - min(RESERVE, disk.total // 10))
-        if total > self._most:
+        self._limit = min(self.options.size, total + disk.free - min(RESERVE, disk.total // 10))
+        if total > self._limit:
             for entry in sorted(kept):
-                if total <= ROOM * self._most:
+                if total <= KEPT_SHARE * self._limit:
                     break
                 if remove(entry.path):
                     total -= entry.bytes

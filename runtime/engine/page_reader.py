@@ -24,7 +24,7 @@ from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.tiers.disk_order import DiskOrder
 from moetier.tiers.threads import start_thread
 
-from .page_file import PageBytes, Payload
+from .page_file import FileContents, PageBytes
 from .page_folder import STATE, PageFolder
 
 Result = TypeVar("Result")
@@ -34,8 +34,8 @@ AHEAD = 4  # files that are read ahead
 _log = logging.getLogger(__name__)
 
 
-class SavedPage(NamedTuple):
-    """A page of which there is a file, or a state behind the first tokens of a page."""
+class SavedFile(NamedTuple):
+    """A file that was found: of a page, or of the state behind the first tokens of a page."""
 
     name: bytes
     depth: int  # number of the page in the sequence
@@ -48,29 +48,26 @@ class SavedPage(NamedTuple):
         return PAGE_TOKENS * self.depth + len(self.tokens)
 
 
-Page = tuple[Payload, mmap.mmap]
-
-
 class Reading:
     """Files that are read ahead, in order."""
 
-    def __init__(self, pages: Sequence[SavedPage], submit: Callable[[SavedPage], Future[Page | None]]) -> None:
-        self._left = deque(pages)
+    def __init__(self, files: Sequence[SavedFile], submit: Callable[[SavedFile], Future[FileContents | None]]) -> None:
+        self._left = deque(files)
         self._submit = submit
-        self._begun = deque[Future[Page | None]]()
+        self._begun = deque[Future[FileContents | None]]()
 
     @property
-    def next(self) -> Future[Page | None]:
-        """The next page, once it is read; None if it can't be used. There must be one."""
+    def next(self) -> Future[FileContents | None]:
+        """The next file, once it is read; None if it can't be used. There must be one."""
         while self._left and len(self._begun) < AHEAD:
             self._begun.append(self._submit(self._left.popleft()))
         return self._begun[0]
 
-    def take(self, seconds: float) -> Page | None:
-        """Return the next page; None if it can't be used. Raises TimeoutError if it is not there after ``seconds``."""
-        page = self.next.result(seconds)
+    def take(self, seconds: float) -> FileContents | None:
+        """Return the next file; None if it can't be used. Raises TimeoutError if it is not there after ``seconds``."""
+        contents = self.next.result(seconds)
         self._begun.popleft()
-        return page
+        return contents
 
     def cancel(self, release: Callable[[mmap.mmap], object]) -> None:
         """End all reads. Memory of those that are under way is released at their end."""
@@ -148,7 +145,7 @@ class PageReader:
         self._has_states = has_states
         self._readers = Readers()
 
-    def find(self, user: str, ids: Sequence[int], known: int, state: int = 0) -> Future[list[SavedPage]]:
+    def find(self, user: str, ids: Sequence[int], known: int, state: int = 0) -> Future[list[SavedFile]]:
         """Look for files of pages with the next tokens of ``ids`` after the first ``known`` ones.
 
         The last page may have fewer than PAGE_TOKENS tokens; the first one begins at the beginning of a page. If the
@@ -156,7 +153,7 @@ class PageReader:
         """
         return self._readers.submit(partial(self._find, user, [*ids], known, state))
 
-    def _find(self, user: str, ids: Sequence[int], known: int, state: int) -> list[SavedPage]:
+    def _find(self, user: str, ids: Sequence[int], known: int, state: int) -> list[SavedFile]:
         try:
             names, pages = self._find_pages(user, ids, known)
             if not self._has_states:
@@ -168,14 +165,14 @@ class PageReader:
                 tokens = tuple(ids[PAGE_TOKENS * depth : end])
                 name = self._folder.follow(self._folder.follow(names[depth], tokens), STATE)
                 if self._folder.has(name):
-                    return [*(page for page in pages if page.depth <= depth), SavedPage(name, depth, tokens, True)]
+                    return [*(page for page in pages if page.depth <= depth), SavedFile(name, depth, tokens, True)]
         except Exception as error:
             _log.warning("Keys and values are computed again: %s: %s", type(error).__name__, error)
         return []
 
-    def _find_pages(self, user: str, ids: Sequence[int], known: int) -> tuple[list[bytes], list[SavedPage]]:
+    def _find_pages(self, user: str, ids: Sequence[int], known: int) -> tuple[list[bytes], list[SavedFile]]:
         """Return pages as ``find`` says, and for each page up to the last one the name of the page before it."""
-        pages, name, names = list[SavedPage](), self._root_of(user), list[bytes]()
+        pages, name, names = list[SavedFile](), self._root_of(user), list[bytes]()
         for depth in range(len(ids) // PAGE_TOKENS + 1):
             tokens = tuple(ids[PAGE_TOKENS * depth : PAGE_TOKENS * (depth + 1)])
             following = self._folder.follow(name, tokens)
@@ -185,25 +182,27 @@ class PageReader:
                 least = max(known - PAGE_TOKENS * depth, 0)
                 for count in range(min(len(tokens), PAGE_TOKENS - 1), least, -1):
                     if self._folder.has(part := self._folder.follow(name, tokens[:count])):
-                        pages.append(SavedPage(part, depth, tokens[:count]))
+                        pages.append(SavedFile(part, depth, tokens[:count]))
                         break
                 break
             name = following
             if PAGE_TOKENS * (depth + 1) > known:
-                pages.append(SavedPage(name, depth, tokens))
+                pages.append(SavedFile(name, depth, tokens))
         return names, pages
 
-    def read(self, pages: Sequence[SavedPage]) -> Reading:
-        """Begin to read pages."""
-        return Reading(pages, lambda page: self._readers.submit(partial(self._read, page)))
+    def read(self, files: Sequence[SavedFile]) -> Reading:
+        """Begin to read files."""
+        return Reading(files, lambda file: self._readers.submit(partial(self._read, file)))
 
-    def pages_of_state(self, read: Page) -> int:
+    def pages_of_state(self, contents: FileContents) -> int:
         """Return how many pages a state takes that was read."""
-        return -(-len(read[0].data) // max(PAGE_TOKENS * sum(part.token_bytes for part in self._memory.layout), 1))
+        return -(
+            -len(contents.payload.data) // max(PAGE_TOKENS * sum(part.token_bytes for part in self._memory.layout), 1)
+        )
 
-    def restore(self, saved: SavedPage, read: Page, pages: Sequence[int]) -> bool:
+    def restore(self, saved: SavedFile, contents: FileContents, pages: Sequence[int]) -> bool:
         """Write what was read into ``pages`` of the memory: one, or all of a state. Return False if it does not fit."""
-        layout, data = read[0].layout, read[0].data
+        layout, data = contents.payload.layout, contents.payload.data
         tokens, size = PAGE_TOKENS if saved.is_state else len(saved.tokens), -(-len(data) // len(pages))
         try:
             parts = [data[size * at : size * (at + 1)] for at in range(len(pages))]
@@ -213,24 +212,24 @@ class PageReader:
             self.read_bytes += len(data)
             self.pages += len(pages) if fits else 0
         finally:
-            self.release(read)
+            self.release(contents)
         if not fits:
             self._folder.remove(saved.name)
         return fits
 
-    def release(self, read: Page) -> None:
+    def release(self, contents: FileContents) -> None:
         """Give back the memory of what was read."""
-        read[0].data.release()
-        self._folder.release(read[1])
+        contents.payload.data.release()
+        self._folder.release(contents.memory)
 
     def cancel(self, reading: Reading) -> None:
         """End a reading."""
         reading.cancel(self._folder.release)
 
-    def _read(self, page: SavedPage) -> Page | None:
+    def _read(self, file: SavedFile) -> FileContents | None:
         try:
             with self._order.reading_page():
-                return self._folder.read(page.name, page.depth)
+                return self._folder.read(file.name, file.depth)
         except Exception as error:
             _log.warning("Keys and values are computed again: %s: %s", type(error).__name__, error)
             return None
@@ -250,7 +249,7 @@ def _ends(end: int) -> Iterator[int]:
     yield from range(last, 0, -PAGE_TOKENS)
 
 
-def _release(release: Callable[[mmap.mmap], object], future: Future[Page | None]) -> None:
-    if (page := future.result()) is not None:
-        page[0].data.release()
-        release(page[1])
+def _release(release: Callable[[mmap.mmap], object], future: Future[FileContents | None]) -> None:
+    if (contents := future.result()) is not None:
+        contents.payload.data.release()
+        release(contents.memory)

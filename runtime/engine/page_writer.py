@@ -142,15 +142,15 @@ class PageWriter:
         layout, pages = self._memory.layout, pages_of()
         if self._is_late() or not pages:
             return False
-        step = tokens * sum(part.token_bytes for part in layout)
-        begin, size = head_bytes(layout), step * len(pages)
+        page_bytes = tokens * sum(part.token_bytes for part in layout)
+        begin, size = head_bytes(layout), page_bytes * len(pages)
         if not self._folder.fits(layout, size):
             return False
         memory = self._folder.memory(begin + size)
         data = memoryview(memory)[begin : begin + size]
         try:
             for at, page in enumerate(pages):
-                self._memory.save_page(page, tokens, data[step * at : step * (at + 1)])
+                self._memory.save_page(page, tokens, data[page_bytes * at : page_bytes * (at + 1)])
             if pages_of() != pages:  # they were evicted, and may have been written meanwhile
                 return False
             written = self._folder.write(name, depth, Payload(layout, data), memory, self._wait_to_write)

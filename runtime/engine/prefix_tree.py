@@ -120,17 +120,17 @@ class PrefixTree:
         last, begin = match.nodes[-1] if match.nodes else self.root(name), PAGE_TOKENS * len(match.nodes)
         rest = ids[begin : begin + PAGE_TOKENS]
         candidates = [(len(match.nodes), child, _common(child.tokens, rest)) for child in last.children.values()]
-        candidates += [(place, node, PAGE_TOKENS) for place, node in enumerate(match.nodes)]
-        places = [
-            (place, shared, node) for place, node, common in candidates for shared in node.snapshots if shared <= common
+        candidates += [(depth, node, PAGE_TOKENS) for depth, node in enumerate(match.nodes)]
+        behind = [
+            (depth, shared, node) for depth, node, common in candidates for shared in node.snapshots if shared <= common
         ]
-        if not places:
+        if not behind:
             return Match((), None, 0), match.tokens
-        place, shared, node = max(places, key=lambda found: found[:2])
+        depth, shared, node = max(behind, key=lambda snapshot: snapshot[:2])
         node.used = node.snapshots[shared].used = self._time
         if shared == PAGE_TOKENS:
-            return Match((*match.nodes[:place], node), None, 0, node.snapshots[shared]), match.tokens
-        return Match(match.nodes[:place], node, shared, node.snapshots[shared]), match.tokens
+            return Match((*match.nodes[:depth], node), None, 0, node.snapshots[shared]), match.tokens
+        return Match(match.nodes[:depth], node, shared, node.snapshots[shared]), match.tokens
 
     def root(self, name: str) -> Node:
         """Return the root of the tree ``name``, which is made if there is none."""

@@ -25,7 +25,7 @@ from moetier.tiers.manifest import Manifest
 
 from .context import can_resume, has_states
 from .kv_budget import NO_KV, KVBudget
-from .prefill_memory import NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
+from .prefill_memory import INDEXED, NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
 from .working_states import state_bytes
 
 # Most of the memory that trunk and cache leave, for the tokens of prompts that are computed together, if not all
@@ -211,8 +211,7 @@ def kv_cache_bytes(
 ) -> int:
     """Estimate the bytes of the KV caches of ``batch`` contexts of ``tokens`` each, from a transformers config.
 
-    ``bits``: 8, or 16 for keys and values of ``dtype``. States of a constant size (``state_bytes``) and indexers' keys
-    are not counted.
+    ``bits``: 8, or 16 for keys and values of ``dtype``. States of a constant size (``state_bytes``) are not counted.
     """
     text = config.get_text_config(decoder=True)
     layers = text.per_layer_config  # some models differ from layer to layer
@@ -223,6 +222,8 @@ def kv_cache_bytes(
         windowed = any(name in layer_type for name in WINDOWED)
         window = _first(layer, "sliding_window", "attention_chunk_size", default=tokens) if windowed else tokens
         numbers, rows = _per_token(layer)
+        if layer_type == INDEXED:
+            numbers, rows = numbers + _first(layer, "index_head_dim"), rows + 1
         nbytes += min(tokens, window) * (numbers + SCALE_BYTES * rows if bits == 8 else numbers * dtype.itemsize)
     return batch * nbytes
 

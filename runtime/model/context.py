@@ -12,8 +12,10 @@ STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies
 _PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 _BOTH = {"LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
 _STATES = {"LinearAttentionLayer", *_BOTH}
-# their code computes several tokens behind others as if the recurrent state were 0
-_LOSES_STATE = {"jamba"}
+_INDEXED = {"DynamicIndexedLayer"}  # with keys of an index besides keys and values
+# types that can't resume though their layers are known. jamba computes several tokens behind others as if the
+# recurrent state were 0; glm5_next asks its layer for all keys, and qwen4_exp keeps positions in it
+_LACKING = {"jamba", "glm5_next_text", "qwen4_exp_text"}
 SNAPSHOT_TOKENS = 2048  # a copy of such a state is kept at each multiple of this many tokens
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
 _LEAST = 1 << 16  # least length of that prefix, in characters
@@ -49,20 +51,20 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
 def can_resume(model: Any) -> bool:
     """Return whether a model can resume in the middle of a prompt, from what it has kept of earlier tokens.
 
-    That must be keys and values, and states that transformers' own layers of a cache have (``has_states``). At least
-    one layer must have keys and values.
+    That must be keys and values, and states and keys of an index that transformers' own layers of a cache have
+    (``has_states``, ``has_index``). At least one layer must have keys and values.
     """
     if not can_use_dynamic_cache(model) or model.generation_config.use_cache is False:
         return False
     config = model.config.get_text_config()
     layers = _cache_layers(model)
-    known = _PLAIN if getattr(config, "kv_sharing_modes", None) else _PLAIN | _STATES | {"DummyLayer"}
+    known = _PLAIN if getattr(config, "kv_sharing_modes", None) else _PLAIN | _STATES | _INDEXED | {"DummyLayer"}
     rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     return (
-        bool(layers & (_PLAIN | _BOTH))
+        bool(layers & (_PLAIN | _BOTH | _INDEXED))
         and not layers - known
-        and config.model_type not in _LOSES_STATE
+        and config.model_type not in _LACKING
         and "longrope" not in types  # its angles depend on the chunk's length
     )
 
@@ -70,6 +72,11 @@ def can_resume(model: Any) -> bool:
 def has_states(model: Any) -> bool:
     """Return whether a model has a state of constant size besides keys and values: linear attention, a convolution."""
     return bool(_cache_layers(model) & _STATES)
+
+
+def has_index(model: Any) -> bool:
+    """Return whether a model keeps keys of an index besides keys and values, by which attention chooses positions."""
+    return bool(_cache_layers(model) & _INDEXED)
 
 
 def _cache_layers(model: Any) -> set[str]:

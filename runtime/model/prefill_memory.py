@@ -24,7 +24,7 @@ from moetier.runtime.moe.grouped import GROUP_OUTPUTS
 from moetier.runtime.moe.quick import quick_activation
 from moetier.tiers.manifest import Block, Manifest
 
-from .context import SNAPSHOT_TOKENS, can_resume, has_states
+from .context import SNAPSHOT_TOKENS, can_resume, has_index, has_states
 from .kv_budget import KVBudget
 
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
@@ -42,6 +42,7 @@ ROUTER = 64  # bytes per token and expert of a block: logits, probabilities, and
 INDEX = 48  # bytes per chosen expert of a token: its number, sorted in several ways
 # layer types whose names contain one of these keep neither keys nor values
 NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
+INDEXED = "indexed_attention"
 WINDOWED = ("sliding", "chunked")
 STATEFUL = ("linear", "mamba", "hybrid")  # they have states that are computed in fp32
 SMALL_BYTES = 11 << 20  # of scratch memory and small tensors, for any number of tokens
@@ -192,7 +193,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     )
     in_blocks = (
         resumes
-        and not has_states(model)
+        and not (has_states(model) or has_index(model))
         and model.dtype in FLOATS  # compiled attention takes no others
         and (not is_eager or has_sinks)
         and len(modules) == len(manifest.blocks)

@@ -57,7 +57,8 @@ TINY: dict[str, Any] = {
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
     # latent, indexed and linear attention
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2,
+    "index_topk": 8, "index_head_dim": 16,
+    "index_n_heads": 64,  # with few, many scores of an index are exactly 0, and any of these positions may be chosen
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_head_dim": 16, "linear_num_heads": 4,
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "rel_extent": 32,

@@ -19,12 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from .attention_piece import PIECE
 from .eight_bits import in_codes
 from .growing_cache import CacheMemory, TokenPlace, memory_of
 from .pages import PAGE_TOKENS, KeyPages
+
+INDEX = 1 << 16  # added to a layer's number: the keys of its index, in the same pages; their values have no numbers
 
 
 class LayerShape(NamedTuple):
@@ -222,7 +229,7 @@ class PagedCache(Cache):
         """Continue the sequence that has these pages after its first ``computed`` tokens."""
         self.pages, self.key_pages = pages, KeyPages(array("q", pages))
         for layer in self._paged:
-            layer.end, layer.is_initialized = computed, computed > 0
+            layer.move(computed)
 
     def state(self) -> dict[StatePart, Tensor]:
         """Return the state besides keys and values: the tensors that the layers keep, of any shapes [1, ...]."""
@@ -259,6 +266,10 @@ class PagedLayer(DynamicLayer):
         self.end = 0  # number of tokens
         self._cache, self._memory, self._number, self._window = cache, memory, number, window
         self._room: CacheMemory | None = None  # what ``room`` has returned last
+
+    def move(self, computed: int) -> None:
+        """Continue a sequence after its first ``computed`` tokens."""
+        self.end, self.is_initialized = computed, computed > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens [1, heads, tokens, width]; return those of all that they attend to."""
@@ -314,10 +325,33 @@ class PagedStateLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, o
         LinearAttentionLayer.__init__(self, number_of_states)
 
 
+class PagedIndexedLayer(PagedLayer):
+    """Layer of a PagedCache with the keys of an index besides, by which attention chooses positions."""
+
+    def __init__(self, *given: Any) -> None:
+        """Make a layer without tokens; ``given`` are the arguments of PagedLayer."""
+        super().__init__(*given)
+        self.index_end = 0  # number of tokens that the index has
+
+    def move(self, computed: int) -> None:
+        """Continue a sequence after its first ``computed`` tokens."""
+        super().move(computed)
+        self.index_end = computed
+
+    def update_indexer(self, keys: Tensor) -> Tensor:
+        """Append the index's keys of new tokens [1, tokens, width]; return those of all tokens."""
+        layer, pages, begin = INDEX + self._number, self._cache.pages, self.index_end
+        self.index_end = begin + keys.shape[1]
+        self._memory.write(layer, pages, begin, keys[:, None], keys[:, None, :, :0])
+        return self._memory.read(layer, pages, 0, self.index_end)[0][:, 0]
+
+
 def _paged(cache: PagedCache, memory: PageMemory, number: int, layer: Any) -> Any:
     """Return the layer of a PagedCache in place of transformers' layer; the latter if it has no keys and values."""
     has_keys, has_states = (isinstance(layer, base) for base in (DynamicLayer, LinearAttentionCacheLayerMixin))
     if not has_keys:
         return layer
     given = cache, memory, number, getattr(layer, "sliding_window", None)
-    return PagedStateLayer(*given, number_of_states=layer.number_of_states) if has_states else PagedLayer(*given)
+    if has_states:
+        return PagedStateLayer(*given, number_of_states=layer.number_of_states)
+    return (PagedIndexedLayer if isinstance(layer, DynamicIndexedLayer) else PagedLayer)(*given)

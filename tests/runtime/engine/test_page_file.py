@@ -10,14 +10,14 @@ import pytest
 from faults import flip_bit, mounted
 
 from moetier.runtime.engine.page_file import (
-    BLOCK,
+    ALIGNMENT,
     NAME_BYTES,
     Buffers,
-    DamagedPageError,
+    DamagedFileError,
     Payload,
     head_bytes,
-    read_page,
-    write_page,
+    read_file,
+    write_file,
 )
 
 NAME, OTHER = bytes(range(NAME_BYTES)), bytes(NAME_BYTES)
@@ -29,15 +29,15 @@ def write(path: Path, data: bytes, name: bytes = NAME, layout: object = LAYOUT) 
     memory = buffers.take(begin + len(data))
     memory[: len(memory)] = b"x" * len(memory)  # it has been used before
     memory[begin : begin + len(data)] = data
-    return write_page(path, name, Payload(layout, memoryview(memory)[begin : begin + len(data)]), memory)
+    return write_file(path, name, Payload(layout, memoryview(memory)[begin : begin + len(data)]), memory)
 
 
 def read(path: Path, name: bytes = NAME) -> tuple[object, bytes]:
-    payload, _ = read_page(path, name, Buffers())
+    payload, _ = read_file(path, name, Buffers())
     return payload.layout, bytes(payload.data)
 
 
-@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 3_000_000])
+@pytest.mark.parametrize("size", [0, 1, ALIGNMENT - 1, ALIGNMENT, 3_000_000])
 @pytest.mark.parametrize("layout", [LAYOUT, ["x" * 5000]], ids=["short", "long"])
 def test_a_page_is_read_as_it_was_written(tmp_path: Path, size: int, layout: object) -> None:
     data, path = random.Random(size).randbytes(size), tmp_path / "page"
@@ -50,7 +50,7 @@ def test_a_page_is_read_as_it_was_written(tmp_path: Path, size: int, layout: obj
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     """At 1,000 places; only those behind the end of the data change nothing."""
-    data, path, random_ = random.Random(1).randbytes(3 * BLOCK + 500), tmp_path / "page", random.Random(2)
+    data, path, random_ = random.Random(1).randbytes(3 * ALIGNMENT + 500), tmp_path / "page", random.Random(2)
     write(path, data)
     text, places = len(str(LAYOUT)) + 100, 0
     while places < 1000:
@@ -59,32 +59,32 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
         flip_bit(path, place, bit := random_.randrange(8))
         try:
             assert read(path) == (LAYOUT, data)
-            assert place >= BLOCK + len(data) or 64 < place < BLOCK, "zeros between the parts"
-        except DamagedPageError:
+            assert place >= ALIGNMENT + len(data) or 64 < place < ALIGNMENT, "zeros between the parts"
+        except DamagedFileError:
             pass
         flip_bit(path, place, bit)
     assert read(path) == (LAYOUT, data)
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, BLOCK, 2 * BLOCK, 3 * BLOCK - 1, 5 * BLOCK])
+@pytest.mark.parametrize("size", [0, 1, 100, ALIGNMENT, 2 * ALIGNMENT, 3 * ALIGNMENT - 1, 5 * ALIGNMENT])
 def test_a_file_of_another_length_is_no_page(tmp_path: Path, size: int) -> None:
     path = tmp_path / "page"
-    write(path, bytes(2 * BLOCK))
+    write(path, bytes(2 * ALIGNMENT))
     os.truncate(path, size)
-    with pytest.raises(DamagedPageError):
+    with pytest.raises(DamagedFileError):
         read(path)
 
 
 def test_a_page_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "page", b"data", OTHER)
-    with pytest.raises(DamagedPageError, match="another page"):
+    with pytest.raises(DamagedFileError, match="another page"):
         read(tmp_path / "page")
 
 
 def test_a_page_of_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "page", b"data")
     flip_bit(tmp_path / "page", 8)  # its version
-    with pytest.raises(DamagedPageError, match="format"):
+    with pytest.raises(DamagedFileError, match="format"):
         read(tmp_path / "page")
 
 

@@ -23,14 +23,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from users import NOBODY, as_nobody, need_root
 
 from moetier.runtime.engine import page_folder
-from moetier.runtime.engine.page_file import BLOCK, Payload, head_bytes
+from moetier.runtime.engine.page_file import ALIGNMENT, Payload, head_bytes
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, clear, entries, models_in, open_folder
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.store.atomic import PARTIAL
 
 LAYOUT = ["x"]
 BINDING, DAY = b"b" * 32, 86_400
-FILE = 2 * BLOCK  # bytes of a file with up to BLOCK bytes of data
+FILE = 2 * ALIGNMENT  # bytes of a file with up to ALIGNMENT bytes of data
 
 
 _open = weakref.WeakSet[PageFolder]()
@@ -86,7 +86,7 @@ class Pages(RuleBasedStateMachine):
     def open(self) -> PageFolder:
         return opened(self.place / "pages", 5 * FILE, DAY, clock=lambda: self.now)
 
-    @rule(number=st.integers(0, 9), which=st.integers(0, 1), size=st.integers(0, BLOCK))
+    @rule(number=st.integers(0, 9), which=st.integers(0, 1), size=st.integers(0, ALIGNMENT))
     def write(self, number: int, which: int, size: int) -> None:
         self.now += 10**9
         data = self.data.setdefault(name(number), os.urandom(size))
@@ -354,7 +354,7 @@ def test_a_page_that_another_process_removes_while_it_is_written_is_lost(tmp_pat
 def test_a_damaged_file_is_removed_and_written_again(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     write(folder, name(0), b"data")
-    flip_bit(Path(next(entries(tmp_path)).path), BLOCK)
+    flip_bit(Path(next(entries(tmp_path)).path), ALIGNMENT)
     assert read(folder, name(0)) is None
     assert not folder.has(name(0))
     assert folder.damaged == 1
@@ -444,9 +444,9 @@ def test_a_file_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pytes
     """That is no fault of the disk: others are kept."""
     folder = opened(tmp_path, 3 * FILE)
     assert write(folder, name(0), bytes(3 * FILE)) == 0
-    assert write(folder, name(1), bytes(BLOCK)) == FILE
+    assert write(folder, name(1), bytes(ALIGNMENT)) == FILE
     monkeypatch.setattr(page_folder, "MOST_BYTES", FILE)
-    assert write(folder, name(2), bytes(BLOCK + 1)) == 0
+    assert write(folder, name(2), bytes(ALIGNMENT + 1)) == 0
     assert [folder.has(name(number)) for number in range(3)] == [False, True, False]
 
 

@@ -25,7 +25,7 @@ from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
-from moetier.runtime.engine.page_file import BLOCK
+from moetier.runtime.engine.page_file import ALIGNMENT
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request
@@ -137,7 +137,7 @@ def test_a_prompt_that_leaves_out_thoughts_continues_after_a_restart(tmp_path: P
 def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
     with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
         tokens = written(engine, LONG)
-    (state,) = [path for path in files(tmp_path) if path.stat().st_size > 2 * BLOCK]
+    (state,) = [path for path in files(tmp_path) if path.stat().st_size > 2 * ALIGNMENT]
     flip_bit(state, 5000)
     for damaged, kept in ((1, 0), (0, len(LONG))):
         with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
@@ -150,12 +150,12 @@ def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
 def test_a_state_that_is_too_large_stops_no_other_turn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_folder, "MOST_BYTES", 2 * BLOCK)
+    monkeypatch.setattr(page_folder, "MOST_BYTES", 2 * ALIGNMENT)
     with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
         for number in range(3):
             written(engine, [number, *LONG])
     assert len(files(tmp_path)) >= 3 * (FULL // PAGE_TOKENS)
-    assert all(path.stat().st_size == 2 * BLOCK for path in files(tmp_path))
+    assert all(path.stat().st_size == 2 * ALIGNMENT for path in files(tmp_path))
     assert "not kept" not in caplog.text
 
 

@@ -84,7 +84,7 @@ def cached_bytes(model: Any) -> int:
     ids = torch.randint(2, 250, (BATCH, TOKENS))
     with torch.no_grad():
         cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
-    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "indexer_keys"))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 

@@ -228,7 +228,7 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
     free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Memory is reserved for a chunk, and a longer prompt fits if experts leave room."""
-    _, directory = convert_tiny("glm_moe_dsa", torch.bfloat16, tmp_path, bits=4, max_position_embeddings=32768)
+    _, directory = convert_tiny("minimax", torch.bfloat16, tmp_path, bits=4, max_position_embeddings=32768)
     monkeypatch.setattr("moetier.runtime.model.tiers.memory_for_model", lambda: Available(free, "this machine"))
     model, _ = moetier.load(directory, daemon=None, ram="100%", context=32768, prefill_chunk=256)
     with model.tiers:
