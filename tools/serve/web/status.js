@@ -4,14 +4,21 @@ import { metrics } from "./api.js";
 import { show } from "./elements.js";
 
 const SECONDS = 1; // between two looks at the metrics while an answer is computed
+const WAITING = "Waiting";
 const id = (name) => document.getElementById(name);
+
+/** Return the value of a server's gauge for a model. */
+function gaugeOf(samples, name, model) {
+  return samples.find((each) => each.name === `moetier_serve_${name}` && each.labels.model === model)?.value ?? 0;
+}
 
 /** Return the counters of a model's tiers, by tier: {hits, misses}. Names of counters end in _total. */
 function tiersIn(samples, model) {
   const tiers = {};
   for (const { name, labels, value } of samples) {
     const counter = /^moetier_tier_(hits|misses)_total$/.exec(name)?.[1];
-    if (counter && labels.model === model) (tiers[labels.tier] ??= { hits: 0, misses: 0 })[counter] = value;
+    const tier = labels.tier === "daemon" ? "host" : labels.tier; // a daemon's experts are in the host's memory
+    if (counter && labels.model === model) (tiers[tier] ??= { hits: 0, misses: 0 })[counter] = value;
   }
   return tiers;
 }
@@ -51,7 +58,7 @@ export class Status {
     this.#most = 0;
     this.#before = this.#after = null;
     this.hasText = false;
-    this.phase("Waiting");
+    this.phase(WAITING);
     this.speed("");
     clearInterval(this.#timer);
     this.#timer = setInterval(() => this.#look(), 1000 * SECONDS);
@@ -100,13 +107,16 @@ export class Status {
     this.#before ??= this.#after;
     const shares = sharesOf(this.#before, this.#after);
     if (shares) this.#show((this.shares = shares));
-    if (this.#timer !== null && !this.hasText) this.#left(samples);
+    if (this.#timer === null || this.hasText) return;
+    if (id("phase").textContent.startsWith(WAITING)) {
+      this.phase(gaugeOf(samples, "loaded", this.model) ? WAITING : `${WAITING} until ${this.model} is loaded`);
+    }
+    this.#left(samples);
   }
 
   /** Show how much of the prompts under way is left. The server's comments, which come seldom, are exact. */
   #left(samples) {
-    const value = (name) =>
-      samples.find((each) => each.name === `moetier_serve_${name}` && each.labels.model === this.model)?.value ?? 0;
+    const value = (name) => gaugeOf(samples, name, this.model);
     const left = value("prompt_tokens_left");
     this.#most = Math.max(this.#most, left);
     if (!left || this.#most < 256) return;
