@@ -3,15 +3,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from daemons import running_daemon
-from prepared import Prepared
+from prepared import MAIN, Prepared
 
 import moetier
 from moetier.runtime.trace.trace import NO_EXPERT, Trace
@@ -37,11 +35,11 @@ def trace(folder: Path, prompts: Path, output: Path, *options: str) -> int:
     return main([*words_of(folder, prompts, output), *options])
 
 
-def test_it_records_what_the_model_does(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+def test_it_records_what_the_model_does(scripts: Prepared, tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
     """As a person runs it, with room for a quarter of the experts."""
-    command = [sys.executable, "-m", "moetier.tools.main", "trace", str(tinymix_4bit), "--prompts", str(prompts)]
-    options = ["-o", str(tmp_path / "T.npz"), "--max-new-tokens", "5", "--ram", "3520KiB"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    words = ["trace", tinymix_4bit, "--prompts", prompts, "-o", tmp_path / "T.npz"]
+    result = scripts.run(MAIN, *words, "--max-new-tokens", 5, "--ram", "3520KiB")
+    assert result.returncode == 0, result.stderr
     head, columns, *rows = result.stdout.splitlines()
     found = Trace.load(tmp_path / "T.npz")
     assert head.endswith(f"T.npz: 2 sequences, {found.tokens} tokens, 8 blocks, top 2")

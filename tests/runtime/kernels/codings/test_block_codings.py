@@ -49,13 +49,15 @@ def ideal(x: torch.Tensor, record: torch.Tensor, layout: RecordLayout) -> torch.
 @pytest.mark.parametrize(
     ("coding", "columns", "dtype"),
     [
-        pytest.param(*case.values, dtype, marks=case.marks)
-        for dtype in (torch.float32, torch.bfloat16)
+        pytest.param(*case.values, dtype, marks=[*case.marks, *[pytest.mark.slow] * ((number + at) % 2)])
+        for at, dtype in enumerate((torch.float32, torch.bfloat16))
+        for number, coding in enumerate(BLOCKS)
         for case in FIRST_CASES
+        if case.values[0] == coding
     ],
 )
 def test_products_are_those_with_decoded_weights(coding: str, columns: int, dtype: torch.dtype) -> None:
-    """A row has the same bits in whatever company."""
+    """A row has the same bits in whatever company. One type of each coding is quick, by turns."""
     layout, record = blocks(coding, 100, columns)
     x = torch.randn(9, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     y, wanted = kernels_for(None).project(x, record, layout, "up_proj"), ideal(x, record, layout)
