@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from moetier.runtime.device_names import check_device, device_values
 from moetier.runtime.wire.address import Address, Credentials
@@ -97,6 +97,22 @@ class SpeculationMode(Enum):
 
 
 MEMORY = "memory and device"  # title of a group of options
+
+
+def _memory_option(help: str, expected: str = "a size, a share or a number of bytes") -> Any:
+    """Declare an amount of memory, by default None. ``expected`` says what to give instead of another type."""
+    return option(
+        None,
+        help,
+        types=int | str | None,
+        expected=expected,
+        in_config=True,
+        group=MEMORY,
+        metavar="SIZE",
+        parse=_size,
+    )
+
+
 _CPUS = os.cpu_count() or 1
 
 
@@ -104,16 +120,10 @@ _CPUS = os.cpu_count() or 1
 class HostTierConfig:
     """Options of a host tier: that of this process, or that of the daemon which holds the experts."""
 
-    ram: Size | None = option(
-        None,
+    ram: Size | None = _memory_option(
         'host memory for experts: a size such as "6GiB", or a share such as "50%" of what trunk and context leave '
         f"(default: {DEFAULT_SHARE:.0%}; {GROUP_SHARE:.0%} in a control group with a limit)",
-        types=int | str | None,
-        wanted='a size such as "6GiB", a share: "50%", or a number of bytes',
-        in_config=True,
-        group=MEMORY,
-        metavar="SIZE",
-        parse=_size,
+        'a size such as "6GiB", a share: "50%", or a number of bytes',
     )
     policy: str = option(
         DEFAULT_POLICY,
@@ -143,16 +153,7 @@ class TierConfig(HostTierConfig):
     names, defaults, ranges and help from here. ``of`` makes a checked TierConfig from values as a user writes them.
     """
 
-    device_memory: Size | None = option(
-        None,
-        "GPU memory for experts, where there is a GPU",
-        types=int | str | None,
-        wanted="a size, a share or a number of bytes",
-        in_config=True,
-        group=MEMORY,
-        metavar="SIZE",
-        parse=_size,
-    )
+    device_memory: Size | None = _memory_option("GPU memory for experts, where there is a GPU")
     device: str = option("auto", device_values(), group=MEMORY, parse=check_device)
     context: int | None = option(
         None,
@@ -164,17 +165,10 @@ class TierConfig(HostTierConfig):
         numbers=COUNT,
         short="-c",
     )
-    kv_cache: Size | None = option(
-        None,
+    kv_cache: Size | None = _memory_option(
         'memory for keys and values, of all sequences and of earlier prompts: a size such as "2GiB", or a share such '
         'as "50%" of what the trunk leaves (default: 25%, or less if --ram leaves less, but enough for --context if '
         "that is given)",
-        types=int | str | None,
-        wanted="a size, a share or a number of bytes",
-        in_config=True,
-        group=MEMORY,
-        metavar="SIZE",
-        parse=_size,
     )
     kv_bits: int = option(
         16,
@@ -208,7 +202,7 @@ class TierConfig(HostTierConfig):
         None,
         "number of threads to compute with (default: OMP_NUM_THREADS, else the number of CPUs that this process may "
         "use by its affinity and its control group's quota)",
-        wanted=f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
+        expected=f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
         group=MEMORY,
         metavar="N",
         numbers=Number(int, 1, _CPUS, f"Give 1 to {_CPUS}, the CPUs of this machine."),
@@ -232,7 +226,7 @@ class TierConfig(HostTierConfig):
         "this process's own tier. NAME, FOLDER or HOST:PORT: that daemon. A,B,C: several daemons, a share from each. "
         "dns:///HOST:PORT: the daemons at all IP addresses of HOST, a share from each",
         types=str | None,
-        wanted='"auto", None, or addresses separated by commas',
+        expected='"auto", None, or addresses separated by commas',
         group="daemon",
         metavar="DAEMON",
         parse=DaemonChoice.parse,
@@ -248,7 +242,7 @@ class TierConfig(HostTierConfig):
         None,
         "token and certificates for daemons at HOST:PORT",
         types=Credentials | None,
-        wanted="moetier's Credentials",
+        expected="moetier's Credentials",
         parse=lambda given: given or Credentials(),
         is_setting=False,
     )

@@ -42,7 +42,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/kernels/products/gemm_tile.py": ("runtime/kernels/products/test_api.py", CODE),
     "runtime/kernels/products/words.py": ("runtime/kernels/layer/test_attend.py", CODE),
     "runtime/kernels/products/rounding.py": ("runtime/kernels/products/test_api.py", CODE),
-    "runtime/kernels/quantise/hqq_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
     "runtime/kernels/quantise/quantise_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
     "runtime/libraries/transformers_internals.py": ("runtime/libraries/test_internals.py", "all libraries are in one"),
     "runtime/moe/layer_forms.py": ("runtime/moe/test_layers.py", PARTS),

@@ -7,15 +7,19 @@ The command line, the settings file, the environment and the checks of values al
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from moetier.tiers.errors import ConfigError
 
-WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Option:
         default: the default as a user would write it.
         help: the text of ``--help``, without the default.
         types: the types that Python code may give; by default the type of ``default``, or that of ``numbers``.
-        wanted: what to give instead of a value of a wrong type; the error says "Give" before it.
+        expected: what to give instead of a value of a wrong type; the error says "Give" before it.
         group: the title under which ``--help`` lists the option; "" for the command's own options.
         metavar: the word for the value in ``--help``.
         choices: the only allowed values; empty if there is no such list.
@@ -82,7 +86,7 @@ class Option:
     default: Any
     help: str
     types: Any = None
-    wanted: str = ""
+    expected: str = ""
     group: str = ""
     metavar: str | None = None
     choices: tuple[Any, ...] = ()
@@ -99,7 +103,7 @@ class Option:
         """Type of the values on the command line, aside from None."""
         if self.numbers is not None:
             return self.numbers.value_type
-        accepted = [value_class for value_class in (get_args(self.types) or (self.types,)) if value_class in WANTED]
+        accepted = [value_class for value_class in (get_args(self.types) or (self.types,)) if value_class in EXPECTED]
         return accepted[0] if accepted else type(self.default)
 
     @property
@@ -111,7 +115,7 @@ class Option:
     def read(self, value: Any) -> Any:
         """Check and convert a value. Raises ConfigError if it is not allowed."""
         if not isinstance(value, self.python_type) or (isinstance(value, bool) and self.value_type is not bool):
-            raise ConfigError(f"`{self.name}` is {value!r}.", f"Give {self.wanted or WANTED[self.value_type]}.")
+            raise ConfigError(f"`{self.name}` is {value!r}.", f"Give {self.expected or EXPECTED[self.value_type]}.")
         if value is not None:
             if self.choices and value not in self.choices:
                 choices = ", ".join(map(str, self.choices))
@@ -155,6 +159,28 @@ def read_all(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[st
     if unknown := given.keys() - options.keys():
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     return {name: options[name].read(value) for name, value in given.items()}
+
+
+def declare_keywords(
+    function: Callable[..., Any], options: Mapping[str, Option], further: Mapping[str, Option] = MappingProxyType({})
+) -> None:
+    """Give a function, whose last parameter is ``**options``, the signature and the documentation of its options.
+
+    In its docstring, they replace the line of ``options``. ``further`` options are parameters already, and only
+    documented.
+    """
+    own = list(inspect.signature(function).parameters.values())[:-1]
+    first = [parameter for parameter in own if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in options.items()
+    ]
+    function.__signature__ = inspect.Signature([*first, *keywords, *own[len(first) :]])  # type: ignore[attr-defined]
+    lines = "".join(
+        textwrap.fill(f"{name}: {option.help}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+        for name, option in (*options.items(), *further.items())
+    )
+    function.__doc__ = re.sub(r" +options: .*\n", lambda _: lines, function.__doc__ or "")
 
 
 def command_words(values: Iterable[tuple[str, Any]]) -> list[str]:

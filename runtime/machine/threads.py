@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .control_groups import control_groups
+from .memory import control_groups
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these variables a user sets torch's number of threads
 

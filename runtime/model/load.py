@@ -14,12 +14,9 @@ The calls of a load, in order:
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
-import re
 import sys
-import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,7 +40,7 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.fields import some
-from moetier.tiers.options import read_all
+from moetier.tiers.options import declare_keywords, read_all
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
 
@@ -223,18 +220,7 @@ def _name_after(model: PreTrainedModel, location: Path) -> None:
     )
 
 
-# the signature and the arguments that editors and the documentation show: all options with their defaults
-_keywords = [
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-    for name, option in TIER_OPTIONS.items()
-]
-_parameters = list(inspect.signature(load).parameters.values())
-_ARGUMENTS = "".join(
-    textwrap.fill(f"{name}: {option.help}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
-    for name, option in (TIER_OPTIONS | CACHE).items()
-)
-load.__doc__ = re.sub(r" +options: .*\n", lambda _: _ARGUMENTS, load.__doc__ or "")
-load.__signature__ = inspect.Signature([_parameters[0], *_keywords, *_parameters[1:-1]])  # type: ignore[attr-defined]
+declare_keywords(load, TIER_OPTIONS, CACHE)
 
 
 def _dtype(dtype: object) -> str | torch.dtype:

@@ -30,12 +30,12 @@ def activation_of(module: Any) -> Activation | None:
     numbers = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     x = torch.cat([scale * numbers for scale in _SCALES])
     try:
-        wanted = (apply_gate(module, x) if module.has_gate else module.act_fn(x)).float()
+        expected = (apply_gate(module, x) if module.has_gate else module.act_fn(x)).float()
     except Exception:  # the module's code needs more than these numbers
         return None
     for activation in _candidates(module):
         result = _apply(activation, x)
-        if result.shape == wanted.shape and torch.allclose(result, wanted, rtol=1e-5, atol=1e-6):
+        if result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-5, atol=1e-6):
             return activation
     return None
 

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan, convert, pull, load": (
         "moetier.plan", "moetier.convert", "moetier.pull", "moetier.load", "moetier.register",
         "moetier.tools.plan.library.Plan", "moetier.tools.plan.library.PlannedChoice",
-        "moetier.tools.convert.conversion_report.ConversionReport",
+        "moetier.tools.convert.conversion.ConversionReport",
     ),
     "Requests and grammars": (
         "moetier.Engine", "moetier.Request", "moetier.Grammar", "moetier.GrammarCompiler", "moetier.GrammarProcessor",

@@ -30,9 +30,8 @@ from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
-from moetier.tiers.store.pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 from moetier.tiers.store.scrubbable import Problem
-from moetier.tiers.store.shard import read_at, try_direct
+from moetier.tiers.store.shard import Read, RecordPart, as_bytes, read_at, read_in_pieces, run_reads, try_direct
 from moetier.tiers.store.unchanged import Unchanged
 
 from .table import Extent, ExtentTable, Shard

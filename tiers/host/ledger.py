@@ -20,7 +20,8 @@ that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An 
 leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
 that does not return its slots can't block other callers.
 
-The tier calls three parts itself: ``slots``, ``loads`` for its loaders, and ``uses``.
+The tier calls some parts itself: ``slots``, ``loads`` for its loaders, ``uses``, ``waiting`` for the timekeeper, and
+``counters``.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted
 from .loads import LoadLimits, Loads
-from .prefetch import PrefetchQueue
+from .prefetch import PrefetchQueue, Uses
 from .slots import HostSlots
-from .uses import Uses
 from .waiting import Notifier, WaitingDemands
 
 
@@ -98,10 +98,6 @@ class Ledger:
     def stats(self) -> TierStats:
         """Return a snapshot of the counters and of the state of the slots."""
         return snapshot(self.counters, self.slots.pools.values())
-
-    def count_failure(self) -> None:
-        """Count a read that failed, but succeeded from another copy."""
-        self.counters.count(failures=1)
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
@@ -261,10 +257,6 @@ class Ledger:
                 self._deliver(demand)
             if all(demand.is_idle for demand in firsts):
                 return
-
-    def expire(self) -> float | None:
-        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
-        return self.waiting.expire()
 
     def _deliver(self, demand: Demand) -> None:
         """Advance an asynchronous demand, and deliver events to its caller: leases that are ready, or an error."""

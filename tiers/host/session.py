@@ -193,4 +193,4 @@ class Timekeeper:
 
     @transition
     def _expire(self) -> float | None:
-        return self._ledger.expire()
+        return self._ledger.waiting.expire()

@@ -24,9 +24,7 @@ from moetier.tiers.stats import Share
 
 from .checksum import checksum_bytes, crc32c
 from .scrubbable import Problem, Scrubbable
-
-Pause = Callable[[], bool]
-"""Type of a function that a read calls between two pieces of a record. See ``Store.read_into``."""
+from .shard import Pause as Pause
 
 
 class Store(Closeable):

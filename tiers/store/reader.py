@@ -27,13 +27,17 @@ from .atomic import read_errors
 from .base import DirectoryStore, Pause
 from .checksum import stored_checksum
 from .folder import CACHE, METADATA, MIRRORS, check_array, command, has_store, is_cache, read_manifest, store_folder
-from .pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 from .shard import (
     REPAIR,
     OpenShard,
+    Read,
+    RecordPart,
     ShardFile,
+    as_bytes,
     foreign_record,
     foreign_shards,
+    read_in_pieces,
+    run_reads,
     store_digest,
 )
 

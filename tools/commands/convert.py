@@ -17,7 +17,7 @@ from moetier.tools.cli.parser import add_json, checked, local_folder
 from moetier.tools.convert.options import CONVERT_OPTIONS, Options
 
 if TYPE_CHECKING:
-    from moetier.tools.convert.conversion_report import ConversionReport
+    from moetier.tools.convert.conversion import ConversionReport
 
 EXAMPLES = (
     "moetier convert ./Mixtral-8x7B-v0.1 ./mixtral-4bit",

@@ -15,16 +15,8 @@ from moetier.tools.cli.arguments import add_bits, add_option, add_prefill_argume
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json, source
 from moetier.tools.cli.report import table
+from moetier.tools.plan.forecast import RESOURCES
 
-RESOURCES = (
-    "ram",
-    "context",
-    "kv_cache",
-    "kv_bits",
-    "device_memory",
-    "device",
-    "threads",
-)  # options of TierConfig that plan has, too
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
     "moetier plan mistralai/Mixtral-8x7B-v0.1 --bits 4,3 --ram 12GiB",
@@ -44,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_bits(parser, TRUNK_BITS)
     ram = replace(TIER_OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
-    for option in (ram, *(TIER_OPTIONS[name] for name in RESOURCES[1:])):
+    for option in (ram, *(TIER_OPTIONS[name] for name in RESOURCES[1:-1])):
         add_option(parser, option)
     add_prefill_argument(parser)
     parser.add_argument(
@@ -71,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         disk=arguments.disk,
         cache=[(name, getattr(arguments, name)) for name in CACHE],
         say=_to_a_terminal,
-        **{name: getattr(arguments, name) for name in (*RESOURCES, "prefill_chunk")},
+        **{name: getattr(arguments, name) for name in RESOURCES},
     )
     print(json.dumps(forecast, indent=2) if arguments.json else text(forecast))
 

@@ -22,7 +22,7 @@ from moetier.tools.synthetic.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from moetier.tools.convert.conversion_report import ConversionReport
+    from moetier.tools.convert.conversion import ConversionReport
 
 EXAMPLES = (
     "moetier synthetic build/mixtral-4L --store build/mixtral-4L-4bit",

@@ -1,19 +1,18 @@
 """Conversion of a checkpoint into a model directory, block by block, also while the checkpoint is downloaded.
 
-    library            ``moetier.convert`` and ``moetier.pull``
-    convert            opens the source, and makes or replaces the model directory
-    options            its options
-    conversion_plan    what is made, and in which order
-    conversion         one conversion, block after block
-    conversion_report  its result and cost, as JSON and as a table
-    encoder            turns weights into records, on threads
-    trunk_writer       writes the trunk's files
-    target             the folder to write, or to resume
-    replacement        replaces a complete model
-    streaming          downloads from the hub meanwhile
-    mirror_writer      makes a mirror
-    model_card         README.md of a model
-    model_files        removes and measures files of a model directory
+    library          ``moetier.convert`` and ``moetier.pull``
+    convert          opens the source, and makes or replaces the model directory
+    options          its options
+    conversion_plan  what is made, and in which order
+    conversion       one conversion, block after block, and its report
+    encoder          turns weights into records, on threads
+    trunk_writer     writes the trunk's files
+    target           the folder to write, or to resume
+    replacement      replaces a complete model
+    streaming        downloads from the hub meanwhile
+    mirror_writer    makes a mirror
+    model_card       README.md of a model
+    model_files      removes and measures files of a model directory
 
 Other packages may use every module except ``streaming``. The package imports ``cli``, ``runtime`` and ``tiers``.
 """

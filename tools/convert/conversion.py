@@ -1,4 +1,4 @@
-"""One conversion of a checkpoint: it is planned before anything is written, and can be resumed if it is interrupted."""
+"""One conversion of a checkpoint, which is planned before anything is written and can be resumed, and its report."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
@@ -25,15 +26,84 @@ from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import ByteProgress
+from moetier.tools.cli.report import table
 from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
 from .conversion_plan import ConversionPlan, Stage, stages
-from .conversion_report import BlockReport, ConversionReport
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
 from .model_card import CARD, write_card
 from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """Result for one block.
+
+    ``error`` is the relative error of its stored weights. It is None if an earlier run made the block and its error was
+    not kept.
+    """
+
+    path: str
+    experts: int
+    stored_bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Result and cost of a conversion."""
+
+    model: str
+    target: str
+    bits: int
+    trunk_bits: int
+    source_bytes: int
+    trunk_bytes: int
+    trunk_matrices: int  # number of quantised matrices
+    trunk_error: float | None  # relative error of their weights; None if this run quantised none
+    blocks: tuple[BlockReport, ...]
+    weights: int  # number of weights of all experts
+    seconds: float
+    peak_bytes: int  # peak memory of this process since its start
+    resumed_blocks: int  # number of blocks that an earlier run finished
+    was_complete: bool  # whether the model directory was complete, so that nothing was written
+
+    @property
+    def expert_bytes(self) -> int:
+        """Stored bytes of all experts."""
+        return sum(block.stored_bytes for block in self.blocks)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per expert weight, including scales, padding and checksums."""
+        return self.expert_bytes * 8 / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the properties as JSON."""
+        return asdict(self) | {"expert_bytes": self.expert_bytes, "bits_per_weight": self.bits_per_weight}
+
+    def table(self) -> str:
+        """Return the report as text."""
+        if self.was_complete:
+            trunk = f" and a trunk of {self.trunk_bits}" if self.trunk_bits != 16 else ""
+            return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits{trunk} already."
+        rows = [["block", "experts", "size", "mean relative error"]]
+        for block in self.blocks:
+            error = "-" if block.error is None else f"{block.error:.4f}"
+            rows.append([block.path, str(block.experts), format_bytes(block.stored_bytes), error])
+        error = "" if self.trunk_error is None else f"{self.trunk_error:.4f}"
+        totals = [
+            ["source", format_bytes(self.source_bytes)],
+            ["trunk", format_bytes(self.trunk_bytes)],
+            *([[f"its {self.trunk_matrices} matrices of {self.trunk_bits} bits", "error " + error]] if error else []),
+            ["experts", format_bytes(self.expert_bytes)],
+            ["bits per expert weight", f"{self.bits_per_weight:.3f}"],
+            ["time", f"{self.seconds:.1f} s"],
+            ["peak memory", format_bytes(self.peak_bytes)],
+        ]
+        return f"{table(rows)}\n\n{table(totals)}"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.store.folder import JOURNAL, replacement_folder
 
-from .conversion import Conversion
-from .conversion_report import ConversionReport
+from .conversion import Conversion, ConversionReport
 from .mirror_writer import mirror_to
 from .model_files import check_unused
 from .options import Options

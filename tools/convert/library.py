@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.model.name_files import register_name
 from moetier.runtime.model.names import place_of, tag_of
+from moetier.tiers.options import declare_keywords
 
 from . import convert as conversions
-from .conversion_report import ConversionReport
+from .conversion import ConversionReport
 from .options import CONVERT_OPTIONS, DEFAULT_BITS, Options
 
 
@@ -62,20 +59,5 @@ def pull(hub_id: str, *, quiet: bool = True, **options: Any) -> ConversionReport
     return conversions.pull(hub_id, folder, quiet=quiet, **options | {"bits": bits})
 
 
-def _declare(function: Callable[..., ConversionReport]) -> None:
-    """Give a function the signature and the documentation of its options, from their declarations."""
-    *own, _ = inspect.signature(function).parameters.values()
-    keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-        for name, option in CONVERT_OPTIONS.items()
-    ]
-    function.__signature__ = inspect.Signature([*own, *keywords])  # type: ignore[attr-defined]
-    lines = "".join(
-        textwrap.fill(f"{name}: {option.help}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
-        for name, option in CONVERT_OPTIONS.items()
-    )
-    function.__doc__ = re.sub(r" +options: .*\n", lambda _: lines, function.__doc__ or "")
-
-
 for _function in (convert, pull):
-    _declare(_function)
+    declare_keywords(_function, CONVERT_OPTIONS)

@@ -34,8 +34,7 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.mirror import read_mirrors
 
-from .conversion import Conversion
-from .conversion_report import ConversionReport
+from .conversion import Conversion, ConversionReport
 from .model_card import CARD, is_card
 from .model_files import delete, delete_empty_folders, locked
 from .target import copied_files, files_of_users, is_ours, remove

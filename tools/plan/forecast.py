@@ -18,6 +18,8 @@ from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.convert.model_files import nearest_folder
 
+RESOURCES = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")
+"""Names of the options of TierConfig that a plan has, too."""
 _log = logging.getLogger(__name__)
 
 
@@ -42,8 +44,7 @@ def plan(
         disk: speed of the disk in GB/s; None: measure it.
         cache: names and values of the options of an object store's cache, for the recommended command line.
         say: called with a line of progress before each measurement that takes long.
-        resources: ``ram``, ``context``, ``kv_cache``, ``kv_bits``, ``device_memory``, ``device``, ``threads`` and
-            ``prefill_chunk``, as in ``load``.
+        resources: RESOURCES, as in ``load``.
     """
     _check(bits, trunk_bits, disk)
     pulls = into is None and not Path(source).exists()

@@ -11,7 +11,9 @@ from typing import Any
 
 import transformers  # all of it: what ``forecast`` imports is without the parts that commands never use
 
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.runtime.model.names import checkpoint_or_model, directory_at, is_address
+from moetier.tiers.options import declare_keywords
 
 from . import forecast
 
@@ -93,14 +95,7 @@ def plan(
     trunk_bits: Sequence[int] | None = None,
     into: str | os.PathLike[str] | None = None,
     disk: float | None = None,
-    ram: str | int | None = None,
-    context: int | None = None,
-    kv_cache: str | int | None = None,
-    kv_bits: int = 16,
-    device_memory: str | int | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    prefill_chunk: int | None = None,
+    **options: Any,
 ) -> Plan:
     """Estimate whether a model runs on this machine, and how fast, before its weights are downloaded.
 
@@ -113,7 +108,7 @@ def plan(
         trunk_bits: bits per weight of everything else to choose from; None: all.
         into: folder whose disk is measured; None: the current folder, or for an id on the hub that of pulled models.
         disk: speed of the disk in GB/s; None: measure it.
-        ram, context, kv_cache, kv_bits, device_memory, device, threads, prefill_chunk: as in ``load``.
+        options: those of ``load`` in RESOURCES.
 
     Raises:
         MoetierError: an option or the source can't be used, or no choice works here.
@@ -129,15 +124,11 @@ def plan(
             trunk_bits=None if trunk_bits is None else list(trunk_bits),
             into=None if into is None else Path(into),
             disk=disk,
-            ram=ram,
-            context=context,
-            kv_cache=kv_cache,
-            kv_bits=kv_bits,
-            device_memory=device_memory,
-            device=device,
-            threads=threads,
-            prefill_chunk=prefill_chunk,
+            **options,
         )
     finally:
         log.set_verbosity(verbosity)
     return Plan.of(document)
+
+
+declare_keywords(plan, {name: TIER_OPTIONS[name] for name in forecast.RESOURCES})

@@ -8,7 +8,6 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -97,9 +96,8 @@ class DaemonActor:
         ) as daemon:
             assert daemon.stdout is not None
             assert daemon.stderr is not None
-            log = threading.Thread(target=_copy, args=(daemon.stderr, last), name="moetier-daemon-log", daemon=True)
             try:
-                log.start()
+                log = start_thread("moetier-daemon-log", _copy, daemon.stderr, last)
                 has_said = False  # whether there is something to read: that it is ready, or that it has ended
                 while self._is_held and not has_said:
                     has_said = bool(select.select([daemon.stdout], [], [], 1.0)[0])

@@ -16,8 +16,7 @@ from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
-from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.conversion_report import ConversionReport
+from moetier.tools.convert.conversion import Conversion, ConversionReport
 from moetier.tools.convert.convert import convert
 from moetier.tools.convert.options import Options
 

@@ -160,15 +160,15 @@ def _has_plain_sinks(module: nn.Module) -> bool:
     replace_parameters(twin, {**parameters_of(module), SINKS: other})
     try:
         given = {"scaling": 0.5, "dropout": 0.0, "s_aux": other}
-        wanted, _ = _own_function(twin)(twin, query, key, value, None, **given)
+        expected, _ = _own_function(twin)(twin, query, key, value, None, **given)
     except Exception:  # it needs or gives something else
         return False
     computed = _attend(query, key, value, None, 0.5, other)
     near = 1e-5 if sinks.dtype == torch.float32 else 3e-2
     return (
         computed is not None
-        and computed.shape == wanted.shape
-        and torch.allclose(computed, wanted, rtol=near, atol=near)
+        and computed.shape == expected.shape
+        and torch.allclose(computed, expected, rtol=near, atol=near)
     )
 
 

@@ -41,44 +41,45 @@ class AttentionContext(NamedTuple):
     are counted from the beginning of piece 0, which is that of a page too.
     """
 
-    begun: int  # items that threads have taken
-    threads: int  # threads that have begun
-    items: int  # number of all items
-    key_heads: int
-    share: int  # heads of queries that share a head of keys
-    tokens: int  # new tokens of a sequence
-    strip: int  # tokens of a strip
-    first: int  # position of the first key
-    end: int  # position after the last key
-    window: int  # most positions that a token attends to up to its own
-    after: int  # most positions after its own that a token attends to
-    key_width: int  # D, of a query or key; a multiple of LANES
-    value_width: int  # V; a multiple of LANES
-    spans: int  # items of a strip: 1, or as many as pieces
-    queries: int  # address of q [sequences, heads, tokens, D]
-    query_sequence: int  # strides of q
-    query_head: int
-    query_token: int
-    keys: int  # address of place 0 of the keys' memory [sequences, key heads, places, D]
-    values: int  # address of place 0 of the values' memory [sequences, key heads, places, V]
-    pages: int  # address of the numbers of the pages [pages], i64, in which the positions lie
-    page_bits: int  # a page has 1 << page_bits positions. In memory, those of page n begin at place n << page_bits
-    key_sequence: int  # strides of both memories
-    value_sequence: int
-    key_head: int
-    key_position: int
-    value_head: int
-    value_position: int
-    mask: int  # address of the fp32 mask [sequences, tokens, positions]; 0 if there is none
-    mask_sequence: int  # strides of the mask
-    mask_token: int
-    out: int  # address of the output [sequences, tokens, heads, V], without gaps
-    scratch: int  # address of the threads' memory
-    thread_bytes: int  # of a thread's memory
-    results: int  # address of fp32 [items, rows of a strip, V and a vector with m and z], if a strip has several items
-    item_bytes: int  # of the results of an item
-    scaling: int  # bits of the fp32 factor of scores
-    sinks: int  # address of the sinks [heads]; 0 if there are none
+    begun: int = 0  # items that threads have taken
+    threads: int = 0  # threads that have begun
+    items: int = 0  # number of all items
+    key_heads: int = 0
+    share: int = 0  # heads of queries that share a head of keys
+    tokens: int = 0  # new tokens of a sequence
+    strip: int = 0  # tokens of a strip
+    first: int = 0  # position of the first key
+    end: int = 0  # position after the last key
+    window: int = 0  # most positions that a token attends to up to its own
+    after: int = 0  # most positions after its own that a token attends to
+    key_width: int = 0  # D, of a query or key; a multiple of LANES
+    value_width: int = 0  # V; a multiple of LANES
+    spans: int = 0  # items of a strip: 1, or as many as pieces
+    queries: int = 0  # address of q [sequences, heads, tokens, D]
+    query_sequence: int = 0  # strides of q
+    query_head: int = 0
+    query_token: int = 0
+    keys: int = 0  # address of place 0 of the keys' memory [sequences, key heads, places, D]
+    values: int = 0  # address of place 0 of the values' memory [sequences, key heads, places, V]
+    pages: int = 0  # address of the numbers of the pages [pages], i64, in which the positions lie
+    page_bits: int = 0  # a page has 1 << page_bits positions. In memory, those of page n begin at place n << page_bits
+    key_sequence: int = 0  # strides of both memories
+    value_sequence: int = 0
+    key_head: int = 0
+    key_position: int = 0
+    value_head: int = 0
+    value_position: int = 0
+    mask: int = 0  # address of the fp32 mask [sequences, tokens, positions]; 0 if there is none
+    mask_sequence: int = 0  # strides of the mask
+    mask_token: int = 0
+    out: int = 0  # address of the output [sequences, tokens, heads, V], without gaps
+    scratch: int = 0  # address of the threads' memory
+    thread_bytes: int = 0  # of a thread's memory
+    # address of fp32 [items, rows of a strip, V and a vector with m and z], if a strip has several items
+    results: int = 0
+    item_bytes: int = 0  # of the results of an item
+    scaling: int = 0  # bits of the fp32 factor of scores
+    sinks: int = 0  # address of the sinks [heads]; 0 if there are none
 
 
 STRIDES = (  # of numbers of the kernel's type; the mask has others

@@ -147,6 +147,15 @@ def _layer_of(cache: Any, number: int) -> GrowingLayer | GrowingWindow | PagedLa
     return layer
 
 
+class AttentionParts(NamedTuple):
+    """Parts of an attention module that have numbers."""
+
+    matrices: list[RowMatrix]  # of the projections q, k, v and o
+    biases: list[Tensor | None]  # of the same
+    norms: list[Any]  # of queries and keys, or none
+    sinks: Tensor | None  # [heads]
+
+
 class AttentionTasks:
     """Tasks that compute the attention of one token. Their contexts are made once, because that takes long."""
 
@@ -179,25 +188,14 @@ class AttentionTasks:
         covered = [(len(weight), rows) for weight, rows in zip(weights, (q, k), strict=False)]
         if any(not size or size % LANES or rows % size for size, rows in covered):
             return None
-        parts: Any = matrices, biases, norms, sinks  # no matrix is None
-        return cls(variant, dtype, threads, *parts, has_codes=has_codes)
+        present: Any = matrices  # no matrix is None
+        return cls(variant, dtype, threads, AttentionParts(present, biases, norms, sinks), has_codes=has_codes)
 
     def __init__(
-        self,
-        variant: AttentionVariant,
-        dtype: torch.dtype,
-        threads: int,
-        matrices: list[RowMatrix],
-        biases: list[Tensor | None],
-        norms: list[Any],
-        sinks: Tensor | None,
-        *,
-        has_codes: bool,
+        self, variant: AttentionVariant, dtype: torch.dtype, threads: int, parts: AttentionParts, *, has_codes: bool
     ) -> None:
-        """Make the tasks. ``matrices`` and ``biases`` are those of the projections q, k, v and o.
-
-        ``norms`` are those of queries and keys, or none.
-        """
+        """Make the tasks, with parts that fit each other. The other parameters are those of ``of``."""
+        matrices, biases, norms, sinks = parts
         self._variant, self._threads, self._itemsize = variant, threads, 1 if has_codes else dtype.itemsize
         self._room: CacheMemory | None = None
         self.columns, self._output = matrices[0].columns, matrices[3]
@@ -216,7 +214,6 @@ class AttentionTasks:
         q_weight, k_weight = weights or (0, 0)
         q_columns, k_columns = columns or (width, width)
         heads = HeadsContext(
-            unused=0,
             heads=count,
             key_heads=key_count,
             key_width=width,
@@ -227,15 +224,9 @@ class AttentionTasks:
             v=v,
             q_weight=q_weight,
             k_weight=k_weight,
-            cos=0,
-            sin=0,
             q_columns=q_columns,
             k_columns=k_columns,
             eps=float_bits(eps),
-            key_place=0,
-            value_place=0,
-            key_stride=0,
-            value_stride=0,
             apart=variant.rotated // 2 if variant.angles == variant.rotated else 0,
         )
         self._heads = array("q", heads)
@@ -250,41 +241,17 @@ class AttentionTasks:
         )
         self._finished = array("q", bytes(8 * key_count))
         given = AttentionContext(
-            begun=0,
-            threads=0,
-            items=0,
             key_heads=key_count,
             share=share,
             tokens=1,
             strip=1,
-            first=0,
-            end=0,
             window=NO_WINDOW,
-            after=0,
             key_width=width,
             value_width=values,
-            spans=0,
             queries=q,
-            query_sequence=0,
             query_head=width,
-            query_token=0,
-            keys=0,
-            values=0,
-            pages=0,
-            page_bits=0,
-            key_sequence=0,
-            value_sequence=0,
-            key_head=0,
-            key_position=0,
-            value_head=0,
-            value_position=0,
-            mask=0,
-            mask_sequence=0,
-            mask_token=0,
             out=attended,
-            scratch=0,
             thread_bytes=self._compiled.thread_bytes,
-            results=0,
             item_bytes=self._compiled.item_bytes,
             scaling=float_bits(variant.scaling),
             sinks=0 if sinks is None else sinks.data_ptr(),

@@ -27,12 +27,6 @@ def in_codes(numbers: Tensor) -> Tensor:
     return torch.cat([codes, scale.contiguous().view(torch.int8)], -1)
 
 
-def from_codes(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers [heads, tokens, width] of rows int8 [heads, tokens, width + 2], as ``in_codes`` gives them."""
-    codes, scale = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16)
-    return (codes.float() * scale.float()).to(dtype)
-
-
 def emit_codes(emit: Emitter, numbers: Callable[[Value], Value], target: Value, count: Value, register: Value) -> None:
     """Emit ``in_codes`` of ``count`` numbers, and its store at ``target``.
 

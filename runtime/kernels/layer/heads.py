@@ -23,27 +23,27 @@ HEADS = "moetier_heads"  # name of the compiled function
 class HeadsContext(NamedTuple):
     """The i64 fields in the context of the compiled function. Strides are in bytes."""
 
-    unused: int
-    heads: int  # number of query heads
-    key_heads: int
-    key_width: int  # D, of a query or key
-    value_width: int  # V
-    rotated: int  # R, the rotated numbers in each head
-    q: int  # address of q [heads, D]
-    k: int  # address of k [key heads, D]
-    v: int  # address of v [key heads, V]
-    q_weight: int  # address of the weights [q_columns] of the norm of q; 0 without norms
-    k_weight: int  # address of the weights [k_columns] of the norm of k; 0 without norms
-    cos: int  # address of cos, [R], or [R / 2] where pairs share it
-    sin: int  # address of sin, as cos
-    q_columns: int  # numbers of q that one norm covers
-    k_columns: int  # numbers of k that one norm covers
-    eps: int  # bits of the fp32 eps of the norms
-    key_place: int  # address of the token's key in the cache's first head
-    value_place: int  # address of the token's value there
-    key_stride: int  # between the cache's heads of keys
-    value_stride: int  # between the cache's heads of values
-    apart: int  # how far apart cos and sin of a pair's two numbers are: R / 2, or 0 if they share theirs
+    unused: int = 0
+    heads: int = 0  # number of query heads
+    key_heads: int = 0
+    key_width: int = 0  # D, of a query or key
+    value_width: int = 0  # V
+    rotated: int = 0  # R, the rotated numbers in each head
+    q: int = 0  # address of q [heads, D]
+    k: int = 0  # address of k [key heads, D]
+    v: int = 0  # address of v [key heads, V]
+    q_weight: int = 0  # address of the weights [q_columns] of the norm of q; 0 without norms
+    k_weight: int = 0  # address of the weights [k_columns] of the norm of k; 0 without norms
+    cos: int = 0  # address of cos, [R], or [R / 2] where pairs share it
+    sin: int = 0  # address of sin, as cos
+    q_columns: int = 0  # numbers of q that one norm covers
+    k_columns: int = 0  # numbers of k that one norm covers
+    eps: int = 0  # bits of the fp32 eps of the norms
+    key_place: int = 0  # address of the token's key in the cache's first head
+    value_place: int = 0  # address of the token's value there
+    key_stride: int = 0  # between the cache's heads of keys
+    value_stride: int = 0  # between the cache's heads of values
+    apart: int = 0  # how far apart cos and sin of a pair's two numbers are: R / 2, or 0 if they share theirs
 
 
 PLACE = {name: place for place, name in enumerate(HeadsContext.__annotations__)}  # index of a field

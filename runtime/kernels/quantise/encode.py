@@ -1,7 +1,7 @@
 """Quantise weights in compiled code, to the same bytes that ``tiers.quant`` computes with torch.
 
 The compiled code does the operations of ``hqq`` and ``codec`` in the same order, and fuses none of them. So the bytes
-are the same on every processor, and the same as those of torch. ``quantise_code``, ``hqq_code`` and ``pairs_code`` emit
+are the same on every processor, and the same as those of torch. ``quantise_code`` and ``pairs_code`` emit
 it.
 """
 
@@ -22,9 +22,8 @@ from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.quant.packing import HALF, fold, load_pairs
 from moetier.tiers.quant.zero_points import Levels
 
-from .hqq_code import solver_table
 from .pairs_code import pairs_kernel
-from .quantise_code import QuantiserPass, QuantiserVariant, quantising_kernel
+from .quantise_code import QuantiserPass, QuantiserVariant, quantising_kernel, solver_table
 
 
 def encode(

@@ -30,7 +30,7 @@ from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModel
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.headers.gguf import read_gguf
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store import pieces
+from moetier.tiers.store import shard
 from moetier.tools.main import main
 
 IDS = torch.tensor([[5, 17, 200, 3, 99, 250, 42]])
@@ -102,7 +102,7 @@ def test_rows_that_alternate_are_read_in_parts(tmp_path: Path, monkeypatch: pyte
         record = bytearray(layout.slot_bytes)
         store.read_into(key, memoryview(record))
         for size in random.Random(0).sample(range(50, layout.payload_bytes), 50):
-            monkeypatch.setattr(pieces, "READ_PIECE_BYTES", size)
+            monkeypatch.setattr(shard, "READ_PIECE_BYTES", size)
             again = bytearray(b"?" * layout.slot_bytes)
             store.read_into(key, memoryview(again))
             assert again == record, size

@@ -258,7 +258,7 @@ class LedgerMachine(RuleBasedStateMachine):
         failed = {id(client): len(client.failed) for client in self.clients}
         self.now += seconds
         with self.monitor.transition():
-            until = self.ledger.expire()
+            until = self.ledger.waiting.expire()
         assert until is None or self.now < until <= self.now + PATIENCE
         if seconds == PATIENCE:
             for client, request in waiting:
@@ -387,7 +387,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not any(pool._pins)
             assert not pool.starved
         assert not list(self.ledger.loads)
-        assert self.ledger.expire() is None, "no demand waits"
+        assert self.ledger.waiting.expire() is None, "no demand waits"
 
 
 TestLedger = LedgerMachine.TestCase

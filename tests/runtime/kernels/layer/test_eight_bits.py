@@ -10,11 +10,17 @@ from instructions import FEATURES, processor_with
 
 from moetier.runtime.kernels.layer.attend import attend
 from moetier.runtime.kernels.layer.attention_piece import PIECE
-from moetier.runtime.kernels.layer.eight_bits import SCALE_BYTES, from_codes, in_codes
+from moetier.runtime.kernels.layer.eight_bits import SCALE_BYTES, in_codes
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def from_codes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers [heads, tokens, width] of rows int8 [heads, tokens, width + 2], as ``in_codes`` gives them."""
+    codes, scale = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16)
+    return (codes.float() * scale.float()).to(dtype)
 
 
 @pytest.fixture(params=FEATURES)
