@@ -17,14 +17,13 @@ import logging
 import mmap
 import operator
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES
@@ -73,10 +72,7 @@ class ShardFile:
 
     def make_index(self) -> bytes:
         """Return the bytes of the index and its checksum. Records are in the order of their experts."""
-        pairs = np.empty((self.experts, 2), "<u8")
-        pairs[:, 0] = range(0, self.data_bytes, self.slot_bytes)
-        pairs[:, 1] = self.slot_bytes
-        payload = pairs.tobytes()
+        payload = b"".join(struct.pack("<QQ", at, self.slot_bytes) for at in range(0, self.data_bytes, self.slot_bytes))
         return payload + checksum_bytes(crc32c(payload))
 
     def stored_checksums(self, descriptor: int | None = None) -> Iterator[int]:

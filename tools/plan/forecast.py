@@ -16,7 +16,6 @@ from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tiers.options import command_words
 from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
-from moetier.tools.convert.model_files import nearest_folder
 
 RESOURCES = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")
 """Names of the options of TierConfig that a plan has, too."""
@@ -46,6 +45,8 @@ def plan(
         say: called with a line of progress before each measurement that takes long.
         resources: RESOURCES, as in ``load``.
     """
+    from moetier.tools.convert.model_files import nearest_folder  # imports numpy, which starts threads
+
     _check(bits, trunk_bits, disk)
     pulls = into is None and not Path(source).exists()
     place = nearest_folder(models_folder()) if pulls else into or Path()

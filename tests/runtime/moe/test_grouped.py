@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from twins import BLOCK, CPU, inputs, pair
 
-from moetier.runtime.kernels.experts.expert_kernels import BATCH_OUTPUTS
+from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.moe import grouped

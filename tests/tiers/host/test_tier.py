@@ -28,9 +28,9 @@ from moetier.testing import in_fork
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreError, StoreReadError
 from moetier.tiers.host.demands import Event, Failed
-from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import Loads
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.waiting import WaitingDemands
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
@@ -278,7 +278,7 @@ def test_a_timekeeper_that_fails_ends_the_wait_of_all_callers(
     gate: GatedReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HostTier(gate, slots=SMALLEST) as tier:
-        monkeypatch.setattr(Ledger, "expire", fails)
+        monkeypatch.setattr(WaitingDemands, "expire", fails)
         events = SimpleQueue[Event]()
         tier.session(events.put).acquire(1, keys(0, 0, 1))
         tier.session(events.put).acquire(2, keys(0, 2, 3))  # it has a deadline, as it finds no slot
