@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -209,26 +210,24 @@ class Models(Closeable):
         self._changed.notify_all()
 
     def _work(self) -> None:
-        while (entry := self._next()) is not None:
-            if entry.waiting:
-                self._provide(entry)
-            else:
-                self._unload(entry)
+        while (step := self._next()) is not None:
+            step()
+            del step  # an unload refers to what the model had on disk
 
-    def _next(self) -> Entry | None:
-        """Wait for a model that is wanted, or that has not been used for long, and return it; None at the end."""
+    def _next(self) -> Callable[[], None] | None:
+        """Wait until a model is wanted, or was not used for long. Return what is to be done then; None at the end."""
         with self._changed:
             while not self._is_closed:
                 self._wanted = [entry for entry in self._wanted if entry.waiting]
                 if self._wanted:
-                    return self._wanted[0]
+                    return partial(self._provide, self._wanted[0])
                 seconds = None
                 if self._keep_alive is not None:
                     idle = [entry for entry in self._entries.values() if entry.served is not None and not entry.users]
                     if (oldest := min(idle, key=lambda entry: entry.used, default=None)) is not None:
                         seconds = oldest.used + self._keep_alive - time.monotonic()
                         if seconds <= 0:
-                            return oldest
+                            return self._take_out(oldest)  # at once: a request that comes now must not use it
                 self._changed.wait(seconds)
         return None
 
@@ -240,7 +239,7 @@ class Models(Closeable):
                 self._load(entry, self._make_room(entry))
         except _UnwantedError:
             return  # requests that have come since are found as new ones
-        except Exception as error:
+        except BaseException as error:  # also a panic in a library that is written in Rust
             refusal = _refusal(entry.name, error)
         if refusal is not None:
             gc.collect()  # now that the error refers to no part of the model
@@ -324,25 +323,19 @@ class Models(Closeable):
         with self._changed:
             return sum(entry.served.reserved for entry in self._entries.values() if entry.served is not None)
 
-    def _unload(self, entry: Entry, wanted: Entry | None = None) -> None:
-        """Unload a model that no request uses.
+    def _unload(self, entry: Entry, wanted: Entry) -> None:
+        """Unload a model for ``wanted``, which needs its memory, once no request uses it.
 
-        ``wanted``: the model that needs its memory, for which the requests that use it are waited for. Raises
-        _UnwantedError if no request waits for that model any longer.
+        Raises _UnwantedError if no request waits for ``wanted`` any longer.
         """
         with self._changed:
-            if wanted is not None:
-                entry.drains = True
-                self._changed.wait_for(lambda: not (entry.users and wanted.waiting) or self._is_closed)
-                entry.drains = False
-                if entry.users:
-                    raise _UnwantedError
-            if entry.users or entry.served is None:
-                return
+            entry.drains = True
+            self._changed.wait_for(lambda: not (entry.users and wanted.waiting) or self._is_closed)
+            entry.drains = False
+            if entry.users or not wanted.waiting:
+                raise _UnwantedError
             unload = self._take_out(entry)
-        began = time.monotonic()
         unload()
-        _log.info("%s is unloaded, after %.1f s", entry.name, time.monotonic() - began)
 
     def _take_out(self, entry: Entry) -> Callable[[], None]:
         """Let no further request use a model, and return what unloads it. The caller holds ``_changed``."""
@@ -351,9 +344,12 @@ class Models(Closeable):
         entry.served, entry.closing = None, contextlib.ExitStack()
 
         def unload() -> None:
+            began = time.monotonic()
             try:
                 closing.close()
-            except Exception as error:
+            except KeyboardInterrupt:  # at the end, on the main thread
+                raise
+            except BaseException as error:  # also a panic in a library that is written in Rust
                 log_failure(f"Unloading {entry.name}", error)
             gc.collect()
             return_freed_memory()
@@ -362,6 +358,7 @@ class Models(Closeable):
             if disk is not None:
                 with self._changed:
                     self._traffic = disk.traffic() if self._traffic is None else self._traffic + disk.traffic()
+            _log.info("%s is unloaded, after %.1f s", entry.name, time.monotonic() - began)
 
         return unload
 
@@ -394,7 +391,7 @@ class Models(Closeable):
             unload()
 
 
-def _refusal(name: str, error: Exception) -> Refusal:
+def _refusal(name: str, error: BaseException) -> Refusal:
     """Return what requests for a model are told that can't be loaded. What has no place in it goes to the log."""
     log_failure(f"Loading {name}", error)
     if isinstance(error, BudgetError):

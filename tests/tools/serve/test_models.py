@@ -269,6 +269,47 @@ def test_a_model_that_can_not_be_loaded_takes_no_other_its_place(
         assert ask(client, "b").status_code == 200
 
 
+class Panic(BaseException):
+    """As a library that is written in Rust raises it."""
+
+
+def panic(*_: object) -> Any:
+    raise Panic
+
+
+def test_a_panic_in_a_load_or_an_unload_ends_nothing_else(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(pair[:1], "--keep-alive", "0") as (models, client):
+        with monkeypatch.context() as patch:
+            patch.setattr(models._loader, "loaded", panic)
+            assert ask(client, "a").status_code == 503
+        with models.pin("a") as pin:
+            pin.future.result(PATIENCE)
+            pin.entry.closing.callback(panic)
+        wait_until(lambda: loaded(client) == [])
+        assert ask(client, "a").status_code == 200
+
+
+def test_a_request_that_comes_as_an_unused_model_goes_waits_for_it(
+    pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not use the model first, which would then go at once."""
+    with serving(pair[:1], "--keep-alive", "0") as (models, _):
+        take, steps, at_once = models._next, list[Any](), list[bool]()
+
+        def step() -> Any:
+            steps.append(take())
+            if len(steps) == 2:  # the unload, after the load
+                with models.pin("a") as pin:
+                    at_once.append(pin.future.done())
+            return steps[-1]
+
+        monkeypatch.setattr(models, "_next", step)
+        with models.pin("a") as pin:
+            pin.future.result(PATIENCE)
+        wait_until(lambda: bool(at_once))
+        assert at_once == [False]
+
+
 def test_a_model_that_does_not_fit_at_all_is_refused(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Before others are unloaded."""
     with serving(pair, whole=one_of(pair[0])) as (models, client):
