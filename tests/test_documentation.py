@@ -150,8 +150,8 @@ def test_the_first_program_runs(
     assert 0 < float(ratio) <= 1
 
 
-def test_the_program_for_answers_of_a_given_form_runs(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    section = (DOCS / "python.md").read_text().partition("## Answers of a given form")[2]
+def test_the_program_for_structured_output_runs(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = (DOCS / "python.md").read_text().partition("## Structured output")[2]
     (program,) = re.findall(r"^```python\n(.*?)^```", section.partition("\n## ")[0], re.DOTALL | re.MULTILINE)
     exec(program.replace('"tinymix-4bit"', repr(str(tinymix_4bit))), {})
     answers = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]

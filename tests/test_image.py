@@ -1,4 +1,4 @@
-"""docs/deploy/Dockerfile: its commands run in a bare Debian root, and its user works there without writing to it.
+"""A bare Debian root: a wheel is installed there, the Dockerfile's commands run, and its user writes nothing there.
 
 No registry of images is needed: ``debootstrap`` makes the root, with the Python of these tests in it.
 """
@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from environments import BUILD
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "docs" / "deploy" / "Dockerfile").read_text()
 MINUTES = 60
+PYTHON = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"  # in the root
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,12 +97,27 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     (root / "models").mkdir()
     made = Image(root)
     made.volume.mkdir()
-    python = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    for command in (f"{python} -m ensurepip", f"{python} -m venv /opt/venv"):
+    for command in (f"{PYTHON} -m ensurepip", f"{PYTHON} -m venv /opt/venv"):
         done = made.run(command)
         assert not done.returncode, done.stderr
     yield made
     shutil.rmtree(base, ignore_errors=True)
+
+
+def test_a_wheel_answers_without_compiler_git_and_make(image: Image, tmp_path: Path) -> None:
+    """From ``pip install`` to the first token of a converted model there are two commands, and at most 60 packages."""
+    for program in ("cc", "gcc", "git", "make"):
+        assert image.run(f"command -v {program}").returncode, program
+    subprocess.run([sys.executable, "-c", BUILD, "wheel", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.copy(wheel, image.root / "opt")
+    done = image.run(f"{PYTHON} -m venv /opt/first && /opt/first/bin/pip install --quiet '/opt/{wheel.name}[serve]'")
+    assert not done.returncode, done.stderr
+    done = image.run("cd /tmp && /opt/first/bin/moetier demo")
+    assert done.stdout.splitlines()[-1].startswith("Next: moetier chat"), done.stdout + done.stderr
+    listed = json.loads(image.run("/opt/first/bin/pip list --format=json").stdout)
+    assert len(listed) <= 60, listed
+    shutil.rmtree(image.root / "opt/first")
 
 
 def test_the_image_is_built_and_works_read_only(image: Image) -> None:

@@ -27,6 +27,7 @@ def cut(work: Callable[[], object], number: int) -> Cut | None:
         if event == "call":
             if not frame.f_globals.get("__name__", "").startswith(PACKAGES):
                 return None
+            frame.f_trace = trace  # before the next line, which Python 3.13 and later otherwise ignore
             frame.f_trace_opcodes = True
             frame.f_trace_lines = False
         elif event == "opcode" and frame.f_lasti in _points(frame.f_code):

@@ -52,6 +52,15 @@ def test_a_python_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (found.state, ">=4" in found.advice) == (State.FAIL, True)
 
 
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_a_build_for_cuda_that_lies_unused(cuda: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    (found,) = doctor_machine.gpus()
+    assert found.state is State.OK
+    assert ("torch is a build for CUDA 13.0" in found.found) == (cuda is not None)
+
+
 def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.toml"
     monkeypatch.setenv("MOETIER_CONFIG", str(path))
