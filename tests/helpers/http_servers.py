@@ -96,7 +96,7 @@ def listening(app: Any, *, unread: int | None = None) -> Iterator[str]:
     with bind("127.0.0.1", 0) as bound:
         if unread is not None:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unread)
-        server = Server(app, connections=64, ready=ready.set, ending=lambda: None)
+        server = Server(app, connections=64, ready=ready.set, ending=lambda: None, answer_seconds=2 * PATIENCE)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from daemons import DaemonProcess, running_daemon
+from readers import PATIENCE
 from stores import keys, make_plan, make_records, write_store
 from workers import Crew, crew
 
 from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.errors import UnavailableError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import ExpertSource
@@ -49,7 +52,15 @@ class MappedStore:
     @contextlib.contextmanager
     def tier(self, daemon: DaemonProcess, *, fallback: bool = True, timeout: float = 30.0) -> Iterator[DaemonTier]:
         directory = self.directory if fallback else self.scratch / "no-store"
-        with DaemonTier.open(daemon.folder, directory, self.manifest, timeout=timeout) as tier:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                tier = DaemonTier.open(daemon.folder, directory, self.manifest, timeout=timeout)
+                break
+            except UnavailableError:  # a busy machine may hold the daemon for longer than a client waits for its packet
+                if time.monotonic() > deadline:
+                    raise
+        with tier:
             yield tier
 
     def take(self, source: ExpertSource[memoryview], block: int, *experts: int) -> list[int]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 from daemons import DaemonProcess
@@ -246,14 +247,14 @@ def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
 
 def test_a_tier_closes_beside_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
     """Its last report is not taken."""
-    with store.daemon(4, tmp_path / "daemon") as daemon:
-        with store.tier(daemon) as tier:
+    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 0, 1)
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
             store.take(tier, 0, 0, 1)
-            daemon.process.send_signal(signal.SIGSTOP)
-            store.take(tier, 0, 0, 1)
-            began = time.monotonic()
-        assert time.monotonic() - began < PATIENCE, "it would wait for as long as the daemon stands still"
-        daemon.process.send_signal(signal.SIGCONT)
+            Task(tier.close).result()
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
         daemon.wait_for("clients == 0")
 
 
@@ -267,12 +268,13 @@ def test_a_daemon_that_stands_still_counts_as_gone(store: MappedStore, tmp_path:
         wait_until(lambda: bool(tier.away))
         assert time.monotonic() - began < 30
         store.take(tier, 1, 0)
-        began = time.monotonic()
-        while time.monotonic() - began < 6:  # some attempts to connect
+        taken = list[float]()
+        for _ in range(50):  # some attempts to connect
             asked = time.monotonic()
             assert sorted(store.take(tier, 1, 1, 2, 3)) == [1, 2, 3]
-            assert time.monotonic() - asked < 0.5
+            taken.append(time.monotonic() - asked)
             time.sleep(0.1)
+        assert median(taken) < 0.5
         daemon.process.send_signal(signal.SIGCONT)
         daemon.wait_for("sessions == 1 and clients == 1")
         assert store.take(tier, 2, 5) == [5]

@@ -24,7 +24,6 @@ from daemons import DaemonProcess, running_daemon
 from integrity import check_integrity
 from networks import network
 from places import HELPERS
-from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, written
 from threads import Task, best_time, wait_until
 
@@ -299,7 +298,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             finally:
                 over.set()
                 longest = [task.result() for task in tasks]
-            assert max(longest) < PATIENCE, "the deadline of one attempt, and then the other daemon"
+            assert max(longest) < 20, "the deadline of one attempt, and then the other daemon"
 
         with RemoteStore(address_of(far), credentials, manifest, timeout=1.0) as alone:
             key = ExpertKey(0, 0)
@@ -308,7 +307,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
             began = time.monotonic()
             with pytest.raises(UnavailableError):
                 read(alone, key, LARGE_RECORDS)
-            assert time.monotonic() - began < PATIENCE
+            assert time.monotonic() - began < 20
             with pytest.raises(UnavailableError):
                 alone.probe(1.0)
             net.flow()

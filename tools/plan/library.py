@@ -13,9 +13,11 @@ import transformers  # all of it: what ``forecast`` imports is without the parts
 
 from moetier.runtime.config import TIER_OPTIONS
 from moetier.runtime.model.names import checkpoint_or_model, directory_at, is_address
-from moetier.tiers.options import declare_keywords
+from moetier.tiers.options import declare_keywords, read_all
 
 from . import forecast
+
+OPTIONS = {name: TIER_OPTIONS[name] for name in forecast.RESOURCES}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def plan(
 
     Raises:
         MoetierError: an option or the source can't be used, or no choice works here.
+        TypeError: there is no such option.
     """
+    read_all(OPTIONS, options)  # before anything is read or downloaded
     name = os.fspath(source)
     place = str(directory_at(name, outline=True)) if is_address(name) else checkpoint_or_model(name)
     log = transformers.utils.logging
@@ -131,4 +135,4 @@ def plan(
     return Plan.of(document)
 
 
-declare_keywords(plan, {name: TIER_OPTIONS[name] for name in forecast.RESOURCES})
+declare_keywords(plan, OPTIONS)

@@ -64,7 +64,10 @@ class Endpoint:
             return
         async with aclosing(read_ahead(self._stream(begun))) as events:
             headers = _id_headers(await anext(events))
-            await StreamingResponse(events, headers=headers, media_type="text/event-stream")(scope, receive, send)
+            response = StreamingResponse(events, headers=headers, media_type="text/event-stream")
+            # RequestLimits cancels this task when the client disconnects. A call of the response would watch for that
+            # too, and cancel in each turn of the event loop until the stream has ended
+            await response.stream_response(send)
 
     @contextlib.asynccontextmanager
     async def _begun(self, name: str, body: QueryBody, query: Query, user: str) -> AsyncIterator[tuple[Pin, Beginning]]:
@@ -145,7 +148,8 @@ def _id_headers(answer: str) -> dict[str, str]:
 def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
     """Raise Refusal if answers could have more than MOST_SCORES log probabilities.
 
-    Those of new tokens count only if they ``are_kept`` until the end of the answer; most streams do not keep them.
+    Those of new tokens count only if they ``are_kept`` until the end of the answer; most streams keep them, as text,
+    only until they are sent.
     """
     requests = [job.request for each in jobs for job in each if job.request.logprobs is not None]
     scores = sum(

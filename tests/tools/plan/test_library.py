@@ -46,6 +46,17 @@ def test_options_are_checked(tinymix: Path) -> None:
         moetier.plan(tinymix, bits=[5])
 
 
+@pytest.mark.parametrize("name", ["policy", "daemon", "say", "cache", "contxt"])
+def test_an_unknown_option_is_refused_before_the_source_is_read(name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        moetier.plan("/nonexistent", **{name: None})
+
+
+def test_a_wrong_option_is_refused_before_the_source_is_read() -> None:
+    with pytest.raises(ConfigError, match="context"):
+        moetier.plan("/nonexistent", context="long")  # type: ignore[arg-type]
+
+
 def test_a_program_keeps_all_of_transformers() -> None:
     """The command imports it without parts that commands never use."""
     code = (

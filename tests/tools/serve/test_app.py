@@ -287,9 +287,12 @@ def test_no_body_stops_other_requests(engine: Any, name: str) -> None:
                 longest, last = max(longest, time.process_time() - last), time.process_time()
             return await request, longest
 
-    answer, longest = asyncio.run(ask(application("small", engine, None, 64)))
-    assert answer.status_code == 400, answer.text
-    assert longest < 1.0
+    times = list[float]()
+    while len(times) < 5 and min(times, default=1.0) >= 1.0:  # other threads of this process may work, too
+        answer, longest = asyncio.run(ask(application("small", engine, None, 64)))
+        assert answer.status_code == 400, answer.text
+        times.append(longest)
+    assert min(times) < 1.0
 
 
 def test_a_body_is_limited_by_the_context(app: Any) -> None:

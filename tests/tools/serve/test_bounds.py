@@ -244,7 +244,7 @@ def test_a_client_that_resets_when_it_is_refused_is_left() -> None:
 
 def test_headers_that_trickle_have_no_more_time(application: Application) -> None:
     """Nor have those of a second request."""
-    with serving(application, header_seconds=0.3) as address, connection(address, GET) as found:
+    with serving(application, header_seconds=1.0) as address, connection(address, GET) as found:
         assert answer(found)[0] == 200
         while answer_is_missing(found):
             found.sendall(b"G")
@@ -262,7 +262,7 @@ def answer_is_missing(found: socket.socket) -> bool:
 
 
 def test_a_request_under_way_has_all_the_time(application: Application) -> None:
-    with serving(application, header_seconds=0.3) as address:
+    with serving(application, header_seconds=1.0) as address:
         application.may.clear()
         with connection(address, POST + b"Content-Length: 2\r\n\r\n{}") as found:
             with connection(address) as other:

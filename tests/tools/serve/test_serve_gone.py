@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import pytest
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 from http_servers import serving
+from readers import PATIENCE
 from threads import wait_until
+
+from moetier.tools.serve.prompts import Prompts
 
 MOST = 400  # tokens: seconds of work
 STEPS = 12  # of the event loop, until the first text is on its way
@@ -62,8 +66,13 @@ async def ask(
         if message["type"] == "http.response.body" and not message.get("more_body"):
             answered.set()
 
+    await app(scope_of(body), receive, send)
+    await asyncio.to_thread(wait_until, lambda: not engine.tally.counts()["under_way"])
+
+
+def scope_of(body: bytes) -> dict[str, Any]:
     headers = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))}
-    scope = {
+    return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
@@ -76,8 +85,6 @@ async def ask(
         "client": ("127.0.0.1", 1),
         "server": ("localhost", 80),
     }
-    await app(scope, receive, send)
-    await asyncio.to_thread(wait_until, lambda: not engine.tally.counts()["under_way"])
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -100,3 +107,47 @@ def test_who_stays_has_it_all(served: tuple[Any, Any], stream: bool) -> None:
         asyncio.run(ask(app, engine, stream=stream, most=2))
     after = engine.tally.counts()
     assert [after[name] - before[name] for name in ("answered", "cancelled", "failed", "new_tokens")] == [8, 0, 0, 16]
+
+
+def test_a_stream_that_was_left_waits_idly(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the thread that makes its prompt: the event loop has nothing to do meanwhile."""
+    body, may, waits = json.dumps({"prompt": "Tre.", "stream": True}).encode(), threading.Event(), list[object]()
+    jobs, wait = Prompts.jobs, asyncio.wait
+
+    def late(*given: Any) -> Any:
+        assert may.wait(PATIENCE)
+        return jobs(*given)
+
+    async def counted(tasks: Any, **options: Any) -> Any:
+        waits.append(tasks)
+        return await wait(tasks, **options)
+
+    async def leave(app: Any) -> int:
+        asked, begun, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if not asked.is_set():
+                asked.set()
+                return {"type": "http.request", "body": body, "more_body": False}
+            await begun.wait()
+            gone.set()
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            begun.set()
+
+        answering = asyncio.ensure_future(app(scope_of(body), receive, send))
+        try:
+            await asyncio.wait_for(gone.wait(), PATIENCE)
+            before = len(waits)
+            await asyncio.sleep(0.3)
+            assert not answering.done()
+            return len(waits) - before
+        finally:
+            may.set()
+            await answering
+
+    with serving(tinymix_4bit, context=100, alive_seconds=0.01) as (app, _):
+        monkeypatch.setattr(Prompts, "jobs", late)
+        monkeypatch.setattr(asyncio, "wait", counted)
+        assert asyncio.run(leave(app)) < 50

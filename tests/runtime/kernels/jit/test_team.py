@@ -138,13 +138,13 @@ FORKS = """
 import os, sys, threading
 from array import array
 sys.path.insert(0, sys.argv[1])
-from test_team import kernel
+from test_team import SECONDS, kernel
 from moetier.runtime.kernels.jit.team import KernelTask, run_all, the_team
 
 def compute():
     together, found = threading.Barrier(2), []
     def job(_):
-        together.wait(PATIENCE)
+        together.wait(SECONDS)
         found.append(threading.get_ident())
     made, called = kernel(job)
     run_all([KernelTask(made, array("q", [0]), 2, called)])
