@@ -34,8 +34,9 @@ from .uses import ClientUses
 class DaemonTier(Closeable):
     """Source of experts in the memory of a daemon on this host; a ``CopySource``.
 
-    Thread-safe. A forked child must open a tier of its own. If an exception from outside, such as Ctrl-C, interrupts a
-    method, ``end_leases`` ends the leases that it has left open.
+    Thread-safe. A forked child can't use it. Spawn a child that needs a tier: gRPC may abort in a forked child of a
+    process that has one. If an exception from outside, such as Ctrl-C, interrupts a method, ``end_leases`` ends the
+    leases that it has left open.
     """
 
     @classmethod

@@ -21,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.runtime.model.context import SNAPSHOT_TOKENS
 from moetier.tiers.disk_order import DiskOrder
 from moetier.tiers.threads import start_thread
 
@@ -82,16 +83,20 @@ class Readers:
 
     def __init__(self) -> None:
         self._calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()  # None ends a thread
+        self._is_closed = False
         self._threads = [start_thread("moetier-pages", self._run) for _ in range(READERS)]
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
-        """Return the future of a call that raises no errors."""
+        """Return the future of a call that raises no errors. Once the threads end, it is cancelled."""
         future = Future[Result]()
         self._calls.put((future, call))
+        if self._is_closed:  # it may never be made
+            future.cancel()
         return future
 
     def close(self, seconds: float) -> bool:
         """Cancel the calls that have not begun. Return whether the threads have ended after ``seconds``."""
+        self._is_closed = True  # before the queue is emptied, so that each call is cancelled here or in ``submit``
         with contextlib.suppress(Empty):
             while (waiting := self._calls.get_nowait()) is not None:
                 waiting[0].cancel()
@@ -242,9 +247,10 @@ class PageReader:
 def _ends(end: int) -> Iterator[int]:
     """Yield where snapshots of a sequence may be whose first ``end`` tokens are kept, the last one first.
 
-    That of a turn is less than a page before its end, others are behind full pages.
+    The nearest one is less than SNAPSHOT_TOKENS and a page before the end. If it is not on the disk, earlier ones are
+    looked for behind full pages only.
     """
-    last = PAGE_TOKENS * max((end - 1) // PAGE_TOKENS - 1, 0)
+    last = PAGE_TOKENS * (max(end - SNAPSHOT_TOKENS, 0) // PAGE_TOKENS)
     yield from range(end, last, -1)
     yield from range(last, 0, -PAGE_TOKENS)
 

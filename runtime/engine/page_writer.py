@@ -4,8 +4,8 @@ The writer's thread copies a page of the tree while the engine goes on, and then
 page that was evicted meanwhile is not written. It writes at a limited rate, and never waits for anything that waits for
 it. It raises no error: a page that can't be written is lost.
 
-Of the states of a turn, those behind full pages are written, and the last two: near the end of its prompt, and behind
-its answer. A later prompt may not have the answer as it was computed.
+Of the states of a turn, those behind full pages are written, and the last two of the others: near the end of its
+prompt, and behind its answer. A later prompt may not have the answer as it was computed.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class PageWriter:
         self._order = order
         self._root_of = root_of
         self._writes_from = 0.0  # time from which the next piece may be written
+        self._sweeps_at = time.monotonic()  # time of the next sweep
         self._changed = threading.Condition()  # guards: ``_turns``, ``_closes_at``, ``_is_busy``
         self._turns = deque[_Turn](maxlen=MOST_TURNS)
         self._closes_at: float | None = None  # time at which the writer ends even if turns are left
@@ -75,39 +76,45 @@ class PageWriter:
             for depth, node in enumerate(nodes)
             for count, state in sorted(node.snapshots.items(), key=lambda item: item[0])
         ]
-        states = [*(full for full in states[:-2] if full[1] == PAGE_TOKENS), *states[-2:]]
+        full = [state for state in states if state[1] == PAGE_TOKENS]
+        states = full + [state for state in states if state[1] < PAGE_TOKENS][-2:]
         with self._changed:
             self._turns.append(_Turn(user, nodes, states))
             self._changed.notify()
 
     def _write_turns(self) -> None:
-        sweeps_at = time.monotonic()
         while True:
-            if time.monotonic() >= sweeps_at:  # though turns wait: a busy server removes what is too old, too
-                self._try(self._folder.sweep)
-                sweeps_at = time.monotonic() + SWEEP_SECONDS
+            self._sweep_if_due()
             with self._changed:
                 self._is_busy = False
                 if self._is_late():
                     self._turns.clear()
-                seconds = max(sweeps_at - time.monotonic(), 0)
+                seconds = max(self._sweeps_at - time.monotonic(), 0)
                 self._changed.wait_for(lambda: self._turns or self._closes_at, seconds)
                 if not self._turns and self._closes_at:
                     return
                 turn = self._turns.popleft() if self._turns else None
                 self._is_busy = turn is not None
-            if turn is not None and not self._try(partial(self._write_turn, turn)):
+            if turn is not None and not self._try(
+                partial(self._write_turn, turn), "Keys and values are not kept for a minute"
+            ):
                 with self._changed:
                     self._changed.wait_for(lambda: self._closes_at, PAUSE)
                     self._turns.clear()
 
-    def _try(self, work: Callable[[], object]) -> bool:
-        """Call ``work``. Return False, and log why, if it fails."""
+    def _sweep_if_due(self) -> None:
+        """Remove what is too old, though turns wait or are being written: a server may always be busy."""
+        if time.monotonic() >= self._sweeps_at:
+            self._try(self._folder.sweep, "Old keys and values are not removed")
+            self._sweeps_at = time.monotonic() + SWEEP_SECONDS
+
+    def _try(self, work: Callable[[], object], failure: str) -> bool:
+        """Call ``work``. If it fails, return False, and log ``failure`` and why."""
         try:
             work()
         except Exception as error:  # keys and values are then computed again
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            _log.warning("Keys and values are not kept in %s for a minute: %s.", self._folder.options.folder, reason)
+            _log.warning("%s in %s: %s.", failure, self._folder.options.folder, reason)
             return False
         return True
 
@@ -115,22 +122,22 @@ class PageWriter:
         names = [self._root_of(turn.user)]  # of the pages before each page, and of the last one
         for node in turn.nodes:
             names.append(self._folder.follow(names[-1], node.tokens))
-        files = [
-            (depth, names[depth + 1], len(node.tokens), partial(_pages_of, node))
+        files = [  # for each the number of its page, the name before it, its own one, and what is in it
+            (depth, names[depth], names[depth + 1], len(node.tokens), partial(_pages_of, node))
             for depth, node in enumerate(turn.nodes)
         ]
         for depth, count, state in turn.states:
             node = turn.nodes[depth]
             name = self._folder.follow(names[depth], node.tokens[:count])
             if count < len(node.tokens):  # without the page's last tokens, too
-                files.append((depth, name, count, partial(_pages_of, node)))
-            files.append((depth, self._folder.follow(name, STATE), PAGE_TOKENS, partial(_pages_of, state)))
-        lost = len(turn.nodes)  # number of the first page that is not on the disk
-        for depth, name, tokens, pages in sorted(files, key=lambda file: file[0]):  # a state behind its page
-            is_there = depth < lost and (self._folder.has(name) or self._write(depth, name, tokens, pages))
-            if not is_there and name == names[depth + 1]:
-                lost = min(lost, depth)
-        for depth, name, _, _ in files:
+                files.append((depth, names[depth], name, count, partial(_pages_of, node)))
+            files.append((depth, name, self._folder.follow(name, STATE), PAGE_TOKENS, partial(_pages_of, state)))
+        lost = set[bytes]()  # names of files that are not on the disk: what follows them is not written
+        for depth, before, name, tokens, pages in sorted(files, key=lambda file: file[0]):  # a state behind its page
+            self._sweep_if_due()
+            if before in lost or not (self._folder.has(name) or self._write(depth, name, tokens, pages)):
+                lost.add(name)
+        for depth, _, name, _, _ in files:
             self._folder.touch(name, depth)
 
     def _write(self, depth: int, name: bytes, tokens: int, pages_of: Callable[[], list[int]]) -> bool:

@@ -24,7 +24,8 @@ another tier. Before version 1.0 they may change with any release ([changes](../
 annotations (`py.typed`).
 
 Everything may be used by several threads unless it says otherwise. A forked child must open its own models, tiers and
-clients: those of its parent raise `ClosedError` there.
+clients: those of its parent raise `ClosedError` there. Spawn children that use a daemon (`multiprocessing`'s method
+`spawn`, or `exec`): gRPC may abort in a forked child of a process that is connected to one.
 """
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan, convert, pull, load": (

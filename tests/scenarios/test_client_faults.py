@@ -374,8 +374,6 @@ def child():
         pass
     else:
         raise AssertionError("it was used")
-    with DaemonTier.open(folder, directory, read_manifest(store_folder(directory))) as own:
-        assert sum(lease.validate() for lease in own.acquire([ExpertKey(1, 0)])) == 1
 
 assert use(0) == 2
 for step in range(10):

@@ -5,7 +5,8 @@ host tier, the promoter pins it, which does not count as a demand, and copies it
 looks again after a pause, until the request is replaced. The pause grows each time. Demands go first: while a
 demand lacks records, no promotion begins. A promotion that has begun ends after one record.
 
-The thread can't be in a deadlock, because it waits only for its own copy.
+The thread can't be in a deadlock: it waits only for its own copy, and before that for another one that fills a slot,
+which waits only for the device.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import flip_bit, mounted, remounted
@@ -25,7 +27,7 @@ from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
-from moetier.runtime.engine.page_file import ALIGNMENT
+from moetier.runtime.engine.page_file import ALIGNMENT, Payload
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
 from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Finish, Request
@@ -34,6 +36,7 @@ from moetier.tiers.disk_order import DiskOrder
 
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
 LONG = [at % 49 + 1 for at in range(400)]
+CHATTY = [32, 45, *LONG[:88]]  # a prompt with a long answer
 FULL = len(LONG) // PAGE_TOKENS * PAGE_TOKENS  # tokens in full pages: the last one has tokens of the answer, too
 
 
@@ -64,9 +67,9 @@ def answer(engine: Engine, ids: Sequence[int], most: int = 20, **options: object
     return tokens, stream.sequence.cached
 
 
-def written(engine: Engine, ids: Sequence[int]) -> list[int]:
+def written(engine: Engine, ids: Sequence[int], most: int = 20) -> list[int]:
     """The new tokens, once all pages are on the disk."""
-    tokens, _ = answer(engine, ids)
+    tokens, _ = answer(engine, ids, most)
     wait_until(lambda: not engine.saved.writer.is_writing)  # type: ignore[union-attr]
     return tokens
 
@@ -132,6 +135,37 @@ def test_a_prompt_that_leaves_out_thoughts_continues_after_a_restart(tmp_path: P
     for ids in (first, [*first[:-4], *tokens[5:], 5, 6]):
         with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
             assert answer(engine, ids, 1)[1] == turn - LAST_TOKENS
+
+
+def test_a_prompt_keeps_its_state_though_its_answer_has_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "SNAPSHOT_TOKENS", 3 * PAGE_TOKENS)
+    first = CHATTY
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        tokens = written(engine, first, 180)
+    assert len(first) + len(tokens) > 4 * PAGE_TOKENS, "the answer has states in its middle and behind it"
+    for ids, kept in ((first, len(first) - LAST_TOKENS), ([*first, *tokens[:120], 5], 3 * PAGE_TOKENS)):
+        with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+            assert answer(engine, ids, 1)[1] == kept
+
+
+def test_a_prompt_with_a_part_of_a_long_answer_continues_behind_the_prompt(tmp_path: Path) -> None:
+    first = CHATTY
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        tokens = written(engine, first, 300)
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        assert answer(engine, [*first, *tokens[:200], 5], 1)[1] == len(first) - LAST_TOKENS
+
+
+def test_a_state_is_not_written_without_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, part = PageFolder.write, 90 - LAST_TOKENS - PAGE_TOKENS
+
+    def write_others(folder: PageFolder, name: bytes, depth: int, payload: Payload, *rest: Any) -> int:
+        return 0 if len(payload.data) == 32 * part else write(folder, name, depth, payload, *rest)
+
+    monkeypatch.setattr(PageFolder, "write", write_others)
+    with engine_with(tmp_path, runner=ToyStateRunner(), pages=60) as engine:
+        written(engine, LONG[:90])
+    assert len(files(tmp_path)) == 2, "the pages of the turn"
 
 
 def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
@@ -388,6 +422,37 @@ def test_pages_that_are_too_old_are_removed_though_the_server_is_never_idle(
             answer(engine, LONG, 2)
 
 
+def test_pages_that_are_too_old_are_removed_while_a_turn_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_writer, "SWEEP_SECONDS", 0.0)
+    order, before = Waiting(), list[list[Path]]()
+    order.may_read.set()
+
+    def wait_to_write(_: object) -> None:
+        before.append([path for path in files(tmp_path) if path.suffix == ".page"])
+        if len(before) == 2:
+            os.utime(before[1][0], (0, 0))
+
+    monkeypatch.setattr(order, "wait_to_write", wait_to_write)
+    with engine_with(tmp_path, order=order) as engine:
+        written(engine, LONG)
+    assert [len(paths) for paths in before[:3]] == [0, 1, 1]
+    assert before[2] != before[1]
+
+
+def test_a_failed_sweep_is_logged_as_such(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: PageFolder) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(PageFolder, "sweep", fail)
+    with engine_with(tmp_path):
+        wait_until(lambda: bool(caplog.messages))
+    assert caplog.messages == [f"Old keys and values are not removed in {tmp_path}: Input/output error."]
+
+
 def test_a_process_ends_though_a_disk_hangs() -> None:
     """Threads that Python waits for would keep it."""
     script = """
@@ -399,8 +464,9 @@ for _ in range(5):
 assert begun.wait(20)
 assert not readers.close(0.1)
 assert last.cancelled()
+assert readers.submit(print).cancelled()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
 
 
 def test_closing_ends_in_time_though_many_turns_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
