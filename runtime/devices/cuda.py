@@ -24,6 +24,7 @@ from moetier.tiers.quant.packing import pair_columns
 from .device import ComputeDevice, Diagnosis
 
 DRIVER = Path("/proc/driver/nvidia/version")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch without CUDA
 _cuda: Any = torch.cuda  # typed as Any, because half of its functions have no types
 
 
@@ -40,12 +41,17 @@ class Cuda(ComputeDevice):
 
     @classmethod
     def diagnose(cls) -> Iterator[Diagnosis]:
-        """Yield a line on each GPU, with its memory and kernels; or one that says why torch can't use the driver."""
+        """Yield a line on each GPU, with its memory and kernels; or one that says why torch can't use any."""
         if not cls.is_available():
             if DRIVER.exists():
                 yield Diagnosis(
                     f"There is an NVIDIA driver, but torch {torch.__version__} can't use it.",
                     "Install torch for a version of CUDA that the driver supports (nvidia-smi shows it).",
+                )
+            elif torch.version.cuda is not None:
+                yield Diagnosis(
+                    "none that torch can use: everything is computed on the CPU. "
+                    f"torch is a build for CUDA {torch.version.cuda}; the one of {CPU_INDEX} takes 4 GB less"
                 )
             return
         for number in range(torch.cuda.device_count()):

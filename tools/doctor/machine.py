@@ -25,8 +25,6 @@ from moetier.tools.cli.failure import as_options, plain
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # torch without CUDA
-
 
 class State(StrEnum):
     """Severity of a finding."""
@@ -193,8 +191,6 @@ def kernel() -> Iterator[Finding]:
 
 def gpus() -> Iterator[Finding]:
     """Check the devices that torch can use beside the processor, and the kernels for them."""
-    import torch
-
     from moetier.runtime.device_names import DEVICES
     from moetier.runtime.devices.device import device_class
     from moetier.tools.plan.cards import card_in, sheet
@@ -205,10 +201,7 @@ def gpus() -> Iterator[Finding]:
         text = f"{reading.text}; {sheet(known)}" if known is not None else reading.text
         yield warn("gpu", text, reading.advice) if reading.advice else ok("gpu", text)
     if not said:
-        text = "none that torch can use: everything is computed on the CPU"
-        if torch.version.cuda is not None:
-            text += f". torch is a build for CUDA {torch.version.cuda}; the one of {CPU_INDEX} takes 4 GB less"
-        yield ok("gpu", text)
+        yield ok("gpu", "none that torch can use: everything is computed on the CPU")
 
 
 def memory_files() -> Iterator[Finding]:
