@@ -204,7 +204,7 @@ def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
 
 
 def test_the_readme_begins_with_what_one_needs() -> None:
-    """What it is, one figure with its command, where it has not run, how to install and to begin, in twelve lines."""
+    """Twelve lines say its purpose, a figure with its command, where it has not run, and how to install and begin."""
     head = "\n".join((ROOT / "README.md").read_text().splitlines()[:12])
     for said in ("tokens/s", "python tests/measurements/", "Not yet run on a GPU", "git clone", "pip install"):
         assert said in head

@@ -1,4 +1,4 @@
-"""What docs/metrics.md and docs/deploy say of metrics, against a daemon and a server that are scraped."""
+"""Compare docs/metrics.md and the files in docs/deploy with the metrics of a running daemon and server."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Payload:
 
 
 class FileContents(NamedTuple):
-    """What was read, and the memory in which it is. Both are given back: first the payload's data is released."""
+    """The contents of a file, and the memory that holds them. Release the payload before the memory is given back."""
 
     payload: Payload
     memory: mmap.mmap

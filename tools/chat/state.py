@@ -1,4 +1,4 @@
-"""What a chat in a terminal keeps for later ones: the lines that were typed, and the last conversations.
+"""Lines and conversations that a chat in a terminal keeps for later chats.
 
 Both are in ``$XDG_STATE_HOME/moetier/chat`` (XDG Base Directory Specification 0.8), in files that only the user can
 read. If they can't be written, nothing is kept.

@@ -21,7 +21,7 @@ FILE = "{file}"  # stands for the path of a temporary file among arguments
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a client is to use.
+    """The server and the model that a client uses.
 
     Attributes:
         url: the URL of the server, without /v1.

@@ -1,4 +1,4 @@
-"""What GPUs would do by their data sheets: bytes that a token needs, divided by rates. Nothing here was measured."""
+"""Estimate the speed of GPUs from their data sheets: the bytes of a token divided by rates. Nothing was measured."""
 
 from __future__ import annotations
 

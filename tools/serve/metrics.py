@@ -124,7 +124,7 @@ class Tally:
 
 
 class Loaded(Protocol):
-    """What serves a model that is loaded."""
+    """Interface of the parts that serve a loaded model, as far as metrics read them."""
 
     @property
     def service(self) -> Any:

@@ -182,7 +182,7 @@ class Models(Closeable):
 
     @property
     def traffic(self) -> Traffic | None:
-        """What was read and written of keys and values on disk, of models that were unloaded; None: there is none."""
+        """Counts of what unloaded models have read and written on disk; None if there are none."""
         with self._changed:
             return self._traffic
 

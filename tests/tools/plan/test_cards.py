@@ -1,4 +1,4 @@
-"""What is said of cards by their data sheets: bytes divided by rates, and never as something that was measured."""
+"""Estimates for GPUs are bytes divided by the rates of data sheets, and say that nothing was measured."""
 
 from __future__ import annotations
 

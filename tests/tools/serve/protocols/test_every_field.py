@@ -137,7 +137,7 @@ REPEATED = {  # the request, in the object of a response
 
 
 def shown(value: Any) -> Any:
-    """What of an answer depends on its request alone, and is no repetition of it."""
+    """Return the parts of an answer that depend on its request alone and do not repeat it."""
     if isinstance(value, dict):
         varying = VARYING | ({"input_tokens"} if "cache_read_input_tokens" in value else set())
         varying |= REPEATED if value.get("object") == "response" else set()
