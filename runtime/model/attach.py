@@ -33,6 +33,7 @@ from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.layout import ExpertKey
 
 from .budgets import Needs
 from .tiers import Tiers, close_later
@@ -170,8 +171,10 @@ def _attach_blocks(model: PreTrainedModel, tiers: Tiers, device: torch.device) -
     """Give each Experts module its block of the tiers, to be computed on ``device``."""
     modules = experts_modules(model)
     on_demand = None if tiers.speculation is None else tiers.speculation.on_demand
-    for number, block in enumerate(tiers.manifest.blocks):
+    blocks = tiers.manifest.blocks
+    for number, block in enumerate(blocks):
         layout = tiers.manifest.layout(number)
+        following = range(blocks[number + 1].experts) if number + 1 < len(blocks) else ()
         modules[block.path].tiered = TieredBlock(
             number,
             layout,
@@ -179,5 +182,6 @@ def _attach_blocks(model: PreTrainedModel, tiers: Tiers, device: torch.device) -
             tiers.kernels,
             device,
             on_demand,
+            following=[ExpertKey(number + 1, expert) for expert in following],
             remote_compute=tiers.origin.remote_compute,
         )

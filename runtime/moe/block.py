@@ -87,6 +87,7 @@ class TieredBlock:
     # by type of the hidden states and parts of the module: kernels for the quick way. Without kernels (None) the block
     # is computed in the exact way
     compiled: dict[Any, Trials[ExpertKernels]] = field(default_factory=dict)
+    following: Sequence[ExpertKey] = ()  # all experts of the next block
     remote_compute: RemoteExperts | None = None  # computes absent experts on other hosts, if the quick way is used
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

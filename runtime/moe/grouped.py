@@ -2,7 +2,8 @@
 
 Experts of many tokens are computed in groups, in ascending order, and each group's outputs are added to the tokens'
 sums. So each expert is leased once for all tokens of a prompt, and the memory for outputs is that of one group.
-A long prompt needs nearly all experts, of which memory keeps those of its last tokens.
+A long prompt needs nearly all experts, of which memory keeps those of its last tokens. So the next block's experts are
+read while the layers before it are computed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from moetier.tiers.source import Lease
 from .block import BlockDemand, RoutedTokens, TieredBlock, TokensOfExperts
 
 READ_AHEAD = 6  # experts that are read before their group is computed
+NEARLY_ALL = 0.9  # if a prompt uses this share of a block's experts, those of the next block are read ahead
 RECENT = 48  # last tokens of a prompt, whose experts stay in memory: the next tokens need many of the same
 GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
@@ -93,6 +95,8 @@ def _compute_groups(
             tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
         between()
     tiered.source.prefetch(tiered.block, ())
+    if tiered.following and tiered.remote_compute is None and len(used) >= NEARLY_ALL * len(outputs.counts):
+        tiered.source.prefetch(tiered.block + 1, tiered.following)
     return sums
 
 
@@ -159,12 +163,14 @@ def _groups(counts: Sequence[int]) -> list[list[Span]]:
 
 
 def _read_ahead(tiered: TieredBlock, used: Sequence[int], group: Sequence[Span]) -> None:
-    """Let the experts after a group be read while it is computed. ``used``: all experts, ascending."""
-    first = bisect_left(used, group[0].expert)
-    end = bisect_left(used, group[-1].expert) + 1
-    ahead = [ExpertKey(tiered.block, expert) for expert in used[first : end + READ_AHEAD]]
-    if tiered.source.absent(ahead):
-        tiered.source.prefetch(tiered.block, ahead)
+    """Let the experts after a group be read while it is computed. ``used``: all experts, ascending.
+
+    The request names all records that are still to be used, so that no prefetch evicts one of them.
+    """
+    left = [ExpertKey(tiered.block, expert) for expert in used[bisect_left(used, group[0].expert) :]]
+    absent = tiered.source.absent(left)
+    if ahead := [key for key in absent if key.expert <= group[-1].expert + READ_AHEAD]:
+        tiered.source.prefetch(tiered.block, [*ahead, *set(left).difference(absent)])
 
 
 def _add_group(

@@ -35,6 +35,9 @@ class Policy(Protocol):
     def victims(self, *, is_scan: bool) -> Iterator[ExpertKey]:
         """Yield the keys whose records may be evicted, the first to be evicted first. A scan may get only some keys."""
 
+    def scanned(self) -> Iterator[ExpertKey]:
+        """Yield the keys of records that only scans have used, the first to be evicted first."""
+
     def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add a key whose record is being loaded. If the load is for a demand, a call of ``touch`` follows."""
 
@@ -66,6 +69,10 @@ class Lru:
         """Yield all keys, the least recently used first."""
         return iter(self._keys)
 
+    def scanned(self) -> Iterator[ExpertKey]:
+        """Yield nothing, as scans are treated like other demands."""
+        return iter(())
+
     def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add the key as the most recently used."""
         self._keys[key] = None
@@ -86,9 +93,9 @@ class Lru:
 class ScanLru:
     """The policy "scan": evict the least recently used record first, but keep most records when a scan comes.
 
-    *Scanned* records, which a scan has loaded, are evicted before all others. A scan that finds a record in the cache
-    does not change the order. If there are ``room`` or more scanned records, a scan evicts only scanned records. A
-    scanned record becomes an ordinary record when a demand that is not a scan uses it.
+    *Scanned* records, which a scan or its prefetch has loaded, are evicted before all others. A scan that finds a
+    record in the cache does not change the order. If there are ``room`` or more scanned records, a scan evicts only
+    scanned records. A scanned record becomes an ordinary record when a demand that is not a scan uses it.
     """
 
     summary: ClassVar[str] = "as lru, but a long prompt leaves most cached experts in place"
@@ -110,6 +117,10 @@ class ScanLru:
         If ``is_scan`` is true and there are ``room`` or more scanned records, yield only the keys of scanned records.
         """
         return iter(self._scanned) if is_scan and len(self._scanned) >= self.room else iter(self)
+
+    def scanned(self) -> Iterator[ExpertKey]:
+        """Yield the keys of scanned records, the earliest first."""
+        return iter(self._scanned)
 
     def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add the key: of a scanned record if ``is_scan`` is true, else of the most recently used ordinary record."""

@@ -55,7 +55,7 @@ class Partitions:
         """Add a key that has got a slot. A prefetched record is evicted before those that were used."""
         policy = self._policy(key)
         policy.add(key, is_scan=is_scan)
-        if is_prefetch:
+        if is_prefetch and not is_scan:
             policy.demote(key)
 
     def remove(self, key: ExpertKey) -> None:
@@ -70,6 +70,10 @@ class Partitions:
     def victims(self, block: int, *, is_scan: bool = False) -> Iterator[ExpertKey]:
         """Yield the keys of the block's partition whose records may be evicted, the first to be evicted first."""
         return self._policies[self._number_of[block]].victims(is_scan=is_scan)
+
+    def scanned(self) -> Iterator[ExpertKey]:
+        """Yield the keys of scanned records of all partitions, beginning with the one furthest above its quota."""
+        return (key for number in self._by_surplus() for key in self._policies[number].scanned())
 
     def borrowed(self) -> Iterator[ExpertKey]:
         """Yield the keys of partitions that are above their quotas, beginning with the one furthest above."""
@@ -299,6 +303,14 @@ class SlotPool:
             if slot is None:
                 slot = self._first_victim(chain(self.partitions.victims(block), self.partitions.all_victims()), keep)
         return slot
+
+    def choose_scanned(self, keep: Callable[[ExpertKey], bool]) -> PoolSlot | None:
+        """Return a slot for a scan's prefetch: an EMPTY slot, or that of a scanned record of any partition, or None.
+
+        ``keep`` returns True for keys whose records must not be evicted.
+        """
+        slot = self._empty()
+        return self._first_victim(self.partitions.scanned(), keep) if slot is None else slot
 
     def _empty(self) -> PoolSlot | None:
         return next(reversed(self._free), None)

@@ -259,7 +259,7 @@ class Loads:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
-        return self.begin(*read)
+        return self.begin(read.pool, read.key, read.slot, read.purpose, is_scan=read.is_scan)
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""

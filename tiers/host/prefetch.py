@@ -27,6 +27,7 @@ class NextRead(NamedTuple):
     key: ExpertKey
     slot: PoolSlot
     purpose: Purpose  # the record is read for a prefetch request or for the warm-up
+    is_scan: bool = False  # the request is for more records than the block can keep
 
 
 class BlockRequests(NamedTuple):
@@ -35,6 +36,11 @@ class BlockRequests(NamedTuple):
     pool: Pool
     keys: frozenset[ExpertKey]  # all requested keys, even if their records are READY or being read
     unbegun: deque[ExpertKey]  # the requested keys whose reads have not begun
+
+    @property
+    def is_scan(self) -> bool:
+        """True if the request is for more records than the block can keep."""
+        return len(self.keys) > self.pool.partitions.quota(next(iter(self.keys)).block)
 
 
 class PrefetchQueue:
@@ -106,17 +112,20 @@ class PrefetchQueue:
 
         1. an EMPTY slot;
         2. the slot of a prefetched record, of any block, that was not used and is no longer requested;
-        3. the slot of a record of its own partition that is neither pinned nor requested.
+        3. if more records are requested than the block can keep, as for a long prompt: an EMPTY slot, or the slot of a
+           scanned record of any partition. So all the slots that scans use serve the next block of a prompt;
+        4. the slot of a record of its own partition that is neither pinned nor requested.
 
         If there is no such slot, the request is cancelled. A record of the warm-up gets only an EMPTY slot. Nothing is
         read into a pool in which a demand waits for a slot.
         """
-        for caller, pool, key in self._take_requests():
+        for caller, request, key in self._take_requests():
+            pool = request.pool
             if pool.slot_of(key) is None:
-                if (slot := self._slot_for(pool, key)) is not None:
+                if (slot := self._slot_for(request, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.count(prefetched=1)
-                    return NextRead(pool, key, slot, Purpose.PREFETCH)
+                    return NextRead(pool, key, slot, Purpose.PREFETCH, request.is_scan)
                 self._counters.count(cancelled=1)
         while self._warmup:
             pool, key = self._warmup.popleft()
@@ -124,21 +133,24 @@ class PrefetchQueue:
                 return NextRead(pool, key, slot, Purpose.WARMUP)
         return None
 
-    def _take_requests(self) -> Iterator[tuple[Caller | None, Pool, ExpertKey]]:
+    def _take_requests(self) -> Iterator[tuple[Caller | None, BlockRequests, ExpertKey]]:
         """Take requests one by one, and yield them: by the turn of the caller, then by the arrival of the request."""
         for caller, blocks in list(self._requests.items()):
             for request in blocks.values():
                 while request.unbegun and not request.pool.starved:
-                    yield caller, request.pool, request.unbegun.popleft()
+                    yield caller, request, request.unbegun.popleft()
 
-    def _slot_for(self, pool: Pool, key: ExpertKey) -> PoolSlot | None:
+    def _slot_for(self, request: BlockRequests, key: ExpertKey) -> PoolSlot | None:
         """Return a slot for a requested record, as ``next_read`` specifies; None if there is no such slot."""
+        pool = request.pool
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
         for unused in self._outcomes.unused:
             slot = pool.slot_of(unused)
             if slot is not None and not self.is_requested(unused) and pool.is_evictable(slot):
                 return slot
+        if request.is_scan and (slot := pool.choose_scanned(self.is_requested)) is not None:
+            return slot
         return pool.choose(key.block, keep=self.is_requested)
 
     # -- outcomes -----------------------------------------------------------------------------------------------------

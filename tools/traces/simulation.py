@@ -88,6 +88,10 @@ class Clairvoyant:
         """Return all keys, those with the furthest next use first."""
         return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
 
+    def scanned(self) -> Iterator[ExpertKey]:
+        """Yield nothing, as scans are treated like other demands."""
+        return iter(())
+
     def add(self, key: ExpertKey, *, is_scan: bool) -> None:
         """Add a key, and note its next use."""
         self._next[key] = self.next_use(key)

@@ -37,6 +37,7 @@ class Groups:
         self.random = random
         self.broken = broken
         self.lost = 0
+        self.requested = dict[int, list[ExpertKey]]()  # by block, the latest prefetch request
 
     def residents(self, block: int) -> None:
         return None
@@ -45,7 +46,7 @@ class Groups:
         return keys
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        pass
+        self.requested[block] = [*keys]
 
     def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Tensor], None, None]:
         wanted = list(keys)
@@ -158,3 +159,16 @@ def test_a_demand_in_several_groups_is_noted_once_with_all_experts_after_the_fir
     assert len(acquired) > 1
     assert acquired[0] != used
     assert noted == [(BLOCK, used, 1)]
+
+
+@pytest.mark.parametrize("most", [None, 2], ids=["all experts", "few experts"])
+def test_the_next_blocks_experts_are_requested_after_a_prompt_that_uses_nearly_all(most: int | None) -> None:
+    ordinary, twin, records = ways("mixtral", torch.bfloat16)
+    states, index, weights = inputs(ordinary, torch.bfloat16, tokens=40)
+    assert {*index.flatten().tolist()} == {*range(len(records))}
+    source, following = Groups(records, Random(1)), [ExpertKey(BLOCK + 1, expert) for expert in range(5)]
+    layout = twin.tiered.layout
+    twin.tiered = TieredBlock(BLOCK, layout, source, PackedKernels(), CPU, following=following)  # type: ignore[arg-type]
+    with torch.no_grad(), patch.object(grouped, "GROUP_OUTPUTS", 9):
+        experts_forward(twin, states, index if most is None else index % most, weights)
+    assert source.requested == {BLOCK: [], **({BLOCK + 1: following} if most is None else {})}

@@ -43,6 +43,8 @@ def test_what_every_policy_keeps_to(name: str, quota: int, steps: list[tuple[Exp
         assert len(policy) == len(held)
         assert sorted(policy) == sorted(held)
         assert sorted(policy.victims(is_scan=False)) == sorted(held), "nothing is safe from a demand of one token"
+        scanned = list(policy.scanned())
+        assert scanned == list(policy.victims(is_scan=False))[: len(scanned)], "they are evicted first"
         offered = list(policy.victims(is_scan=True))
         assert len(set(offered)) == len(offered)
         assert set(offered) <= held

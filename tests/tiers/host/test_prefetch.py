@@ -81,6 +81,25 @@ def test_requests_wait_while_a_demand_of_their_pool_is_starved() -> None:
     assert queue.take() == keys(1, 5)
 
 
+def test_a_request_for_more_than_the_block_keeps_takes_scanned_records_of_all_blocks_and_then_none() -> None:
+    queue = Queue()
+    queue.pool = Pool([Partition((block,), 3) for block in range(2)], POLICIES["scan"], first=0, slot_bytes=1)
+    held = [*keys(0, 0, 1, 2), *keys(1, 0, 1, 2)]
+    for key in held:  # expert 2 of each block was loaded by a scan
+        slot = queue.pool.choose(key.block)
+        assert slot is not None
+        queue.pool.begin_fill(slot, key, is_scan=key.expert == 2)
+        queue.pool.complete_fill(slot)
+    queue.request(FIRST, 1, keys(1, 0, 1, 2, 3, 4, 5))
+    assert queue.counters.snapshot().cancelled == 0
+    read = queue.queue.next_read()
+    assert read is not None
+    assert (read.key, queue.pool.key(read.slot), read.is_scan) == (ExpertKey(1, 3), ExpertKey(0, 2), True)
+    queue.pool.begin_fill(read.slot, read.key, is_scan=True, is_prefetch=True)
+    assert queue.queue.next_read() is None, "the other records are in use, or will be"
+    assert queue.counters.snapshot().cancelled == 2
+
+
 class Counting(ExpertKey):
     """A key that counts how often any is compared."""
 
