@@ -1,8 +1,7 @@
 """Formats in which checkpoints store weights. Each turns tensors of files into those of the model, decoded when read.
 
-    registry    the base class ``Format``, and the table of all formats
+    registry    the base class ``Format``, the table of all formats, and 16 and 32 bits
     tensors     the base class ``SourceTensor``, and tensors in files
-    plain       16 and 32 bits
     scaled      FP8, MXFP8, MXFP4 and NVFP4
     compressed  compressed-tensors
     affine      codes, scales and zero points: what the next four have in common

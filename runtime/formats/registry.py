@@ -17,7 +17,7 @@ from .tensors import SourceTensor, StoredTensor
 
 # from the quant_method of a quantization_config to the module and the class
 FORMATS = {
-    "16 bits": "moetier.runtime.formats.plain:Plain",
+    "16 bits": "moetier.runtime.formats.registry:Plain",
     "fp8": "moetier.runtime.formats.scaled:Scaled",
     "mxfp8": "moetier.runtime.formats.scaled:Scaled",
     "mxfp4": "moetier.runtime.formats.scaled:Scaled",
@@ -94,6 +94,16 @@ class Format(ABC):
                 raise CheckpointError(f"{weight} is in the checkpoint twice, once quantised.", DOWNLOAD_AGAIN)
             sources[weight] = make(weight, stored) if stored[main].shape else replace(stored[main], name=weight)
         return sources
+
+
+class Plain(Format):
+    """Weights in 16 or 32 bits, which are not quantised."""
+
+    is_plain = True
+
+    def sources(self, dtype: str) -> dict[str, SourceTensor]:
+        """Return the stored tensors."""
+        return dict(self.tensors)
 
 
 def format_of(

@@ -7,8 +7,7 @@
     tiers           ``model.tiers``
     sources         the host tier: this process's own, or a daemon's
     budgets         memory besides experts, and the budgets for experts
-    kv_budget       memory for keys and values, and the context
-    working_states  memory for the states of sequences besides
+    kv_budget       memory for keys, values and other states of sequences, and the context
     same_bits       whether a token has the same bits in every company
     prefill_memory  memory that a prompt takes
     context         the longest context

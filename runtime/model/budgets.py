@@ -24,9 +24,8 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
 from .context import can_resume, has_states
-from .kv_budget import NO_KV, KVBudget
+from .kv_budget import NO_KV, KVBudget, state_bytes
 from .prefill_memory import INDEXED, NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Prefill, prefill_of
-from .working_states import state_bytes
 
 # Most of the memory that trunk and cache leave, for the tokens of prompts that are computed together, if not all
 # experts fit: by default, and if an option says how many tokens, or if a fifth would be less than the least.

@@ -1,4 +1,4 @@
-"""Memory for keys and values, in pages, and the context that it has room for."""
+"""Memory for keys and values, in pages, the context that it has room for, and memory for other states of sequences."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from torch import nn
+
 from moetier.runtime.config import Size, TierConfig, format_bytes
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.runtime.libraries.torch_internals import parameters_of
 
 from .context import longest_context
 
 SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values by default
 LEAST_PAGES = 4  # so many there are by default, however little memory there is
 WITH_STATES = 4  # times as many as sequences need, if copies of other states than keys and values lie in pages too
+NUMBER_BYTES = 4  # of recurrent states, and of some convolutions' inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +92,26 @@ def _default_bytes(ram: Size | None, room: int, experts: int) -> int:
 
 
 NO_KV = KVBudget()
+
+
+def state_bytes(model: Any) -> int:
+    """Return the bytes of a sequence's states besides keys and values, at most a little more than they take.
+
+    That is for each convolution its last inputs, and for each module with decays (Mamba, linear attention) the
+    recurrent state of its heads. ``model`` may be on the meta device.
+    """
+    numbers = sum(
+        module.in_channels * module.kernel_size[0] for module in model.modules() if isinstance(module, nn.Conv1d)
+    )
+    numbers += sum(_recurrent(module) for module in model.modules() if "A_log" in parameters_of(module))
+    return NUMBER_BYTES * numbers
+
+
+def _recurrent(module: Any) -> int:
+    """Return how many numbers the recurrent state has of a module with a decay for each head, or for each channel."""
+    if module.A_log.dim() == 2:  # [channels, state]
+        return int(module.A_log.numel())
+    if hasattr(module, "num_v_heads"):
+        return int(module.num_v_heads * module.head_k_dim * module.head_v_dim)
+    width = getattr(module, "head_dim", 0)
+    return int(getattr(module, "num_heads", 0) * width * getattr(module, "ssm_state_size", width))

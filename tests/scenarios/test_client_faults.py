@@ -414,7 +414,7 @@ def test_a_writer_that_refills_slots_under_readers_all_the_time(tmp_path: Path) 
             counts = found[name] = dict.fromkeys(("used", "thrown", "wrong", "discarded"), 0)
             for _ in range(20):  # a busy machine needs more of them
                 for worker in group:
-                    worker.tell("work", 2.0, 0.001)
+                    worker.tell("work", 1.0, 0.001)
                 for worker in group:
                     worker.hear()
                 after = [worker.do("stats") for worker in group]

@@ -31,11 +31,11 @@ PLAN = make_plan(blocks=1, experts=2, top_k=1)
 
 
 def cases() -> Iterator[Any]:
-    """20 interrupts of two kinds of tiers in the ordinary suite; 2,000 of each in the slow one."""
+    """10 interrupts of two kinds of tiers in the ordinary suite; 2,000 of each in the slow one."""
     for budget, where in itertools.product(("smallest", "half"), ("embedded", "daemon")):
         for kind in ("SIGINT", "SIGALRM"):
             if (budget, where) in {("smallest", "embedded"), ("half", "daemon")}:
-                yield budget, where, kind, 20
+                yield budget, where, kind, 10
             yield pytest.param(budget, where, kind, 2000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])
 
 

@@ -64,8 +64,15 @@ def exact_logits(path: Path, dtype: torch.dtype, attention: str = "sdpa") -> tor
         return logits(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+# each coding with one of the types: the other is slow
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=[pytest.mark.slow] * ((number + is_half) % 2))
+        for number, kind in enumerate(KINDS)
+        for is_half, dtype in enumerate((torch.float32, torch.bfloat16))
+    ],
+)
 def test_logits_are_those_of_the_decoded_weights(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_weights("qwen3moe")
     path = write_gguf(tmp_path / "model.gguf", model, KINDS[kind])

@@ -194,7 +194,7 @@ def test_a_daemon_is_killed_while_it_computes(
             def kill() -> None:
                 for _ in range(2):
                     before = shares_of(model)[0].computed
-                    wait_until(lambda before=before: shares_of(model)[0].computed > before + 20)  # type: ignore[misc]
+                    wait_until(lambda before=before: shares_of(model)[0].computed > before + 5)  # type: ignore[misc]
                     two[0].kill()
                     wait_until(lambda: bool(shares_of(model)[0].away))
                     two[0].restart()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import TYPES, tiny_model
+from architectures import FEW_REQUIRED, FURTHER, tiny_model
 
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.model_runner import ModelRunner
@@ -47,7 +47,9 @@ def small_model(model_type: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type", [*FEW_REQUIRED, *(pytest.param(each, marks=pytest.mark.slow) for each in sorted(FURTHER))]
+)
 def test_every_type_generates_through_the_engine_what_generate_gives(model_type: str) -> None:
     model = small_model(model_type)
     if generates_itself(model):

@@ -29,7 +29,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
 from moetier.runtime.engine.sequence import Finish, Request, Sequence
 
 MODELS = [(kind, trunk_bits) for kind in ("qwen3_moe", "mixtral", "gpt_oss") for trunk_bits in (4, 16)]
-QUICK, SCHEDULES = 2, 34  # of each model
+QUICK, SCHEDULES = 1, 34  # of each model
 CONTEXT = 400
 DECODING: list[dict[str, Any]] = [
     {"do_sample": False},
@@ -86,7 +86,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         room = {"max_position_embeddings": CONTEXT}
         _, directory = convert_tiny(kind, torch.bfloat16, folder, bits=4, trunk_bits=trunk_bits, **room)
     with running_daemon(directory, ram=2 * smallest_ram(directory), folder=folder / "daemon") as daemon:
-        alone, _ = moetier.load(directory, daemon=None)
+        alone, _ = moetier.load(directory, daemon=None, same_bits=True)
         with alone.tiers:
             yield Model(alone, directory, daemon.folder)
         assert daemon.stats().host.evictions > 0
@@ -106,7 +106,7 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
     pages, most = random_.choice([6, 6, 8, 11]), random_.randrange(2, 6)
     chunk = random_.choice([1, 8, 33, 64, 500])
     later = random_.choice([None, 5, 40])
-    client, _ = moetier.load(model.directory, daemon=str(model.daemon))
+    client, _ = moetier.load(model.directory, daemon=str(model.daemon), same_bits=True)
     assert can_pack(client)
     with (
         client.tiers,

@@ -25,6 +25,7 @@ from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.shard import ShardFile
 
 DTYPES = [torch.float32, torch.bfloat16]
+QUICK = {(3, torch.float32), (4, torch.float32), (4, torch.bfloat16)}  # widths of experts, and types
 NAMES = ["fp32", "bf16"]
 LONG = 600  # tokens of a prompt
 
@@ -113,7 +114,7 @@ def test_streaming(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("bits", "dtype"),
     [
-        pytest.param(bits, dtype, marks=[pytest.mark.slow] * (dtype != torch.float32 and bits != 4))
+        pytest.param(bits, dtype, marks=[pytest.mark.slow] * ((bits, dtype) not in QUICK))
         for bits in BITS
         for dtype in DTYPES
         if bits < 16

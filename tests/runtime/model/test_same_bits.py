@@ -34,7 +34,7 @@ TRUNKS = [4, 8, 16]
 BEYOND = 530  # tokens: more than a piece of attention
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [*TYPES[::2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in TYPES[1::2])])
 def test_a_prompt_may_be_cut_anywhere(kind: str, tmp_path: Path) -> None:
     """With a trunk of 16 bits: in one chunk; token by token around the end of a piece; in chunks of 7; with others."""
     _check(kind, 16, BEYOND, [[500, *[1] * 30], [64] * 9, [7] * 76], tmp_path)

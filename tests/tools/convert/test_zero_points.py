@@ -51,7 +51,7 @@ FORMS: dict[str, tuple[str, Make, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=[pytest.param(each, marks=[pytest.mark.slow] * (each == "gptq 8 bits")) for each in FORMS])
 def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     """A quantised checkpoint, and one with the weights that it means."""
     model_type, make, config = FORMS[request.param]

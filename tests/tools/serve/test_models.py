@@ -44,6 +44,12 @@ OPTIONS = ["--daemon", "none", "--context", "512", "--parallel", "2"]
 PLENTY = 4 << 30
 
 
+@pytest.fixture(autouse=True)
+def imports_stay_frozen() -> None:
+    """An unload unfreezes all objects. Frozen again, what was imported is not visited by the next load."""
+    gc.freeze()
+
+
 @pytest.fixture
 def pair(tinymix_4bit: Path, tmp_path: Path) -> list[Path]:
     """Two model directories, "a" and "b"."""
@@ -129,7 +135,7 @@ def test_of_two_models_one_fits(pair: list[Path]) -> None:
         assert [count(name) for name in "abab"] == [200] * 4
         assert loaded(client) == ["b"]
         with ThreadPoolExecutor(4) as threads:
-            assert {*threads.map(count, "ab" * 4)} == {200}
+            assert {*threads.map(count, "ab" * 2)} == {200}
         assert most == 1
         assert models._taken() <= one_of(pair[0])
 
