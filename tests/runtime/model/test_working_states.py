@@ -13,7 +13,10 @@ from moetier.runtime.model.context import has_states
 from moetier.runtime.model.working_states import state_bytes
 
 QUICK = {"kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya"}
-OTHERS = {"bailing_hybrid", "granitemoehybrid", "inkling2", "inkling2_loop", "lara_mini", "qwen3_5_moe"}
+OTHERS = {
+    "bailing_hybrid", "glm5_next", "granitemoehybrid", "inkling2", "inkling2_loop", "lara_mini", "qwen3_5_moe",
+    "qwen4_exp",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
