@@ -92,10 +92,7 @@ OWN: dict[str, dict[str, Any]] = {
     "FlintConfig": {"mlp_only_layers": [0]},
     "DeepseekV2Config": {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
     "DeepseekV3Config": {"n_group": 2, "topk_group": 1},
-    "DeepseekV4Config": {
-        "mlp_layer_types": ["hash_moe", "moe", "moe"],
-        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-    },
+    "DeepseekV4Config": {"mlp_layer_types": ["hash_moe", "moe", "moe"]},
     "Dots3NoteTextConfig": {"layer_types": ["indexed_attention"] * 3},
     "Dots3NoteVisionConfig": {
         "mlp_layer_types": ["sparse"], "num_experts_per_tok": 2, "adapter_in_dim": 32, "adapter_out_dim": 64,

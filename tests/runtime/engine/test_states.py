@@ -30,6 +30,7 @@ HYBRIDS = {
     "inkling2_loop", "lara_mini", "lfm2_moe", "qwen3_5_moe", "zaya",
 }  # fmt: skip
 COMPRESSED = {"deepseek_v4"}
+V4_LAYERS = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
 WINDOWED = {"gpt_oss", "mixtral", "gemma4", "afmoe", "mimo_v2_flash"}
 INDEXED = {
     "deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "glm5_next", "hy_v4", "hy_v4_vl", "mistral_large4",
@@ -46,7 +47,8 @@ FIRST, NEW, QUESTION = 150, 20, 40  # tokens of a prompt, its answer, and what f
 
 
 def small_model(model_type: str) -> Any:
-    model = tiny_model(model_type, torch.float32)
+    changes = {"layer_types": V4_LAYERS} if model_type == "deepseek_v4" else {}
+    model = tiny_model(model_type, torch.float32, **changes)
     use_causal_attention(model)
     return model
 
