@@ -27,6 +27,7 @@ from .page_folder import STATE, PageFolder
 from .prefix_tree import Node, StateSnapshot
 
 RATE = 16 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
+MOST_WAIT = 1.0  # seconds that a piece waits if reads never pause: so a MiB a second is written
 MOST_TURNS = 256  # turns that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
 SWEEP_SECONDS = 3600.0  # pages that are too old are looked for so often
@@ -172,10 +173,14 @@ class PageWriter:
         return self._closes_at is not None and time.monotonic() >= self._closes_at
 
     def _wait_to_write(self, size: int) -> None:
-        """Wait until ``size`` bytes may be written: so long that no more than RATE are, and nothing is read."""
+        """Wait until ``size`` bytes may be written: so long that no more than RATE are, and nothing is read.
+
+        A disk that is always read delays each piece by MOST_WAIT only: else no page would ever be written.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._closes_at, max(self._writes_from - time.monotonic(), 0))
-        self._order.wait_to_write(lambda: self._closes_at is not None)
+        late = time.monotonic() + MOST_WAIT
+        self._order.wait_to_write(lambda: self._closes_at is not None or time.monotonic() >= late)
         self._writes_from = time.monotonic() + size / RATE
 
     @property

@@ -8,14 +8,15 @@ from typing import Any
 from moetier.runtime.libraries.transformers_internals import can_use_dynamic_cache
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
-# transformers' layers of a cache: with keys and values of all tokens, and with a state besides or nothing
+# transformers' layers of a cache: with keys and values, and with a state besides or nothing
 _PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 _BOTH = {"LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
-_STATES = {"LinearAttentionLayer", *_BOTH}
+_COMPRESSED = {"DeepseekV4HCACache", "DeepseekV4CSACache"}  # with keys of a window, and compressed ones of all tokens
+_STATES = {"LinearAttentionLayer", *_BOTH, *_COMPRESSED}
 _INDEXED = {"DynamicIndexedLayer"}  # with keys of an index besides keys and values
 # types that can't resume though their layers are known. jamba computes several tokens behind others as if the
-# recurrent state were 0; glm5_next asks its layer for all keys, and qwen4_exp keeps positions in it
-_LACKING = {"jamba", "glm5_next_text", "qwen4_exp_text"}
+# recurrent state were 0
+_LACKING = {"jamba"}
 SNAPSHOT_TOKENS = 2048  # a copy of such a state is kept at each multiple of this many tokens
 _CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
 _LEAST = 1 << 16  # least length of that prefix, in characters
@@ -58,11 +59,11 @@ def can_resume(model: Any) -> bool:
         return False
     config = model.config.get_text_config()
     layers = _cache_layers(model)
-    known = _PLAIN if getattr(config, "kv_sharing_modes", None) else _PLAIN | _STATES | _INDEXED | {"DummyLayer"}
+    known = _PLAIN | _STATES | _INDEXED | {"DummyLayer"}
     rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     return (
-        bool(layers & (_PLAIN | _BOTH | _INDEXED))
+        bool(layers & (_PLAIN | _BOTH | _INDEXED | _COMPRESSED))
         and not layers - known
         and config.model_type not in _LACKING
         and "longrope" not in types  # its angles depend on the chunk's length

@@ -101,7 +101,9 @@ def state_bytes(model: Any) -> int:
     recurrent state of its heads. ``model`` may be on the meta device.
     """
     numbers = sum(
-        module.in_channels * module.kernel_size[0] for module in model.modules() if isinstance(module, nn.Conv1d)
+        module.in_channels * (module.dilation[0] * (module.kernel_size[0] - 1) + 1)
+        for module in model.modules()
+        if isinstance(module, nn.Conv1d)
     )
     numbers += sum(_recurrent(module) for module in model.modules() if "A_log" in parameters_of(module))
     return NUMBER_BYTES * numbers

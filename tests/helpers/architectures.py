@@ -117,6 +117,13 @@ OWN: dict[str, dict[str, Any]] = {
         "index_kpool": 4, "qk_rope_head_dim": 0, "layer_types": HYBRID, "mlp_layer_types": DENSE_FIRST,
     },
     "GraniteMoeHybridConfig": {"layer_types": HYBRID, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16},
+    "MistralLarge4TextConfig": {
+        "kv_source_layers": [0, 0, 0], "indexer_types": ["full", "full", "shared"],
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128,
+            "attention_factor": 1.0,
+        },
+    },
     "HYV4VLTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "InklingVisionConfig": {"num_hidden_layers": 6},
     "Inkling2TextConfig": {"unpadded_vocab_size": 256},
@@ -136,6 +143,8 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
         "indexer_budget": 8, "indexer_compress_ratio": 4,
+        "ple_layer_ids": [3], "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "heads_per_ngram": 2,
+        "eos_token_id": 255,
     },
     "KimiLinearConfig": {"layer_types": HYBRID},
     "LaraMiniConfig": {"layer_types": HYBRID},

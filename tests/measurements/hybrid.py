@@ -6,6 +6,9 @@ DIR is made if it is missing: a random model with the layers of Qwen3-Next (thre
 full attention), experts and trunk in 4 bits. In each round the second prompt, a first one of ``--tokens`` tokens with
 its answer and 60 further tokens, is computed behind the first one and alone. Prints the seconds to the first token for
 both, as medians (least to most), how many tokens were computed, the ratio of the medians, and the bytes of a snapshot.
+
+A prompt's last 8 tokens are a forward pass of their own, as a snapshot is taken before them. ``--pairs`` compares first
+turns with first turns without that pass. ``--ram`` is the memory for experts.
 """
 
 from __future__ import annotations
@@ -16,11 +19,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
+from pairs import times_as_fast
 
 import moetier
+from moetier.runtime.engine import kv_cache
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.generation.compat import CACHE
@@ -69,18 +77,36 @@ def first_token(engine: Engine, ids: list[int]) -> tuple[float, int, list[int]]:
     return seconds, stream.sequence.cached, [first, *tokens]
 
 
+def compare_last_pass(model: Any, prompt: list[int], pairs: int) -> None:
+    """Compare first turns, whose last tokens are a pass of their own, with first turns without it."""
+    seconds: dict[int, list[float]] = {kv_cache.LAST_TOKENS: [], 0: []}
+    for number in range(pairs):
+        for last in [*seconds] if number % 2 else [*reversed(seconds)]:
+            with patch.object(kv_cache, "LAST_TOKENS", last), Engine.of(model) as engine:
+                seconds[last].append(first_token(engine, prompt)[0])
+    own, together = seconds.values()
+    print(f"first turn of {len(prompt):,}: {median(own):.3f} s, {median(together):.3f} s without the last pass:")
+    print(f"  with it {times_as_fast(together, own)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--tokens", type=int, default=8000, help="of the first prompt (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--ram")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     if not arguments.directory.exists():
         make(arguments.directory)
-    model, _ = moetier.load(arguments.directory, daemon=None, context=arguments.tokens + 1024)
+    model, _ = moetier.load(arguments.directory, daemon=None, context=arguments.tokens + 1024, ram=arguments.ram)
     ids = torch.randint(4096, (arguments.tokens + QUESTION,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt, question = ids[: arguments.tokens], ids[arguments.tokens :]
+    if arguments.pairs:
+        with model.tiers:
+            compare_last_pass(model, prompt, arguments.pairs)
+        return
     kept, anew, counts, are_equal = [], [], set(), []
     with model.tiers:
         for _ in range(arguments.rounds):

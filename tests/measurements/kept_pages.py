@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pairs import times_as_fast
 from transformers import AutoConfig
 
 import moetier
@@ -103,7 +104,7 @@ def turns(engine: Engine, arguments: argparse.Namespace) -> None:
 
 def decode(engine: Engine, other: Engine, arguments: argparse.Namespace) -> None:
     """Compare decoding while an engine writes the pages of a prompt with decoding after the same prompt in another."""
-    rates: dict[Engine, list[float]] = {engine: [], other: []}
+    steps: dict[Engine, list[float]] = {engine: [], other: []}  # seconds of a token
     for seed in range(1, 2 * arguments.rounds + 1):
         for each in (engine, other) if seed % 2 else (other, engine):
             first(each, ids_of(seed, arguments.tokens), 2)  # its pages are written from now on
@@ -114,13 +115,12 @@ def decode(engine: Engine, other: Engine, arguments: argparse.Namespace) -> None
             while time.perf_counter() < begin + SECONDS and (each.saved is None or each.saved.writer.is_writing):
                 next(answer)
                 count += 1
-            rates[each].append(count / (time.perf_counter() - begin))
+            steps[each].append((time.perf_counter() - begin) / count)
             del answer, stream
             finish_writing(each)
-    beside, alone = (median(rates[each]) for each in (engine, other))
-    shares = [one / two for one, two in zip(rates[engine], rates[other], strict=True)]
-    print(f"decoding: {alone:.2f} tokens/s alone, {beside:.2f} beside writing: {1 - beside / alone:.1%} slower")
-    print(f"  pair by pair: {', '.join(f'{1 - share:.1%}' for share in sorted(shares))}")
+    beside, alone = (1 / median(steps[each]) for each in (engine, other))
+    print(f"decoding: {alone:.2f} tokens/s alone, {beside:.2f} beside writing:")
+    print(f"  {times_as_fast(steps[other], steps[engine])}")
     print(f"  {engine.saved.traffic() if engine.saved else ''}")
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=0)
     parser.add_argument("--held", type=int, default=5)
     parser.add_argument("--decode", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of pairs with --decode (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="pairs of pairs with --decode (default: %(default)s)")
     parser.add_argument("--ram")
     parser.add_argument("--limit", help="memory of each process")
     parser.add_argument("--daemon", help="folder of a daemon's sockets, which reads the experts")

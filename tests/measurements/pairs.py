@@ -78,13 +78,18 @@ def main() -> None:
             for name in ("old", "new") if number % 2 == 0 else ("new", "old"):
                 seconds[name].append(measure[name]())
             print(f"{number + 1}: {seconds['old'][-1]:.4g} {seconds['new'][-1]:.4g}", file=sys.stderr, flush=True)
-    ratios = [math.log(old / new) for old, new in zip(seconds["old"], seconds["new"], strict=True)]
-    mean, half = statistics.fmean(ratios), student(len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
     print(
         f"old {statistics.median(seconds['old']):.4g} s, new {statistics.median(seconds['new']):.4g} s: "
-        f"{math.exp(mean):.3f} times as fast ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}), "
-        f"{arguments.rounds} pairs"
+        f"{times_as_fast(seconds['old'], seconds['new'])}"
     )
+
+
+def times_as_fast(old: list[float], new: list[float]) -> str:
+    """Return how many times as fast the work that took the ``new`` seconds was as that which took the ``old`` ones."""
+    logs = [math.log(one / two) for one, two in zip(old, new, strict=True)]
+    mean, half = statistics.fmean(logs), student(len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    return f"{math.exp(mean):.3f} times as fast ({low:.3f} to {high:.3f}), {len(logs)} pairs"
 
 
 def decoder(ends: contextlib.ExitStack, python: str, arguments: argparse.Namespace) -> Callable[[], float]:

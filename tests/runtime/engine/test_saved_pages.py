@@ -24,6 +24,7 @@ from readers import PATIENCE
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
+from moetier.runtime.client.miss_order import MissOrder
 from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
@@ -408,6 +409,14 @@ def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest
         answer(engine, LONG)
         wait_until(lambda: len(files(tmp_path)) == 7)
         assert time.monotonic() - begin > 0.8, "they take a second, but for the pause after the last one"
+
+
+def test_pages_are_written_though_reads_never_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_writer, "MOST_WAIT", 0.05)
+    order = MissOrder()
+    with engine_with(tmp_path, order=order) as engine, order.waiting_for_records():
+        answer(engine, LONG)
+        wait_until(lambda: len([path for path in files(tmp_path) if path.suffix == ".page"]) == 7)
 
 
 def test_pages_that_are_too_old_are_removed_though_the_server_is_never_idle(

@@ -29,17 +29,26 @@ HYBRIDS = {
     "kimi_linear", "nemotron_h", "qwen3_next", "bailing_hybrid", "granitemoehybrid", "inkling", "inkling2",
     "inkling2_loop", "lara_mini", "lfm2_moe", "qwen3_5_moe", "zaya",
 }  # fmt: skip
+COMPRESSED = {"deepseek_v4"}
+V4_LAYERS = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
 WINDOWED = {"gpt_oss", "mixtral", "gemma4", "afmoe", "mimo_v2_flash"}
-INDEXED = {"deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "hy_v4", "hy_v4_vl"}
+INDEXED = {
+    "deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "glm5_next", "hy_v4", "hy_v4_vl", "mistral_large4",
+    "qwen4_exp",
+}  # fmt: skip
 LATER = {"hy_v4_vl", "inkling2_loop", "lara_mini"}  # transformers 5.23 has not got them
-QUICK = {"kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral", "glm_moe_dsa"}
-ALL = sorted(HYBRIDS | WINDOWED | INDEXED)
+QUICK = {
+    "kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral", "deepseek_v4",
+    "glm_moe_dsa",
+}  # fmt: skip
+ALL = sorted(HYBRIDS | WINDOWED | INDEXED | COMPRESSED)
 TYPES = [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in ALL]
 FIRST, NEW, QUESTION = 150, 20, 40  # tokens of a prompt, its answer, and what follows it
 
 
 def small_model(model_type: str) -> Any:
-    model = tiny_model(model_type, torch.float32)
+    changes = {"layer_types": V4_LAYERS} if model_type == "deepseek_v4" else {}
+    model = tiny_model(model_type, torch.float32, **changes)
     use_causal_attention(model)
     return model
 
@@ -145,6 +154,12 @@ def test_jamba_loses_its_state_between_chunks() -> None:
     whole, chunks, steps = (logprobs_in_chunks(model, ids, ends)[-1] for ends in ([60], [40, 60], [40, *range(41, 61)]))
     assert (steps - whole).abs().max() < 1e-3, "a token at a time continues from it"
     assert (chunks - whole).abs().max() > 0.1
+
+
+def test_unlimited_ocr_computes_an_answer_otherwise_than_a_prompt() -> None:
+    model, ids = small_model("unlimited_ocr"), some(80, 1)
+    prompt, answer = (logprobs_in_chunks(model, ids, ends)[-1] for ends in ([80], [20, *range(21, 81)]))
+    assert (prompt - answer).abs().max() > 0.1
 
 
 def test_minimax_takes_no_cache_but_its_own() -> None:
