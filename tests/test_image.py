@@ -115,7 +115,7 @@ def commands_of_readme(wheel: str) -> list[str]:
 
 
 def test_a_wheel_answers_without_compiler_git_and_make(image: Image, tmp_path: Path) -> None:
-    """At most six commands lead to the first token of a converted model, with at most 60 packages in 1.4 GB."""
+    """At most six commands lead to the first token of a converted model, with at most 60 packages in 1.5 GB."""
     for program in ("cc", "gcc", "git", "make"):
         assert image.run(f"command -v {program}").returncode, program
     subprocess.run([sys.executable, "-c", BUILD, "wheel", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
@@ -131,7 +131,7 @@ def test_a_wheel_answers_without_compiler_git_and_make(image: Image, tmp_path: P
     megabytes = int(image.run("du -s --block-size=MB /opt/first/.venv").stdout.split("MB")[0])
     print(f"{len(listed)} packages, {megabytes} MB")
     assert len(listed) <= 60, listed
-    assert megabytes <= 1450
+    assert megabytes <= 1500
     shutil.rmtree(place)
 
 
