@@ -37,7 +37,6 @@ GROUPS = {  # titles in --help -> names of commands -> their lines in --help; th
         "generate": "generate text from a prompt",
         "chat": "chat with a model",
         "serve": "serve models over HTTP, with OpenAI's and Anthropic's APIs",
-        "launch": "configure a program for coding, such as opencode, for a server, and start it",
         "daemon": "hold the experts of models in memory for all processes of this machine",
     },
     "look": {
@@ -64,7 +63,8 @@ GROUPS = {  # titles in --help -> names of commands -> their lines in --help; th
         "cache": "list or remove keys and values that servers keep on disk",
         "completion": "print a script for tab completion in a shell",
     },
-    "several machines": {
+    "other programs and machines": {
+        "launch": "configure a program for coding, such as opencode, for a server, and start it",
         "push": "copy a model directory to an object store, from which it can be used",
         "ray": "serve a model on a Ray cluster, with Ray Serve",
     },

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -21,6 +22,8 @@ from .failure import plain
 
 LINE_SECONDS = 10.0
 PROMPT_SECONDS = 1.0  # time after which a prompt that is being computed gets a bar
+
+tqdm.set_lock(threading.RLock())  # tqdm's own is for several processes: from Python 3.14 on it starts one
 
 
 class ByteProgress:

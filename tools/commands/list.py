@@ -67,7 +67,8 @@ def _registered(name: str, path: Path) -> dict[str, Any]:
         path.stat()
     except FileNotFoundError:
         return _description(None, 0, None) | {"complete": False}
-    if (path / GROUP).is_dir():
+    # (path / GROUP).is_dir() is False, from Python 3.14 on, for a folder that can't be read; this raises OSError
+    if path.is_dir() and path / GROUP in path.iterdir():
         return _converted(path, None) | {"origin": "converted"}
     return _linked(path) | {"origin": "linked"}
 
