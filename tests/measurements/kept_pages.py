@@ -38,7 +38,7 @@ from moetier.runtime.model.budgets import kv_cache_bytes
 from moetier.tools.bench.sandbox import memory_group
 
 ANSWER, TURN = 20, 24  # tokens of an answer, and of the next turn
-SECONDS = 1.5  # how long decoding is measured at a time
+STEPS = 40  # tokens that are decoded beside writing, and as many alone: the first ones after a prompt are slower
 
 
 def ids_of(seed: int, tokens: int) -> tuple[int, ...]:
@@ -109,13 +109,14 @@ def decode(engine: Engine, other: Engine, arguments: argparse.Namespace) -> None
         for each in (engine, other) if seed % 2 else (other, engine):
             first(each, ids_of(seed, arguments.tokens), 2)  # its pages are written from now on
             stream = each.stream(Request(ids_of(0, 64), 4000, {"min_new_tokens": 4000, "do_sample": False}))
-            answer, count = iter(stream), 0
+            answer = iter(stream)
             next(answer)
             begin = time.perf_counter()
-            while time.perf_counter() < begin + SECONDS and (each.saved is None or each.saved.writer.is_writing):
+            for _ in range(STEPS):
                 next(answer)
-                count += 1
-            steps[each].append((time.perf_counter() - begin) / count)
+            steps[each].append((time.perf_counter() - begin) / STEPS)
+            if each.saved is not None and not each.saved.writer.is_writing:
+                raise SystemExit("All pages were written before the tokens were decoded: give more --tokens.")
             del answer, stream
             finish_writing(each)
     beside, alone = (1 / median(steps[each]) for each in (engine, other))
