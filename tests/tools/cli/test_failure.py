@@ -158,7 +158,7 @@ def test_what_an_error_calls_a_parameter_is_an_option_of_the_command_line() -> N
     assert {"`ram`", "`device`", "`credentials.ca`", "`credentials.token_file`"} <= named
     described = commands_of(build_parser())["generate"].format_help()
     of_python = {"`dtype`", "`attn_implementation`"}
-    options = {*re.findall(r"^  (?:-\w \S+, )?(--[\w-]+)", described, re.MULTILINE)}
+    options = {*re.findall(r"^  (?:-\w(?: \S+)?, )?(--[\w-]+)", described, re.MULTILINE)}
     assert {as_options(name) for name in named - of_python} <= options
     assert as_options("`dtype` is 16; see `moetier list`.") == "`dtype` is 16; see `moetier list`."
 
