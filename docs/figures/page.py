@@ -48,10 +48,10 @@ def main() -> None:
         model = write_model(folder / "model", HERE.parent.parent / "tests/assets/tinymix")
         (folder / "script").write_text(json.dumps(SCRIPT))
         under = [str(HELPERS / "scripted_server.py"), str(folder / "script"), str(folder / "record")]
-        server = ServerProcess(model, folder, ["--name", "a-model", "--daemon", "none"], under=under, key="")
+        server = ServerProcess(model, folder, ["--name", "toy", "--daemon", "none"], under=under, key="")
         try:
             with browsing(folder) as browser:
-                browser.size(1100, 760)
+                browser.size(1100, 800)
                 talk(browser, server.url)
                 for scheme in ("light", "dark"):
                     browser.colours(scheme)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPTIONS = ("--daemon", "none", "--ram", "32MiB", "--max-new-tokens", "6", "--temperature", "0")
-PROMPT = ">>>"
+PROMPT, MORE = ">>>", "..."
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +56,20 @@ class Chat(DrawnTerminal):
         """The line that has the cursor."""
         return self._screen.display[self._screen.cursor.y].rstrip()
 
-    def waits(self, *words: str) -> str:
+    def waits(self, *words: str, prompt: str = PROMPT) -> str:
         """Wait until the words are on the screen and the chat waits for a line. Return the text."""
         self.shows_that(
-            lambda: self.current == PROMPT and all(word in self.text for word in words), f"{words} and a prompt"
+            lambda: self.current == prompt and all(word in self.text for word in words), f"{words} and a prompt"
         )
         return self.text
 
-    def run(self, line: str, *words: str) -> str:
+    def run(self, line: str, *words: str, prompt: str = PROMPT) -> str:
         """Type a line on an empty screen, and wait for the words and the next prompt."""
         self._screen.reset()
         self._stream.feed(f"{PROMPT} ".encode())
         self.type(line + "\n")
         self.shows_that(lambda: self.current != f"{PROMPT} {line}", "the end of the line")
-        return self.waits(*words)
+        return self.waits(*words, prompt=prompt)
 
 
 def test_every_command(scripts: Prepared, endless: Path, tmp_path: Path) -> None:
@@ -86,26 +86,28 @@ def test_every_command(scripts: Prepared, endless: Path, tmp_path: Path) -> None
         chat.run("/edit Where is the king?", "[6 tokens, cut short")
         chat.run("/edit", "[6 tokens, cut short")  # in the editor
         assert "messages 2" in chat.run("/show", "user: Where is the queen?")
-        chat.type('/system """A play\n')
-        chat.shows_that(lambda: chat.current == "...", "a prompt for more")
-        chat.type('of kings."""\n')
-        chat.waits()
+        for first, last in (('"""Who is', 'there?"""'), ('/system """A play', 'of kings."""')):
+            chat.run(first, prompt=MORE)
+            chat.type(f"{last}\n")
+            chat.waits(last)
+        assert "messages 4" in chat.run("/show", "user: Who is there?")
         chat.run("/system", "of kings.")
-        chat.run(f"/save {saved}", "3 messages saved")
+        chat.run(f"/save {saved}", "5 messages saved")
         chat.run("/reset")
         chat.run('/system ""')
         chat.run("/show", "messages 0", "system   none")
-        chat.run(f"/load {saved}", "3 messages loaded")
+        chat.run(f"/load {saved}", "5 messages loaded")
         chat.resize(48, 50)
-        chat.run("And what does she say to all of that now?", "[6 tokens")
+        line = "And what does she say to all of that, and to us?"
+        chat.run(line, f"{PROMPT} {line[:44]}\n{line[44:]}", "[6 tokens")  # the line is as wide as the terminal is now
         chat.resize(110, 50)
-        chat.run("/show", "messages 4", "A play\\nof kings.")
+        chat.run("/show", "messages 6", "A play\\nof kings.")
         chat.run("/stats", "first token after", "hit ratio")
         chat.run("/help", "/retry", "/load FILE")
         chat.run("/nothing", "There is no command /nothing.")
         chat.type("/exit\n")
         assert chat.status() == 0
-    assert [message["role"] for message in json.loads(saved.read_text())] == ["system", "user", "assistant"]
+    assert [message["role"] for message in json.loads(saved.read_text())] == ["system", *["user", "assistant"] * 2]
 
 
 def test_ctrl_c_in_a_prompt_and_in_an_answer(scripts: Prepared, endless: Path, tmp_path: Path) -> None:
@@ -135,7 +137,13 @@ def test_ctrl_c_in_a_prompt_and_in_an_answer(scripts: Prepared, endless: Path, t
         chat.shows("is cleared")
         chat.interrupt()
         chat.waits()
-        chat.type(CTRL_D)
+        chat.run('"""a message that is not sent', prompt=MORE)
+        chat.interrupt()
+        chat.waits()
+        assert "Press Ctrl-C again" not in chat.text
+        chat.interrupt()
+        chat.waits("Press Ctrl-C again")
+        chat.interrupt()
         assert chat.status() == 0
 
 

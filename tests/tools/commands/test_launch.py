@@ -1,6 +1,6 @@
 """`moetier launch`: what it prints, and programs that it starts, at a small server in place of one with a model.
 
-tests/clients has the programs themselves; tests/helpers/agents.py configures them in the same way.
+tests/clients/test_launched.py has the programs themselves.
 """
 
 from __future__ import annotations
