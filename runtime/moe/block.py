@@ -141,7 +141,7 @@ class BlockDemand:
 
 
 def check_shapes(x: Tensor, top_k_index: Tensor, weights: Tensor, hidden: int) -> None:
-    """Raise ValueError if the shapes of a block's inputs do not fit each other, or records of so wide a ``hidden``."""
+    """Raise ValueError unless x is [tokens, hidden], and ``top_k_index`` and ``weights`` are [tokens, top_k]."""
     shape = top_k_index.shape
     if x.shape != (shape[0], hidden) or weights.shape != shape:
         given = f"{[*x.shape]}, {[*shape]} and {[*weights.shape]}"

@@ -352,6 +352,7 @@ class DeviceTier:
         if len(demand.ready) > behind:
             stream = self._device.current_stream()
             for lease, copied in self._lease_together(demand, stream, len(demand.ready) - behind):
+                self._check_open()
                 stream.wait_event(copied)
                 yield lease
             self._release(demand)
