@@ -6,7 +6,7 @@ Torch for ROCm calls AMD's GPUs cuda, too, and would use these classes. That was
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor
 from moetier.runtime.config import format_bytes
 from moetier.runtime.kernels.int4 import fused_or_plain
 from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.slots import SlotKernels, slot_kernels
 from moetier.runtime.libraries.torch_internals import arrange_int4, multiply_int4
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import DeviceStream
+from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.packing import pair_columns
 
 from .device import ComputeDevice, Diagnosis
@@ -62,15 +64,25 @@ class Cuda(ComputeDevice):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 kernels = device.kernels()
+                together = device.slot_kernels(kernels, ()) is not None
             if type(kernels) is Kernels:
                 why = " ".join(str(warning.message) for warning in said)
                 yield Diagnosis(f"{text}. {why}", "Use a GPU of compute capability 8.0 or above, or --device cpu.")
             else:
-                yield Diagnosis(f"{text}; 4-bit products by torch's own kernel")
+                way = "all of a block together, by Triton's kernels" if together else "one by one"
+                yield Diagnosis(f"{text}; 4-bit products by torch's own kernel; experts {way}")
 
     def fast_kernels(self) -> Kernels:
         """Return kernels with torch's int4 product, or kernels that decode experts if that product does not work."""
         return fused_or_plain(self.torch_device, CudaInt4())
+
+    def slot_kernels(self, trunk: Kernels, layouts: Collection[RecordLayout]) -> SlotKernels | None:
+        """Return Triton's kernels, if Triton is installed and they can compute with all ``layouts``; else None."""
+        try:
+            from moetier.runtime.kernels.triton_experts import SlotExperts
+        except ImportError:
+            return None
+        return slot_kernels(trunk, layouts, SlotExperts)
 
     def free_memory(self) -> Available:
         """Return the memory of the GPU that is free."""

@@ -1,16 +1,16 @@
 """Kernels in Triton that compute a block's experts from records in slots, in two launches for a few tokens.
 
-The device has a table with the address of each expert's record, or 0 if no slot has it. ``_look_up`` gives each *pair*
-of a token and one of its experts the address of the record, without the host. ``_gate_up`` computes the first product
-and the activation of all pairs, and ``_down`` the second product, its weights and each token's sum. Weights are decoded
-in registers; no decoded matrix is in memory. Records are used as they lie (``tiers/layout.py``): codes of 4 bits in
-kernel order with their pairs or zero points, and matrices of 16 bits.
+A table on the device has the address of each expert's record, or 0 for records that are not there yet. A *pair* is a
+token and one of its experts. ``_gate_up`` computes the first product and the activation of all pairs whose records are
+there, and ``_down`` the second product, its weights and each token's sum. Weights are decoded in registers; no decoded
+matrix is in memory. Records are used as they lie (``tiers/layout.py``): codes of 4 bits in kernel order with their
+pairs or zero points, and matrices of 16 bits.
 
 *These kernels have never run on a GPU.* The tests run them in Triton's interpreter, on tensors of a CPU.
 
 Each program computes 64 rows of a matrix for the pairs of one *tile*: one pair, or up to TILE pairs of one expert,
 whose products are ``tl.dot``. Sums are in fp32, and their order depends on shapes only, so a result does not depend on
-which records were missing at first. With tiles, a third launch adds up the outputs: a prompt has few launches anyway.
+the order in which records come. With tiles, a third launch adds up the outputs: a prompt has few launches anyway.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import Activation
-from moetier.tiers.layout import PAIR_BLOCK, PAIR_TYPES, ROW_TILE, WEIGHT_TYPES, ZERO_POINTS, RecordLayout
+from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, ZERO_POINTS, RecordLayout
 
 TILE = 16  # pairs of a tile, and the number of tokens from which on tiles are used: the least that ``tl.dot`` takes
 COLUMNS = 64  # most columns that a program multiplies at a time
@@ -92,29 +92,6 @@ class _Activation(NamedTuple):
         a = activation
         limit = 0.0 if math.isinf(a.limit) else a.limit
         return cls(inner, a.function, a.interleaved, a.alpha, limit, a.shift, a.gated)
-
-
-def can_compute(layout: RecordLayout) -> bool:
-    """Return whether the kernels compute with records of a layout: with 4 bits or 16, in no coding of a checkpoint."""
-    return all(
-        not p.coding
-        and ((p.bits == 4 and p.pairs in (*PAIR_TYPES, *ZERO_POINTS)) or (p.bits == 16 and p.dtype in WEIGHT_TYPES))
-        for p in layout.projections
-    )
-
-
-@triton.jit
-def _look_up(index, table, addresses, missing, pairs, experts, SIZE: tl.constexpr):
-    """Write the address of each pair's record, or 0; and the expert of each pair that has none, or -1.
-
-    An expert outside of the table is ignored: with expert parallelism it belongs to another device.
-    """
-    pair = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    expert = tl.load(index + pair, mask=pair < pairs, other=-1)
-    known = (expert >= 0) & (expert < experts)
-    address = tl.load(table + expert, mask=known, other=0)
-    tl.store(addresses + pair, address, mask=pair < pairs)
-    tl.store(missing + pair, tl.where(known & (address == 0), expert, -1), mask=pair < pairs)
 
 
 @triton.jit
@@ -200,27 +177,34 @@ def _activate(x, activation: tl.constexpr):
 
 
 @triton.jit
-def _tile(addresses, order, firsts, counts, TOKENS: tl.constexpr):
-    """Return the record's address of the program's tile, its pairs [TOKENS], and which of them there are."""
+def _tile(index, table, experts, order, firsts, counts, TOKENS: tl.constexpr):
+    """Return the record's address of the program's tile, its pairs [TOKENS], and which of them there are.
+
+    The address is 0 if the record is not there, or if there is no such expert: with expert parallelism it belongs to
+    another device.
+    """
     tile = tl.program_id(1)
     if TOKENS == 1:
         pairs, present = tile + tl.arange(0, 1), tl.full((1,), 1, tl.int1)
-        address = tl.load(addresses + tile)
+        expert = tl.load(index + tile)
+        is_known = (expert >= 0) & (expert < experts)
     else:
         order += tl.load(firsts + tile)
-        present = tl.arange(0, TOKENS) < tl.load(counts + tile)
+        count = tl.load(counts + tile)
+        present = tl.arange(0, TOKENS) < count
         pairs = tl.load(order + tl.arange(0, TOKENS), mask=present, other=0)
-        address = tl.load(addresses + tl.load(order))
-    return address, pairs, present
+        expert = tl.load(index + tl.load(order))
+        is_known = count > 0
+    return tl.load(table + expert, mask=is_known, other=0), pairs, present
 
 
 @triton.jit
 def _gate_up(
-    x, addresses, order, firsts, counts, activations, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
+    x, index, table, experts, order, firsts, counts, activations, TOP_K: tl.constexpr, TOKENS: tl.constexpr,
     activation: tl.constexpr, matrix: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``activations`` [pairs, inner] of x [tokens, columns]. Tiles whose record is missing are left out."""
-    address, pairs, present = _tile(addresses, order, firsts, counts, TOKENS)
+    """Compute ``activations`` [pairs, inner] of x [tokens, columns], of the pairs whose records are there."""
+    address, pairs, present = _tile(index, table, experts, order, firsts, counts, TOKENS)
     if address != 0:
         record = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 64)  # slots and sections are aligned so
         tokens = x + pairs // TOP_K * matrix.columns
@@ -243,24 +227,24 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    activations, weights, addresses, order, firsts, counts, outputs, arrived, out, TOP_K: tl.constexpr,
+    activations, weights, index, table, experts, order, firsts, counts, outputs, arrived, out, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, matrix: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``outputs`` fp32 [pairs, rows], times ``weights`` [pairs]; without tiles also ``out`` [tokens, rows].
+    """Compute ``outputs`` fp32 [pairs, rows], times ``weights`` [pairs], of the pairs whose records are there.
 
-    ``arrived`` int32 [tokens, programs of a pair] is 0 before and after. It counts a token's pairs: the program that
-    comes last adds up their outputs, in the order of the pairs.
+    Without tiles, also compute ``out`` [tokens, rows], the sums of the outputs so far. ``arrived`` int32 [tokens,
+    programs of a pair] is 0 before and after. It counts a token's pairs: the program that comes last adds up their
+    outputs, in the order of the pairs.
     """
-    address, pairs, present = _tile(addresses, order, firsts, counts, TOKENS)
+    address, pairs, present = _tile(index, table, experts, order, firsts, counts, TOKENS)
     row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     inside = row < matrix.rows
-    result = tl.zeros((TOKENS, _ROWS), tl.float32)
     if address != 0:
         record = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 64)
         result = _product(record, activations + pairs * matrix.columns, present, row, inside, TOKENS, matrix)
         result *= tl.load(weights + pairs, mask=present, other=0.0).to(tl.float32)[:, None]
-    at = outputs + pairs[:, None] * matrix.rows + row[None, :]
-    tl.store(at, result, mask=present[:, None] & inside[None, :])
+        at = outputs + pairs[:, None] * matrix.rows + row[None, :]
+        tl.store(at, result, mask=present[:, None] & inside[None, :])
     if TOKENS == 1:
         token = tl.program_id(1) // TOP_K
         counter = arrived + token * tl.num_programs(0) + tl.program_id(0)
@@ -302,81 +286,65 @@ def _tiles(index: Tensor, experts: int) -> _Tiles:
 class SlotExperts:
     """Kernels for a block's experts, whose records are in slots of one layout.
 
-    All work is queued on the current stream, and the host waits for nothing. One thread at a time.
+    All work is queued on the current stream, and the host waits for nothing.
     """
 
     def __init__(self, layout: RecordLayout, activation: Activation, experts: int) -> None:
-        """``experts``: the number of the block's experts. ``can_compute(layout)`` must be true."""
-        self._experts = experts
-        self._first = _Matrix.of(layout, "gate_up_proj" if activation.gated else "up_proj")
-        self._second = _Matrix.of(layout, "down_proj")
-        self._activation = _Activation.of(activation, self._second.columns)
-        self._arrived: Tensor | None = None
+        """``experts``: the number of the block's experts. ``slots.can_compute(layout)`` must be true."""
+        self.experts = experts
+        self.first = _Matrix.of(layout, "gate_up_proj" if activation.gated else "up_proj")
+        self.second = _Matrix.of(layout, "down_proj")
+        self.activation = _Activation.of(activation, self.second.columns)
 
-    def look_up(self, index: Tensor, table: Tensor, missing: Tensor) -> Tensor:
-        """Return the addresses of the records of ``index`` [tokens, top_k]: int64 [tokens * top_k], 0 if missing.
-
-        Args:
-            index: the experts that each token uses.
-            table: int64 [experts], the address of each expert's record, or 0.
-            missing: int64 [tokens * top_k]; gets the expert of each pair whose record is missing, or -1.
-        """
-        addresses, size = torch.empty(index.numel(), dtype=torch.int64, device=index.device), 256
-        grid = (-(-index.numel() // size),)
-        _look_up[grid](index, table, addresses, missing, index.numel(), self._experts, SIZE=size)
-        return addresses
-
-    def begin(self, x: Tensor, index: Tensor, addresses: Tensor, activations: Tensor | None = None) -> Tensor:
-        """Compute the first product of all pairs whose address is not 0: [tokens * top_k, inner].
+    def begin(self, x: Tensor, index: Tensor, weights: Tensor) -> SlotSums:
+        """Begin to compute a block; ``SlotSums.add`` computes experts.
 
         Args:
             x: [tokens, hidden], contiguous.
-            index: [tokens, top_k].
-            addresses: int64 [tokens * top_k].
-            activations: the result of an earlier call, to which other pairs are added.
+            index: int64 [tokens, top_k], contiguous: the experts that each token uses.
+            weights: [tokens, top_k], contiguous.
         """
-        tokens, top_k = index.shape
-        inner = self._activation.inner
-        if activations is None:  # more exact than x with single tokens, whose products take any type
-            dtype = torch.float32 if tokens < TILE else x.dtype
-            activations = x.new_zeros((tokens * top_k, inner), dtype=dtype)
-        tiles, grid = self._grid(index, inner)
-        _gate_up[grid](
-            x, addresses, *tiles, activations, TOP_K=top_k, TOKENS=1 if tokens < TILE else TILE,
-            activation=self._activation, matrix=self._first,
-        )  # fmt: skip
-        return activations
+        return SlotSums(self, x, index, weights)
 
-    def complete(
-        self, activations: Tensor, index: Tensor, weights: Tensor, addresses: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """Compute the second product, and add up the outputs of each token: [tokens, hidden] in ``dtype``.
+
+class SlotSums:
+    """The outputs of a block's experts, which are added up for each token."""
+
+    def __init__(self, kernels: SlotExperts, x: Tensor, index: Tensor, weights: Tensor) -> None:
+        tokens, pairs, hidden = len(index), index.numel(), kernels.second.rows
+        inner, self._is_tiled, programs = kernels.second.columns, tokens >= TILE, -(-hidden // ROW_TILE)
+        self._kernels, self._x, self._index, self._weights = kernels, x, index, weights
+        self._tiles = _tiles(index, kernels.experts) if self._is_tiled else _Tiles(index, index, index)
+        # more exact than x with single tokens, whose products take any type
+        self._activations = x.new_empty((pairs, inner), dtype=x.dtype if self._is_tiled else torch.float32)
+        counters = 0 if self._is_tiled else tokens * programs
+        zeros = torch.zeros(pairs * hidden + counters, device=x.device)
+        self._outputs, self._arrived = zeros[: pairs * hidden], zeros[pairs * hidden :].view(torch.int32)
+        self._out = torch.empty_like(x)
+
+    def add(self, table: Tensor) -> None:
+        """Compute the experts whose records are there, for all their tokens.
 
         Args:
-            activations: [tokens * top_k, inner], as ``begin`` has returned them.
-            index: [tokens, top_k].
-            weights: [tokens, top_k], contiguous.
-            addresses: int64 [tokens * top_k]. A pair with the address 0 adds nothing.
-            dtype: type of the result.
+            table: int64 [experts], the address of each expert's record, or 0. Other calls have other experts.
         """
-        tokens, top_k = index.shape
-        hidden, device = self._second.rows, index.device
-        tiles, grid = self._grid(index, hidden)
-        is_tiled = tokens >= TILE
-        outputs = (torch.zeros if is_tiled else torch.empty)((tokens * top_k, hidden), device=device)
-        out = torch.empty((tokens, hidden), dtype=dtype, device=device)
-        if self._arrived is None:
-            self._arrived = torch.zeros(TILE * grid[0], dtype=torch.int32, device=device)
-        _down[grid](
-            activations, weights, addresses, *tiles, outputs, self._arrived, out, TOP_K=top_k,
-            TOKENS=TILE if is_tiled else 1, matrix=self._second,
+        kernels, top_k, tiles = self._kernels, self._index.shape[1], self._tiles
+        among = (self._index, table, kernels.experts, *tiles)
+        count, size = (len(tiles.counts), TILE) if self._is_tiled else (self._index.numel(), 1)
+        _gate_up[-(-kernels.second.columns // ROW_TILE), count](
+            self._x, *among, self._activations, TOP_K=top_k, TOKENS=size, activation=kernels.activation,
+            matrix=kernels.first,
         )  # fmt: skip
-        return outputs.view(tokens, top_k, hidden).sum(1).to(dtype) if is_tiled else out
+        _down[-(-kernels.second.rows // ROW_TILE), count](
+            self._activations, self._weights, *among, self._outputs, self._arrived, self._out, TOP_K=top_k,
+            TOKENS=size, matrix=kernels.second,
+        )  # fmt: skip
 
-    def _grid(self, index: Tensor, rows: int) -> tuple[_Tiles, tuple[int, int]]:
-        tokens, top_k = index.shape
-        programs = -(-rows // ROW_TILE)
-        if tokens < TILE:  # the tiles are the pairs
-            return _Tiles(index, index, index), (programs, tokens * top_k)
-        tiles = _tiles(index, self._experts)
-        return tiles, (programs, len(tiles.counts))
+    def result(self) -> Tensor:
+        """Return each token's sum of the outputs of all experts that were added: [tokens, hidden] in the type of x.
+
+        At least one call of ``add`` comes before.
+        """
+        if self._is_tiled:
+            return self._outputs.view(*self._index.shape, -1).sum(1).to(self._x.dtype)
+        return self._out

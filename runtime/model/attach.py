@@ -21,6 +21,7 @@ from moetier.runtime.kernels.products.row import use_row_weights
 from moetier.runtime.libraries.transformers_internals import forget_quantised
 from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.machine.threads import use_threads
+from moetier.runtime.moe.activation import activation_of
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
@@ -59,7 +60,8 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     for linear in linears:
         linear.compute_with(kernels)
     shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
-    with closed_on_error(_open_tiers(model, location, files, config, device, kernels, linears)) as tiers:
+    of_experts = kernels if config.exact else _expert_kernels(model, location, device, kernels)
+    with closed_on_error(_open_tiers(model, location, files, config, device, of_experts, linears)) as tiers:
         files.finish_load(model, is_shared=tiers.origin.daemon is not None)
         if shortcuts is not None:
             _speculate(shortcuts, config, device, tiers, experts_modules(model))
@@ -80,6 +82,18 @@ def _device_of(model: PreTrainedModel) -> torch.device:
             'Load it on one device: name one for all of it, device_map={"": DEVICE}, or give none for the CPU.',
         )
     return devices.pop()
+
+
+def _expert_kernels(model: PreTrainedModel, location: Path, device: ComputeDevice, trunk: Kernels) -> Kernels:
+    """Return the device's kernels for experts in slots, if they know the activations of all blocks, else ``trunk``.
+
+    Records are arranged for the kernels when they are copied, so this is decided before the tiers are opened.
+    """
+    manifest, modules = read_manifest(location), experts_modules(model)
+    in_slots = device.slot_kernels(trunk, manifest.layouts.values())
+    if in_slots is None or any(activation_of(modules[block.path]) is None for block in manifest.blocks):
+        return trunk
+    return in_slots
 
 
 def _open_tiers(

@@ -17,6 +17,7 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import FLOATS, Kernels
+from moetier.runtime.kernels.slots import SlotKernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.moe.experts import experts_modules, output_bytes
@@ -308,6 +309,9 @@ def _block(module: Any, manifest: Manifest, number: int, dtype: Any, kernels: Ke
     """Return the bytes that a block with the Experts module ``module`` takes for each token."""
     block, layout = manifest.blocks[number], manifest.layout(number)
     nbytes = output_bytes(module, layout, 1, block.top_k, dtype) + ROUTER * block.experts + INDEX * block.top_k
-    if quick_activation(module, layout, kernels) is None:  # all tokens may choose the same expert
+    if isinstance(kernels, SlotKernels):  # outputs are fp32, and all activations are kept
+        down = layout.projection("down_proj")
+        nbytes += block.top_k * (4 * down.rows + dtype.itemsize * down.columns)
+    elif quick_activation(module, layout, kernels) is None:  # all tokens may choose the same expert
         nbytes += COPIES * dtype.itemsize * max(p.rows for p in layout.projections)
     return nbytes

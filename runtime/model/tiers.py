@@ -61,7 +61,7 @@ class Tiers(Closeable):
             config: the options of the tiers.
             device: the device that computes.
             needs: memory to leave besides that of experts. If it is short, fewer tokens will be computed together.
-            kernels: the kernels that the trunk uses; by default those of ``device``.
+            kernels: the kernels that compute with the experts; by default those of ``device``.
             trunk_files: the files of the trunk, which ``close`` closes.
 
         Raises StoreError if the store can't be opened, BudgetError if no memory budget is possible, DaemonError if

@@ -84,9 +84,9 @@ class TieredBlock:
     device: torch.device  # device of the records
     # called once for each demand, with the block and the experts
     on_demand: Callable[[int, Collection[int]], None] | None = None
-    # by type of the hidden states and parts of the module: kernels for the quick way. Without kernels (None) the block
-    # is computed in the exact way
-    compiled: dict[Any, Trials[ExpertKernels]] = field(default_factory=dict)
+    # by type of the hidden states and parts of the module: kernels for all experts of the block. Without kernels (None)
+    # they are computed one after the other
+    compiled: dict[Any, Trials[Any]] = field(default_factory=dict)
     following: Sequence[ExpertKey] = ()  # all experts of the next block
     remote_compute: RemoteExperts | None = None  # computes absent experts on other hosts, if the quick way is used
 
@@ -139,6 +139,14 @@ class BlockDemand:
                 if not wanted:
                     self.note(experts)
         _open.source = None
+
+
+def check_shapes(x: Tensor, top_k_index: Tensor, weights: Tensor, hidden: int) -> None:
+    """Raise ValueError unless x is [tokens, hidden], and ``top_k_index`` and ``weights`` are [tokens, top_k]."""
+    shape = top_k_index.shape
+    if x.shape != (shape[0], hidden) or weights.shape != shape:
+        given = f"{[*x.shape]}, {[*shape]} and {[*weights.shape]}"
+        raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {hidden}")
 
 
 def refuse_copy(*_: object) -> NoReturn:

@@ -4,9 +4,9 @@ transformers decorates each architecture's Experts class with ``use_experts_impl
 flags has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier removes the
 parameters of these modules. There are two ways to compute a block. The *exact* way computes one expert after the other,
 with the same bits as the architecture's own eager forward pass. The *quick* way computes experts that are available
-together in one call of compiled code, directly from their records (``quick.py``). A module whose activation compiled
-code does not have (``activation.py``), or which norms its outputs, is computed one expert after the other too, but with
-products from records (``kernels/products/packed.py``).
+together in one call of compiled code, directly from their records (``quick.py``; in slots of a device, ``slots.py``). A
+module whose activation compiled code does not have (``activation.py``), or which norms its outputs, is computed one
+expert after the other too, but with products from records (``kernels/products/packed.py``).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from moetier.tiers.quant.codec import sections
 from .block import BlockDemand, RoutedTokens, TieredBlock, end_open_leases, tokens_of_experts
 from .gradients import without_gradient
 from .quick import compute_quick, kernels_of
+from .slots import compute_in_slots, slot_kernels_of
 
 _pause: ContextVar[Callable[[Any, RoutedTokens], Tensor] | None] = ContextVar("moetier_pause", default=None)
 
@@ -104,8 +105,14 @@ def compute_together(
     if kernels is not None and all(has_memory(call.x) and has_memory(call.weights) for call in calls):
         yield from compute_quick(kernels, tiered, calls, between)
         return
-    together = [torch.cat(tensors) if len(calls) > 1 else tensors[0] for tensors in zip(*calls, strict=True)]
-    out = tiered.kernels.with_room(partial(_eager, module, tiered, *together))
+    together = RoutedTokens(
+        *(torch.cat(tensors) if len(calls) > 1 else tensors[0] for tensors in zip(*calls, strict=True))
+    )
+    if (in_slots := slot_kernels_of(module, tiered)) is not None:
+        work = partial(compute_in_slots, in_slots, tiered, module.num_experts, together)
+    else:
+        work = partial(_eager, module, tiered, *together)
+    out = tiered.kernels.with_room(work)
     yield from torch.split(out, [len(call.x) for call in calls])
 
 

@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ from moetier.tiers.layout import RecordLayout
 
 from . import grouped
 from .activation import activation_of
-from .block import BlockDemand, RoutedTokens, TieredBlock, end_open_leases
+from .block import BlockDemand, RoutedTokens, TieredBlock, check_shapes, end_open_leases
 from .snapshot import Trials, has_global_hooks
+
+Made = TypeVar("Made")
 
 
 def _resident_token(
@@ -132,13 +134,24 @@ def kernels_of(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKe
 
     Without it, experts are computed one after the other (``experts.py``).
     """
+    return made_once(module, tiered, dtype, partial(_compile, module, tiered, dtype))
+
+
+def made_once(
+    module: Any, tiered: TieredBlock, dtype: torch.dtype | None, make: Callable[[], Made | None]
+) -> Made | None:
+    """Return what ``make`` returns for a block, which is made once for each state of the module, and each ``dtype``.
+
+    Returns None if the module's activation has hooks, because compiled code does not call it.
+    """
     children = children_of(module).values()
     if any(hooks_after(child) or hooks_before(child) for child in children if child is not None) or has_global_hooks():
-        return None  # compiled code does not call the activation, and so none of its hooks
+        return None
     variant = (dtype, *children)
     if (trials := tiered.compiled.get(variant)) is None:
         trials = tiered.compiled.setdefault(variant, Trials())
-    return trials.result(module, partial(_compile, module, tiered, dtype))
+    result: Made | None = trials.result(module, make)
+    return result
 
 
 def _compile(module: Any, tiered: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
@@ -174,10 +187,7 @@ def compute_quick(
 
 def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> RoutedTokens:
     """Return tokens in the type that compiled code takes. Raises ValueError if shapes do not fit."""
-    shape = top_k_index.shape
-    if x.shape != (shape[0], kernels.width) or weights.shape != shape:
-        given = f"{[*x.shape]}, {[*shape]} and {[*weights.shape]}"
-        raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
+    check_shapes(x, top_k_index, weights, kernels.width)
     weights = weights if weights.dtype in FLOATS else weights.float()
     return RoutedTokens(x.to(kernels.dtype).contiguous(), top_k_index, weights.contiguous())
 

@@ -222,18 +222,43 @@ def promote(expert: int, slots: int, used: int, copied: int) -> Thread:
 
 
 def compute_leased(blocks: Sequence[Pairs], slots: int, events: Sequence[int]) -> Thread:
-    """Compute blocks one after the other, with a lease of each record. ``events`` are used by no other thread."""
-    for pair, expert in (one for block in blocks for one in block):
-        copied, used, *events = events
-        slot = yield from lease(expert, slots, copied)
+    """Compute blocks one after the other: first with leases of the records in slots, together, and then of each other.
+
+    ``events`` are used by no other thread.
+    """
+    for block in blocks:
+        together, missing = list[tuple[int, int, int]](), list[tuple[int, int]]()
+        yield from lock()
+        for pair, expert in block:
+            slot, holder = yield from find(expert, slots)
+            if holder == expert:
+                yield Store(("pinned", slot), 1)
+                together.append((pair, expert, slot))
+            else:
+                missing.append((pair, expert))
+        yield from unlock()
+        if together:
+            events = yield from use_leased(together, events)
+        for pair, expert in missing:
+            copied, *events = events
+            slot = yield from lease(expert, slots, copied)
+            events = yield from use_leased([(pair, expert, slot)], events)
+
+
+def use_leased(leases: Sequence[tuple[int, int, int]], events: Sequence[int]) -> Thread:
+    """Compute pairs with leased records in slots, and end the leases. Return the events that are left."""
+    used, *events = events
+    for pair, expert, slot in leases:
         yield Store(("found", pair), slot)
         ready = yield Load(("ready", slot))
         yield from queue("computing", *([work(WAIT, ready)] if ready else []), work(USE, pair, expert))
-        yield from lock()
-        yield from queue("computing", work(RECORD, used))
+    yield from lock()
+    yield from queue("computing", work(RECORD, used))
+    for _, _, slot in leases:
         yield Store(("used", slot), used)
         yield Store(("pinned", slot), 0)
-        yield from unlock()
+    yield from unlock()
+    return events
 
 
 def lease(expert: int, slots: int, copied: int) -> Thread:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import ClassVar
 
 import torch
 from fake_device import prompt_device
 
 from moetier.runtime.devices.device import ComputeDevice, Diagnosis
 from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.slots import Make, SlotKernels, slot_kernels
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import Device
+from moetier.tiers.layout import RecordLayout
 
 
 class Toy(ComputeDevice):
@@ -18,6 +21,7 @@ class Toy(ComputeDevice):
 
     title = "toy"
     has_memory = True
+    block_kernels: ClassVar[Make | None] = None  # makes kernels for a block's experts in its slots
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__("cpu")
@@ -32,6 +36,9 @@ class Toy(ComputeDevice):
 
     def fast_kernels(self) -> Kernels:
         return Kernels(self.torch_device)
+
+    def slot_kernels(self, trunk: Kernels, layouts: Collection[RecordLayout]) -> SlotKernels | None:
+        return None if self.block_kernels is None else slot_kernels(trunk, layouts, self.block_kernels)
 
     def free_memory(self) -> Available:
         return Available(1 << 30, "the toy")

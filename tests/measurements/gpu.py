@@ -62,6 +62,7 @@ STEPS = (
     step("kernels: right", "kernels_are_right", 120),
     step("model", "make_model", 500),
     step("decode 100%", "decode", 150, "model", share=1.0, profiles=True),
+    step("decode 100%, one by one", "decode", 150, "model", share=1.0, profiles=True, together=False),
     step("kernels: rate", "kernel_rates", 120),
     step("decode 50%", "decode", 150, "model", share=0.5, profiles=True),
     step("transformers, all resident", "transformers_decode", 150, "model"),

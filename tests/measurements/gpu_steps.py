@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,9 +34,22 @@ class Card:
         self.option = SIMULATED if simulate else "cuda"
         self.torch_device = torch.device("cpu" if simulate else "cuda")
         if simulate:
+            from toy_device import Toy
+
             from moetier.runtime.device_names import DEVICES
 
-            DEVICES[SIMULATED] = "toy_device:Toy"
+            DEVICES[SIMULATED], Toy.block_kernels = "toy_device:Toy", self.block_kernels
+
+    @property
+    def block_kernels(self) -> Any:
+        """Triton's kernels; for the simulated device in Triton's interpreter, or else a reference in torch."""
+        if not self.is_simulated:
+            from moetier.runtime.kernels.triton_experts import SlotExperts
+        elif os.environ.get("TRITON_INTERPRET") == "1":
+            from triton_interpreter import SlotExperts
+        else:
+            from torch_experts import TorchExperts as SlotExperts
+        return SlotExperts
 
     def synchronize(self) -> None:
         """Wait for all work of the device."""
@@ -133,34 +147,27 @@ def kernels_are_right(card: Card, **_: Any) -> dict[str, Any]:
     from moetier.runtime.kernels.experts.expert_code import Activation
     from moetier.runtime.kernels.products.api import Kernels
 
-    try:
-        from moetier.runtime.kernels.triton_experts import SlotExperts
-    except ImportError as error:
-        if not card.is_simulated:
-            raise
-        return {"left out": str(error)}
     errors = {}
     for (name, hidden, inner, experts, top_k), bits, tokens in itertools.product(shapes(card), (4, 16), (1, 5, 64)):
         layout, slots, table = experts_of(card, hidden, inner, experts, bits)
         x = torch.randn(tokens, hidden, device=card.torch_device, dtype=torch.bfloat16)
         index = torch.rand(tokens, experts, device=card.torch_device).topk(top_k).indices
         weights = torch.rand(tokens, top_k, device=card.torch_device)
-        kernels, missing = SlotExperts(layout, Activation(), experts), torch.zeros_like(index.reshape(-1))
-        for _ in range(2):  # the second time finds its counters as the first has left them
-            addresses = kernels.look_up(index, table, missing)
-            y = kernels.complete(kernels.begin(x, index, addresses), index, weights, addresses, torch.float32)
+        sums, late = card.block_kernels(layout, Activation(), experts).begin(x, index, weights), table.clone()
+        late[::2] = 0
+        for part in (late, table - late):  # the second finds the counters as the first has left them
+            sums.add(part)
         plain = Kernels(card.torch_device)
         gate, up = plain.project(x.float(), slots[0], layout, "gate_up_proj").chunk(2, -1)
         ideal = plain.project(torch.nn.functional.silu(gate) * up, slots[0], layout, "down_proj")
         ideal *= weights.sum(1, keepdim=True)  # all slots have the same record
-        assert (missing == -1).all()
-        errors[f"{name}, {bits} bits, {tokens} tokens"] = float((y - ideal).norm() / ideal.norm())
+        errors[f"{name}, {bits} bits, {tokens} tokens"] = float((sums.result().float() - ideal).norm() / ideal.norm())
     assert max(errors.values()) < 0.01, errors
     return errors
 
 
 def kernel_rates(card: Card, **_: Any) -> dict[str, Any]:
-    """Measure the bytes of records a second that a block of one token reads: Triton's kernels, and today's products."""
+    """Measure the bytes of records a second that a block of one token reads: all experts together, and one by one."""
     from moetier.runtime.devices.device import chosen_device
     from moetier.runtime.kernels.experts.expert_code import Activation
 
@@ -171,19 +178,13 @@ def kernel_rates(card: Card, **_: Any) -> dict[str, Any]:
         weights = torch.rand(1, top_k, device=card.torch_device)
         rows = itertools.cycle([torch.arange(n, n + top_k)[None] % experts for n in range(0, experts, top_k)])
         nbytes, rates = top_k * layout.payload_bytes, {}
-        with contextlib.suppress(*([ImportError] if card.is_simulated else [])):
-            from moetier.runtime.kernels.triton_experts import SlotExperts
+        kernels = card.block_kernels(layout, Activation(), experts)
+        indices = itertools.cycle([next(rows).to(card.torch_device) for _ in range(experts // top_k)])
 
-            kernels = SlotExperts(layout, Activation(), experts)
-            indices = itertools.cycle([next(rows).to(card.torch_device) for _ in range(experts // top_k)])
-            missing = torch.zeros(top_k, dtype=torch.int64, device=card.torch_device)
+        def together() -> None:
+            kernels.begin(x, next(indices), weights).add(table)  # noqa: B023  # used in this turn only
 
-            def grouped() -> None:
-                index = next(indices)  # noqa: B023
-                addresses = kernels.look_up(index, table, missing)  # noqa: B023  # used in this turn only
-                kernels.complete(kernels.begin(x, index, addresses), index, weights, addresses, torch.bfloat16)  # noqa: B023
-
-            rates["grouped"] = nbytes / card.seconds(grouped, card.scaled(1 << 11))
+        rates["together"] = nbytes / card.seconds(together, card.scaled(1 << 11))
         plain = chosen_device(card.option).kernels()
         if plain.arrange is not None:
             for slot in slots:
@@ -194,7 +195,7 @@ def kernel_rates(card: Card, **_: Any) -> dict[str, Any]:
                 gate, up = plain.project(x, slots[expert], layout, "gate_up_proj").chunk(2, -1)  # noqa: B023
                 plain.project(torch.nn.functional.silu(gate) * up, slots[expert], layout, "down_proj")  # noqa: B023
 
-        rates["today, one by one"] = nbytes / card.seconds(one_by_one, card.scaled(1 << 9))
+        rates["one by one"] = nbytes / card.seconds(one_by_one, card.scaled(1 << 9))
         found[f"{name}, {bits} bits"] = {way: round(rate) for way, rate in rates.items()}
     return found
 
@@ -273,9 +274,17 @@ def feed(card: Card, model: Any, *, profiles: bool = False) -> dict[str, Any]:
     return found
 
 
-def decode(card: Card, folder: str, share: float, profiles: bool = False, speculate: str = "always") -> dict[str, Any]:
+def decode(
+    card: Card, folder: str, share: float, profiles: bool = False, speculate: str = "always", together: bool = True
+) -> dict[str, Any]:
     """Decode with slots for a share of the experts; the host's memory has all of them."""
+    from moetier.runtime.devices.device import ComputeDevice, device_class
+    from moetier.runtime.kernels.slots import SlotKernels
+
+    if not together:
+        device_class(card.option).slot_kernels = ComputeDevice.slot_kernels  # type: ignore[method-assign]
     with loaded(card, folder, share, speculate=speculate) as model:
+        assert isinstance(model.tiers.kernels, SlotKernels) == together
         found = feed(card, model, profiles=profiles)
         tier = model.tiers.snapshot()["device"]
         return found | {name: tier[name] for name in ("slots", "hits", "misses")}

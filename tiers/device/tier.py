@@ -3,8 +3,8 @@
 A device does queued work later, and its streams run independently. The tier ensures three orders:
 
     A computation on a slot begins after the copy into the slot: the stream that computes waits for the copy's event.
-    A copy into a slot begins after every use of the slot: at the end of each lease, an event is recorded on the stream
-    that has used the slot, and the copy stream waits for this event.
+    A copy into a slot begins after every use of the slot: when leases end, an event is recorded on the stream that has
+    used their slots, and the copy stream waits for this event.
     A buffer of the ring (see ``ring``) is filled again after the copy from it: the host waits for the copy's event.
     The host tier's lease may end before, because the bytes are in the buffer.
 
@@ -102,8 +102,9 @@ class DeviceTier:
     def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Their records are uint8 [record bytes] on the device.
 
-        The caller must compute with a record in the stream that is current when it takes the lease. Raises
-        MissingExpertError if the model lacks one of the experts.
+        All records that are on the device are leased together (see ``Lease.more``). The caller must compute with them
+        in the stream that is current when it takes the first of these leases. Raises MissingExpertError if the model
+        lacks one of the experts.
         """
         if not keys:
             return
@@ -347,36 +348,44 @@ class DeviceTier:
                 began = time.perf_counter()
 
     def _leases(self, demand: DeviceDemand, behind: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
-        """Yield a lease for each slot that is ready, except the last ``behind`` slots."""
-        while len(demand.ready) > behind:
+        """Yield leases, which end together, of all slots that are ready, except the last ``behind`` slots."""
+        if len(demand.ready) > behind:
             stream = self._device.current_stream()
-            lease, copied = self._next_lease(demand, stream)
-            stream.wait_event(copied)
-            yield lease
-        if demand.leased is not None:
+            for lease, copied in self._lease_together(demand, stream, len(demand.ready) - behind):
+                self._check_open()
+                stream.wait_event(copied)
+                yield lease
             self._release(demand)
 
     @transition
-    def _next_lease(self, demand: DeviceDemand, stream: DeviceStream) -> tuple[Lease[torch.Tensor], Event]:
-        self._end_lease(demand)
+    def _lease_together(
+        self, demand: DeviceDemand, stream: DeviceStream, count: int
+    ) -> list[tuple[Lease[torch.Tensor], Event]]:
+        """Return leases of the first ``count`` slots that are ready, and the end of the copy into each."""
         self._check_open()
-        pool, slot = demand.pool, demand.ready.popleft()
-        demand.leased = (slot, stream)
-        copied, key = pool.copied[slot], pool.key(slot)
-        demand.latest = key
-        assert copied is not None
-        return Lease(key, pool.records[slot], pool.number(slot)), copied
+        pool, leases = demand.pool, list[tuple[Lease[torch.Tensor], Event]]()
+        demand.leased = (demand.ready[:count], stream)
+        del demand.ready[:count]
+        demand.latest = [pool.key(slot) for slot in demand.leased[0]]
+        for left, (slot, key) in enumerate(zip(demand.leased[0], demand.latest, strict=True), 1 - count):
+            copied = pool.copied[slot]
+            assert copied is not None
+            leases.append((Lease(key, pool.records[slot], pool.number(slot), more=left < 0), copied))
+        return leases
 
     @transition
     def _release(self, demand: DeviceDemand) -> None:
-        self._end_lease(demand)
+        self._end_leases(demand)
 
-    def _end_lease(self, demand: DeviceDemand) -> None:
+    def _end_leases(self, demand: DeviceDemand) -> None:
         if demand.leased is not None:
-            slot, stream = demand.leased
-            demand.pool.used[slot][stream] = stream.record_event()
+            slots, stream = demand.leased
+            ended = stream.record_event()
+            for slot in slots:
+                demand.pool.used[slot][stream] = ended
             demand.leased = None
-            demand.pool.unpin(slot)
+            for slot in slots:
+                demand.pool.unpin(slot)
             self._monitor.wake()
 
     @posted
@@ -384,13 +393,13 @@ class DeviceTier:
         self._leave(demand)
 
     def _leave(self, demand: DeviceDemand) -> None:
-        """End a demand: release its lease and all of its slots."""
-        self._end_lease(demand)
+        """End a demand: release its leases and all of its slots."""
+        self._end_leases(demand)
         if demand.misses:
             demand.misses = False
             self._promoter.resume()
         while demand.ready:
-            demand.pool.unpin(demand.ready.popleft())
+            demand.pool.unpin(demand.ready.pop())
         self._fill.leave(demand)
         self._demands.pop(demand, None)
         self._monitor.wake()

@@ -19,15 +19,18 @@ from int4 import cuda_operators
 from integrity import check_integrity
 from readers import RamReader
 from stores import make_plan
+from torch_experts import TorchExperts, TorchSums
 from twins import inputs, pair
 
 import moetier
 from moetier.runtime.devices.cuda import CudaDevice, CudaInt4
 from moetier.runtime.kernels.int4 import FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
+from moetier.runtime.kernels.slots import Make, SlotKernels, can_compute
 from moetier.runtime.moe.block import TieredBlock, tokens_of_experts
 from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear
+from moetier.runtime.moe.slots import slot_kernels_of
 from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.device.stream import Device
 from moetier.tiers.device.tier import DeviceTier
@@ -63,7 +66,10 @@ def test_blocks_are_computed_on_the_device(where: torch.device, model_type: str,
         expected = [experts_forward(twin, *inputs(ordinary, torch.bfloat16, tokens=n)).float() for n in (1, 1, 9)]
     if where.type == "cuda":
         twin = twin.to(where)
-    for kernels in (FusedKernels(where, CudaInt4()), Kernels(where)):
+    ways: list[Kernels] = [FusedKernels(where, CudaInt4()), Kernels(where)]
+    if can_compute(layout):
+        ways.append(SlotKernels(Kernels(where), block_kernels(where)))
+    for kernels in ways:
         results = []
         for slots in (18, 48):
             device: Device = CudaDevice(where) if where.type == "cuda" else prompt_device(slots)
@@ -75,14 +81,20 @@ def test_blocks_are_computed_on_the_device(where: torch.device, model_type: str,
                 tier.close()
         for few, many, ideal in zip(*results, expected, strict=True):
             assert torch.equal(few, many)
-            if where.type == "cpu" and (bits == 16 or kernels.arrange is None):
+            if where.type == "cpu" and (type(kernels) is Kernels or (bits == 16 and kernels is ways[0])):
                 assert torch.equal(few, ideal)
             assert float((few - ideal).norm() / ideal.norm()) < 0.03
 
 
-@pytest.mark.parametrize("fused", [True, False])
+def block_kernels(where: torch.device) -> Make:
+    if where.type == "cpu":
+        return TorchExperts
+    return pytest.importorskip("moetier.runtime.kernels.triton_experts").SlotExperts  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", ["fused", "decoded", "in slots"])
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_a_block_waits_for_the_device_once(tokens: int, fused: bool) -> None:
+def test_a_block_waits_for_the_device_once(tokens: int, way: str) -> None:
     """To learn which experts it needs. It waits for no copy."""
     ordinary, twin, source = pair("mixtral", torch.bfloat16, bits=4)
     layout, records, device = twin.tiered.layout, source.records, prompt_device(0)
@@ -91,15 +103,55 @@ def test_a_block_waits_for_the_device_once(tokens: int, fused: bool) -> None:
     given_to = inputs(ordinary, torch.bfloat16, tokens=tokens)
     cpu = torch.device("cpu")
     with cuda_operators(), HostTier(RamReader(plan, stored), slots={"records": 48}) as host, torch.no_grad():
-        kernels = FusedKernels(cpu, CudaInt4()) if fused else Kernels(cpu)
+        kernels = FusedKernels(cpu, CudaInt4()) if way == "fused" else Kernels(cpu)
+        if way == "in slots":
+            kernels = SlotKernels(kernels, TorchExperts)
         tier = DeviceTier(host, plan, slots={"records": 48}, device=device, arrange=kernels.arrange)
         twin.tiered = TieredBlock(5, layout, tier, kernels, cpu)
         list(host.acquire([ExpertKey(5, expert) for expert in range(8)]))
+        slot_kernels_of(twin, twin.tiered)  # tries activations, on the host, once
         for _ in range(2):
             with HostWaits() as waits:
                 experts_forward(twin, *given_to)
             assert waits.counts == {"tolist": 1}
             assert device.waits_of_the_host == 0
+        tier.close()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_experts_in_slots_are_computed_together_and_each_other_as_it_comes(tokens: int) -> None:
+    ordinary, twin, source = pair("mixtral", torch.bfloat16, bits=4)
+    layout, records, cpu = twin.tiered.layout, source.records, torch.device("cpu")
+    plan = make_plan(blocks=6, experts=len(records), top_k=3, layout=layout)
+    stored = {ExpertKey(b, e): bytes(record.numpy()) for b in range(6) for e, record in enumerate(records)}
+    given, calls = inputs(ordinary, torch.bfloat16, tokens=tokens), list[int]()
+
+    class Counted(TorchSums):
+        def add(self, table: torch.Tensor) -> None:
+            calls.append(int(table.count_nonzero()))
+            super().add(table)
+
+    class Counting(TorchExperts):
+        def begin(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> TorchSums:
+            return Counted(self, x, index, weights)
+
+    used = len(given[1].unique())
+    with HostTier(RamReader(plan, stored), slots={"records": 48}) as host, torch.no_grad():
+        tier = DeviceTier(host, plan, slots={"records": 48}, device=prompt_device(0))
+        twin.tiered = TieredBlock(5, layout, tier, SlotKernels(Kernels(), Counting), cpu)
+        list(tier.acquire([ExpertKey(5, int(given[1][0, 0]))]))
+        first = experts_forward(twin, *given)
+        assert calls[0] == 1
+        assert sum(calls) == used
+        assert max(calls) <= 2, "the last two that are copied"
+        calls.clear()
+        assert torch.equal(experts_forward(twin, *given), first)
+        assert calls == [used]
+        none = torch.full_like(given[1], len(records))  # experts of another device
+        assert not experts_forward(twin, given[0], none, given[2]).any()
+        assert calls == [used]
+        with pytest.raises(ValueError, match="hidden states, experts and weights of shapes"):
+            experts_forward(twin, given[0][:, 1:], *given[1:])
         tier.close()
 
 

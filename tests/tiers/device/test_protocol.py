@@ -6,6 +6,7 @@ The tier queues the same work, in the same order, as the protocol with leases.
 from __future__ import annotations
 
 import inspect
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -94,6 +95,7 @@ CASES = {
     "three leased misses": Case("compute_leased", [[(1, 1)], [(2, 2)], [(3, 1)]], [0], ("replace_record", (3,)), 2),
     "a leased hit": Case("compute_leased", [[(1, 1)]], [1, 2], PROMOTE_LEASED),
     "a leased miss": Case("compute_leased", [[(1, 2)]], [1, 0], PROMOTE_LEASED),
+    "leases that end together": Case("compute_leased", [[(1, 1), (2, 2)]], [1, 2], PROMOTE_LEASED),
     "a promoted record is leased": Case("compute_leased", [[(1, 3)]], [1, 2], PROMOTE_LEASED),
 }
 
@@ -132,6 +134,18 @@ BROKEN = {
     ),
     "a copy does not wait for a lease's end": ("    if used:\n", "    if False:\n", "three leased misses"),
     "a leased slot is not pinned": ('Store(("pinned", slot), 1)', 'Store(("pinned", slot), 0)', "a leased hit"),
+    "a lease ends before others that end together": (
+        """work(USE, pair, expert))
+    yield from lock()
+    yield from queue("computing", work(RECORD, used))
+""",
+        """work(USE, pair, expert))
+        yield Store(("pinned", slot), 0)
+    yield from lock()
+    yield from queue("computing", work(RECORD, used))
+""",
+        "leases that end together",
+    ),
     "two slots are filled at a time": ('yield Store("filling", 1)', 'yield Store("filling", 0)', "a leased miss"),
     "a buffer is filled while it is copied from": (
         "if copied and buffer == 1:",
@@ -198,12 +212,14 @@ class TracedDevice(FakeDevice):
         super().compute(work)
 
 
-def trace_of_the_protocol(experts: Sequence[int], slots: int) -> list[tuple[str, int, int]]:
-    """The work that one caller queues who leases records one after the other, with numbers as ``TracedDevice`` has."""
+def trace_of_the_protocol(blocks: Sequence[Sequence[int]], slots: int) -> list[tuple[str, int, int]]:
+    """The work that one caller queues who leases the records of some blocks, with numbers as ``TracedDevice`` has."""
     memory: defaultdict[Hashable, int] = defaultdict(int)
     trace: list[tuple[str, int, int]] = []
     events, numbers = dict[int, int](), dict[int, int]()
-    caller = device_reference.compute_leased([[(n, e)] for n, e in enumerate(experts, 1)], slots, range(1, 16))
+    numbered = itertools.count(1)
+    pairs = [[(next(numbered), expert) for expert in block] for block in blocks]
+    caller = device_reference.compute_leased(pairs, slots, range(1, 16))
     streams = {name: device_reference.stream(name) for name in ("computing", "copying")}
     threads = {None: caller, **streams}
     answers: dict[Any, Any] = dict.fromkeys(threads)
@@ -230,15 +246,21 @@ def trace_of_the_protocol(experts: Sequence[int], slots: int) -> list[tuple[str,
                     memory[place] = value
 
 
-@pytest.mark.parametrize("experts", [[1], [1, 1], [1, 2, 1], [1, 2, 3], [1, 2, 3, 2, 1]])
-def test_the_tier_queues_the_work_of_the_protocol(experts: list[int]) -> None:
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        *([[1]], [[1], [1]], [[1], [2], [1]], [[1], [2], [3]], [[1], [2], [3], [2], [1]]),
+        *([[1], [2], [1, 2]], [[1], [2], [2, 1], [3]], [[1], [2], [1, 2], [2, 3], [2, 3]]),
+    ],
+)
+def test_the_tier_queues_the_work_of_the_protocol(blocks: list[list[int]]) -> None:
     plan = make_plan(blocks=1, experts=3, top_k=1)
     device = TracedDevice()
     with HostTier(RamReader(plan, make_records(plan)), slots={"records": 3}) as host:
         tier = DeviceTier(host, plan, slots={"records": 2}, device=device, policy="lru")
         consumer = Consumer(tier, device)
-        for expert in experts:
-            consumer.run(0, [expert - 1])
-        assert device.trace == trace_of_the_protocol(experts, 2)
+        for block in blocks:
+            consumer.run(0, [expert - 1 for expert in block])
+        assert device.trace == trace_of_the_protocol(blocks, 2)
         device.finish()
         tier.close()
