@@ -66,7 +66,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
-    "tools/serve/options.py": ("tools/serve/test_catalogue.py", "it parses what the catalogue is made of"),
     "tools/serve/prompts.py": ("tools/serve/test_app.py", PARTS),
     "tools/serve/choices.py": ("tools/serve/protocols/test_completions.py", PARTS),
     "tools/serve/endpoint.py": ("tools/serve/test_app.py", PARTS),

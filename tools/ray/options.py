@@ -16,7 +16,7 @@ from moetier.tiers.options import COUNT, command_words
 from moetier.tools.cli.arguments import SPECULATION, add_options
 from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_arguments
 from moetier.tools.cli.settings import SWITCH
-from moetier.tools.serve.options import add_serving_arguments
+from moetier.tools.serve.options import OF_REPLICA, add_serving_arguments
 
 # options of TierConfig that the replicas get, while the daemons get those of the host tier
 REPLICA = ("context", "kv_cache", "kv_bits", "device", "device_memory", "exact", "same_bits")
@@ -50,7 +50,7 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of threads that a replica computes with, and of CPUs that Ray reserves for it (default: the CPUs "
         "of the machine on which the application is built)",
     )
-    add_serving_arguments(parser)
+    add_serving_arguments(parser, OF_REPLICA)
     names = (*OF_HOST_TIER, *REPLICA)
     add_options(parser, [replace(TIER_OPTIONS[name], help=HELP.get(name, TIER_OPTIONS[name].help)) for name in names])
     add_cache_arguments(parser)
