@@ -191,9 +191,9 @@ def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     for name, value in {"config.json": config, **configs}.items():
         if names_code(value):
             raise UnsafeCheckpointError(
-                f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
-                "If transformers supports this architecture, its own class can be used: give --ignore-code to "
-                "moetier link, or to moetier convert.",
+                f"{folder / name} asks to run Python code from the checkpoint (auto_map); moetier never does.",
+                "If transformers supports the architecture itself, give --ignore-code to moetier convert, pull or "
+                "link.",
             )
 
 

@@ -191,7 +191,7 @@ class KVCache:
         return bool(fetch.left)
 
     def _restore_state(self, reader: PageReader, sequence: Sequence, state: SavedFile, contents: FileContents) -> None:
-        """Add a state that was read to the tree, unless there is no room for it, or it has come there meanwhile."""
+        """Insert a state from the disk into the tree, unless that has it by now, lacks its tokens or has no room."""
         match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
         count, pages = reader.pages_of_state(contents), list[int]()
         if match.tokens == state.end and tokens not in (node := match.partial or match.nodes[-1]).snapshots:
@@ -240,7 +240,7 @@ class KVCache:
             held.branch = branch
 
     def _match(self, sequence: Sequence) -> tuple[Match, int]:
-        """Return the prefix after which a sequence can continue, and the length of the longest one that is kept."""
+        """Return the longest cached prefix that a sequence can resume from, and the length of the longest one."""
         ids = _reusable(sequence)
         if self._states is not None:
             return self._tree.match_state(sequence.request.user, ids)

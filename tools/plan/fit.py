@@ -82,7 +82,7 @@ class Fit:
 
     @property
     def streams(self) -> bool:
-        """True if there are fewer slots than experts that one token uses in all blocks."""
+        """True if the experts of one token, over all blocks, do not fit into the slots."""
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 

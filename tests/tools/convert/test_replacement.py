@@ -276,7 +276,7 @@ def test_the_current_folder_is_not_replaced(both: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "old" / "notes")
     before = tree(tmp_path)
     for dst in (Path(".."), tmp_path / "old"):
-        with pytest.raises(TargetError, match="holds the current folder"):
+        with pytest.raises(TargetError, match="The current folder is"):
             convert(both, dst, fast=True, overwrite=True)
     assert tree(tmp_path) == before
 
