@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.extents.table import read_table
-from moetier.tiers.fields import some
 from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
 from moetier.tiers.store.folder import remaking
+from moetier.tiers.text import some
 
 from . import hub
 from .config_json import ADAPTER, carried, with_floats

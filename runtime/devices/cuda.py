@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.kernels.int4 import fused_or_plain
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.libraries.torch_internals import arrange_int4, multiply_int4
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import DeviceStream
 from moetier.tiers.quant.packing import pair_columns
+from moetier.tiers.text import format_bytes
 
 from .device import ComputeDevice, Diagnosis
 

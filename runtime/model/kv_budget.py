@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from moetier.runtime.config import Size, TierConfig, format_bytes
+from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.tiers.text import format_bytes
 
 from .context import longest_context
 

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.decoding import ONE_SEQUENCE
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import utf8
 
