@@ -67,7 +67,7 @@ def converted() -> Path:
     if not folder.exists():
         print(f"converting the bundled model to 4 bits, once: {folder}", file=sys.stderr, flush=True)
     with lean_imports():
-        from moetier.tools.convert.convert import convert
+        from moetier.tools.convert.entry import convert
     try:
         convert(source, folder, bits=4)
     except TargetExistsError:  # made by another version
