@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from .runtime.model.load import load as load
     from .runtime.model.register import register as register
     from .tiers.errors import MoetierError as MoetierError
-    from .tools.convert.library import convert as convert
-    from .tools.convert.library import pull as pull
-    from .tools.plan.library import plan as plan
+    from .tools.convert.api import convert as convert
+    from .tools.convert.api import pull as pull
+    from .tools.plan.api import plan as plan
 
 set_variables()  # before anything imports torch
 
@@ -46,10 +46,10 @@ _exported = exports(
         "GrammarProcessor": "runtime.engine.constraint",
         "MoetierError": "tiers.errors",
         "Request": "runtime.engine.sequence",
-        "convert": "tools.convert.library",
+        "convert": "tools.convert.api",
         "load": "runtime.model.load",
-        "plan": "tools.plan.library",
-        "pull": "tools.convert.library",
+        "plan": "tools.plan.api",
+        "pull": "tools.convert.api",
         "register": "runtime.model.register",
     },
 )

@@ -366,12 +366,3 @@ class LoadOptions(TierOptions, total=False):
     """
 
     device: str
-
-
-def format_bytes(count: float) -> str:
-    """Format a number of bytes for people: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 SHOWN = 80  # largest number of characters of a value in an error message
@@ -17,12 +17,6 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = SHOWN
 def shown(value: object) -> str:
     """Return a text for a value in an error message. It is short even if the value is long or deeply nested."""
     return _repr.repr(value)
-
-
-def some(names: Iterable[str]) -> str:
-    """Format ``names`` for a user: at most three of them, and the number of the others."""
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 class Fields:

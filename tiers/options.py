@@ -1,7 +1,8 @@
 """Options, each declared once: its name, types, default, range and help.
 
 The command line, the settings file, the environment and the checks of values all read the declaration. ``TierConfig``,
-``Credentials``, ``DaemonConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields ``option`` declares;
+``Credentials``, ``DaemonConfig``, ``ServeConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields
+``option`` declares;
 ``named`` declares options that belong to no class.
 """
 
@@ -130,7 +131,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
     return option_like(Option(default, help, **more))
 
 
-def file_option(help: str, group: str, name: str = "") -> Any:
+def file_option(help: str, group: str = "", name: str = "") -> Any:
     """Declare the field of a dataclass for the path of a file, by default None."""
     return option(None, help, name=name, types=Path | None, group=group, metavar="FILE")
 

@@ -25,10 +25,10 @@ from moetier.runtime.libraries.meta import made_on_meta
 from moetier.runtime.libraries.transformers_internals import dtype_plan_of, may_lack
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
-from moetier.tiers.fields import some
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Block
 from moetier.tiers.store.trunk import RECORD
+from moetier.tiers.text import some
 
 from .config_json import carried, with_floats
 from .recipe import BlockBlueprint, Recipe

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.extents.table import read_table
-from moetier.tiers.fields import some
 from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
 from moetier.tiers.store.folder import remaking
+from moetier.tiers.text import some
 
 from . import hub
 from .config_json import ADAPTER, carried, with_floats
@@ -191,9 +191,9 @@ def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     for name, value in {"config.json": config, **configs}.items():
         if names_code(value):
             raise UnsafeCheckpointError(
-                f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
-                "If transformers supports this architecture, its own class can be used: give --ignore-code to "
-                "moetier link, or to moetier convert.",
+                f"{folder / name} asks to run Python code from the checkpoint (auto_map); moetier never does.",
+                "If transformers supports the architecture itself, give --ignore-code to moetier convert, pull or "
+                "link.",
             )
 
 

@@ -15,7 +15,7 @@ from moetier.tiers.locks import POLL_SECONDS
 
 
 class MissOrder:
-    """A ``DiskOrder``. Thread-safe."""
+    """The ``DiskOrder`` of a daemon's client: pages wait for the client's misses. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards: ``_misses``, ``_pages``. No finalizer takes it

@@ -15,12 +15,12 @@ from urllib.parse import quote
 
 import grpc
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import exceeded
 from moetier.runtime.wire.address import CARD, CONTROL_SOCKET, SOCKET, Address, DaemonCard, ServedModel, make_folder
 from moetier.runtime.wire.channel import read_token
 from moetier.tiers.errors import AlreadyRunningError, ConfigError
 from moetier.tiers.store.atomic import write_all
+from moetier.tiers.text import format_bytes
 
 from .clients import Clients
 from .control_server import ControlServer

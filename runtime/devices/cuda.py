@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.kernels.int4 import fused_or_plain
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.slots import SlotKernels, slot_kernels
@@ -22,6 +21,7 @@ from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import DeviceStream
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.packing import pair_columns
+from moetier.tiers.text import format_bytes
 
 from .device import ComputeDevice, Diagnosis
 

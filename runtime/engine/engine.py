@@ -57,7 +57,8 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
         )
     manifest = model.tiers.manifest
     folder = PageFolder(disk, manifest.model, binding_of(model, manifest))
-    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=runner.has_states)
+    has_states = runner.state_memory is not None
+    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=has_states)
 
 
 class Engine(Closeable):

@@ -166,7 +166,7 @@ class GrammarCompiler:
 
 @lru_cache(4)
 def compiler_of(tokenizer: Any) -> GrammarCompiler:
-    """Return a compiler that is made once for a tokenizer. Raises what ``GrammarCompiler`` raises."""
+    """Return the compiler of a tokenizer, made at the first call. Raises as ``GrammarCompiler``."""
     return GrammarCompiler(tokenizer)
 
 

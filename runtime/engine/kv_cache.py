@@ -30,13 +30,8 @@ NOTHING = Match((), None, 0)
 _log = logging.getLogger(__name__)
 
 
-class SequenceMemory(Protocol):
-    """Memory of pages, by their numbers, and the states of sequences, if the model has any besides keys and values."""
-
-    has_states: bool
-
-    def copy_page(self, source: int, target: int, tokens: int) -> None:
-        """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
+class StateMemory(Protocol):
+    """The states of sequences besides their keys and values, and copies of them in pages."""
 
     def state_pages(self, sequence: Sequence) -> int:
         """Return how many pages the state behind a sequence's computed tokens takes; 0 if there is no such state."""
@@ -46,6 +41,17 @@ class SequenceMemory(Protocol):
 
     def load_state(self, sequence: Sequence, pages: list[int]) -> None:
         """Let a sequence that begins continue from the state in pages."""
+
+
+class SequenceMemory(Protocol):
+    """Memory of pages, by their numbers."""
+
+    @property
+    def state_memory(self) -> StateMemory | None:
+        """The states of sequences that can resume; None if they have none besides keys and values."""
+
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
 
 
 @dataclass(slots=True)
@@ -102,6 +108,7 @@ class KVCache:
         self.size = pages
         self._keeps = keeps
         self._memory = memory
+        self._states = memory.state_memory
         self._free = FreePages(pages)
         self._tree = PrefixTree()
         self._held: dict[Sequence, _Held] = {}
@@ -184,7 +191,7 @@ class KVCache:
         return bool(fetch.left)
 
     def _restore_state(self, reader: PageReader, sequence: Sequence, state: SavedFile, contents: FileContents) -> None:
-        """Add a state that was read to the tree, unless there is no room for it, or it has come there meanwhile."""
+        """Insert a state from the disk into the tree, unless that has it by now, lacks its tokens or has no room."""
         match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
         count, pages = reader.pages_of_state(contents), list[int]()
         if match.tokens == state.end and tokens not in (node := match.partial or match.nodes[-1]).snapshots:
@@ -233,9 +240,9 @@ class KVCache:
             held.branch = branch
 
     def _match(self, sequence: Sequence) -> tuple[Match, int]:
-        """Return the prefix after which a sequence can continue, and the length of the longest one that is kept."""
+        """Return the longest cached prefix that a sequence can resume from, and the length of the longest one."""
         ids = _reusable(sequence)
-        if self._memory.has_states:
+        if self._states is not None:
             return self._tree.match_state(sequence.request.user, ids)
         match = self._tree.match(sequence.request.user, ids)
         return match, match.tokens
@@ -249,7 +256,8 @@ class KVCache:
         with ExitStack() as undo:
             undo.callback(self._tree.unpin, node)
             if match.snapshot is not None:  # from now on it may be evicted
-                self._memory.load_state(sequence, match.snapshot.pages)
+                assert self._states is not None
+                self._states.load_state(sequence, match.snapshot.pages)
             if (
                 partial is not None
                 and not (partial.is_full or partial.pins or partial.snapshots)
@@ -275,7 +283,7 @@ class KVCache:
 
     def most_tokens(self, sequence: Sequence) -> int:
         """Return how many of a sequence's next tokens may be computed before a snapshot is to be taken."""
-        if not self._memory.has_states:
+        if self._states is None:
             return sequence.remaining
         held, last = self._held[sequence], len(sequence.request.ids) - LAST_TOKENS
         stops = [SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch, len(sequence.ids)]
@@ -348,9 +356,9 @@ class KVCache:
         If the memory for that is missing, the sequence goes on without.
         """
         begin, end = PAGE_TOKENS * len(held.shared), sequence.computed
-        if not self._keeps or not self._memory.has_states or end - held.snapshot < LEAST_TOKENS:
+        if not self._keeps or self._states is None or end - held.snapshot < LEAST_TOKENS:
             return
-        count, copied = self._memory.state_pages(sequence), int(end > begin)
+        count, copied = self._states.state_pages(sequence), int(end > begin)
         if not count:
             return
         if self._tree.use_snapshot(held.node, sequence.ids[begin:end]):
@@ -362,7 +370,7 @@ class KVCache:
         held.snapshot = end
         pages = self._free.take_last(count + copied)
         try:
-            self._memory.save_state(sequence, pages[copied:])
+            self._states.save_state(sequence, pages[copied:])
             if copied:  # the sequence writes further tokens into its own page
                 self._memory.copy_page(held.own[0], pages[0], end - begin)
         except Exception as error:

@@ -21,6 +21,7 @@ from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import can_resume, has_states
 from moetier.runtime.moe.experts import experts_modules
 
+from .kv_cache import StateMemory
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, prepared
 from .sequence import Sequence
@@ -37,7 +38,7 @@ class ModelRunner(Runner):
         self._model = model
         self.can_resume = can_resume(model)
         self.computes_together = False
-        self.has_states = self.can_resume and has_states(model)
+        self._has_states = self.can_resume and has_states(model)
         self.memory = PageMemory(pages, bits=bits)
         self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
         self._caches: dict[Sequence, PagedCache] = {}  # if the model can resume
@@ -81,7 +82,7 @@ class ModelRunner(Runner):
         """Return the cache of a task's sequence, with the tokens before the task. Its state must be there."""
         cache = self._caches.get(task.sequence)
         if cache is None or not task.begin:
-            assert not (task.begin and self.has_states), "the state of the sequence was lost"
+            assert not (task.begin and self._has_states), "the state of the sequence was lost"
             cache = self._caches[task.sequence] = PagedCache(self.memory, cache_layers(self._model))
         cache.move(task.pages, task.begin)
         return cache
@@ -90,6 +91,11 @@ class ModelRunner(Runner):
         """Forget a sequence's cache."""
         self._inputs.pop(sequence, None)
         self._caches.pop(sequence, None)
+
+    @property
+    def state_memory(self) -> StateMemory | None:
+        """This runner, if sequences have states besides keys and values and can resume from a copy of them."""
+        return self if self._has_states else None
 
     def state_pages(self, sequence: Sequence) -> int:
         """Return how many pages the state of a sequence takes; 0 if it has none, as its last task was not computed."""

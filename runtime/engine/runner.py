@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .kv_cache import StateMemory
 from .sampling import Sampler
 from .sequence import Sequence
 
@@ -57,7 +58,6 @@ class Runner(ABC):
 
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
-    has_states: bool = False  # whether a sequence that can resume has a state besides keys and values
     # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
     prefill_block: int | None = None
 
@@ -77,8 +77,8 @@ class Runner(ABC):
         For each task that ``scores``, return the logits after all of its tokens [tokens, vocabulary].
 
         Keys and values of the computed tokens are then in the tasks' pages. Those of earlier tokens are taken from
-        there. After Stopped or an error, the same tasks can be computed again, unless the runner ``has_states``: then
-        the state of the sequence is lost.
+        there. After Stopped or an error, the same tasks can be computed again, unless the runner has a
+        ``state_memory``: then the state of the sequence is lost.
 
         Args:
             tasks: several only if the runner ``computes_together``.
@@ -96,14 +96,7 @@ class Runner(ABC):
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first ``tokens`` tokens of a page to another page."""
 
-    def state_pages(self, sequence: Sequence) -> int:
-        """Return how many pages the state behind a sequence's computed tokens takes; 0 if there is no such state."""
-        return 0
-
-    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
-        """Write the state of a sequence into pages."""
-        raise NotImplementedError
-
-    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
-        """Let a sequence that begins continue from the state in pages."""
-        raise NotImplementedError
+    @property
+    def state_memory(self) -> StateMemory | None:
+        """The states of sequences that can resume; None if they have none besides keys and values."""
+        return None

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil
 
-from moetier.runtime.config import DEFAULT_SHARE, GROUP_SHARE, Size, format_bytes
+from moetier.runtime.config import DEFAULT_SHARE, GROUP_SHARE, Size
 from moetier.tiers.errors import BudgetError, MoetierError
+from moetier.tiers.text import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from moetier.runtime.config import Size, TierConfig, format_bytes
+from moetier.runtime.config import Size, TierConfig
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.libraries.torch_internals import parameters_of
+from moetier.tiers.text import format_bytes
 
 from .context import longest_context
 

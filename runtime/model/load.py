@@ -39,10 +39,10 @@ from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
-from moetier.tiers.fields import some
 from moetier.tiers.options import declare_keywords, read_all
 from moetier.tiers.store.folder import check_directory, command
 from moetier.tiers.store.trunk import check_trunk
+from moetier.tiers.text import some
 
 from .context import longest_context
 from .names import directory_at, is_address, model_directory, note_use_of

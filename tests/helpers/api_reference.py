@@ -30,7 +30,7 @@ clients: those of its parent raise `ClosedError` there. Spawn children that use 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan, convert, pull, load": (
         "moetier.plan", "moetier.convert", "moetier.pull", "moetier.load", "moetier.register",
-        "moetier.tools.plan.library.Plan", "moetier.tools.plan.library.PlannedChoice",
+        "moetier.tools.plan.api.Plan", "moetier.tools.plan.api.PlannedChoice",
         "moetier.tools.convert.conversion.ConversionReport",
     ),
     "Requests and grammars": (

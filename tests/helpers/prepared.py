@@ -23,7 +23,7 @@ ALL = tuple(f"moetier.tools.commands.{name.replace('-', '_')}" for name in NAMES
 # what converting a mixtral imports
 COMMANDS = (
     *ALL,
-    "moetier.tools.convert.convert",
+    "moetier.tools.convert.entry",
     "transformers.models.mixtral.modeling_mixtral",
 )
 # what loading a model imports, and generating with it

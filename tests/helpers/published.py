@@ -14,9 +14,10 @@ from typing import Any
 
 from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.safetensors_folder import INDEX
-from moetier.runtime.config import TierConfig, format_bytes
+from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.machine.memory import PROCESS_BYTES, Available
+from moetier.tiers.text import format_bytes
 from moetier.tools.plan.choices import Choice, ModelChoices, open_choices
 from moetier.tools.plan.estimate import Caching
 from moetier.tools.plan.fit import MachineResources, fit_of

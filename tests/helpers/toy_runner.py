@@ -29,7 +29,9 @@ class ToyLayer(NamedTuple):
 class WrittenPages:
     """Memory of pages that has, in place of a token's keys and values, the ids of all tokens up to it."""
 
-    has_states = False
+    @property
+    def state_memory(self) -> WrittenStates | None:
+        return None
 
     def __init__(self) -> None:
         self.pages: dict[int, list[tuple[int, ...]]] = {}
@@ -58,24 +60,18 @@ class WrittenPages:
         self.pages[page] = [SAVED[digest] for digest in digests if any(digest)]  # a copy of a state has one
         return bool(layout == [[32]])
 
-    def state_pages(self, sequence: engine.Sequence) -> int:
-        return 0
-
-    def save_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
-        raise NotImplementedError
-
-    load_state = save_state
-
 
 class WrittenStates(WrittenPages):
     """Memory with the states of sequences besides: the ids of all tokens up to there. A copy takes ``size`` pages."""
-
-    has_states = True
 
     def __init__(self, size: int = 2) -> None:
         super().__init__()
         self.size = size
         self.states: dict[engine.Sequence, tuple[int, ...]] = {}
+
+    @property
+    def state_memory(self) -> WrittenStates:
+        return self
 
     def compute(self, pages: Sequence[int], sequence: engine.Sequence, end: int) -> None:
         """Compute the tokens of a sequence up to ``end``, from its state."""

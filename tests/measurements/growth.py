@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from overhead import load_warm
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.compat import CACHE
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.report import table
 from moetier.tools.synthetic.checkpoint import TOKENS_FILE, read_tokens
 from moetier.tools.synthetic.store import convert_synthetic

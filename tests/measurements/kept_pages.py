@@ -30,11 +30,12 @@ from transformers import AutoConfig
 
 import moetier
 from moetier import Engine, Request
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import Size
 from moetier.runtime.engine.page_folder import PageOptions
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.machine.memory import machine_memory
 from moetier.runtime.model.budgets import kv_cache_bytes
+from moetier.tiers.text import format_bytes
 from moetier.tools.bench.sandbox import memory_group
 
 ANSWER, TURN = 20, 24  # tokens of an answer, and of the next turn

@@ -17,9 +17,10 @@ from typing import Any
 
 from engines import Run, accelerate_decode, llama_run, run_script
 
-from moetier.runtime.config import TIER_OPTIONS, Size, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, Size
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.options import COUNT
+from moetier.tiers.text import format_bytes
 from moetier.tools.bench.model import Work
 from moetier.tools.bench.output import Spread, add_bench_arguments, alternate, check_bench, report
 from moetier.tools.bench.sandbox import fresh

@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import Size
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.text import format_bytes
 from moetier.tools.bench.sandbox import fresh
 from moetier.tools.bench.token_ids import fixed_ids
 from moetier.tools.cli.report import table

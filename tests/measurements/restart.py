@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from daemons import running_daemon
 
 from moetier.runtime.client.tier import DaemonTier
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import Size
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.text import format_bytes
 
 
 def main() -> None:

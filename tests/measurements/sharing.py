@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import Size
 from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.text import format_bytes
 
 DECODER = Path(__file__).with_name("decoder.py")
 

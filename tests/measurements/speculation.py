@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime.config import TIER_OPTIONS, Size, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, Size
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation.predictor import Prediction
@@ -42,6 +42,7 @@ from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.shard import OpenShard
+from moetier.tiers.text import format_bytes
 
 WAYS = {
     "off": "off",

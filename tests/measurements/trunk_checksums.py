@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import moetier
-from moetier.runtime.config import format_bytes
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.trunk import CHECKED_BYTES, check_sum
+from moetier.tiers.text import format_bytes
 from moetier.tools.bench.output import Spread, alternate
 
 SHARE = 0.05

@@ -17,7 +17,6 @@ from moetier.runtime.config import (
     LoadOptions,
     Size,
     TierConfig,
-    format_bytes,
 )
 from moetier.runtime.daemon import daemon_config as daemon
 from moetier.tiers.errors import ConfigError
@@ -134,10 +133,3 @@ def test_a_daemon_learns_by_itself() -> None:
     with pytest.raises(ConfigError, match="holds the experts in its own memory") as caught:
         TierConfig.of(learn=True, ram="1GiB", daemon="night")
     assert caught.value.fix == "Give `ram` and `learn` to the daemon, not here."
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5 TiB"), (3 << 29, "1.5 GiB")]
-)
-def test_bytes_for_people(count: int, text: str) -> None:
-    assert format_bytes(count) == text

@@ -31,6 +31,7 @@ from moetier.tiers.store.base import DirectoryStore, Store, WrapperStore
 from moetier.tiers.store.folder import GROUP, read_json
 from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.scrubbable import Scrubbable
 from moetier.tiers.store.shard import ShardFile
 
 
@@ -48,7 +49,8 @@ class TestWrapperStore(TestExpertStore):
         return WrapperStore(ExpertStore.open(folder))
 
     def test_it_passes_everything_to_the_store_that_it_wraps(self) -> None:
-        members = {name for each in (Store, DirectoryStore) for name in vars(each) if not name.startswith("_")}
+        bases = Store, DirectoryStore, Scrubbable
+        members = {name for each in bases for name in vars(each) if not name.startswith("_")}
         made = {"open", "recognises", "read_manifest", "directory", "manifest"}  # by a derived class, or copied
         computed = {"layout", "is_local", "check_record"}  # from what is passed
         assert members - made - computed <= vars(WrapperStore).keys()

@@ -25,7 +25,7 @@ class Notifier:
         self.timekeeper: SimpleQueue[None] = SimpleQueue()  # an item makes the timekeeper look at the deadlines again
 
     def wake_callers(self) -> None:
-        """Wake all callers that sleep, and all loaders that have paused, and ``serve_asynchronous``."""
+        """Wake sleeping callers and paused loaders; then ``Ledger.serve`` runs, too."""
         self._monitor.wake()
 
     def serve_asynchronous(self) -> None:

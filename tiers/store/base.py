@@ -143,7 +143,7 @@ class DirectoryStore(Store, Scrubbable):
         """Open the store at ``location``, which ``recognises`` has recognised. Other processes may have it open, too.
 
         ``damaged``: open this copy alone, without mirrors, even if parts of it are bad. ``faults`` then has the errors.
-        It changes nothing for a store with one file, which can be opened or not, and whose reads find damage.
+        A store of one file ignores it: it opens or fails as a whole, and reads find damage.
         Raises StoreError, or for a checkpoint CheckpointError.
         """
         raise NotImplementedError

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import TIER_OPTIONS, format_bytes
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import BITS
 from moetier.tiers.options import COUNT
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.settings import without_settings
 from moetier.tools.rates.hardware import Machine

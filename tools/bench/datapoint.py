@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import TIER_OPTIONS, format_bytes
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import DIRECTORY, directory

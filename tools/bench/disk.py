@@ -7,8 +7,8 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.options import SECONDS
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.parser import add_directory
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.reads import GB, NO_FIO, RandomReads, fio_version, read_rate

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from moetier.runtime.config import TIER_OPTIONS, Size, format_bytes
+from moetier.runtime.config import TIER_OPTIONS, Size
 from moetier.runtime.machine.memory import machine_memory
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import LOADERS
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import add_directory
 from moetier.tools.rates.hardware import Machine

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
+from moetier.tiers.text import format_bytes
 
 VERSION_1 = Path("/sys/fs/cgroup/memory")
 VERSION_2 = Path("/sys/fs/cgroup")

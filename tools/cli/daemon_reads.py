@@ -6,8 +6,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import MoetierError
+from moetier.tiers.text import format_bytes
 
 from .failure import plain
 

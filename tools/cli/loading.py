@@ -59,9 +59,10 @@ def loaded(directory: Path, resources: dict[str, Any]) -> Iterator[tuple[Any, An
 
 
 def _warn(model: Any, ram: str | None, context: int | None) -> None:
-    from moetier.runtime.config import Size, format_bytes
+    from moetier.runtime.config import Size
     from moetier.runtime.machine.memory import exceeded
     from moetier.runtime.model.context import longest_context
+    from moetier.tiers.text import format_bytes
 
     limits = exceeded(None if ram is None else Size.parse(ram))
     if limits is not None and model.tiers.host.stats().name == "host":

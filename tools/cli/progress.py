@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.engine.sequence import Sequence
+from moetier.tiers.text import format_bytes
 
 from .failure import plain
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.stats import TierStats
+from moetier.tiers.text import format_bytes
 
 from .failure import plain
 

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     options = options_of(arguments)
     from moetier.runtime.model.name_files import register_name
-    from moetier.tools.convert.library import convert
+    from moetier.tools.convert.api import convert
 
     def work() -> ConversionReport:
         report = convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
@@ -74,7 +74,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     with lean_imports():
         import transformers.modeling_utils  # noqa: F401 - transformers imports its parts only when they are named
 
-        import moetier.tools.convert.library  # noqa: F401
+        import moetier.tools.convert.api  # noqa: F401
 
     options = {name: getattr(arguments, name) for name in CONVERT_OPTIONS}
     with checked():

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.decoding import ONE_SEQUENCE
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import utf8
 
@@ -67,7 +67,7 @@ def converted() -> Path:
     if not folder.exists():
         print(f"converting the bundled model to 4 bits, once: {folder}", file=sys.stderr, flush=True)
     with lean_imports():
-        from moetier.tools.convert.convert import convert
+        from moetier.tools.convert.entry import convert
     try:
         convert(source, folder, bits=4)
     except TargetExistsError:  # made by another version

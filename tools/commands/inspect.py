@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import add_directory, add_json
 from moetier.tools.doctor.survey import NO_TOKENIZER, survey

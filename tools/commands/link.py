@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from moetier.runtime.config import format_bytes
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.parser import file_or_address
 
 EXAMPLES = ("moetier link ./Qwen3-30B-A3B", "moetier link ./Qwen3-30B-A3B-Q4_K_M.gguf --cache")

@@ -168,7 +168,7 @@ def _type_of(path: Path) -> str | None:
 
 
 def _text(models: list[dict[str, Any]]) -> str:
-    from moetier.runtime.config import format_bytes
+    from moetier.tiers.text import format_bytes
     from moetier.tools.cli.report import table
 
     rows, states = [HEAD], [""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moetier.runtime.config import format_bytes
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.parser import directory, local_folder
 
 EXAMPLES = ("moetier mirror ./mixtral-4bit /mnt/second/mixtral-4bit",)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import CACHE, TIER_OPTIONS, format_bytes
+from moetier.runtime.config import CACHE, TIER_OPTIONS
 from moetier.tiers.layout import TRUNK_BITS
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_bits, add_option, add_prefill_argument
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json, source

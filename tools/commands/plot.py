@@ -142,7 +142,7 @@ def _draw_trace(arguments: argparse.Namespace) -> Figure:
             if tokens.stop > trace.tokens or len(tokens) > MAX_TOKENS:
                 raise ConfigError(
                     f"Tokens {tokens.start} to {tokens.stop - 1} can't be drawn.",
-                    f"Choose from the trace's {trace.tokens:,} tokens, counted from 0, at most {MAX_TOKENS}.",
+                    f"Give a range within 0 to {trace.tokens - 1:,}, of at most {MAX_TOKENS} tokens.",
                 )
             last = trace.block_count - 1
             blocks = arguments.blocks or sorted({0, last // 3, 2 * last // 3, last})

@@ -7,7 +7,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json
 from moetier.tools.cli.report import format_seconds, table

@@ -18,6 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Pull the model and return the exit code. Raises CheckpointError, TargetError or ConfigError."""
     options = options_of(arguments)
-    from moetier.tools.convert.library import pull
+    from moetier.tools.convert.api import pull
 
     return report_of(lambda: pull(arguments.id, quiet=False, **options), arguments.json)

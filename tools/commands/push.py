@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moetier.runtime.config import format_bytes
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.parser import UsageError, directory
 
 EXAMPLES = (

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import TRUNK_BITS
 from moetier.tiers.options import MAX_COUNT, Number
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_bits, add_resource_arguments, asked, numbers, resources_of
 from moetier.tools.cli.parser import UsageError, add_json, checked, source
 from moetier.tools.cli.report import table

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.options import Number
+from moetier.tools.cli.arguments import add_options
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import show_first
 from moetier.tools.ray.app import application
 from moetier.tools.ray.options import add_application_arguments
 from moetier.tools.serve.keys import keys_of
+from moetier.tools.serve.options import SERVE_OPTIONS
 
 EXAMPLES = (
     "moetier ray ./mixtral-4bit --ram 64GiB",
@@ -24,19 +27,9 @@ PORT = Number(int, 1, 65535)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier ray`."""
     add_application_arguments(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="HOST",
-        help="the address on which each node listens, if Ray Serve does not run yet (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--port",
-        type=PORT,
-        default=8000,
-        metavar="PORT",
-        help="the port on which each node listens, if Ray Serve does not run yet (default: %(default)s)",
-    )
+    text = "the {} on which each node listens, if Ray Serve does not run yet"
+    host = replace(SERVE_OPTIONS["host"], help=text.format("address"))
+    add_options(parser, [host, replace(SERVE_OPTIONS["port"], help=text.format("port"), numbers=PORT)])
     show_first(parser, "--ram", "--threads", "--context", "--max-replicas", "--host", "--port", "--api-key-file")
 
 

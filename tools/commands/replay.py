@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import Size
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.options import TINY, Number
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError, add_json

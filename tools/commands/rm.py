@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     TargetError if a model is in use. In all cases nothing is removed. If a model comes into use later, while the user
     is asked about it, TargetError is raised after the models before it were removed.
     """
-    from moetier.runtime.config import format_bytes
     from moetier.runtime.model.name_files import forget_name
     from moetier.runtime.model.names import named_model
     from moetier.tiers.store.folder import GROUP
+    from moetier.tiers.text import format_bytes
     from moetier.tools.convert.model_files import disk_bytes
 
     models = dict(named_model(name) for name in arguments.names)

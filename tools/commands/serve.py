@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.options import Number
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
 from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import DIRECTORY, add_model_argument, show_first
 from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import KEY, keys_of
-from moetier.tools.serve.options import DAY, add_models_arguments, add_serving_arguments, check_packages
+from moetier.tools.serve.options import DAY, ServeConfig, add_serving_arguments, alias, check_packages
 
 if TYPE_CHECKING:
     from moetier.runtime.engine.saved_pages import SavedPages, Traffic
@@ -27,7 +26,6 @@ EXAMPLES = (
     "moetier serve ./mixtral-4bit ./qwen3-4bit --keep-alive 30m --alias gpt-4o=qwen3-4bit",
 )
 
-PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any free port.")
 TOLD = 8_000  # tokens of a prompt for which the line at the start says what --kv-cache-dir reads
 SPARE_CONNECTIONS = 128  # connections for health checks, metrics, and clients between two requests
 
@@ -40,16 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "time as memory has room for",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (default: %(default)s)"
+        "--alias",
+        type=alias,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name of a model in requests; give it several times for several (default: none)",
     )
-    parser.add_argument(
-        "--port",
-        type=PORT,
-        default=8000,
-        metavar="PORT",
-        help="the port to listen on; 0: any free port (default: %(default)s)",
-    )
-    add_models_arguments(parser)
     add_serving_arguments(parser)
     add_resource_arguments(
         parser,
@@ -61,33 +56,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. Raises MoetierError."""
-    resources = resources_of(arguments, sequences=arguments.parallel)
-    catalogue = Catalogue(arguments.directories, name=arguments.name, aliases=dict(arguments.alias))
-    keys = keys_of(arguments.api_key_file, arguments.api_keys)
+    config = ServeConfig.of(vars(arguments))
+    resources = resources_of(arguments, sequences=config.parallel)
+    catalogue = Catalogue(arguments.directories, name=config.name, aliases=dict(arguments.alias))
+    keys = keys_of(config.api_key_file, config.api_keys)
     check_packages("moetier serve")
     from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
 
-    with bind(arguments.host, arguments.port) as bound:
+    with bind(config.host, config.port) as bound:
         if keys is None and not is_loopback(bound):
             raise ConfigError(
-                f"Other machines can reach {arguments.host}, and there is no API key.",
+                f"Other machines can reach {config.host}, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
             )
         from moetier.tools.serve.models import Models
         from moetier.tools.serve.serving import Loader
 
-        with Models(catalogue, Loader(resources, arguments, keys), keep_alive=arguments.keep_alive) as models:
+        with Models(catalogue, Loader(resources, config, keys), keep_alive=config.keep_alive) as models:
             ready = first_lines(models)
             with lean_imports():
                 from moetier.tools.serve.app import application
             Server(
-                application(models, keys, arguments.parallel + arguments.queue),
-                connections=arguments.parallel + arguments.queue + SPARE_CONNECTIONS,
+                application(models, keys, config.most_requests),
+                connections=config.most_requests + SPARE_CONNECTIONS,
                 ready=lambda: print(f"{ready}: {url_of(bound)}/v1", flush=True),
                 ending=models.cut,
             ).serve_until_told(bound)
-        if models.traffic is not None:  # all models are unloaded now
-            print(traffic_line(arguments.kv_cache_dir, models.traffic), flush=True)
+        if config.kv_cache_dir is not None and models.traffic is not None:  # all models are unloaded now
+            print(traffic_line(config.kv_cache_dir, models.traffic), flush=True)
 
 
 def first_lines(models: Models) -> str:

@@ -8,8 +8,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.options import Number
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_credentials, credentials
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json, checked

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import TIER_OPTIONS, format_bytes
+from moetier.runtime.config import TIER_OPTIONS
 from moetier.runtime.generation.decoding import DECODING
 from moetier.tiers.options import COUNT
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError, add_json
 from moetier.tools.synthetic.checkpoint import (

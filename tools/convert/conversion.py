@@ -14,7 +14,6 @@ from typing import Any
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.containers import Checkpoint
-from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.layout import ExpertKey, Projection
@@ -25,6 +24,7 @@ from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.writer import StoreWriter
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.cli.report import table
 from moetier.tools.convert.model_files import free_bytes, nearest_folder

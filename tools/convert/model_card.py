@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import write_durably
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import plain
 
 CARD = "README.md"

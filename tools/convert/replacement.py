@@ -146,7 +146,8 @@ def check_replaceable(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # the current folder was removed
         if Path.cwd().is_relative_to(place):
             raise TargetError(
-                f"{folder} holds the current folder, so it can't be replaced.", "Run the command in another folder."
+                f"The current folder is {folder} or inside it, so {folder} can't be replaced.",
+                "Change to another folder, then run the command again.",
             )
     reason = None
     if place.stat().st_dev != place.parent.stat().st_dev:

@@ -38,12 +38,11 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     weights_of,
     without_weights,
 )
-from moetier.runtime.config import format_bytes
 from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.tiers.errors import CheckpointError
-from moetier.tiers.fields import some
 from moetier.tiers.layout import PAGE_BYTES
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
+from moetier.tiers.text import format_bytes, some
 from moetier.tiers.threads import start_thread
 from moetier.tools.cli.progress import ByteProgress
 

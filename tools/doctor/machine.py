@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.threads import usable_cpus, use_threads
 from moetier.tiers.errors import MoetierError
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import as_options, plain
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.config import format_bytes
+from moetier.tiers.text import format_bytes
 
 from .machine import Finding, fail, ok, warn
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.checkpoint.containers import container_of
-from moetier.runtime.config import format_bytes
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.base import DirectoryStore
@@ -18,6 +17,7 @@ from moetier.tiers.store.folder import command
 from moetier.tiers.store.mirror import open_mirror, read_mirrors
 from moetier.tiers.store.scrub import scrub
 from moetier.tiers.store.scrubbable import Problem
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.convert.model_files import small_faults

@@ -1,6 +1,6 @@
 """Estimates for ``moetier plan``: a model's sizes, memory and speed on this machine, before its weights are downloaded.
 
-    library   ``moetier.plan``
+    api       ``moetier.plan``
     forecast  plans a model on this machine
     choices   what a model may be converted to
     fit       whether a choice works here, and its slots

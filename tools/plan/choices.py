@@ -34,11 +34,11 @@ from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
-from moetier.tiers.fields import some
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk, trunk_records
+from moetier.tiers.text import some
 from moetier.tools.convert.conversion_plan import ConversionPlan, most_bytes
 from moetier.tools.convert.options import NATIVE, Options
 from moetier.tools.convert.target import is_ours

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import TierConfig, format_bytes
+from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.device import ComputeDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
@@ -18,6 +18,7 @@ from moetier.runtime.model.budgets import ModelMemory, Needs
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
+from moetier.tiers.text import format_bytes
 from moetier.tools.convert.model_files import free_bytes
 from moetier.tools.convert.target import SLACK_BYTES
 
@@ -82,7 +83,7 @@ class Fit:
 
     @property
     def streams(self) -> bool:
-        """True if there are fewer slots than experts that one token uses in all blocks."""
+        """True if the experts of one token, over all blocks, do not fit into the slots."""
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 

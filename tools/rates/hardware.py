@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.machine.memory import machine_memory
+from moetier.tiers.text import format_bytes
 
 PACKAGES = ("moetier", "torch", "transformers", "accelerate", "llama_cpp_python")
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # kernels are chosen by these

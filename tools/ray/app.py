@@ -63,7 +63,7 @@ def application(arguments: argparse.Namespace) -> Any:
 
     options = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_REPLICAS}
     options["threads"] = threads = arguments.threads or usable_cpus()
-    for name in ("api_key_file", "api_keys", "store_cache"):
+    for name in ("api_key_file", "api_keys", "kv_cache_dir", "store_cache"):
         options[name] = None if options[name] is None else Path(options[name]).absolute()
     parallel, queue, least = arguments.parallel, arguments.queue, arguments.min_replicas
     deployment = serve.deployment(

@@ -17,9 +17,9 @@ from typing import IO, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.wire.address import Address, runtime_folder
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.text import format_bytes
 from moetier.tiers.threads import start_thread
 
 NAMESPACE = "moetier"  # Ray's namespace of the actors

@@ -16,14 +16,23 @@ from moetier.tiers.options import COUNT, command_words
 from moetier.tools.cli.arguments import SPECULATION, add_options
 from moetier.tools.cli.parser import DIRECTORY, CommandParser, add_cache_arguments
 from moetier.tools.cli.settings import SWITCH
-from moetier.tools.serve.options import add_serving_arguments
+from moetier.tools.serve.options import OF_REPLICA, add_serving_arguments
 
 # options of TierConfig that the replicas get, while the daemons get those of the host tier
 REPLICA = ("context", "kv_cache", "kv_bits", "device", "device_memory", "exact", "same_bits")
-HELP = {
-    "ram": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%" of what is free '
-    f"(default: {DEFAULT_SHARE:.0%})",
-    "context": "maximum length of a prompt with its answer, in tokens",
+# what differs from the options of TierConfig: a node has other CPUs and memory than this machine
+CHANGED: dict[str, dict[str, Any]] = {
+    "threads": {
+        "help": "number of threads that a replica computes with, and of CPUs that Ray reserves for it (default: the "
+        "CPUs of the machine on which the application is built)",
+        "numbers": COUNT,
+        "short": "",
+    },
+    "ram": {
+        "help": 'host memory of each node for experts: "64GiB", which Ray then counts as used, or "50%" of what is '
+        f"free (default: {DEFAULT_SHARE:.0%})"
+    },
+    "context": {"help": "maximum length of a prompt with its answer, in tokens"},
 }
 
 
@@ -43,16 +52,9 @@ def add_application_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum number of replicas; they are started as requests wait (default: --min-replicas)",
     )
-    parser.add_argument(
-        "--threads",
-        type=COUNT,
-        metavar="N",
-        help="number of threads that a replica computes with, and of CPUs that Ray reserves for it (default: the CPUs "
-        "of the machine on which the application is built)",
-    )
-    add_serving_arguments(parser)
-    names = (*OF_HOST_TIER, *REPLICA)
-    add_options(parser, [replace(TIER_OPTIONS[name], help=HELP.get(name, TIER_OPTIONS[name].help)) for name in names])
+    add_serving_arguments(parser, OF_REPLICA)
+    names = ("threads", *OF_HOST_TIER, *REPLICA)
+    add_options(parser, [replace(TIER_OPTIONS[name], **CHANGED.get(name, {})) for name in names])
     add_cache_arguments(parser)
 
 

@@ -17,6 +17,7 @@ from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.middleware import App
 from moetier.tools.serve.models import Models
+from moetier.tools.serve.options import ServeConfig
 from moetier.tools.serve.serving import Loader
 
 from .daemon_actor import hold_daemon
@@ -58,13 +59,14 @@ class Replica:
             else model_directory(arguments.model)
         )
         folder = hold_daemon(daemon_words(arguments), partial(daemon_bytes, directory, arguments.ram))
-        keys = keys_of(arguments.api_key_file, arguments.api_keys)
-        loader = Loader(replica_resources(arguments, folder), arguments, keys)
-        self._models = Models(Catalogue([directory], name=arguments.name), loader)
+        config = ServeConfig.of(options)
+        keys = keys_of(config.api_key_file, config.api_keys)
+        loader = Loader(replica_resources(arguments, folder), config, keys)
+        self._models = Models(Catalogue([directory], name=config.name), loader)
         self._models.load_only()
         from moetier.tools.serve.app import application  # imports transformers, as the load does in less time
 
-        self._app = application(self._models, keys, arguments.parallel + arguments.queue)
+        self._app = application(self._models, keys, config.most_requests)
 
     def __serve_build_asgi_app__(self) -> App:
         """Return the application of `moetier serve`. Ray calls this once."""

@@ -53,7 +53,7 @@ class Keys:
 
     @classmethod
     def only(cls, key: str) -> Keys:
-        """Return the keys of a server that has a single one."""
+        """Return the key set of a server with one key."""
         return cls({"": Key("", digest_of(key.encode()))})
 
     def __iter__(self) -> Iterator[Key]:

@@ -81,7 +81,7 @@ class Tally:
     """
 
     def __init__(self, keys: Sequence[str] = ("",)) -> None:
-        """Count for the names ``keys`` of API keys; "" is that of the only key, or of none."""
+        """``keys``: names of API keys to count by; "" if there is none, or a single one without a name."""
         self._lock = threading.Lock()  # guards: ``_counts``, ``_histograms``
         self._counts = {key: Counter(dict.fromkeys((*OUTCOMES, *METRICS), 0)) for key in keys}
         self._histograms = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.loading import loaded
 
-from .options import disk_of
+from .options import ServeConfig
 
 if TYPE_CHECKING:  # transformers is imported by ``loaded``, which takes less time and memory
     from .answers import AnswerService
@@ -40,17 +39,17 @@ class Served:
 class Loader:
     """Loads models with the options of a server."""
 
-    def __init__(self, resources: Mapping[str, Any], arguments: argparse.Namespace, keys: Keys | None) -> None:
+    def __init__(self, resources: Mapping[str, Any], config: ServeConfig, keys: Keys | None) -> None:
         """Keep the options.
 
         Args:
             resources: keyword arguments of ``load``.
-            arguments: the options of ``add_serving_arguments``.
+            config: the options of the server.
             keys: API keys, of which requests must send one; None: they need no key.
         """
         self.resources = resources
         self.keys = keys
-        self._arguments = arguments
+        self._config = config
 
     @contextlib.contextmanager
     def loaded(self, directory: Path, tally: Tally, options: Mapping[str, Any]) -> Iterator[Served]:
@@ -60,7 +59,7 @@ class Loader:
 
         Raises MoetierError if the model can't be loaded, or its tokenizer can't decode text piece by piece.
         """
-        arguments = self._arguments
+        config = self._config
         with loaded(directory, {**self.resources, **options}) as (model, tokenizer, _):
             import transformers
 
@@ -78,14 +77,14 @@ class Loader:
                     "Add a tokenizer.json to the model directory.",
                 )
             roots = {key.name: key.digest for key in self.keys or ()}
-            with Engine.of(model, max_sequences=arguments.parallel, disk=disk_of(arguments), keys=roots) as engine:
+            with Engine.of(model, max_sequences=config.parallel, disk=config.open_disk(), keys=roots) as engine:
                 service = AnswerService(model, tokenizer, engine, tally)
                 prompts = Prompts(
                     model,
                     tokenizer,
                     context=service.context,
                     most_scored=service.most_scored,
-                    leave_out=arguments.leave_out,
+                    leave_out=config.leave_out,
                 )
                 gc.collect()
                 gc.freeze()  # collections stop all threads: from now on they visit only what requests have made

@@ -17,7 +17,7 @@ from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
 from moetier.tools.convert.conversion import Conversion, ConversionReport
-from moetier.tools.convert.convert import convert
+from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 
 from .checkpoint import (

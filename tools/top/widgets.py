@@ -19,9 +19,9 @@ from textual.widgets import Footer, OptionList, Static
 from textual.widgets.option_list import Option
 
 from moetier.proto.expert_store_pb2 import Tier
-from moetier.runtime.config import format_bytes
 from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.probe import RunningDaemon
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds
 

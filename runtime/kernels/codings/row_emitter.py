@@ -201,7 +201,7 @@ class Coding(ABC):
     ) -> Iterator[ColumnGroup]:
         """Yield the groups of ``columns`` columns, from group ``first`` on, of the tile of rows that begins at ``row``.
 
-        The last group may be shorter. ``offsets`` are those of the rows' scales in their section, in bytes.
+        The last group may be shorter. ``offsets``: bytes from the section's start to each row's scales.
         """
 
     @staticmethod

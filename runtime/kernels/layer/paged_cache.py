@@ -397,7 +397,7 @@ class PagedCompressedLayer(PagedLayer):
 
 
 def _paged(cache: PagedCache, memory: PageMemory, number: int, layer: Any) -> Any:
-    """Return the layer of a PagedCache in place of transformers' layer; the latter if it has no keys and values."""
+    """Return the paged layer in place of transformers' cache layer, or the latter if it holds no keys and values."""
     has_keys, has_states = (isinstance(layer, base) for base in (DynamicLayer, LinearAttentionCacheLayerMixin))
     if not has_keys:
         return layer

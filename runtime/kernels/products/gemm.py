@@ -200,7 +200,7 @@ class _ProductEmitter(Emitter):
     def _tile_of(self, number: Value) -> Value:
         """Return the row tile that is the item ``number`` of a job.
 
-        The tiles are cut into as many runs of neighbours as there are threads, and items take one of each run in turn.
+        The tiles are split into one contiguous run per thread; successive items come from successive runs.
         So threads hardly ever write to neighbouring memory at the same time, which hardware prefetchers would move from
         one processor core's cache to the other's.
         """

@@ -158,8 +158,8 @@ class Avx2Tile(TileEmitter):
     def _unpacked(self, place: Value) -> list[Value]:
         """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
 
-        Returns registers of codes, each with four codes of eight rows. Without VNNI, those of the high halves of 8-bit
-        codes come first, then those of the low halves.
+        Returns registers of codes, each with four codes of eight rows. Without VNNI, the registers with the upper
+        halves of 8-bit codes come first, then those with the lower halves.
         """
         low, four = self.all(I8, 15, BYTES), self.all(I8, 4, BYTES)
         planes: list[list[Value]] = []

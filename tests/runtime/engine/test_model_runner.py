@@ -61,7 +61,7 @@ def test_every_type_generates_through_the_engine_what_generate_gives(model_type:
     expected = wanted(model)
     with Engine(runner, pages=pages, max_sequences=3, chunk=32, context=200) as engine:
         # the second time after pages of the first; or the third time after a snapshot of the second
-        for _ in range(3 if runner.has_states else 2):
+        for _ in range(2 if runner.state_memory is None else 3):
             streams = [engine.stream(Request(tuple(ids[0].tolist()), NEW_TOKENS, GREEDY)) for ids in prompts()]
             assert [[*stream] for stream in streams] == expected
         assert bool(streams[1].sequence.cached) == can_resume(model)

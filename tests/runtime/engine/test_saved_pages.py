@@ -55,7 +55,7 @@ def engine_with(
 ) -> Iterator[Engine]:
     runner = runner or ToyRunner()
     folder = PageFolder(PageOptions(place, size, 1000.0), "toy", binding)
-    saved = SavedPages(folder, runner, order, keys, has_states=runner.has_states)
+    saved = SavedPages(folder, runner, order, keys, has_states=runner.state_memory is not None)
     with Engine(runner, pages=pages, max_sequences=most, chunk=64, context=1000, saved=saved) as engine:
         yield engine
 

@@ -92,7 +92,7 @@ def engine_of(runner: Recording, folder: Path | None = None) -> Iterator[Engine]
     saved = None
     if folder is not None:
         pages = PageFolder(PageOptions(folder, 1 << 30, 1000.0), "tiny", b"b" * 32)
-        saved = SavedPages(pages, runner.memory, NO_ORDER, has_states=runner.has_states)
+        saved = SavedPages(pages, runner.memory, NO_ORDER, has_states=runner.state_memory is not None)
     with Engine(runner, pages=60, max_sequences=1, chunk=100, context=1000, saved=saved) as engine:
         yield engine
 
@@ -134,7 +134,7 @@ def test_a_second_turn_computes_only_what_is_new(model_type: str, is_restarted: 
     assert computed[0][0] == cached
     assert sum(end - begin for begin, end in computed if end <= len(second)) == len(second) - cached
     # as the whole prompt was computed: in the same chunks, a token at a time in the answer
-    first_ends = [100, *[FIRST - LAST_TOKENS] * runner.has_states, *range(FIRST, cached + 1)]
+    first_ends = [100, *[FIRST - LAST_TOKENS] * (runner.state_memory is not None), *range(FIRST, cached + 1)]
     all_ends = [*(end for end in first_ends if end <= cached), *ends]
     whole, chunks = (logprobs_in_chunks(model, second, parts)[-1] for parts in ([len(second)], all_ends))
     assert found is not None

@@ -19,10 +19,10 @@ from prepared import MAIN, Prepared
 from threads import wait_until
 
 import moetier
-from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.streamer import TimedStreamer
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.daemon_reads import DaemonReads, DaemonWatch
 from moetier.tools.cli.report import Timing
 from moetier.tools.main import main

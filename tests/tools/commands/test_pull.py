@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from threads import wait_until
 
 from moetier.tools.convert.conversion_plan import stages
-from moetier.tools.convert.convert import convert
+from moetier.tools.convert.entry import convert
 from moetier.tools.convert.target import JOURNAL
 from moetier.tools.main import main
 
@@ -284,7 +284,7 @@ def test_a_file_that_no_block_needs_comes_behind_those_that_came_ahead(
 LATE = """
 import os, signal, sys, threading
 from pathlib import Path
-from moetier.tools.convert.convert import pull
+from moetier.tools.convert.entry import pull
 from moetier.tools.convert import streaming
 from moetier.tools.convert.streaming import Download
 streaming.DOWNLOAD_GRACE, check_sum = 0, Download._check_sum
@@ -436,7 +436,7 @@ STEPS = """
 import json, os, signal, sys
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
-from moetier.tools.convert.convert import pull
+from moetier.tools.convert.entry import pull
 name, work, every = sys.argv[1:]
 
 def in_child(target, kill_at=None):

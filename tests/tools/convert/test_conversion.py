@@ -15,7 +15,7 @@ from moetier.tiers.errors import StoreFormatError, TargetExistsError
 from moetier.tiers.manifest import FEATURES, TrunkRecords
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.convert import convert
+from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.main import main
 

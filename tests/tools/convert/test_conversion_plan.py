@@ -21,7 +21,7 @@ from moetier.tiers.quant.codec import encode
 from moetier.tools.convert import encoder
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
-from moetier.tools.convert.convert import convert
+from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 
 BF16 = torch.bfloat16

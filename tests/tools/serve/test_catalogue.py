@@ -9,7 +9,6 @@ import pytest
 
 from moetier.tiers.errors import ConfigError
 from moetier.tools.serve.catalogue import Catalogue, is_folder_of_models
-from moetier.tools.serve.options import alias, duration
 
 
 def make(path: Path, *, store: bool = True, complete: bool = True) -> Path:
@@ -112,16 +111,3 @@ def test_a_name_is_of_one_model(folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_is_none_is_left_to_the_load(tmp_path: Path) -> None:
     assert Catalogue([tmp_path / "none"]).models() == {"none": tmp_path / "none"}
-
-
-def test_options_are_checked() -> None:
-    assert alias("gpt-4o=Qwen/Qwen3:4bit") == ("gpt-4o", "Qwen/Qwen3:4bit")
-    for text in ("gpt-4o", "=x", "x=", ""):
-        with pytest.raises(ConfigError):
-            alias(text)
-    assert [duration(text) for text in ("5m", "90s", "1.5h", "30", "0", "-1", "-5m", "100ms")] == [
-        300, 90, 5400, 30, 0, None, None, 0.1,
-    ]  # fmt: skip
-    for text in ("", "m", "5 m", "5d", "nan", "1e3"):
-        with pytest.raises(ConfigError, match="is not a time"):
-            duration(text)

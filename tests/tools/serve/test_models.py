@@ -36,6 +36,7 @@ from moetier.tools.serve import keys
 from moetier.tools.serve.app import application
 from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.models import Models, _UnwantedError
+from moetier.tools.serve.options import ServeConfig
 from moetier.tools.serve.reservation import reservation_of
 from moetier.tools.serve.serving import Loader
 
@@ -73,15 +74,16 @@ def serving(
 ) -> Iterator[tuple[Models, Any]]:
     """(models, client) of a server with ``whole`` bytes of memory for models."""
     arguments, _ = parse(["serve", *map(str, places), *OPTIONS, *options])
-    given = keys.keys_of(None, arguments.api_keys)
+    config = ServeConfig.of(vars(arguments))
+    given = keys.keys_of(None, config.api_keys)
     catalogue = Catalogue(arguments.directories, aliases=dict(arguments.alias))
-    loader = Loader(resources_of(arguments, sequences=arguments.parallel), arguments, given)
+    loader = Loader(resources_of(arguments, sequences=config.parallel), config, given)
 
     def available() -> Available:
         return Available(whole - models._taken(), "the test", 0.95)
 
     with (
-        Models(catalogue, loader, keep_alive=arguments.keep_alive, available=available) as models,
+        Models(catalogue, loader, keep_alive=config.keep_alive, available=available) as models,
         listening(application(models, given, 64, **seconds), unread=unread) as url,
         # on a busy machine the server closes a connection that was idle
         httpx2.Client(base_url=url, timeout=3 * PATIENCE, headers={"Connection": "close"}) as client,

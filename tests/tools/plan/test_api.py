@@ -15,7 +15,7 @@ import moetier
 from moetier.runtime.model.name_files import register_name
 from moetier.tiers.errors import ConfigError
 from moetier.tools.commands.plan import RESOURCES
-from moetier.tools.plan.library import Plan
+from moetier.tools.plan.api import Plan
 
 
 @pytest.mark.usefixtures("short_probes")

@@ -10,7 +10,7 @@ from moetier.runtime.model.name_files import register_name
 from moetier.runtime.model.names import place_of, tag_of
 from moetier.tiers.options import declare_keywords
 
-from . import convert as conversions
+from . import entry
 from .conversion import ConversionReport
 from .options import CONVERT_OPTIONS, DEFAULT_BITS, Options
 
@@ -34,7 +34,7 @@ def convert(
         MoetierError: an option, the source or the target can't be used.
     """
     place = None if mirror is None else Path(mirror)
-    report = conversions.convert(source, target, mirror=place, quiet=quiet, **options)
+    report = entry.convert(source, target, mirror=place, quiet=quiet, **options)
     register_name(Path(target))
     return report
 
@@ -56,7 +56,7 @@ def pull(hub_id: str, *, quiet: bool = True, **options: Any) -> ConversionReport
     how = Options(**options)
     bits = how.bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
     folder = place_of(hub_id, tag_of(bits, how.trunk_bits))
-    return conversions.pull(hub_id, folder, quiet=quiet, **options | {"bits": bits})
+    return entry.pull(hub_id, folder, quiet=quiet, **options | {"bits": bits})
 
 
 for _function in (convert, pull):

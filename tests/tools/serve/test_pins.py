@@ -1,0 +1,62 @@
+"""Requests that wait for a model of a server, and hold it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moetier.tools.serve.metrics import Tally
+from moetier.tools.serve.pins import Entry, Pin, refuse
+from moetier.tools.serve.protocols.refusal import Refusal
+
+
+def served(*, is_alive: bool = True) -> Any:
+    return SimpleNamespace(service=SimpleNamespace(is_alive=is_alive))
+
+
+def test_a_model_is_ready_while_it_is_loaded_can_compute_and_stays() -> None:
+    entry = Entry("m", Tally())
+    assert not entry.is_ready
+    entry.served = served()
+    assert entry.is_ready
+    entry.drains = True
+    assert not entry.is_ready
+    assert not Entry("m", Tally(), served(is_alive=False)).is_ready
+
+
+def test_a_request_gets_the_model_and_releases_it_once() -> None:
+    released: list[Pin] = []
+    model, entry = served(), Entry("m", Tally())
+
+    async def use() -> Any:
+        with Pin(entry, released.append) as pin:
+            assert pin.name == "m"
+            waits = asyncio.ensure_future(pin.served())
+            await asyncio.sleep(0)
+            assert not waits.done()
+            pin.future.set_result(model)
+            assert await waits is await pin.served() is model
+            assert not released
+        assert released == [pin]
+
+    asyncio.run(use())
+
+
+def test_it_says_what_it_waits_for() -> None:
+    entry = Entry("m", Tally())
+    pin = Pin(entry, lambda _: None)
+    assert pin.say() == "m waits to be loaded"
+    entry.is_loading = True
+    assert pin.say() == "loading m"
+
+
+def test_requests_that_wait_are_refused_and_those_that_were_cancelled_are_not() -> None:
+    pin, cancelled = (Pin(Entry("m", Tally()), lambda _: None) for _ in range(2))
+    cancelled.future.cancel()
+    refuse([cancelled, pin], Refusal(503, "no memory"))
+    with pytest.raises(Refusal, match="no memory"):
+        asyncio.run(pin.served())
+    assert cancelled.future.cancelled()
