@@ -108,7 +108,7 @@ are taken, and the rule for the fields.
         grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)
         Answer._lock            the end of an answer (``tools.serve.answers``)
         Models._changed         which models are loaded and wanted (``tools.serve.models``)
-        Turns._lock             sampled tokens of answers (``tools.serve.replay``)
+        SampledTokens._lock     sampled tokens of answers (``tools.serve.sampled_tokens``)
         Tally._lock             counts of answers (``tools.serve.metrics``)
         RateLimits._lock        what each key has used (``tools.serve.keys``)
         EarlyDifference._lock   the latest prompt of each client (``tools.serve.early_difference``)

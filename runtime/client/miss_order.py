@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from moetier.tiers.host.page_turns import PAGE_PATIENCE
+from moetier.tiers.host.page_order import PAGE_PATIENCE
 from moetier.tiers.locks import POLL_SECONDS
 
 

@@ -28,7 +28,7 @@ from moetier.tiers.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.host.demands import Failed, Granted, SessionEvent
 from moetier.tiers.layout import ExpertKey
 
 from .client_counts import StreamCounts
@@ -79,7 +79,7 @@ class SessionCall:
         self._client = client
         self._model = model
         self._on_ended = on_ended
-        self._events: SimpleQueue[Event | None] = SimpleQueue()  # None ends the answers
+        self._events: SimpleQueue[SessionEvent | None] = SimpleQueue()  # None ends the answers
         self._state = threading.Lock()  # guards: ``_error``, ``_ended``
         self._error: Exception | None = None
         self._ended = False

@@ -239,7 +239,7 @@ class ComputeCalls:
             batch: list[tuple[int, ExpertTokens]] = []
             left = BATCH_OUTPUTS
             # referenced while their addresses are used, so that the arena is not unmapped
-            records = [np.frombuffer(self._host.whole(granted.slot), np.uint8) for granted in leases]
+            records = [np.frombuffer(self._host.record_and_checksum(granted.slot), np.uint8) for granted in leases]
             for granted, record in zip(leases, records, strict=True):
                 for part in task.parts[granted.key.expert]:
                     if batch and len(part.tokens) > left:

@@ -76,7 +76,7 @@ class FetchCalls:
         with self._calls.admit(context), self._counted(key, entry.array, context, timeout), contextlib.closing(batches):
             (granted,) = next(batches)
             crc = request.crc32c if request.HasField("crc32c") else None
-            yield from self._calls.pieces(context, self._host.whole(granted.slot)[start:end], crc)
+            yield from self._calls.pieces(context, self._host.record_and_checksum(granted.slot)[start:end], crc)
         with self._state:
             self._answered += 1
 

@@ -15,7 +15,7 @@ import grpc
 
 from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
-from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.host.demands import Failed, Granted, SessionEvent
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
@@ -86,7 +86,7 @@ class CallLeases:
         self._timeout = timeout
         self._session = host.session(self._deliver, leases=CALLS, timeout=timeout)
         self._numbers = itertools.count(1)
-        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # keys: the numbers of the calls' requests
+        self._answers: dict[int, SimpleQueue[SessionEvent | None]] = {}  # keys: the numbers of the calls' requests
 
     def batches(
         self, keys: Sequence[ExpertKey], context: grpc.ServicerContext, deadline: float, *, waits_for_reads: bool = True
@@ -98,7 +98,7 @@ class CallLeases:
         ClosedError if the call or the daemon has ended; and the error of a failed load. Reads that have begun go on.
         """
         number = next(self._numbers)
-        answers = self._answers[number] = SimpleQueue[Event | None]()  # None: the call has ended
+        answers = self._answers[number] = SimpleQueue[SessionEvent | None]()  # None: the call has ended
         try:
             self._session.acquire(number, keys, max(deadline - time.monotonic(), 0.0))
             if not context.add_callback(partial(answers.put, None)):
@@ -127,12 +127,12 @@ class CallLeases:
         for answers in list(self._answers.values()):
             answers.put(None)
 
-    def _deliver(self, event: Event) -> None:
+    def _deliver(self, event: SessionEvent) -> None:
         if (answers := self._answers.get(event.request)) is not None:
             answers.put(event)
 
 
-def _granted(event: Event | None) -> Granted:
+def _granted(event: SessionEvent | None) -> Granted:
     match event:
         case Granted():
             return event

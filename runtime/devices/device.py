@@ -16,7 +16,7 @@ from moetier.runtime.kernels.jit.executable import can_become_executable
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.slots import SlotKernels
 from moetier.runtime.machine.memory import Available
-from moetier.tiers.device.stream import Device
+from moetier.tiers.device.stream import StreamDevice
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import RecordLayout
 
@@ -79,7 +79,7 @@ class ComputeDevice(ABC):
         """Return the device's own memory that is free."""
         raise NotImplementedError
 
-    def streams(self) -> Device:
+    def streams(self) -> StreamDevice:
         """Return the streams and memory of a new device tier."""
         raise NotImplementedError
 

@@ -32,7 +32,7 @@ from .runner import Runner, Stopped, Task
 from .sampling import Sampler, generates_itself, scored
 from .saved_pages import SavedPages
 from .scheduler import Scheduler, StepLimits
-from .sequence import DeadlineError, Finish, Request, Sampled, Sequence
+from .sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
 from .stream import Stream
 
 PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
@@ -101,12 +101,12 @@ class Engine(Closeable):
             block=block,
         )
         self._scheduler = Scheduler(KVCache(pages, runner, keeps=runner.can_resume, saved=saved), limits)
-        self._beside: set[Sequence] = set()  # sequences of the long tasks that are being computed
+        self._beside: set[TokenSequence] = set()  # sequences of the long tasks that are being computed
         self._next_turn = 0.0  # time at which other sequences are computed beside them
-        self._samplers: dict[Sequence, Sampler] = {}
+        self._samplers: dict[TokenSequence, Sampler] = {}
         self._masks = ThreadPoolExecutor(1, "moetier-masks")
         self._changed = threading.Condition()  # guards: ``_arrived``, ``_is_closed``, ``_failure``
-        self._arrived: list[Sequence] = []
+        self._arrived: list[TokenSequence] = []
         self._is_closed = False
         self._failure: BaseException | None = None  # what has ended the thread
         self._thread = start_thread("moetier-engine", self._work)
@@ -156,7 +156,7 @@ class Engine(Closeable):
             )
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[TokenSequence]:
         """Sequences that run or wait."""
         return [*self._scheduler.running, *self._scheduler.waiting]
 
@@ -171,8 +171,8 @@ class Engine(Closeable):
         return self.context if self._runner.can_resume else min(SCORED, self.context)
 
     def submit(
-        self, request: Request, on_token: Callable[[Sampled], object], on_end: Callable[[Sequence], object]
-    ) -> Sequence:
+        self, request: Request, on_token: Callable[[Sampled], object], on_end: Callable[[TokenSequence], object]
+    ) -> TokenSequence:
         """Begin to compute a request, and return its sequence.
 
         ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
@@ -185,7 +185,7 @@ class Engine(Closeable):
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
         if request.scores_prompt and len(request.ids) > self.max_scored:
             raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.max_scored} can be scored")
-        sequence = Sequence(request, on_token, on_end)
+        sequence = TokenSequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:
                 raise EngineError(
@@ -284,7 +284,7 @@ class Engine(Closeable):
         now = time.monotonic()
         self._next_turn = now + max(min(PROMPT_TURNS * (now - began), LONGEST_TURN), now - began)
 
-    def _has_sampler(self, sequence: Sequence) -> bool:
+    def _has_sampler(self, sequence: TokenSequence) -> bool:
         """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
         if sequence not in self._samplers:
             try:
@@ -348,13 +348,13 @@ class Engine(Closeable):
         except Exception as error:
             self._fail(task.sequence, error)
 
-    def _score(self, sequence: Sequence, begin: int, logits: Tensor) -> None:
+    def _score(self, sequence: TokenSequence, begin: int, logits: Tensor) -> None:
         """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
         tokens = sequence.ids[begin + 1 : min(begin + 1 + len(logits), len(sequence.request.ids))]
         scores = scored(logits[: len(tokens)], tokens, sequence.request.logprobs or 0)
         sequence.score(begin + 1, scores)
 
-    def _sample(self, sequence: Sequence, logits: Tensor) -> None:
+    def _sample(self, sequence: TokenSequence, logits: Tensor) -> None:
         sampler = self._samplers[sequence]
         sampled = sampler(logits)
         sequence.append(sampled)
@@ -363,7 +363,7 @@ class Engine(Closeable):
         elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
             self._end(sequence, Finish.LENGTH)
 
-    def _end_early(self, sequence: Sequence) -> None:
+    def _end_early(self, sequence: TokenSequence) -> None:
         """End a sequence that ``is_over``."""
         if sequence.is_cancelled:
             self._end(sequence, Finish.CANCELLED)
@@ -375,11 +375,11 @@ class Engine(Closeable):
         )
         self._end(sequence, Finish.DEADLINE, error)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, sequence: TokenSequence, error: Exception) -> None:
         self._end(sequence, Finish.FAILED, error)
 
-    def _end(self, sequence: Sequence, finish: Finish, error: BaseException | None = None) -> None:
-        self._scheduler.remove(sequence, is_turn=finish is not Finish.FAILED and sequence.new_tokens > 0)
+    def _end(self, sequence: TokenSequence, finish: Finish, error: BaseException | None = None) -> None:
+        self._scheduler.remove(sequence, is_answered=finish is not Finish.FAILED and sequence.new_tokens > 0)
         self._runner.end(sequence)
         self._samplers.pop(sequence, None)
         try:

@@ -19,7 +19,7 @@ from .page_file import FileContents
 from .page_reader import PageReader, Reading, SavedFile
 from .prefix_tree import Match, Node, PrefixTree
 from .saved_pages import SavedPages
-from .sequence import Sequence
+from .sequence import TokenSequence
 
 LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
 # A prompt's last tokens, which a later one may not have: chat templates end a prompt with the beginning of an answer,
@@ -33,13 +33,13 @@ _log = logging.getLogger(__name__)
 class StateMemory(Protocol):
     """The states of sequences besides their keys and values, and copies of them in pages."""
 
-    def state_pages(self, sequence: Sequence) -> int:
+    def state_pages(self, sequence: TokenSequence) -> int:
         """Return how many pages the state behind a sequence's computed tokens takes; 0 if there is no such state."""
 
-    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
+    def save_state(self, sequence: TokenSequence, pages: list[int]) -> None:
         """Write the state of a sequence into pages."""
 
-    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
+    def load_state(self, sequence: TokenSequence, pages: list[int]) -> None:
         """Let a sequence that begins continue from the state in pages."""
 
 
@@ -74,7 +74,7 @@ class _Held:
 class _Fetch:
     """Pages that are being looked for or read: those up to ``node`` are in the tree."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     node: Node
     finding: Future[list[SavedFile]]
     since: float  # time since which it waits for the result, or for the next page
@@ -111,17 +111,17 @@ class KVCache:
         self._states = memory.state_memory
         self._free = FreePages(pages)
         self._tree = PrefixTree()
-        self._held: dict[Sequence, _Held] = {}
+        self._held: dict[TokenSequence, _Held] = {}
         self._saved = saved if keeps else None
         self._fetch: _Fetch | None = None  # what is being read for the sequence that waits first
         self._hung: Future[Any] | None = None  # a read that took too long: until its end, nothing is read
 
-    def has_pages_for(self, sequence: Sequence) -> bool:
+    def has_pages_for(self, sequence: TokenSequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
         nodes = self._match(sequence)[0].nodes
         return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self._obtainable(node.page for node in nodes)
 
-    def fetch(self, sequence: Sequence, seconds: float = 0.0) -> bool:
+    def fetch(self, sequence: TokenSequence, seconds: float = 0.0) -> bool:
         """Read pages on disk that have the first tokens of a sequence for which there is room, and that are not here.
 
         Returns True once there are no more, or none comes for READ_SECONDS, and the sequence is to begin at once; False
@@ -148,7 +148,7 @@ class KVCache:
         self.cancel_fetch()
         return True
 
-    def _begin_fetch(self, reader: PageReader, sequence: Sequence) -> None:
+    def _begin_fetch(self, reader: PageReader, sequence: TokenSequence) -> None:
         self.cancel_fetch()
         user, ids = sequence.request.user, _reusable(sequence)
         match = self._tree.match(user, ids)
@@ -190,7 +190,9 @@ class KVCache:
             fetch.node = node
         return bool(fetch.left)
 
-    def _restore_state(self, reader: PageReader, sequence: Sequence, state: SavedFile, contents: FileContents) -> None:
+    def _restore_state(
+        self, reader: PageReader, sequence: TokenSequence, state: SavedFile, contents: FileContents
+    ) -> None:
         """Insert a state from the disk into the tree, unless that has it by now, lacks its tokens or has no room."""
         match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
         count, pages = reader.pages_of_state(contents), list[int]()
@@ -209,7 +211,7 @@ class KVCache:
                 self._tree.add_snapshot(node, tokens, pages)
                 undo.pop_all()
 
-    def cancel_fetch(self, sequence: Sequence | None = None) -> None:
+    def cancel_fetch(self, sequence: TokenSequence | None = None) -> None:
         """Read no more pages for a sequence, None: for any, and release those that hold nothing."""
         if (
             (fetch := self._fetch) is not None
@@ -222,7 +224,7 @@ class KVCache:
             self._tree.unpin(fetch.node)
             self._free.release(fetch.pages)
 
-    def begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: TokenSequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
         At least one token is left to compute. A last page that is not full is taken over if all of it is equal, it has
@@ -239,7 +241,7 @@ class KVCache:
         if branch - sequence.computed >= LEAST_TOKENS:
             held.branch = branch
 
-    def _match(self, sequence: Sequence) -> tuple[Match, int]:
+    def _match(self, sequence: TokenSequence) -> tuple[Match, int]:
         """Return the longest cached prefix that a sequence can resume from, and the length of the longest one."""
         ids = _reusable(sequence)
         if self._states is not None:
@@ -247,7 +249,7 @@ class KVCache:
         match = self._tree.match(sequence.request.user, ids)
         return match, match.tokens
 
-    def _begin_after(self, sequence: Sequence, match: Match) -> bool:
+    def _begin_after(self, sequence: TokenSequence, match: Match) -> bool:
         """Let a sequence continue after a prefix. Returns False if its state is of no use, as a page is missing."""
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         held = _Held(node, [node.page for node in match.nodes])
@@ -281,7 +283,7 @@ class KVCache:
         sequence.resume_at(PAGE_TOKENS * len(held.shared) + shared)
         return True
 
-    def most_tokens(self, sequence: Sequence) -> int:
+    def most_tokens(self, sequence: TokenSequence) -> int:
         """Return how many of a sequence's next tokens may be computed before a snapshot is to be taken."""
         if self._states is None:
             return sequence.remaining
@@ -291,7 +293,7 @@ class KVCache:
             stops.append(last)
         return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
-    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+    def reserve(self, sequence: TokenSequence, tokens: int) -> bool:
         """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
         held = self._held[sequence]
         missing = -(-(sequence.computed + tokens) // PAGE_TOKENS) - len(held.shared) - len(held.own)
@@ -302,11 +304,11 @@ class KVCache:
             held.own += pages
         return True
 
-    def pages_of(self, sequence: Sequence) -> list[int]:
+    def pages_of(self, sequence: TokenSequence) -> list[int]:
         """Return the numbers of a sequence's pages, from its first token on."""
         return self._held[sequence].pages
 
-    def keep(self, sequence: Sequence) -> None:
+    def keep(self, sequence: TokenSequence) -> None:
         """Let other sequences find the full pages of a sequence, and a snapshot if one is to be taken now.
 
         Sets no other state of the sequence.
@@ -318,11 +320,11 @@ class KVCache:
         if computed % SNAPSHOT_TOKENS == 0 or computed in (held.branch, len(sequence.request.ids) - LAST_TOKENS):
             self._take_snapshot(sequence, held)
 
-    def end(self, sequence: Sequence, *, is_turn: bool = False) -> None:
+    def end(self, sequence: TokenSequence, *, is_answered: bool = False) -> None:
         """Let other sequences find all pages of a sequence that has ended, and let them be evicted.
 
-        ``is_turn``: whether a request ends that has got an answer. Its pages are then written to the disk, if there is
-        a folder for them.
+        ``is_answered``: whether the request has got an answer. If so, its pages are written to the disk, if there is a
+        folder for them.
         """
         self.keep(sequence)
         self._take_snapshot(sequence, self._held[sequence])
@@ -332,14 +334,14 @@ class KVCache:
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
         self._free.release(held.own)
-        if is_turn and self._saved is not None:
+        if is_answered and self._saved is not None:
             self._saved.writer.save(sequence.request.user, held.node.path)
 
     def free_pages(self) -> int:
         """Return the number of pages that hold nothing."""
         return len(self._free)
 
-    def _add(self, sequence: Sequence, held: _Held, count: int, *, pins: bool = True) -> None:
+    def _add(self, sequence: TokenSequence, held: _Held, count: int, *, pins: bool = True) -> None:
         begin = PAGE_TOKENS * len(held.shared)
         page = held.own.pop(0)
         node, unneeded = self._tree.add(held.node, sequence.ids[begin : begin + count], page)
@@ -350,7 +352,7 @@ class KVCache:
         held.node = node
         held.shared.append(node.page)
 
-    def _take_snapshot(self, sequence: Sequence, held: _Held) -> None:
+    def _take_snapshot(self, sequence: TokenSequence, held: _Held) -> None:
         """Keep the state behind a sequence's computed tokens in the tree, if there is one and there is room.
 
         If the memory for that is missing, the sequence goes on without.
@@ -401,6 +403,6 @@ class KVCache:
         return len(self._free) >= count
 
 
-def _reusable(sequence: Sequence) -> list[int]:
+def _reusable(sequence: TokenSequence) -> list[int]:
     """Return the first tokens of a sequence, those whose keys and values may be taken from another one."""
     return [] if sequence.request.scores_prompt else sequence.ids[:-1]

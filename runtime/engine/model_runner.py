@@ -24,7 +24,7 @@ from moetier.runtime.moe.experts import experts_modules
 from .kv_cache import StateMemory
 from .runner import Runner, Stopped, Task
 from .sampling import Sampler, prepared
-from .sequence import Sequence
+from .sequence import TokenSequence
 
 ALIGNMENT = 8  # bytes: the size of the largest type
 HEAD = struct.Struct("<Q")  # bytes of the JSON that a copy of a state begins with
@@ -40,10 +40,10 @@ class ModelRunner(Runner):
         self.computes_together = False
         self._has_states = self.can_resume and has_states(model)
         self.memory = PageMemory(pages, bits=bits)
-        self._inputs: dict[Sequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
-        self._caches: dict[Sequence, PagedCache] = {}  # if the model can resume
+        self._inputs: dict[TokenSequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
+        self._caches: dict[TokenSequence, PagedCache] = {}  # if the model can resume
 
-    def sampler(self, sequence: Sequence) -> Sampler:
+    def sampler(self, sequence: TokenSequence) -> Sampler:
         """Return a sampler that chooses tokens as the model's ``generate()`` would."""
         self._inputs[sequence], sampler = prepared(self._model, sequence)
         return sampler
@@ -87,7 +87,7 @@ class ModelRunner(Runner):
         cache.move(task.pages, task.begin)
         return cache
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: TokenSequence) -> None:
         """Forget a sequence's cache."""
         self._inputs.pop(sequence, None)
         self._caches.pop(sequence, None)
@@ -97,14 +97,14 @@ class ModelRunner(Runner):
         """This runner, if sequences have states besides keys and values and can resume from a copy of them."""
         return self if self._has_states else None
 
-    def state_pages(self, sequence: Sequence) -> int:
+    def state_pages(self, sequence: TokenSequence) -> int:
         """Return how many pages the state of a sequence takes; 0 if it has none, as its last task was not computed."""
         cache = self._caches.get(sequence)
         if cache is None or cache.get_seq_length() != sequence.computed or not (state := cache.state()):
             return 0
         return -(-sum(map(_padded, (_head(state), *state.values()))) // self.memory.page_bytes)
 
-    def save_state(self, sequence: Sequence, pages: list[int]) -> None:
+    def save_state(self, sequence: TokenSequence, pages: list[int]) -> None:
         """Write the state of a sequence into pages: places, types and shapes of tensors, and one after the other."""
         state = self._caches[sequence].state()
         parts = _head(state), *state.values()
@@ -114,7 +114,7 @@ class ModelRunner(Runner):
             begin += _padded(part)
         self.memory.save(pages, numbers)
 
-    def load_state(self, sequence: Sequence, pages: list[int]) -> None:
+    def load_state(self, sequence: TokenSequence, pages: list[int]) -> None:
         """Let a sequence that begins continue from the state in pages."""
         numbers = self.memory.load(pages, len(pages) * self.memory.page_bytes)
         end = HEAD.size + HEAD.unpack(bytes(numbers[: HEAD.size]))[0]

@@ -36,7 +36,7 @@ from moetier.tiers.errors import UnsupportedModelError
 from .faster_way import FasterWay
 from .model_runner import ModelRunner, cache_of, stopping, windows_of
 from .runner import Stopped, Task
-from .sequence import Request, Sequence
+from .sequence import Request, TokenSequence
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # layers of others have masks of their own
 OWN_ANGLES = ("dynamic", "longrope")  # rope types whose angles depend on the length of all that is computed together
@@ -150,11 +150,11 @@ class PackedRunner(ModelRunner):
         ]
 
 
-def _goes_on(sequence: Sequence) -> bool:
+def _goes_on(sequence: TokenSequence) -> bool:
     return not sequence.is_over
 
 
-def _is_over(sequence: Sequence) -> bool:
+def _is_over(sequence: TokenSequence) -> bool:
     return sequence.is_over
 
 
@@ -272,7 +272,7 @@ def _trial(model: Any, vocabulary: int, *, bits: int = 16, in_blocks: bool = Fal
     """Yield logits that must be equal: those after two prompts computed in parts, and those of the model's forward."""
     prompts = [[(7 * number + 3) % vocabulary for number in range(begin, begin + 5)] for begin in (0, 40)]
     runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True, bits=bits)
-    sequences = [Sequence(Request(tuple(prompt), 1)) for prompt in prompts]
+    sequences = [TokenSequence(Request(tuple(prompt), 1)) for prompt in prompts]
     # the first prompt but for its last token; then that token, and the whole other prompt
     runner.run_together([Task(sequences[0], 0, 4, [1])], None)
     with runner.layer_inputs.freed() if in_blocks else contextlib.nullcontext():

@@ -67,7 +67,7 @@ class PageOptions:
     seconds: float
 
 
-class Entry(NamedTuple):
+class SavedPage(NamedTuple):
     """A file in the folder."""
 
     used: int  # time of last use, in ns
@@ -115,7 +115,7 @@ def _path_of(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}")
 
 
-def entries(folder: Path) -> Iterator[Entry]:
+def entries(folder: Path) -> Iterator[SavedPage]:
     """Yield all pages and unfinished files in the folder, for all models. Raises OSError.
 
     Folders in it that this user can't enter are left out: they are not of servers that use it.
@@ -139,7 +139,7 @@ class ModelPages(NamedTuple):
 def models_in(folder: Path) -> list[ModelPages]:
     """Return the models that have pages in a folder, the one that was used last first. Raises ConfigError."""
     _check_exists(folder)
-    by_model = dict[Path, list[Entry]]()
+    by_model = dict[Path, list[SavedPage]]()
     with opened(folder) as root:
         for entry in entries(root):
             by_model.setdefault(Path(entry.path).parent, []).append(entry)
@@ -176,14 +176,14 @@ def _check_exists(folder: Path) -> None:
         )
 
 
-def _entry(file: os.DirEntry[str]) -> Entry | None:
+def _entry(file: os.DirEntry[str]) -> SavedPage | None:
     if not FILE_NAME.fullmatch(file.name):
         return None
     try:
         status = file.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return Entry(status.st_mtime_ns, status.st_size, file.path) if stat.S_ISREG(status.st_mode) else None
+    return SavedPage(status.st_mtime_ns, status.st_size, file.path) if stat.S_ISREG(status.st_mode) else None
 
 
 def remove(path: str | Path) -> bool:
@@ -356,7 +356,7 @@ class PageFolder:
         There are too many, too, if the disk has too little free space for other programs. A file whose time is in the
         future, because the clock was set back, counts as used now.
         """
-        now, kept = self._clock(), list[Entry]()
+        now, kept = self._clock(), list[SavedPage]()
         for entry in entries(self._root):
             is_unfinished = entry.path.endswith(PARTIAL)
             if abs(now - entry.used) > UNFINISHED_SECONDS * 1e9 if is_unfinished else self._is_old(entry.used):

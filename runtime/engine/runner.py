@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .kv_cache import StateMemory
 from .sampling import Sampler
-from .sequence import Sequence
+from .sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """The tokens of one sequence that a step computes: ``tokens`` of them from position ``begin`` on."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     begin: int
     tokens: int
     pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
@@ -62,7 +62,7 @@ class Runner(ABC):
     prefill_block: int | None = None
 
     @abstractmethod
-    def sampler(self, sequence: Sequence) -> Sampler:
+    def sampler(self, sequence: TokenSequence) -> Sampler:
         """Return the sampler of a sequence that begins. Raises ValueError for options that the model refuses."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: TokenSequence) -> None:
         """Forget what is kept of a sequence besides its pages. Nothing may be kept."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind
 from moetier.tiers.errors import MoetierError
 
 from .constraint import Constraint
-from .sequence import Sampled, Sequence
+from .sequence import Sampled, TokenSequence
 
 TOKENS = 256  # memory is allocated for a multiple of this many token ids
 
@@ -115,7 +115,7 @@ def scored(logits: Tensor, tokens: list[int], top: int) -> list[Sampled]:
     return [Sampled(*parts) for parts in zip(tokens, chosen, tops, strict=True)]
 
 
-def prepared(model: Any, sequence: Sequence) -> tuple[dict[str, Any], Sampler]:
+def prepared(model: Any, sequence: TokenSequence) -> tuple[dict[str, Any], Sampler]:
     """Return what ``generate()`` prepares for a sequence: arguments of the model's forward, and a sampler.
 
     Raises ValueError for options that ``generate()`` refuses.

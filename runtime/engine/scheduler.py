@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .kv_cache import KVCache
 from .runner import Task
-from .sequence import Sequence
+from .sequence import TokenSequence
 
 FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one runs; then it may have been cancelled
 BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
@@ -47,18 +47,18 @@ class Scheduler:
         self._cache = cache
         self._limits = limits
         self._step = 0
-        self.waiting: list[Sequence] = []  # ascending by ``due``
-        self.running: list[Sequence] = []  # in the order in which they began
+        self.waiting: list[TokenSequence] = []  # ascending by ``due``
+        self.running: list[TokenSequence] = []  # in the order in which they began
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Let a sequence wait behind those that are due before it."""
         insort(self.waiting, sequence, key=_due)
 
-    def remove(self, sequence: Sequence, *, is_turn: bool = False) -> None:
-        """Remove a sequence that has ended. Its pages may be found by others, later too if it ``is_turn``."""
+    def remove(self, sequence: TokenSequence, *, is_answered: bool = False) -> None:
+        """Remove a sequence that has ended. Its pages may be found by others, later too if it ``is_answered``."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._cache.end(sequence, is_turn=is_turn)
+            self._cache.end(sequence, is_answered=is_answered)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
             self._cache.cancel_fetch(sequence)
@@ -84,7 +84,7 @@ class Scheduler:
         self.running.append(sequence)
         return self._limits.block is not None
 
-    def schedule(self, beside: Collection[Sequence] = ()) -> tuple[list[Task], list[Sequence]]:
+    def schedule(self, beside: Collection[TokenSequence] = ()) -> tuple[list[Task], list[TokenSequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
 
         Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
@@ -98,7 +98,7 @@ class Scheduler:
         """
         self._step += 1
         chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
-        tasks, stopped = list[Task](), list[Sequence]()
+        tasks, stopped = list[Task](), list[TokenSequence]()
         for sequence, tokens in chosen.items():
             if sequence in stopped:
                 continue
@@ -115,7 +115,7 @@ class Scheduler:
                 tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
         return tasks, stopped
 
-    def _tokens(self, running: list[Sequence], *, is_beside: bool) -> dict[Sequence, int]:
+    def _tokens(self, running: list[TokenSequence], *, is_beside: bool) -> dict[TokenSequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
         if self._limits.block is None:
@@ -139,7 +139,7 @@ class Scheduler:
                 left -= tokens[sequence]
         return {sequence: tokens[sequence] for sequence in running if sequence in tokens}
 
-    def _max_tokens(self, sequence: Sequence) -> int:
+    def _max_tokens(self, sequence: TokenSequence) -> int:
         """Return how many tokens of a sequence a step computes at most."""
         most = self._cache.most_tokens(sequence)
         return min(most, self._limits.scored_chunk) if sequence.request.scores_prompt else most
@@ -155,5 +155,5 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
 
-def _due(sequence: Sequence) -> float:
+def _due(sequence: TokenSequence) -> float:
     return sequence.due

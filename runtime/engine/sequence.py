@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as ManyOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -48,7 +47,7 @@ class Request:
     def of(
         cls,
         tokenizer: Any,
-        prompt: str | ManyOf[Mapping[str, Any]],
+        prompt: str | Sequence[Mapping[str, Any]],
         max_new_tokens: int,
         *,
         schema: Any = None,
@@ -121,7 +120,7 @@ class DeadlineError(MoetierError):
     """The deadline of a request has passed before its answer was complete."""
 
 
-class Sequence:
+class TokenSequence:
     """The tokens of a request and its answer so far.
 
     ``computed`` is the number of tokens whose keys and values are kept; the tokens after them are to be computed next.
@@ -132,7 +131,7 @@ class Sequence:
         self,
         request: Request,
         on_token: Callable[[Sampled], object] = lambda _: None,
-        on_end: Callable[[Sequence], object] = lambda _: None,
+        on_end: Callable[[TokenSequence], object] = lambda _: None,
     ) -> None:
         self.request = request
         self.ids = list(request.ids)
@@ -176,7 +175,7 @@ class Sequence:
         """Note that a part of the prompt has had ``tokens`` tokens' worth of computing, of which none is kept yet."""
         self.underway = tokens
 
-    def score(self, position: int, scores: ManyOf[Sampled]) -> None:
+    def score(self, position: int, scores: Sequence[Sampled]) -> None:
         """Note the log probabilities of the prompt's tokens from ``position`` on."""
         self.prompt_scores |= dict(enumerate(scores, position))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 
-from .sequence import Sequence
+from .sequence import TokenSequence
 
 POLL_SECONDS = 0.05  # a stream asks this often whether its caller still wants it
 
@@ -13,7 +13,7 @@ POLL_SECONDS = 0.05  # a stream asks this often whether its caller still wants i
 class Stream:
     """The tokens of one sequence, as they are sampled."""
 
-    def __init__(self, sequence: Sequence, tokens: SimpleQueue[int | None]) -> None:
+    def __init__(self, sequence: TokenSequence, tokens: SimpleQueue[int | None]) -> None:
         """``tokens`` gets the sequence's tokens, then None."""
         self.sequence = sequence
         self._tokens = tokens

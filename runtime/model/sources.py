@@ -117,4 +117,4 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
             # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(store.close)
         close = closing.pop_all().close
-        return Origin(host, where, close, host.page_turns, learner, store.shares, remote_compute=remote_compute)
+        return Origin(host, where, close, host.page_order, learner, store.shares, remote_compute=remote_compute)

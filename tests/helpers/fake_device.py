@@ -99,7 +99,7 @@ class FakeDevice:
         self._locks_pages = locks_pages
         self._here = threading.local()
 
-    # -- what moetier.tiers.device.stream.Device asks for ------------------------------------------------------------
+    # -- what moetier.tiers.device.stream.StreamDevice asks for ------------------------------------------------------
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with self.lock:

@@ -12,7 +12,7 @@ from moetier.runtime.devices.device import ComputeDevice, Diagnosis
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.slots import Make, SlotKernels, slot_kernels
 from moetier.runtime.machine.memory import Available
-from moetier.tiers.device.stream import Device
+from moetier.tiers.device.stream import StreamDevice
 from moetier.tiers.layout import RecordLayout
 
 
@@ -43,5 +43,5 @@ class Toy(ComputeDevice):
     def free_memory(self) -> Available:
         return Available(1 << 30, "the toy")
 
-    def streams(self) -> Device:
+    def streams(self) -> StreamDevice:
         return prompt_device(0)

@@ -21,7 +21,7 @@ import torch
 import moetier
 from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.runner import Task
-from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.engine.sequence import Request, TokenSequence
 from moetier.runtime.kernels.layer.paged_cache import PAGE_TOKENS
 
 ANSWER = 8  # tokens
@@ -41,7 +41,7 @@ def filled(model: Any, tokens: int, bits: int) -> tuple[PackedRunner, list[int]]
 
 def seconds(runner: PackedRunner, pages: list[int], ids: tuple[int, ...]) -> tuple[float, float]:
     """Return the seconds that a token takes, and those of the processor."""
-    sequence, walls, works = Sequence(Request(ids, ANSWER)), list[float](), list[float]()
+    sequence, walls, works = TokenSequence(Request(ids, ANSWER)), list[float](), list[float]()
     runner.sampler(sequence)
     sequence.computed = len(ids) - 1
     for _ in range(ANSWER):

@@ -179,13 +179,13 @@ class Arena:
                 os.posix_fallocate(descriptor, self._allocated, size)
                 self._allocated += size
 
-    def whole(self, slot: TierSlot) -> memoryview:
+    def record_and_checksum(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of a whole slot: the record and its checksum."""
         return self.slot(slot).toreadonly()
 
     def view(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of the record in a slot, without its checksum."""
-        return self.whole(slot)[:-CHECKSUM_BYTES]
+        return self.record_and_checksum(slot)[:-CHECKSUM_BYTES]
 
     def residents(self, block: int, array: str) -> Residents | None:
         """Return the addresses with which compiled code finds the records of ``block``.
@@ -304,7 +304,7 @@ def recover(arena: Arena, manifest: Manifest, threads: int) -> dict[TierSlot, Ex
     pending = iter(list(claimed.items()))  # shared by all threads; each takes the next item when it is free
 
     def check() -> list[TierSlot]:
-        return [slot for key, slot in pending if _is_whole(arena.whole(slot), key, manifest)]
+        return [slot for key, slot in pending if _is_whole(arena.record_and_checksum(slot), key, manifest)]
 
     with ThreadPoolExecutor(threads, thread_name_prefix="moetier-recovery") as pool:
         checks = [pool.submit(check) for _ in range(threads)]

@@ -13,7 +13,7 @@ from moetier.tiers.source import Lease
 
 from .device_pool import DevicePool
 from .ring import Ring
-from .stream import Device, DeviceStream, Event
+from .stream import DeviceStream, StreamDevice, StreamEvent
 from .views import SlotViews
 
 Arrange = Callable[[torch.Tensor, RecordLayout], None]
@@ -22,15 +22,15 @@ Arrange = Callable[[torch.Tensor, RecordLayout], None]
 class Copy(NamedTuple):
     """A queued copy of a record into a slot."""
 
-    ended: Event  # the end of the copy
-    ready: Event  # the end of all work that prepares the record; from then on it can be computed with
-    uses: Mapping[DeviceStream, Event]  # from each stream that works on the slot after the copy to the end of that work
+    ended: StreamEvent  # the end of the copy
+    ready: StreamEvent  # the end of all work that prepares the record; from then on it can be computed with
+    uses: Mapping[DeviceStream, StreamEvent]  # by stream that works on the slot after the copy: the end of that work
 
 
 class Copies:
     """Queues copies of records to one device. One thread at a time: the one that fills a LOADING slot."""
 
-    def __init__(self, device: Device, record_bytes: int, arrange: Arrange | None = None) -> None:
+    def __init__(self, device: StreamDevice, record_bytes: int, arrange: Arrange | None = None) -> None:
         """Prepare copies to ``device``.
 
         Args:

@@ -15,7 +15,7 @@ from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
-from .stream import Device, DeviceStream, Event
+from .stream import DeviceStream, StreamDevice, StreamEvent
 
 
 class DevicePool(SlotPool):
@@ -37,9 +37,9 @@ class DevicePool(SlotPool):
         super().__init__(partitions, POLICIES[policy], first=first, slot_bytes=layout.slot_bytes)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]
-        self.copied: list[Event | None] = [None] * len(slots)  # for each slot, when its record can be computed with
+        self.copied: list[StreamEvent | None] = [None] * len(slots)  # by slot, when its record can be used
         # for each slot, a dictionary from each stream that has used the slot to the end of the latest use
-        self.used: list[dict[DeviceStream, Event]] = [{} for _ in slots]
+        self.used: list[dict[DeviceStream, StreamEvent]] = [{} for _ in slots]
 
 
 class DeviceSlots:
@@ -122,7 +122,7 @@ class DeviceSlots:
         return snapshot(self._counters, self.pools.values())
 
 
-def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Allocate device memory for slots. If the device has too little free memory, warn, and allocate fewer slots.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .stream import Device, Event
+from .stream import StreamDevice, StreamEvent
 
 BUFFERS = 4
 PIECE_BYTES = 4 << 20  # most bytes of a record that a buffer takes; larger records are copied piece by piece
@@ -20,7 +20,7 @@ PIECE_BYTES = 4 << 20  # most bytes of a record that a buffer takes; larger reco
 @dataclass(slots=True)
 class _Buffer:
     memory: torch.Tensor  # uint8 [size of a buffer], on the host
-    copied: Event | None = None  # the end of the latest copy from the buffer
+    copied: StreamEvent | None = None  # the end of the latest copy from the buffer
 
 
 class Ring:
@@ -29,7 +29,7 @@ class Ring:
     One thread at a time may use the ring: the one that fills a LOADING slot (see ``DeviceFill``).
     """
 
-    def __init__(self, device: Device, record_bytes: int) -> None:
+    def __init__(self, device: StreamDevice, record_bytes: int) -> None:
         """Allocate the buffers. If their pages can't be locked, warn, and use buffers of ordinary memory.
 
         ``record_bytes`` is the size of the largest record.
@@ -48,7 +48,7 @@ class Ring:
             with torch.inference_mode(False):
                 self._buffers = [_Buffer(torch.empty(size, dtype=torch.uint8)) for _ in range(BUFFERS)]
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> StreamEvent:
         """Queue a copy on the copy stream, and return the event of its end. ``source`` is read before this returns.
 
         Args:
@@ -67,7 +67,7 @@ class Ring:
             copied = buffer.copied = stream.record_event()
         return copied
 
-    def abandon(self, ended: Event) -> None:
+    def abandon(self, ended: StreamEvent) -> None:
         """Let no buffer be filled before ``ended``: an exception may have cut a copy off before its own event."""
         for buffer in self._buffers:
             buffer.copied = ended

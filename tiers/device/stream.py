@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 
-class Event(Protocol):
+class StreamEvent(Protocol):
     """A point in a stream's queue of work."""
 
     def synchronize(self) -> None:
@@ -25,14 +25,14 @@ class DeviceStream(Protocol):
     Streams are hashable. Two objects are equal if they refer to the same stream of the device.
     """
 
-    def record_event(self) -> Event:
+    def record_event(self) -> StreamEvent:
         """Add an event to the present end of the queue, and return the event."""
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: StreamEvent) -> None:
         """Let work that is queued from now on begin only after ``event``. The caller does not wait."""
 
 
-class Device(Protocol):
+class StreamDevice(Protocol):
     """A device. Thread-safe."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:

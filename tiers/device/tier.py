@@ -41,7 +41,7 @@ from .copies import Arrange, Copies
 from .device_pool import DeviceSlots, allocate, fewer
 from .fill import DeviceDemand, DeviceFill
 from .promoter import Promoter
-from .stream import Device, DeviceStream, Event
+from .stream import DeviceStream, StreamDevice, StreamEvent
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class DeviceTier:
         manifest: Manifest,
         *,
         slots: Mapping[str, int],
-        device: Device,
+        device: StreamDevice,
         promotes: bool = False,
         policy: str = DEFAULT_POLICY,
         arrange: Arrange | None = None,
@@ -360,10 +360,10 @@ class DeviceTier:
     @transition
     def _lease_together(
         self, demand: DeviceDemand, stream: DeviceStream, count: int
-    ) -> list[tuple[Lease[torch.Tensor], Event]]:
+    ) -> list[tuple[Lease[torch.Tensor], StreamEvent]]:
         """Return leases of the first ``count`` slots that are ready, and the end of the copy into each."""
         self._check_open()
-        pool, leases = demand.pool, list[tuple[Lease[torch.Tensor], Event]]()
+        pool, leases = demand.pool, list[tuple[Lease[torch.Tensor], StreamEvent]]()
         demand.leased = (demand.ready[:count], stream)
         del demand.ready[:count]
         demand.latest = [pool.key(slot) for slot in demand.leased[0]]

@@ -86,7 +86,7 @@ class Failed:
     error: BaseException
 
 
-Event = Granted | Failed
+SessionEvent = Granted | Failed
 
 
 class Caller:
@@ -112,7 +112,7 @@ class Caller:
     def register(self, demand: Demand) -> None:
         """Note that a demand of the caller has begun."""
 
-    def deregister(self, demand: Demand) -> None:
+    def unregister(self, demand: Demand) -> None:
         """Note that a demand of the caller is over."""
 
 
@@ -132,7 +132,7 @@ class AsyncCaller(Caller):
 
     is_asynchronous = True
 
-    def __init__(self, deliver: Callable[[Event], None], leases: int) -> None:
+    def __init__(self, deliver: Callable[[SessionEvent], None], leases: int) -> None:
         assert leases > 0
         self.deliver = deliver
         self.leases = leases
@@ -160,7 +160,7 @@ class AsyncCaller(Caller):
         """Note that a demand of the caller has begun."""
         self.demands[demand.number] = demand
 
-    def deregister(self, demand: Demand) -> None:
+    def unregister(self, demand: Demand) -> None:
         """Note that a demand of the caller is over."""
         self.demands.pop(demand.number, None)
 
@@ -184,7 +184,7 @@ class Demand:
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
     ready: deque[PoolSlot] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
-    hits: int = 0  # how many of the slots in ``ready`` were READY when the demand came
+    found_ready: int = 0  # how many of the slots in ``ready`` were READY when the demand came
     leased: dict[PoolSlot, None] = field(default_factory=dict)  # slots that are pinned and leased
     error: BaseException | None = None  # the error with which the demand has failed
     waits_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
@@ -217,7 +217,7 @@ class Demand:
     def hold(self, key: ExpertKey, slot: PoolSlot, *, is_hit: bool = False) -> None:
         """Note that a READY slot was pinned for the demand. ``is_hit``: it was READY when the demand came."""
         self.ready.append(slot)
-        self.hits += is_hit
+        self.found_ready += is_hit
         self.pending.pop(key, None)
 
     def wait_for(self, load: Load) -> None:
@@ -252,7 +252,7 @@ class Demand:
             slot = self.ready.popleft()
             self.leased[slot] = None
             slots.append(slot)
-        self.hits = max(self.hits - len(slots), 0)
+        self.found_ready = max(self.found_ready - len(slots), 0)
         return slots
 
     def release(self, slots: Collection[PoolSlot | None]) -> list[PoolSlot]:

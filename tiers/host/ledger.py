@@ -183,7 +183,7 @@ class Ledger:
         self._unpin(demand, slots)
         for load in loads:
             self.loads.withdraw(demand, load)
-        demand.caller.deregister(demand)
+        demand.caller.unregister(demand)
         self._demands.discard(demand)
 
     def end_caller(self, caller: Caller) -> None:

@@ -145,7 +145,7 @@ class Loads:
         starved, ahead = demand.pool.starved, self._limits.ahead
         if len(demand.loads) >= ahead or (starved and starved[0] is not demand):
             return False
-        arrivals = len(demand.ready) - demand.hits
+        arrivals = len(demand.ready) - demand.found_ready
         return demand.caller.is_asynchronous or len(demand.loads) + arrivals < 2 * ahead
 
     def _choose(self, demand: Demand) -> PoolSlot | None:

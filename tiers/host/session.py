@@ -17,7 +17,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
 from moetier.tiers.threads import start_thread
 
-from .demands import AsyncCaller, Event
+from .demands import AsyncCaller, SessionEvent
 from .ledger import Ledger
 
 MAX_USES = 1024  # most uses that are noted in one transition: one message of another process may have a million
@@ -30,7 +30,7 @@ class Session(AsyncCaller):
     """
 
     def __init__(
-        self, deliver: Callable[[Event], None], monitor: Monitor, ledger: Ledger, *, leases: int, timeout: float
+        self, deliver: Callable[[SessionEvent], None], monitor: Monitor, ledger: Ledger, *, leases: int, timeout: float
     ) -> None:
         super().__init__(deliver, leases)
         self._monitor = monitor

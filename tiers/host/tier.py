@@ -24,11 +24,11 @@ from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Pause, Store
 
-from .demands import Demand, Event, Load, ThreadCaller
+from .demands import Demand, Load, SessionEvent, ThreadCaller
 from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
-from .page_turns import PageTurns
+from .page_order import PageOrder
 from .prefetch import Uses
 from .session import Session, Timekeeper
 from .waiting import Notifier
@@ -112,7 +112,7 @@ class HostTier(Closeable):
                 loads_rest=loads_rest,
             )
             self.uses = HostUses(self._monitor, self._ledger.uses)
-            self.page_turns = PageTurns(self._monitor, self._ledger.loads)
+            self.page_order = PageOrder(self._monitor, self._ledger.loads)
             self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
             self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
             undo.callback(self.close)
@@ -264,7 +264,7 @@ class HostTier(Closeable):
     # -- other processes, statistics, the end --------------------------------------------------------------------------
 
     def session(
-        self, deliver: Callable[[Event], None], *, leases: int = LEASES, timeout: float = SLOT_TIMEOUT
+        self, deliver: Callable[[SessionEvent], None], *, leases: int = LEASES, timeout: float = SLOT_TIMEOUT
     ) -> Session:
         """Open a session for another process. The caller has to close the session.
 
@@ -288,9 +288,9 @@ class HostTier(Closeable):
         self._check_open()
         return self._arena.export()
 
-    def whole(self, slot: TierSlot) -> memoryview:
+    def record_and_checksum(self, slot: TierSlot) -> memoryview:
         """Return a read-only view of the record in a leased slot and its checksum, to send to another host."""
-        return self._arena.whole(slot)
+        return self._arena.record_and_checksum(slot)
 
     @transition
     def stats(self) -> TierStats:

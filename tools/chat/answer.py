@@ -51,7 +51,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ChatReply:
     """One answer: its text, the reason why it ended, and its counts and times."""
 
     text: str
@@ -113,7 +113,7 @@ class Answering:
         self._options = options
         self._stop = PLAIN_STOP if is_plain else ""
 
-    def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Reply:
+    def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> ChatReply:
         """Return an answer of at most ``most`` tokens to the prompt ``ids``, a list of token ids.
 
         If ``echo``, print the text while it is generated. The answer ends when ``is_interrupted`` returns True, at the
@@ -137,7 +137,7 @@ class Answering:
         after = self._model.tiers.stats()[-1]
         assert sequence.finish is not None
         computed = min(sequence.computed, len(ids)) - sequence.cached
-        return Reply(
+        return ChatReply(
             streamer.text.strip() if self._stop else streamer.text,
             END if streamer.stopped else REASONS[sequence.finish],
             len(ids),

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moetier.runtime.engine.sequence import Sequence
+from moetier.runtime.engine.sequence import TokenSequence
 from moetier.tiers.text import format_bytes
 
 from .failure import plain
@@ -89,7 +89,7 @@ def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Calla
 
 
 @contextlib.contextmanager
-def prompt_bar(model: Any, sequence: Sequence) -> Iterator[None]:
+def prompt_bar(model: Any, sequence: TokenSequence) -> Iterator[None]:
     """Show a bar while the prompt of ``sequence`` is computed in the ``with`` block, if standard error is a terminal.
 
     The bar advances with each block of experts. It disappears before the first text is printed.

@@ -14,7 +14,7 @@ from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.parser import directory
-from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, Client, Launch, Target
+from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, ClientProgram, Launch, ServerModel
 from moetier.tools.launch.first_prompt import estimated
 from moetier.tools.launch.server import chosen, models_of
 from moetier.tools.serve.keys import keys_of
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     url = arguments.url.rstrip("/").removesuffix("/v1")
     key = key_of(arguments.api_key_file)
     model = chosen(models_of(url, key), arguments.model, url)
-    target = Target(url, model["id"], model.get("max_model_len") or CONTEXT, key)
+    target = ServerModel(url, model["id"], model.get("max_model_len") or CONTEXT, key)
     out = sys.stderr if arguments.starts else sys.stdout
     if not arguments.starts:
         print(f"# {client.place}\n{client.configuration(target)}", flush=True)
@@ -88,7 +88,7 @@ def key_of(file: Path | None) -> str | None:
     return os.environ.get(KEY) or None
 
 
-def first_prompt(client: Client, target: Target, given: Path | None) -> str:
+def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None) -> str:
     """Return a line that says how long a first prompt takes; "" if the model's directory is not known."""
     from moetier.runtime.model.names import model_directory
 
@@ -106,7 +106,7 @@ def first_prompt(client: Client, target: Target, given: Path | None) -> str:
     return text + (" A shorter way: pi." if seconds > LONG_SECONDS and client.command != "pi" else "")
 
 
-def start(client: Client, launch: Launch, words: Sequence[str]) -> int:
+def start(client: ClientProgram, launch: Launch, words: Sequence[str]) -> int:
     """Run a program until it ends, and return its status. Raises ConfigError if it is not installed."""
     if (program := shutil.which(client.command)) is None:
         raise ConfigError(f"{client.command} is not on the PATH.", f"Install it: npm install -g {client.package}")

@@ -20,7 +20,7 @@ FILE = "{file}"  # stands for the path of a temporary file among arguments
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ServerModel:
     """The server and the model that a client uses.
 
     Attributes:
@@ -57,7 +57,7 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class ClientProgram:
     """A program.
 
     Attributes:
@@ -73,11 +73,11 @@ class Client:
     package: str
     place: str
     prompt_tokens: int
-    configuration: Callable[[Target], str]
-    launch: Callable[[Target], Launch]
+    configuration: Callable[[ServerModel], str]
+    launch: Callable[[ServerModel], Launch]
 
 
-def opencode(target: Target) -> dict[str, Any]:
+def opencode(target: ServerModel) -> dict[str, Any]:
     """Return opencode's configuration as JSON."""
     limit = {"context": target.context, "output": target.answer}
     options = {"baseURL": f"{target.url}/v1"} | ({} if target.key is None else {"apiKey": f"{{env:{KEY}}}"})
@@ -90,11 +90,11 @@ def opencode(target: Target) -> dict[str, Any]:
     return {"provider": {PROVIDER: provider}, "model": f"{PROVIDER}/{target.model}"}
 
 
-def _launch_opencode(target: Target) -> Launch:
+def _launch_opencode(target: ServerModel) -> Launch:
     return Launch(environment=_key(target) | {"OPENCODE_CONFIG_CONTENT": json.dumps(opencode(target))})
 
 
-def pi(target: Target) -> dict[str, Any]:
+def pi(target: ServerModel) -> dict[str, Any]:
     """Return pi's list of models as JSON. Its ``apiKey`` may be the name of a variable."""
     model = {"id": target.model, "contextWindow": target.context, "maxTokens": target.answer}
     provider = {
@@ -106,7 +106,7 @@ def pi(target: Target) -> dict[str, Any]:
     return {"providers": {PROVIDER: provider}}
 
 
-def _launch_pi(target: Target) -> Launch:
+def _launch_pi(target: ServerModel) -> Launch:
     """Return a start with an extension that adds the provider, as pi takes models from the user's file only."""
     provider: Any = pi(target)["providers"][PROVIDER]
     free = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
@@ -120,7 +120,7 @@ def _launch_pi(target: Target) -> Launch:
     return Launch(words, _key(target), ("moetier.js", extension))
 
 
-def codex(target: Target) -> dict[str, Any]:
+def codex(target: ServerModel) -> dict[str, Any]:
     """Return Codex's configuration, whose values are texts, and a table of texts."""
     provider = {"name": PROVIDER, "base_url": f"{target.url}/v1", "wire_api": "responses"}
     if target.key is not None:
@@ -133,14 +133,14 @@ def codex(target: Target) -> dict[str, Any]:
     }
 
 
-def _codex_file(target: Target) -> str:
+def _codex_file(target: ServerModel) -> str:
     values = codex(target)
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, dict)]
     table = values["model_providers"][PROVIDER]
     return "\n".join([*lines, "", f"[model_providers.{PROVIDER}]", *(f"{n} = {_toml(v)}" for n, v in table.items())])
 
 
-def _launch_codex(target: Target) -> Launch:
+def _launch_codex(target: ServerModel) -> Launch:
     values = codex(target)
     table = ", ".join(f"{name} = {_toml(value)}" for name, value in values["model_providers"][PROVIDER].items())
     pairs = [f"{name}={_toml(value)}" for name, value in values.items() if not isinstance(value, dict)]
@@ -148,7 +148,7 @@ def _launch_codex(target: Target) -> Launch:
     return Launch([word for pair in pairs for word in ("--config", pair)], _key(target))
 
 
-def claude(target: Target) -> dict[str, str]:
+def claude(target: ServerModel) -> dict[str, str]:
     """Return the variables that Claude Code reads. All its sizes of models are the one of the server."""
     names = ("MODEL", "DEFAULT_OPUS_MODEL", "DEFAULT_SONNET_MODEL", "DEFAULT_HAIKU_MODEL")
     return {
@@ -161,18 +161,18 @@ def claude(target: Target) -> dict[str, str]:
     }
 
 
-def _claude_lines(target: Target) -> str:
+def _claude_lines(target: ServerModel) -> str:
     lines = {name: shlex.quote(value) for name, value in claude(target).items()}
     if target.key is not None:
         lines["ANTHROPIC_AUTH_TOKEN"] = f'"${KEY}"'  # for the shell to replace
     return "\n".join(f"export {name}={value}" for name, value in lines.items())
 
 
-def _launch_claude(target: Target) -> Launch:
+def _launch_claude(target: ServerModel) -> Launch:
     return Launch(environment=claude(target) | {"ANTHROPIC_AUTH_TOKEN": target.key or NO_KEY})
 
 
-def _key(target: Target) -> dict[str, str]:
+def _key(target: ServerModel) -> dict[str, str]:
     return {} if target.key is None else {KEY: target.key}
 
 
@@ -185,10 +185,10 @@ def _json(values: Any) -> str:
 
 
 CLIENTS = {
-    "opencode": Client(
+    "opencode": ClientProgram(
         "opencode", "opencode-ai", "opencode.json", 10_104, lambda target: _json(opencode(target)), _launch_opencode
     ),
-    "pi": Client(
+    "pi": ClientProgram(
         "pi",
         "@mariozechner/pi-coding-agent",
         "~/.pi/agent/models.json",
@@ -196,6 +196,8 @@ CLIENTS = {
         lambda target: _json(pi(target)),
         _launch_pi,
     ),
-    "codex": Client("codex", "@openai/codex", "~/.codex/config.toml", 13_400, _codex_file, _launch_codex),
-    "claude": Client("claude", "@anthropic-ai/claude-code", "the environment", 16_400, _claude_lines, _launch_claude),
+    "codex": ClientProgram("codex", "@openai/codex", "~/.codex/config.toml", 13_400, _codex_file, _launch_codex),
+    "claude": ClientProgram(
+        "claude", "@anthropic-ai/claude-code", "the environment", 16_400, _claude_lines, _launch_claude
+    ),
 }

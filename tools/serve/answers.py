@@ -16,8 +16,7 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine, EngineError
 from moetier.runtime.engine.saved_pages import SavedPages
-from moetier.runtime.engine.sequence import Finish, Request, Sampled
-from moetier.runtime.engine.sequence import Sequence as TokenSequence
+from moetier.runtime.engine.sequence import Finish, Request, Sampled, TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
 from .metrics import Tally

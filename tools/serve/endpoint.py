@@ -30,7 +30,7 @@ from .waiting import ended, kept_alive, on_thread, read_ahead
 ALIVE_SECONDS = 10.0  # longest silence of a stream
 # log probabilities of an answer in one piece: more would take 100 MB, and stop other threads for a fifth of a second
 MOST_SCORES = 1 << 17
-Beginning = asyncio.Future[tuple[Reply, Choices]]  # done once all answers of a request are submitted, or it is refused
+Submission = asyncio.Future[tuple[Reply, Choices]]  # done once all answers of a request are submitted, or it is refused
 
 
 class Endpoint:
@@ -56,13 +56,13 @@ class Endpoint:
         # on a thread, because a long body takes time
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
         name, body, query = await on_thread(partial(self._checked, content, content_type))
-        begun = self._begun(name, body, query, scope.get(USER, ""))
+        submitted = self._submitted(name, body, query, scope.get(USER, ""))
         # a client may read slowly: what is left to be sent refers to no model
         if not body.stream:
-            response = await self._whole(begun)
+            response = await self._whole(submitted)
             await response(scope, receive, send)
             return
-        async with aclosing(read_ahead(self._stream(begun))) as events:
+        async with aclosing(read_ahead(self._stream(submitted))) as events:
             headers = _id_headers(await anext(events))
             response = StreamingResponse(events, headers=headers, media_type="text/event-stream")
             # RequestLimits cancels this task when the client disconnects. A call of the response would watch for that
@@ -70,21 +70,23 @@ class Endpoint:
             await response.stream_response(send)
 
     @contextlib.asynccontextmanager
-    async def _begun(self, name: str, body: QueryBody, query: Query, user: str) -> AsyncIterator[tuple[Pin, Beginning]]:
+    async def _submitted(
+        self, name: str, body: QueryBody, query: Query, user: str
+    ) -> AsyncIterator[tuple[Pin, Submission]]:
         """Begin the answers of a request, and end them, and the request's hold on the model, after the block."""
         with self._models.pin(name) as pin:
-            beginning = asyncio.ensure_future(self._begin(pin, body, query, user))
+            submission = asyncio.ensure_future(self._submit(pin, body, query, user))
             try:
-                yield pin, beginning
+                yield pin, submission
             finally:
-                await _end(beginning)
+                await _end(submission)
 
     def _checked(self, content: bytes, content_type: str) -> tuple[str, QueryBody, Query]:
         """Return the model, the valid body of a request, and what it asks for. Raises Refusal if that is invalid."""
         body = self._unknown.checked(content, content_type, self._protocol.body)
         return self._models.find(body.model), body, body.query()
 
-    async def _begin(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, Choices]:
+    async def _submit(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, Choices]:
         """Submit the answers that a request asks for, once its model is loaded. ``user`` is the name of its API key.
 
         Raises Refusal if the model can't be loaded, a prompt is empty or exceeds the context, or there could be too
@@ -97,36 +99,36 @@ class Endpoint:
         choices = Choices(served.service, served.prompts, jobs)
         return Reply(choices.id, pin.name, int(time.time()), body, choices.prompt_tokens, choices.count), choices
 
-    async def _stream(self, begun: AbstractAsyncContextManager[tuple[Pin, Beginning]]) -> AsyncGenerator[str]:
+    async def _stream(self, submitted: AbstractAsyncContextManager[tuple[Pin, Submission]]) -> AsyncGenerator[str]:
         """Yield the id of a stream, "" if there is none yet, and its server-sent events.
 
         If an answer fails, its error comes last. Raises Refusal if the request is refused before there is an id.
         """
-        async with begun as (pin, beginning):
-            await asyncio.wait({beginning}, timeout=self._alive_seconds)
-            yield (await beginning)[1].id if beginning.done() else ""
+        async with submitted as (pin, submission):
+            await asyncio.wait({submission}, timeout=self._alive_seconds)
+            yield (await submission)[1].id if submission.done() else ""
 
             def say() -> str:
-                return beginning.result()[1].say() if beginning.done() else pin.say()
+                return submission.result()[1].say() if submission.done() else pin.say()
 
-            events = kept_alive(self._sent(beginning), self._alive_seconds, lambda: self._protocol.alive(say()))
+            events = kept_alive(self._sent(submission), self._alive_seconds, lambda: self._protocol.alive(say()))
             async with aclosing(events):
                 async for event in events:
                     yield event
 
-    async def _sent(self, beginning: Beginning) -> AsyncIterator[str]:
+    async def _sent(self, submission: Submission) -> AsyncIterator[str]:
         """Yield the answers as server-sent events. If an answer fails, its error comes last."""
         try:
-            reply, choices = await beginning
+            reply, choices = await submission
             async for event in self._protocol.stream(reply, choices.events()):
                 yield event
         except Refusal as refusal:
             yield self._protocol.error(refusal)
 
-    async def _whole(self, begun: AbstractAsyncContextManager[tuple[Pin, Beginning]]) -> Response:
+    async def _whole(self, submitted: AbstractAsyncContextManager[tuple[Pin, Submission]]) -> Response:
         """Return the complete answers. Raises Refusal if they can't be computed."""
-        async with begun as (_, beginning):
-            reply, choices = await beginning
+        async with submitted as (_, submission):
+            reply, choices = await submission
             answers = defaultdict[int, Answered](Answered)
             async for number, event in choices.events():
                 answers[number].add(event)
@@ -137,7 +139,7 @@ class Endpoint:
             return response
 
     def _written(self, reply: Reply, answers: list[Answered]) -> JSONResponse:
-        return JSONResponse(self._protocol.whole(reply, answers))
+        return JSONResponse(self._protocol.response(reply, answers))
 
 
 def _id_headers(answer: str) -> dict[str, str]:
@@ -165,12 +167,12 @@ def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
         raise Refusal(400, message, param="logprobs")
 
 
-async def _end(beginning: Beginning) -> None:
+async def _end(submission: Submission) -> None:
     """End the answers of a request, once no thread works for it any longer."""
-    beginning.cancel()
-    await ended(beginning)
-    if not beginning.cancelled() and beginning.exception() is None:
-        beginning.result()[1].cancel()
+    submission.cancel()
+    await ended(submission)
+    if not submission.cancelled() and submission.exception() is None:
+        submission.result()[1].cancel()
 
 
 class BodyEndpoint(Generic[AnyBody]):

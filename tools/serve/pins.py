@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # transformers is imported when a model is loaded
 
 
 @dataclass(eq=False)
-class Entry:
+class PinnedModel:
     """State of a model."""
 
     name: str
@@ -39,7 +39,7 @@ class Entry:
 class Pin:
     """A request's hold on a model, from its arrival to its end. A context manager."""
 
-    def __init__(self, entry: Entry, release: Callable[[Pin], None]) -> None:
+    def __init__(self, entry: PinnedModel, release: Callable[[Pin], None]) -> None:
         self.entry = entry
         self.future: Future[Served] = Future()
         self._release = release

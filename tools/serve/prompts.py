@@ -22,7 +22,7 @@ from .parsing import AnswerParser, form_of
 from .protocols.events import Answered
 from .protocols.query import ChatPrompt, Prompt, Query
 from .protocols.refusal import TOO_LONG, Refusal
-from .replay import Turns
+from .sampled_tokens import SampledTokens
 
 MOST_ANSWERS = 1024  # maximum number of answers that one request may ask for
 NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
@@ -51,7 +51,7 @@ class Prompts:
         self._is_plain = not tokenizer.chat_template
         self._switches = [name for name in SWITCHES if has_variable(tokenizer.chat_template, name)]
         self._has_developer = "developer" in str(tokenizer.chat_template)
-        self._turns = Turns()
+        self._sampled = SampledTokens()
         self._left_out = None if leave_out is None else re.compile(leave_out)
         self._differences = EarlyDifference()
 
@@ -88,7 +88,7 @@ class Prompts:
             return  # the client has not got all that was sampled
         ids = sequence.ids[len(job.request.ids) :]
         mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
-        self._turns.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.request.user)
+        self._sampled.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.request.user)
 
     def _jobs_of(
         self, query: Query, prompt: Prompt, field: str, user: str, of_text: CompiledGrammar | None
@@ -191,7 +191,7 @@ class Prompts:
     def _continued(self, chat: ChatPrompt, user: str) -> list[int]:
         """Return the tokens of a prompt in which answers are replayed; none if none of them is kept."""
         try:
-            return self._turns.continued(
+            return self._sampled.continued(
                 self._plain(chat),
                 partial(self._render, chat, chat.tools),
                 self._tokenizer,

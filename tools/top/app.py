@@ -24,7 +24,7 @@ from moetier.tools.cli.report import format_seconds
 from . import widgets
 from .heat import heatmap
 from .history import History, ModelHistory
-from .watch import Look, Watch
+from .watch import DaemonReading, Watch
 from .widgets import DaemonPicker, Help, Panel
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
@@ -32,10 +32,10 @@ TERMINATED = 128 + signal.SIGTERM
 NARROW_HEAT = 20  # lines of the map of experts on a narrow screen, on which the parts are below each other
 
 
-class Told(Message):
+class DaemonUpdate(Message):
     """Message with a daemon's new state, or with the error of a query."""
 
-    def __init__(self, seen: Look | MoetierError) -> None:
+    def __init__(self, seen: DaemonReading | MoetierError) -> None:
         super().__init__()
         self.seen = seen
 
@@ -84,7 +84,7 @@ class Top(App[None]):
         self._daemons = daemons
         self._address = address
         self._watch = watch
-        self._seen: Look | None = None
+        self._seen: DaemonReading | None = None
         self._error: MoetierError | None = None
         self.history = History()
         self._model = 0
@@ -121,7 +121,7 @@ class Top(App[None]):
         self.pop_screen()
         self._begin(made.address)
 
-    def on_told(self, told: Told) -> None:
+    def on_daemon_update(self, told: DaemonUpdate) -> None:
         """Show the daemon's new state, or the error of the query."""
         if isinstance(told.seen, MoetierError):
             self._error = told.seen
@@ -168,7 +168,7 @@ class Top(App[None]):
     def _begin(self, address: Address) -> None:
         self._address = address
         self._parts["tiers"].focus()
-        self._watch.begin(address, lambda seen: self.post_message(Told(seen)))
+        self._watch.begin(address, lambda seen: self.post_message(DaemonUpdate(seen)))
         self._show()
 
     def _terminate(self) -> None:

@@ -17,25 +17,25 @@ RETRY = 1.0  # longest time, in seconds, until a daemon that can't be reached is
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class DaemonReading:
     """Description and counters of a daemon, from one query."""
 
     described: DescribeReply
     stats: StatsReply
 
 
-def look(address: Address, credentials: Credentials) -> Look:
+def look(address: Address, credentials: Credentials) -> DaemonReading:
     """Query a daemon once. Raises DaemonError if it does not answer, ConfigError if the credentials can't be used."""
     with probe(address, credentials, timeout=REPLY_SECONDS) as daemon:
         return _look(daemon)
 
 
-def _look(daemon: DaemonProbe) -> Look:
+def _look(daemon: DaemonProbe) -> DaemonReading:
     """Query description and counters one right after the other.
 
     gRPC reconnects by itself, so a new daemon may answer; the description shows whether it is the same one.
     """
-    return Look(daemon.describe(), daemon.stats(details=True))
+    return DaemonReading(daemon.describe(), daemon.stats(details=True))
 
 
 class Watch:
@@ -49,7 +49,7 @@ class Watch:
         self._ending = False
         self._thread: threading.Thread | None = None
 
-    def begin(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
+    def begin(self, address: Address, tell: Callable[[DaemonReading | MoetierError], object]) -> None:
         """Start the thread. It calls ``tell`` with the result or the error of each query. Must be called only once."""
         assert self._thread is None
         self._thread = start_thread("moetier-watch", self._run, address, tell)
@@ -69,7 +69,7 @@ class Watch:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
+    def _run(self, address: Address, tell: Callable[[DaemonReading | MoetierError], object]) -> None:
         while True:
             try:
                 with probe(address, self._credentials, timeout=REPLY_SECONDS) as daemon:

@@ -22,7 +22,7 @@ from moetier.runtime.engine.engine import SCORED, Engine, EngineError
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -318,7 +318,7 @@ class Endless(ToyRunner):
         super().__init__(prefill_block=8)
         self.events = list[str]()
 
-    def sampler(self, sequence: Sequence) -> Sampler:
+    def sampler(self, sequence: TokenSequence) -> Sampler:
         return Sampler(sequence.ids, lambda _, scores: scores)
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from toy_runner import WrittenPages, WrittenStates
 
 from moetier.runtime.engine.kv_cache import LAST_TOKENS, LEAST_TOKENS, KVCache
-from moetier.runtime.engine.sequence import Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
@@ -37,12 +37,12 @@ class Cache(RuleBasedStateMachine):
         super().__init__()
         self.memory = memory or WrittenPages()
         self.cache = KVCache(PAGES, self.memory)
-        self.running: list[tuple[Sequence, str]] = []
+        self.running: list[tuple[TokenSequence, str]] = []
         self.computed: dict[str, set[tuple[int, ...]]] = {"": set(), "other": set()}
 
     @rule(text=st.sampled_from(TEXTS), user=st.sampled_from(["", "other"]))
     def begin(self, text: list[int], user: str) -> None:
-        sequence = Sequence(Request(tuple(text), 100, user=user))
+        sequence = TokenSequence(Request(tuple(text), 100, user=user))
         if not self.cache.has_pages_for(sequence):
             return
         self.cache.begin(sequence)
@@ -67,7 +67,7 @@ class Cache(RuleBasedStateMachine):
         if not sequence.remaining:
             sequence.append(Sampled(new))
 
-    def write(self, sequence: Sequence, end: int) -> None:
+    def write(self, sequence: TokenSequence, end: int) -> None:
         self.memory.write(self.cache.pages_of(sequence), sequence.ids, sequence.computed, end)
 
     @precondition(lambda self: self.running)
@@ -104,7 +104,7 @@ class Cache(RuleBasedStateMachine):
         for sequence, _ in self.running:
             self.cache.end(sequence)
         # with nothing pinned, one sequence can have all pages
-        sequence = Sequence(Request(tuple(range(1000, 1000 + PAGE_TOKENS * PAGES)), 1))
+        sequence = TokenSequence(Request(tuple(range(1000, 1000 + PAGE_TOKENS * PAGES)), 1))
         self.cache.begin(sequence)
         assert self.cache.reserve(sequence, PAGE_TOKENS * PAGES)
         self.cache.end(sequence)
@@ -118,7 +118,7 @@ class CacheOfStates(Cache):
         self.memory: WrittenStates
         super().__init__(WrittenStates())
 
-    def write(self, sequence: Sequence, end: int) -> None:
+    def write(self, sequence: TokenSequence, end: int) -> None:
         self.memory.compute(self.cache.pages_of(sequence), sequence, end)
 
 
@@ -126,8 +126,8 @@ TestCache, TestCacheOfStates = Cache.TestCase, CacheOfStates.TestCase
 TestCache.settings = TestCacheOfStates.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def begun(cache: KVCache, memory: WrittenPages, ids: Ids[int], user: str = "") -> Sequence:
-    sequence = Sequence(Request(tuple(ids), 100, user=user))
+def begun(cache: KVCache, memory: WrittenPages, ids: Ids[int], user: str = "") -> TokenSequence:
+    sequence = TokenSequence(Request(tuple(ids), 100, user=user))
     cache.begin(sequence)
     sequence.cached = sequence.computed  # type: ignore[attr-defined]
     assert cache.reserve(sequence, sequence.remaining)
@@ -188,7 +188,7 @@ def test_a_longer_page_replaces_the_one_that_it_continues() -> None:
 def test_pages_hold_little_more_than_tokens_need() -> None:
     """Running sequences and those that have ended take a page more each at most. Shared pages count once."""
     random_, memory, size = random.Random(0), WrittenPages(), 400
-    cache, tokens, running = KVCache(size, memory), dict[tuple[int, ...], int](), list[Sequence]()
+    cache, tokens, running = KVCache(size, memory), dict[tuple[int, ...], int](), list[TokenSequence]()
     text = [random_.randrange(50) for _ in range(1000)]
 
     def check() -> None:
@@ -210,10 +210,10 @@ def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
     memory = WrittenPages()
     cache = KVCache(3, memory)
     first = begun(cache, memory, [*range(2 * PAGE_TOKENS)])
-    assert not cache.has_pages_for(Sequence(Request((9,) * PAGE_TOKENS, 1)))
-    assert cache.has_pages_for(Sequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
+    assert not cache.has_pages_for(TokenSequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_pages_for(TokenSequence(Request((*range(2 * PAGE_TOKENS), 9), 1))), "it shares two pages"
     cache.end(first)
-    assert cache.has_pages_for(Sequence(Request((9,) * PAGE_TOKENS, 1)))
+    assert cache.has_pages_for(TokenSequence(Request((9,) * PAGE_TOKENS, 1)))
 
 
 def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
@@ -221,7 +221,7 @@ def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
     memory = WrittenPages()
     cache = KVCache(4, memory)
     cache.end(begun(cache, memory, [*range(100)]))
-    free, again = cache.free_pages(), Sequence(Request((*range(90), 7), 1))
+    free, again = cache.free_pages(), TokenSequence(Request((*range(90), 7), 1))
     with pytest.MonkeyPatch.context() as broken:
 
         def fail(*_: int) -> None:
@@ -239,7 +239,7 @@ def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
 # -- states besides keys and values ------------------------------------------------------------------------------------
 
 
-def compute(cache: KVCache, memory: WrittenStates, sequence: Sequence) -> list[int]:
+def compute(cache: KVCache, memory: WrittenStates, sequence: TokenSequence) -> list[int]:
     """Compute all tokens of a sequence that has begun. Returns where parts begin, and the end."""
     places = [sequence.computed]
     while sequence.remaining:
@@ -252,9 +252,9 @@ def compute(cache: KVCache, memory: WrittenStates, sequence: Sequence) -> list[i
     return places
 
 
-def computed_in_parts(cache: KVCache, memory: WrittenStates, ids: Ids[int]) -> tuple[Sequence, list[int]]:
+def computed_in_parts(cache: KVCache, memory: WrittenStates, ids: Ids[int]) -> tuple[TokenSequence, list[int]]:
     """Begin a sequence, and compute its tokens. Returns it, and what ``compute`` returns."""
-    sequence = Sequence(Request(tuple(ids), 100))
+    sequence = TokenSequence(Request(tuple(ids), 100))
     cache.begin(sequence)
     return sequence, compute(cache, memory, sequence)
 
@@ -384,7 +384,7 @@ def test_a_state_that_can_not_be_read_leaves_nothing_behind() -> None:
     memory = WrittenStates()
     cache = KVCache(8, memory)
     cache.end(computed_in_parts(cache, memory, [*range(100)])[0])
-    free, again = cache.free_pages(), Sequence(Request((*range(100), 7), 1))
+    free, again = cache.free_pages(), TokenSequence(Request((*range(100), 7), 1))
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(memory, "load_state", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

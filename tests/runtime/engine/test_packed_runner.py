@@ -22,7 +22,7 @@ from moetier.runtime.engine.faster_way import FasterWay
 from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.runtime.engine.packed_runner import PackedRunner, can_pack, check_bits
 from moetier.runtime.engine.runner import Task
-from moetier.runtime.engine.sequence import Finish, Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import Finish, Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.model.prefill_memory import BLOCK
 from moetier.runtime.moe.layers import OneTokenLayer
@@ -45,7 +45,7 @@ class Recorded(PackedRunner):
 
     def __init__(self, model: Any, block: int) -> None:
         super().__init__(model, PAGES, chunk=1000, packs=True, prefill_block=block)
-        self.logits: dict[Sequence, list[Tensor]] = {}
+        self.logits: dict[TokenSequence, list[Tensor]] = {}
 
     def run(self, tasks: Any, *more: Any) -> list[Tensor | None]:  # type: ignore[override]
         found = super().run(tasks, *more)
@@ -143,7 +143,7 @@ def test_a_model_that_uses_the_inputs_of_layers_to_their_end_is_packed_but_not_i
     assert can_pack(qwen3, near=0.01, in_blocks=True)
 
 
-def note(end: threading.Event, _: Sequence) -> None:
+def note(end: threading.Event, _: TokenSequence) -> None:
     end.set()
 
 
@@ -231,7 +231,7 @@ def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatc
 def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: Any) -> None:
     """They are computed in chunks, and one that is cancelled stops no other."""
     runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, prefill_block=20), list[float]()
-    long, other = (Sequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))
+    long, other = (TokenSequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))
     tasks = [Task(long, 0, 55, [*range(1)]), Task(other, 0, 55, [1])]
 
     def between(share: float) -> None:

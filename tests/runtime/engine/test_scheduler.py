@@ -9,7 +9,7 @@ from toy_runner import WrittenPages
 
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.scheduler import Scheduler, StepLimits
-from moetier.runtime.engine.sequence import PATIENCE, Request, Sampled, Sequence
+from moetier.runtime.engine.sequence import PATIENCE, Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 
@@ -27,15 +27,15 @@ def scheduler_of(
     return Scheduler(KVCache(pages, WrittenPages()), limits)
 
 
-def added(scheduler: Scheduler, tokens: int, deadline: float | None = None) -> Sequence:
+def added(scheduler: Scheduler, tokens: int, deadline: float | None = None) -> TokenSequence:
     """Let a sequence wait whose tokens are those of no other."""
     first = 1000 * (len(scheduler.waiting) + len(scheduler.running) + 1)
-    sequence = Sequence(Request(tuple(range(first, first + tokens)), 1000, deadline=deadline))
+    sequence = TokenSequence(Request(tuple(range(first, first + tokens)), 1000, deadline=deadline))
     scheduler.add(sequence)
     return sequence
 
 
-def step(scheduler: Scheduler, *, samples: bool = True) -> tuple[dict[Sequence, int], list[Sequence]]:
+def step(scheduler: Scheduler, *, samples: bool = True) -> tuple[dict[TokenSequence, int], list[TokenSequence]]:
     """Compute the tasks of a step; return how many tokens of each sequence were computed, and which wait again."""
     scheduler.begin_next()
     tasks, stopped = scheduler.schedule()
@@ -141,7 +141,7 @@ def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPat
     scheduler = scheduler_of(8)
     first = added(scheduler, 3)
 
-    def fail(sequence: Sequence) -> None:
+    def fail(sequence: TokenSequence) -> None:
         raise OSError("no memory")
 
     with monkeypatch.context() as broken:

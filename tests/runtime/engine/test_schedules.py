@@ -26,7 +26,7 @@ import moetier
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
-from moetier.runtime.engine.sequence import Finish, Request, Sequence
+from moetier.runtime.engine.sequence import Finish, Request, TokenSequence
 
 MODELS = [(kind, trunk_bits) for kind in ("qwen3_moe", "mixtral", "gpt_oss") for trunk_bits in (4, 16)]
 QUICK, SCHEDULES = 1, 34  # of each model
@@ -61,7 +61,7 @@ class Arrival:
     after: int
     cancelled_after: int | None
     recorder: Recorder = field(default_factory=Recorder)
-    sequence: Sequence | None = None
+    sequence: TokenSequence | None = None
 
     def request(self, recorder: Recorder) -> Request:
         """Return the request, whose log probabilities ``recorder`` notes."""
@@ -184,7 +184,7 @@ def run(engine: Engine, arrivals: list[Arrival]) -> None:
             if arrival.sequence is not None and arrival.cancelled_after == sampled:
                 arrival.sequence.cancel()
 
-    def on_end(_: Sequence) -> None:
+    def on_end(_: TokenSequence) -> None:
         nonlocal ended
         ended += 1
         if waiting and ended == len(arrivals) - len(waiting):

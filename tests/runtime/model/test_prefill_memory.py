@@ -49,7 +49,7 @@ import torch
 import moetier
 from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.engine.runner import Task
-from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.engine.sequence import Request, TokenSequence
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model import budgets
@@ -73,7 +73,7 @@ with model.tiers, torch.inference_mode():
     if in_blocks:  # ``chunk`` tokens are the whole prompt
         runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), chunk=chunk, packs=True)
         pages = [*range(-(-tokens // PAGE_TOKENS))]
-        runner.run([Task(Sequence(Request((*ids[0].tolist(),), 1)), 0, tokens, pages)], lambda: False)
+        runner.run([Task(TokenSequence(Request((*ids[0].tolist(),), 1)), 0, tokens, pages)], lambda: False)
     cache = None
     for part in () if in_blocks else ids.split(chunk, 1):
         cache = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1).past_key_values

@@ -32,7 +32,7 @@ from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear
 from moetier.runtime.moe.slots import slot_kernels_of
 from moetier.tiers.cache.budget import slots_for
-from moetier.tiers.device.stream import Device
+from moetier.tiers.device.stream import StreamDevice
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.host.tier import HostTier
@@ -72,7 +72,7 @@ def test_blocks_are_computed_on_the_device(where: torch.device, model_type: str,
     for kernels in ways:
         results = []
         for slots in (18, 48):
-            device: Device = CudaDevice(where) if where.type == "cuda" else prompt_device(slots)
+            device: StreamDevice = CudaDevice(where) if where.type == "cuda" else prompt_device(slots)
             with HostTier(RamReader(plan, stored), slots={"records": slots}) as host:
                 tier = DeviceTier(host, plan, slots={"records": slots}, device=device, arrange=kernels.arrange)
                 twin.tiered = TieredBlock(5, layout, tier, kernels, where)

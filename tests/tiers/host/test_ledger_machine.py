@@ -14,7 +14,17 @@ from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool, Purpose, ThreadCaller
+from moetier.tiers.host.demands import (
+    AsyncCaller,
+    Demand,
+    Failed,
+    Granted,
+    Load,
+    Pool,
+    Purpose,
+    SessionEvent,
+    ThreadCaller,
+)
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
 from moetier.tiers.host.session import Session
@@ -46,7 +56,7 @@ class Client:
         self.failed: list[Failed] = []
         self.last = 0
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: SessionEvent) -> None:
         assert event.request in self.wanted, "of a request that is over"
         if isinstance(event, Granted):
             self.wanted[event.request].remove(event.key)  # each key once

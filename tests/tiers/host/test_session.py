@@ -17,7 +17,7 @@ from threads import Task, run_all, wait_until
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, ExhaustedError, MissingExpertError, ProtocolError, StoreReadError
-from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.host.demands import Failed, Granted, SessionEvent
 from moetier.tiers.host.session import Session
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -36,10 +36,10 @@ class Client:
         descriptor = tier.export()
         self.arena = Arena.map(descriptor, tier.layout)  # as another process does
         os.close(descriptor)
-        self.events: SimpleQueue[Event] = SimpleQueue()
+        self.events: SimpleQueue[SessionEvent] = SimpleQueue()
         self.session = tier.session(self.events.put, leases=leases, timeout=timeout)
 
-    def event(self) -> Event:
+    def event(self) -> SessionEvent:
         return self.events.get(timeout=PATIENCE)
 
     def granted(self, request: int) -> Granted:

@@ -27,7 +27,7 @@ from two_layouts import two_layouts
 from moetier.testing import in_fork
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreError, StoreReadError
-from moetier.tiers.host.demands import Event, Failed
+from moetier.tiers.host.demands import Failed, SessionEvent
 from moetier.tiers.host.loads import Loads
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.waiting import WaitingDemands
@@ -256,7 +256,7 @@ def test_a_failed_read_keeps_no_hold_on_the_memory() -> None:
 
 
 def test_a_loader_that_fails_ends_the_wait_of_all_callers(gate: GatedReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = SimpleQueue[Event]()
+    events = SimpleQueue[SessionEvent]()
     with HostTier(gate, slots={"records": 12}) as tier:
         session = tier.session(events.put)
         session.acquire(1, keys(1, 0))
@@ -279,7 +279,7 @@ def test_a_timekeeper_that_fails_ends_the_wait_of_all_callers(
 ) -> None:
     with HostTier(gate, slots=SMALLEST) as tier:
         monkeypatch.setattr(WaitingDemands, "expire", fails)
-        events = SimpleQueue[Event]()
+        events = SimpleQueue[SessionEvent]()
         tier.session(events.put).acquire(1, keys(0, 0, 1))
         tier.session(events.put).acquire(2, keys(0, 2, 3))  # it has a deadline, as it finds no slot
         assert {type(events.get(timeout=PATIENCE)) for _ in range(2)} == {Failed}

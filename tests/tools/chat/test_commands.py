@@ -12,7 +12,7 @@ import pytest
 
 from moetier.runtime.generation.conversation import Conversation
 from moetier.tiers.errors import ConfigError
-from moetier.tools.chat.answer import INTERRUPTED, Reply
+from moetier.tools.chat.answer import INTERRUPTED, ChatReply
 from moetier.tools.chat.commands import KEYS, Commands, edited
 from moetier.tools.chat.dialogue import Dialogue
 from moetier.tools.chat.options import AnswerOptions
@@ -27,10 +27,10 @@ class Answers:
         self.texts = [*texts]
         self.limits: list[int] = []
 
-    def answer(self, ids: list[int], *, most: int, is_interrupted: Any, echo: bool) -> Reply:
+    def answer(self, ids: list[int], *, most: int, is_interrupted: Any, echo: bool) -> ChatReply:
         self.limits.append(most)
         text = self.texts.pop(0)
-        return Reply(text, "stop" if text else INTERRUPTED, len(ids), 0, Timing(len(ids), 1, 0.1, 0.1), 0, 0)
+        return ChatReply(text, "stop" if text else INTERRUPTED, len(ids), 0, Timing(len(ids), 1, 0.1, 0.1), 0, 0)
 
 
 class Letters:

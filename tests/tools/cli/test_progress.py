@@ -15,7 +15,7 @@ from prepared import Prepared
 from terminals import Terminal
 
 import moetier
-from moetier.runtime.engine.sequence import Request, Sequence
+from moetier.runtime.engine.sequence import Request, TokenSequence
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tools.cli import progress
 from moetier.tools.cli.progress import prompt_bar
@@ -90,7 +90,7 @@ def test_a_bar_does_not_change_how_a_prompt_is_computed(
         for stderr in (sys.stderr, sys.stderr, tty):  # the first prompt finds out how layers can be computed
             computed.clear()
             monkeypatch.setattr(sys, "stderr", stderr)
-            with prompt_bar(model, Sequence(Request(tuple(range(3, 20)), 1))):
+            with prompt_bar(model, TokenSequence(Request(tuple(range(3, 20)), 1))):
                 model.generate(**prompt, max_new_tokens=1, prefill_chunk_size=16, do_sample=False)
             ways.append(computed[:])
     assert any(ways[1])

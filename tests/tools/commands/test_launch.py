@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from moetier.tiers.errors import UnavailableError
-from moetier.tools.launch.clients import CLIENTS, Target
+from moetier.tools.launch.clients import CLIENTS, ServerModel
 from moetier.tools.launch.clients import KEY as KEY_NAME
 from moetier.tools.launch.first_prompt import seconds_of
 from moetier.tools.launch.server import models_of
@@ -135,7 +135,7 @@ def test_it_starts_each_with_what_is_temporary(
 
 
 def test_values_reach_codex_as_toml() -> None:
-    target = Target("http://h:1", 'a "b" \\ c', 8192, "k")
+    target = ServerModel("http://h:1", 'a "b" \\ c', 8192, "k")
     words = CLIENTS["codex"].launch(target).arguments
     values: dict[str, Any] = {}
     for word in words[1::2]:
@@ -147,7 +147,7 @@ def test_values_reach_codex_as_toml() -> None:
 
 def test_names_reach_codex_and_a_shell_as_they_are() -> None:
     """TOML has no surrogate pairs, and a shell replaces variables and commands in double quotes."""
-    target = Target("http://h:1", 'qwen-🦙 $(touch x) `y` " $MOETIER_API_KEY', 8192, "k")
+    target = ServerModel("http://h:1", 'qwen-🦙 $(touch x) `y` " $MOETIER_API_KEY', 8192, "k")
     assert tomllib.loads(CLIENTS["codex"].configuration(target))["model"] == target.model
     script = CLIENTS["claude"].configuration(target) + '\nprintf "%s\\n%s" "$ANTHROPIC_MODEL" "$ANTHROPIC_AUTH_TOKEN"'
     shell = subprocess.run(["sh", "-c", script], env={KEY_NAME: "k"}, capture_output=True, text=True, check=True)
@@ -184,7 +184,7 @@ def raw_server(answer: bytes) -> Iterator[str]:
 
 
 def test_without_a_key_none_is_named() -> None:
-    target = Target("http://h:1", "m")
+    target = ServerModel("http://h:1", "m")
     for name, client in CLIENTS.items():
         assert "MOETIER_API_KEY" not in client.configuration(target), name
         assert "MOETIER_API_KEY" not in str(client.launch(target)), name

@@ -25,7 +25,7 @@ from moetier.runtime.wire.probe import running_daemons
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.top.app import Top
-from moetier.tools.top.watch import Look, Watch
+from moetier.tools.top.watch import DaemonReading, Watch
 from moetier.tools.top.widgets import DaemonPicker, Panel
 
 SLOT = layout_of().slot_bytes
@@ -219,10 +219,10 @@ def test_a_daemon_on_tcp_that_is_started_anew_between_two_looks(
 ) -> None:
     """gRPC connects again by itself."""
     listen = f"127.0.0.1:{port}"
-    told: queue.Queue[Look | MoetierError] = queue.Queue()
+    told: queue.Queue[DaemonReading | MoetierError] = queue.Queue()
     restarted = threading.Event()
 
-    def tell(seen: Look | MoetierError) -> None:
+    def tell(seen: DaemonReading | MoetierError) -> None:
         told.put(seen)
         restarted.wait()  # no look is under way meanwhile
 
@@ -233,12 +233,12 @@ def test_a_daemon_on_tcp_that_is_started_anew_between_two_looks(
         watch.begin(Address.parse(listen), tell)
         try:
             first = told.get(timeout=PATIENCE)
-            assert isinstance(first, Look)
+            assert isinstance(first, DaemonReading)
             former = daemon.pid
             daemon.restart()
             restarted.set()
             seen = told.get(timeout=PATIENCE)
-            while not isinstance(seen, Look):  # the old connection may be found to be gone first
+            while not isinstance(seen, DaemonReading):  # the old connection may be found to be gone first
                 seen = told.get(timeout=PATIENCE)
         finally:
             restarted.set()

@@ -77,7 +77,7 @@ class Completions(Protocol):
         for end in chunks.end():
             yield end
 
-    def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
+    def response(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
         """Return OpenAI's object for whole answers."""
         choices = [_choice(number, answer, reply) for number, answer in enumerate(answers)]
         return object_of(reply, "text_completion", choices) | {"usage": usage_of(total(answers))}

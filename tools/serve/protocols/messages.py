@@ -247,7 +247,7 @@ class Messages(Protocol):
                     yield event({"type": "message_delta", "delta": delta, "usage": _usage(part.usage)}, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
 
-    def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
+    def response(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
         """Return a message."""
         (answer,) = answers
         return _message(reply, [_block(part) for part in answer.blocks], answer.end)

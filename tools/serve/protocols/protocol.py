@@ -39,7 +39,7 @@ class Protocol(ABC):
         """Yield the answers as server-sent events. Raises what ``events`` raises."""
 
     @abstractmethod
-    def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
+    def response(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
         """Return the answers as one JSON object."""
 
     def error(self, refusal: Refusal) -> str:

@@ -66,7 +66,7 @@ class Responses(Protocol):
         about = {"code": refusal.code, "message": refusal.detail, "param": refusal.param}
         return event({"type": "error", **about, "sequence_number": 0}, "error")
 
-    def whole(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
+    def response(self, reply: Reply, answers: Sequence[Answered]) -> dict[str, Any]:
         """Return a response."""
         (answer,) = answers
         items = list[dict[str, Any]]()

@@ -160,7 +160,7 @@ class TextFormat(Open):
         return self
 
 
-class NamedFunction(Open):
+class ResponsesFunction(Open):
     """Function that the answer must call."""
 
     type: Literal["function"]
@@ -189,7 +189,7 @@ class ResponsesBody(QueryBody):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: Annotated[list[Tool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
-    tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
+    tool_choice: Literal["auto", "none", "required"] | ResponsesFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
@@ -211,7 +211,7 @@ class ResponsesBody(QueryBody):
         if self.top_logprobs and not self.has_logprobs:
             raise Refusal(400, f"top_logprobs: it needs {LOGPROBS!r} in include.", param="top_logprobs")
         effort = None if self.reasoning is None else self.reasoning.effort
-        named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None
+        named = self.tool_choice.name if isinstance(self.tool_choice, ResponsesFunction) else None
         functions = [*self._functions()]
         chat = ChatPrompt(
             [*self._chat()],

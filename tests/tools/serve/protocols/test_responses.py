@@ -113,7 +113,7 @@ def test_functions_in_a_namespace_are_offered_under_both_names() -> None:
     answer = Answered()
     for name in "agents.f", "f":
         answer.add(Call("call_2", name, "{}"))
-    items = Responses().whole(Reply("1", "small", 0, body, 1, 1), [answer])["output"]
+    items = Responses().response(Reply("1", "small", 0, body, 1, 1), [answer])["output"]
     assert [(item["name"], item.get("namespace")) for item in items] == [("f", "agents"), ("f", None)]
 
 

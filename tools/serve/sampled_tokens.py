@@ -60,12 +60,12 @@ class Turn:
         )
 
 
-class Turns:
+class SampledTokens:
     """The last answers of all conversations. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards: ``_turns``, ``_tokens``
-        self._turns = OrderedDict[bytes, Turn]()
+        self._lock = threading.Lock()  # guards: ``_sampled``, ``_tokens``
+        self._sampled = OrderedDict[bytes, Turn]()
         self._tokens = 0
 
     def note(
@@ -93,10 +93,10 @@ class Turns:
         key = _key(user, history, answered.text, [call.id for call in answered.calls])
         with self._lock:
             self._forget(key)
-            self._turns[key] = turn
+            self._sampled[key] = turn
             self._tokens += len(turn.ids) + TURN_TOKENS
             while self._tokens > MOST_TOKENS:
-                self._forget(next(iter(self._turns)))
+                self._forget(next(iter(self._sampled)))
 
     def continued(
         self,
@@ -136,15 +136,15 @@ class Turns:
             calls = [call.get("id") or "" for call in message.get("tool_calls") or ()]
             key = _key(user, history, message.get("content") or "", calls)
             with self._lock:
-                turn = self._turns.get(key)
+                turn = self._sampled.get(key)
                 if turn is not None and turn.is_said_by(message):
-                    self._turns.move_to_end(key)
+                    self._sampled.move_to_end(key)
                     turns[place] = turn
         return turns
 
     def _forget(self, key: bytes) -> None:
         """Forget an answer. The caller holds ``_lock``."""
-        turn = self._turns.pop(key, None)
+        turn = self._sampled.pop(key, None)
         self._tokens -= 0 if turn is None else len(turn.ids) + TURN_TOKENS
 
 

@@ -17,9 +17,9 @@ from http_servers import answering, application, listening
 from readers import PATIENCE
 
 import moetier
-from moetier.tools.serve import replay
+from moetier.tools.serve import sampled_tokens
 from moetier.tools.serve.protocols.events import Answered, Call, Event, Text
-from moetier.tools.serve.replay import Turns
+from moetier.tools.serve.sampled_tokens import SampledTokens
 
 END, OPENING = "<end>", "<assistant>"
 PROMPT = [{"role": "user", "content": "What time is it?"}]
@@ -51,7 +51,7 @@ def drops_reasoning(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sampled(
-    turns: Turns, text: str, *events: Event, messages: Sequence[Mapping[str, Any]] = PROMPT, end: str = END
+    turns: SampledTokens, text: str, *events: Event, messages: Sequence[Mapping[str, Any]] = PROMPT, end: str = END
 ) -> list[int]:
     """Note an answer; return its tokens, which differ from those of its text."""
     ids = [*(1000 + ord(letter) for letter in text), *([7] if end else [])]
@@ -76,7 +76,7 @@ def user(text: str) -> dict[str, Any]:
 
 
 def test_a_call_is_found_by_its_id_and_not_written_anew() -> None:
-    turns = Turns()
+    turns = SampledTokens()
     ids = sampled(turns, '<call {"name":  "clock"}>', called("call_1"))
     messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
     continued = turns.continued(messages, render, tokenizer, 10_000)
@@ -92,7 +92,7 @@ def test_results_that_a_template_renders_by_their_calls_are_not_changed() -> Non
         text = render([*messages])
         return text.replace("<tool>", f"<tool {names[0] if names else None}>")
 
-    turns = Turns()
+    turns = SampledTokens()
     ids = sampled(turns, "It is:", Text("It is:"))
     start = [*PROMPT, answered("It is:"), user("What?")]
     sampled(turns, '<call {"name":  "clock"}>', called("call_1"), messages=start)
@@ -109,7 +109,7 @@ def test_the_first_answers_are_replayed_however_many_behind_them_are_not(rounds:
         head, *results = render([*messages]).split("<tool>")
         return head + "".join(f"<tool {next(names, None)}>{result}" for result in results)
 
-    turns = Turns()
+    turns = SampledTokens()
     ids = sampled(turns, "It is:", Text("It is:"))
     messages: list[dict[str, Any]] = [*PROMPT, answered("It is:"), user("What?")]
     for number in range(rounds):
@@ -121,7 +121,7 @@ def test_the_first_answers_are_replayed_however_many_behind_them_are_not(rounds:
 
 
 def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
-    turns = Turns()
+    turns = SampledTokens()
     ids = sampled(turns, " Noon. \n", Text(" Noon."), Text(" \n"))
     messages = [*PROMPT, answered("Noon."), user("Where?")]
     start = [*tokens(render(PROMPT)), *ids]
@@ -129,7 +129,7 @@ def test_a_text_is_found_though_a_client_has_trimmed_it() -> None:
 
 
 def test_an_answer_that_was_cut_is_replayed_without_an_end() -> None:
-    turns = Turns()
+    turns = SampledTokens()
     ids = sampled(turns, "Noo", Text("Noo"), end="")
     messages = [*PROMPT, answered("Noo"), user("Go on.")]
     continued = turns.continued(messages, render, tokenizer, 10_000)
@@ -138,7 +138,7 @@ def test_an_answer_that_was_cut_is_replayed_without_an_end() -> None:
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> None:
-    turns = Turns()
+    turns = SampledTokens()
     ids = sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = answered("Noon.") | {"reasoning_content": "Hm."}
     messages = [*PROMPT, answer, user("Where?")]
@@ -149,7 +149,7 @@ def test_reasoning_is_replayed_only_if_the_template_keeps_it(keeps: bool) -> Non
 
 def test_answers_before_and_after_one_that_is_unknown_are_replayed() -> None:
     """One that the client has changed, and one of which the template drops the reasoning."""
-    turns = Turns()
+    turns = SampledTokens()
     first = sampled(turns, "<call  1>", called("call_1"))
     messages = [*PROMPT, answered("", "call_1"), {"role": "tool", "content": "Noon."}]
     sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."), messages=messages)
@@ -166,7 +166,7 @@ def test_answers_before_and_after_one_that_is_unknown_are_replayed() -> None:
 
 def test_an_answer_that_a_client_has_changed_is_another() -> None:
     """And reasoning that it does not know stays unknown: another client may have had the same answer."""
-    turns = Turns()
+    turns = SampledTokens()
     sampled(turns, "<call>", Call("call_1", "clock", '{"zone": 1}'))
     sampled(turns, "<think>Hm.</think>Noon.", Text("Hm.", is_reasoning=True), Text("Noon."))
     answer = {"role": "assistant", "content": ""}
@@ -181,7 +181,7 @@ def test_an_answer_that_a_client_has_changed_is_another() -> None:
 
 
 def test_another_history_is_another_answer() -> None:
-    turns = Turns()
+    turns = SampledTokens()
     sampled(turns, "Noon.", Text("Noon."))
     for messages in (
         PROMPT,
@@ -192,9 +192,9 @@ def test_another_history_is_another_answer() -> None:
 
 
 def test_the_least_recently_used_answers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MOST_TOKENS", 20)
-    monkeypatch.setattr(replay, "TURN_TOKENS", 0)
-    turns = Turns()
+    monkeypatch.setattr(sampled_tokens, "MOST_TOKENS", 20)
+    monkeypatch.setattr(sampled_tokens, "TURN_TOKENS", 0)
+    turns = SampledTokens()
     for number in range(3):
         sampled(turns, "12345", called(f"call_{number}"))  # 6 tokens
     first = [*PROMPT, answered("", "call_0")]
@@ -205,7 +205,7 @@ def test_the_least_recently_used_answers_are_forgotten(monkeypatch: pytest.Monke
 
 
 def test_a_prompt_that_is_far_too_long_is_cut() -> None:
-    turns = Turns()
+    turns = SampledTokens()
     sampled(turns, "<call>", called("call_1"))
     messages = [*PROMPT, answered("", "call_1"), *[{"role": "tool", "content": "Noon."}] * 1000]
     assert 20 < len(turns.continued(messages, render, tokenizer, 10)) < 100
