@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,7 +37,7 @@ class DeviceDemand:
     pool: DevicePool
     caller: int  # id of the caller's thread
     is_scan: bool = False  # the demand is for more records than its block can keep
-    latest: Sequence[ExpertKey] = ()  # keys of the records that were leased last, together
+    latest: ExpertKey | None = None  # key of the record that was leased last
     misses: bool = False  # records of the demand are not on the device; no promotion begins until the demand ends
     ready: list[PoolSlot] = field(default_factory=list)  # slots that are pinned for the demand, but not leased yet
     leased: tuple[list[PoolSlot], DeviceStream] | None = None  # the slots of all leases, and the stream that uses them
@@ -157,12 +157,12 @@ class DeviceFill:
         """Return a slot for a demand; None if no slot is available.
 
         Some records are evicted only if no other record can be: records that are requested for a promotion and, in a
-        scan, the records that the caller has leased last. A copy into the slot of such a record would have to wait
-        until the computation with it ends.
+        scan, the record that the caller has leased last. A copy into the slot of that record would have to wait until
+        the computation with it ends.
         """
 
         def keep(key: ExpertKey) -> bool:
-            return (demand.is_scan and key in demand.latest) or key in self._promoter
+            return (demand.is_scan and key == demand.latest) or key in self._promoter
 
         choose = partial(demand.pool.choose, block, is_scan=demand.is_scan)
         slot = choose(keep=keep)

@@ -366,11 +366,10 @@ class DeviceTier:
         pool, leases = demand.pool, list[tuple[Lease[torch.Tensor], StreamEvent]]()
         demand.leased = (demand.ready[:count], stream)
         del demand.ready[:count]
-        demand.latest = [pool.key(slot) for slot in demand.leased[0]]
-        for left, (slot, key) in enumerate(zip(demand.leased[0], demand.latest, strict=True), 1 - count):
-            copied = pool.copied[slot]
+        for left, slot in enumerate(demand.leased[0], 1 - count):
+            demand.latest, copied = pool.key(slot), pool.copied[slot]
             assert copied is not None
-            leases.append((Lease(key, pool.records[slot], pool.number(slot), more=left < 0), copied))
+            leases.append((Lease(demand.latest, pool.records[slot], pool.number(slot), more=left < 0), copied))
         return leases
 
     @transition
