@@ -262,5 +262,5 @@ def test_a_report_of_another_thread_is_logged_even_if_this_load_fails(
     monkeypatch.setattr("moetier.runtime.model.load.model_of", load_both)
     with pytest.raises(StoreFormatError, match="k_proj"):
         moetier.load(bad, daemon="none")
-    (report,) = (message for message in caplog.messages if "LOAD REPORT" in message)
+    (report,) = {message for message in caplog.messages if "LOAD REPORT" in message}  # caplog may hear it twice
     assert "unknown" in report

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moetier.tools.serve.metrics import Tally
-from moetier.tools.serve.pins import Entry, Pin, refuse
+from moetier.tools.serve.pins import Pin, PinnedModel, refuse
 from moetier.tools.serve.protocols.refusal import Refusal
 
 
@@ -18,18 +18,18 @@ def served(*, is_alive: bool = True) -> Any:
 
 
 def test_a_model_is_ready_while_it_is_loaded_can_compute_and_stays() -> None:
-    entry = Entry("m", Tally())
+    entry = PinnedModel("m", Tally())
     assert not entry.is_ready
     entry.served = served()
     assert entry.is_ready
     entry.drains = True
     assert not entry.is_ready
-    assert not Entry("m", Tally(), served(is_alive=False)).is_ready
+    assert not PinnedModel("m", Tally(), served(is_alive=False)).is_ready
 
 
 def test_a_request_gets_the_model_and_releases_it_once() -> None:
     released: list[Pin] = []
-    model, entry = served(), Entry("m", Tally())
+    model, entry = served(), PinnedModel("m", Tally())
 
     async def use() -> Any:
         with Pin(entry, released.append) as pin:
@@ -46,7 +46,7 @@ def test_a_request_gets_the_model_and_releases_it_once() -> None:
 
 
 def test_it_says_what_it_waits_for() -> None:
-    entry = Entry("m", Tally())
+    entry = PinnedModel("m", Tally())
     pin = Pin(entry, lambda _: None)
     assert pin.say() == "m waits to be loaded"
     entry.is_loading = True
@@ -54,7 +54,7 @@ def test_it_says_what_it_waits_for() -> None:
 
 
 def test_requests_that_wait_are_refused_and_those_that_were_cancelled_are_not() -> None:
-    pin, cancelled = (Pin(Entry("m", Tally()), lambda _: None) for _ in range(2))
+    pin, cancelled = (Pin(PinnedModel("m", Tally()), lambda _: None) for _ in range(2))
     cancelled.future.cancel()
     refuse([cancelled, pin], Refusal(503, "no memory"))
     with pytest.raises(Refusal, match="no memory"):
