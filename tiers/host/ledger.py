@@ -115,10 +115,12 @@ class Ledger:
         self._demands.add(demand)
         pool, caller = demand.pool, demand.caller
         caller.register(demand)
-        if not wanted:
-            self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
-        distinct = dict.fromkeys(keys)
+        distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
         demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.partitions.quota(demand.block))
+        if not wanted:
+            self.prefetches.replace(pool, demand.block, (), requester)
+        elif demand.is_scan:
+            self.prefetches.begin_scan(pool, demand.block, requester)
         hits = []
         for key in distinct:
             if not caller.is_full and (slot := pool.pin_ready(key)) is not None:
