@@ -1,8 +1,8 @@
 """The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
 The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
-their callers hold the host tier's lock. The module is long because its parts change in the same transitions: a reader
-must see all of them to know that each transition leaves the state consistent.
+their callers hold the host tier's lock. Its parts share a module because they change in the
+same transitions: a reader must see all of them to know that each transition leaves the state consistent.
 
 A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
 ``Loads.begin``, ``take``, and ``complete`` or ``fail``.
