@@ -170,7 +170,7 @@ def _text(models: list[dict[str, Any]]) -> str:
     from moetier.runtime.config import format_bytes
     from moetier.tools.cli.report import table
 
-    rows, states = [HEAD], [""]
+    rows, states = [HEAD], ["from"]
     for model in models:
         states.append(_state(model))
         blocks, experts = model["blocks"], model["experts"]

@@ -49,7 +49,7 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite")
     assert main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "type", "bits", "trunk", "size", "experts", "made", "last", "use"]
+    assert head.split() == ["name", "type", "bits", "trunk", "size", "experts", "made", "last", "use", "from"]
     assert rows[0].endswith("incomplete: moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite replaces it")
     assert rows[1].endswith("incomplete: moetier pull acme/part '--fast?' resumes it")
     assert "8 x 8" in rows[2]
