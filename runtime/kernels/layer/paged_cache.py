@@ -340,13 +340,23 @@ class PagedIndexedLayer(PagedLayer):
         """Make a layer without tokens; ``given`` are the arguments of PagedLayer."""
         super().__init__(*given)
         self.index_end = 0  # number of tokens that the index has
-        self.indexer_position_ids: Tensor | None = None  # [3, 1, tokens], which qwen4_exp extends
 
     def move(self, computed: int) -> None:
         """Continue a sequence after its first ``computed`` tokens."""
         super().move(computed)
         self.index_end = computed
-        self.indexer_position_ids = torch.arange(computed).expand(3, 1, -1)
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of the tokens [3, 1, tokens]. qwen4_exp alone asks for them, and its first such layer only."""
+        if not self.end:
+            return None
+        device = self._memory.layers[self._number][0].device
+        return torch.arange(self.end, device=device).expand(3, 1, -1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, extended: Tensor) -> None:
+        """Keep nothing: once the new tokens are appended, the positions follow from their number."""
 
     def update(self, key_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [1, heads, tokens, width]. ``keys`` then says how many tokens there are."""
