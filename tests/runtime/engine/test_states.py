@@ -30,8 +30,6 @@ HYBRIDS = {
     "kimi_linear", "nemotron_h", "qwen3_next", "bailing_hybrid", "granitemoehybrid", "inkling", "inkling2",
     "inkling2_loop", "lara_mini", "lfm2_moe", "qwen3_5_moe", "zaya",
 }  # fmt: skip
-COMPRESSED = {"deepseek_v4"}
-V4_LAYERS = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
 WINDOWED = {"gpt_oss", "mixtral", "gemma4", "afmoe", "mimo_v2_flash"}
 INDEXED = {
     "deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "glm5_next", "hy_v4", "hy_v4_vl", "mistral_large4",
@@ -39,17 +37,15 @@ INDEXED = {
 }  # fmt: skip
 LATER = {"hy_v4_vl", "inkling2_loop", "lara_mini"}  # transformers 5.23 has not got them
 QUICK = {
-    "kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral", "deepseek_v4",
-    "glm_moe_dsa",
+    "kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral", "glm_moe_dsa",
 }  # fmt: skip
-ALL = sorted(HYBRIDS | WINDOWED | INDEXED | COMPRESSED)
+ALL = sorted(HYBRIDS | WINDOWED | INDEXED)
 TYPES = [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in ALL]
 FIRST, NEW, QUESTION = 150, 20, 40  # tokens of a prompt, its answer, and what follows it
 
 
 def small_model(model_type: str) -> Any:
-    changes = {"layer_types": V4_LAYERS} if model_type == "deepseek_v4" else {}
-    model = tiny_model(model_type, torch.float32, **changes)
+    model = tiny_model(model_type, torch.float32)
     use_causal_attention(model)
     return model
 
