@@ -348,7 +348,7 @@ class PagedIndexedLayer(PagedLayer):
 
     @indexer_position_ids.setter
     def indexer_position_ids(self, extended: Tensor) -> None:
-        """Keep nothing: once the new tokens are appended, the positions follow from their number."""
+        """Keep none of the positions [3, 1, tokens]: they follow from the number of tokens once these are appended."""
 
     def update(self, key_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [1, heads, tokens, width]. ``keys`` then says how many tokens there are."""
