@@ -121,7 +121,8 @@ class ModelRunner(Runner):
         begin, state = -(-end // ALIGNMENT) * ALIGNMENT, dict[StatePart, Tensor]()
         for place, dtype, shape in json.loads(bytes(numbers[HEAD.size : end])):
             part = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            state[StatePart(*place)] = numbers[begin : begin + part.nbytes].view(part.dtype).view(shape)
+            found = numbers[begin : begin + part.nbytes].view(part.dtype).view(shape)
+            state[StatePart(*place)] = found.to(self._model.device)
             begin += _padded(part)
         cache = self._caches[sequence] = PagedCache(self.memory, cache_layers(self._model))
         cache.set_state(state)

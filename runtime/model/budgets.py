@@ -222,7 +222,7 @@ def kv_cache_bytes(
         window = _first(layer, "sliding_window", "attention_chunk_size", default=tokens) if windowed else tokens
         numbers, rows = _per_token(layer)
         if layer_type == INDEXED:
-            numbers, rows = numbers + _first(layer, "index_head_dim"), rows + 1
+            numbers, rows = numbers + _index_width(layer, dtype), rows + 1
         nbytes += min(tokens, window) * (numbers + SCALE_BYTES * rows if bits == 8 else numbers * dtype.itemsize)
     return batch * nbytes
 
@@ -234,6 +234,16 @@ def _per_token(layer: Any) -> tuple[int, int]:
     heads = _first(layer, "num_key_value_heads", "num_attention_heads", default=1)
     keys = _first(layer, "head_dim", default=layer.hidden_size // layer.num_attention_heads)
     return heads * (keys + _first(layer, "v_head_dim", default=keys)), 2 * heads
+
+
+def _index_width(layer: Any, dtype: torch.dtype) -> int:
+    """Return how many numbers of ``dtype`` a token's row in an index takes."""
+    width = _first(layer, "index_head_dim", "indexer_head_dim")
+    if hasattr(layer, "index_kpool"):  # glm5_next keeps a key, a gate, and whether the token is no padding
+        return 2 * width + 1
+    if layer.model_type.startswith("dots3_note"):  # it computes its index in float32
+        return width * torch.float32.itemsize // dtype.itemsize
+    return width
 
 
 def _first(config: Any, *names: str, default: int = 0) -> int:

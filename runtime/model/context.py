@@ -11,8 +11,7 @@ STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies
 # transformers' layers of a cache: with keys and values, and with a state besides or nothing
 _PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 _BOTH = {"LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
-_COMPRESSED = {"DeepseekV4HCACache", "DeepseekV4CSACache"}  # with keys of a window, and compressed ones of all tokens
-_STATES = {"LinearAttentionLayer", *_BOTH, *_COMPRESSED}
+_STATES = {"LinearAttentionLayer", *_BOTH}
 _INDEXED = {"DynamicIndexedLayer"}  # with keys of an index besides keys and values
 # types that can't resume though their layers are known. jamba computes several tokens behind others as if the
 # recurrent state were 0
@@ -63,7 +62,7 @@ def can_resume(model: Any) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     return (
-        bool(layers & (_PLAIN | _BOTH | _INDEXED | _COMPRESSED))
+        bool(layers & (_PLAIN | _BOTH | _INDEXED))
         and not layers - known
         and config.model_type not in _LACKING
         and "longrope" not in types  # its angles depend on the chunk's length

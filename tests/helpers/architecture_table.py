@@ -38,11 +38,13 @@ comparisons with it. Not in the table, because their experts do not use the inte
 longcat_flash, step3p7, doge, nllb_moe, switch_transformers.
 
 A prompt continues behind one that begins alike ([Serving](serve.md#keys-and-values)) with all types that generate
-text but three, which compute every prompt as a whole. jamba: transformers computes several tokens behind others as if
+text but four, which compute every prompt as a whole. jamba: transformers computes several tokens behind others as if
 the state before them were 0. minimax: its state is in a cache of a class of its own, and transformers refuses others.
-unlimited_ocr: tokens of an answer attend to the prompt and a window of the answer, but once they are part of a prompt,
-to all tokens; so their keys and values would not be those of the prompt. Checkpoints of other types with angles of
-`longrope`, as Phi-3.5-MoE, do so too: the angles depend on how many tokens are computed together.
+deepseek_v4: its compressed keys are a state that grows with the context, and copies of it at many places of a long
+prompt would take more memory than its keys. unlimited_ocr: tokens of an answer attend to the prompt and a window of
+the answer, but once they are part of a prompt, to all tokens; so their keys and values would not be those of the
+prompt. Checkpoints of other types with angles of `longrope`, as Phi-3.5-MoE, do so too: the angles depend on how many
+tokens are computed together.
 
 | model type | class | Experts modules | top-k | fp32 | bf16 |
 |---|---|---|---|---|---|

@@ -240,19 +240,11 @@ class PagedCache(Cache):
             for number in range(layer.number_of_states)
             for is_recurrent, part in enumerate((layer.conv_states[number], layer.recurrent_states[number]))
             if part is not None
-        } | {
-            StatePart(place, number, 0): part
-            for place, layer in enumerate(self.layers)
-            if isinstance(layer, PagedCompressedLayer)
-            for number, part in layer.state().items()
         }
 
     def set_state(self, state: dict[StatePart, Tensor]) -> None:
         """Let the layers of a cache without tokens continue from a state, tensors [1, ...]."""
         for (place, number, is_recurrent), part in state.items():
-            if isinstance(layer := self.layers[place], PagedCompressedLayer):
-                layer.set_state(number, part)
-                continue
             update = self.update_recurrent_state if is_recurrent else self.update_conv_state
             update(part, place, number)
 
@@ -340,13 +332,23 @@ class PagedIndexedLayer(PagedLayer):
         """Make a layer without tokens; ``given`` are the arguments of PagedLayer."""
         super().__init__(*given)
         self.index_end = 0  # number of tokens that the index has
-        self.indexer_position_ids: Tensor | None = None  # [3, 1, tokens], which qwen4_exp extends
 
     def move(self, computed: int) -> None:
         """Continue a sequence after its first ``computed`` tokens."""
         super().move(computed)
         self.index_end = computed
-        self.indexer_position_ids = torch.arange(computed).expand(3, 1, -1)
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of the tokens [3, 1, tokens]. qwen4_exp alone asks for them, and its first such layer only."""
+        if not self.end:
+            return None
+        device = self._memory.layers[self._number][0].device
+        return torch.arange(self.end, device=device).expand(3, 1, -1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, extended: Tensor) -> None:
+        """Keep none of the positions [3, 1, tokens]: they follow from the number of tokens once these are appended."""
 
     def update(self, key_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [1, heads, tokens, width]. ``keys`` then says how many tokens there are."""
@@ -362,40 +364,6 @@ class PagedIndexedLayer(PagedLayer):
         return self._memory.read(layer, pages, 0, self.index_end)[0][:, 0]
 
 
-class PagedCompressedLayer(PagedLayer):
-    """Layer of a PagedCache whose keys are values too, and which also has compressed ones of several tokens each.
-
-    Those, and tokens that are not compressed yet, are a state that grows. Transformers' own layer keeps it. Values that
-    are not stored leave more memory than it takes.
-    """
-
-    def __init__(self, *given: Any, own: Any) -> None:
-        """Make a layer without tokens; ``given`` are the arguments of PagedLayer, ``own`` is transformers' layer."""
-        super().__init__(*given)
-        self.store_compression_weights = own.store_compression_weights
-        self.update_compressor_states = own.update_compressor_states
-        self.update_overlap_state = getattr(own, "update_overlap_state", None)
-        self._own = own
-        kinds = "buffer_kv", "buffer_gate", "compressed_kv", "overlap_kv", "overlap_gate"
-        self._parts = [(parts, name) for kind in kinds for parts in [getattr(own, kind, {})] for name in sorted(parts)]
-
-    def update(self, key_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append keys of new tokens [1, 1, tokens, width]; return those of all that they attend to, twice."""
-        keys = super().update(key_states, key_states[..., :0])[0]
-        return keys, keys
-
-    def state(self) -> dict[int, Tensor]:
-        """Return the state: tensors [1, ...] by their numbers."""
-        return {number: parts[name] for number, (parts, name) in enumerate(self._parts) if parts[name] is not None}
-
-    def set_state(self, number: int, part: Tensor) -> None:
-        """Continue from the tensor [1, ...] of a state that has this number."""
-        parts, name = self._parts[number]
-        parts[name] = part
-        if parts is self._own.compressed_kv:
-            self._own.entry_count[name] = part.shape[1]
-
-
 def _paged(cache: PagedCache, memory: PageMemory, number: int, layer: Any) -> Any:
     """Return the paged layer in place of transformers' cache layer, or the latter if it holds no keys and values."""
     has_keys, has_states = (isinstance(layer, base) for base in (DynamicLayer, LinearAttentionCacheLayerMixin))
@@ -404,6 +372,4 @@ def _paged(cache: PagedCache, memory: PageMemory, number: int, layer: Any) -> An
     given = cache, memory, number, getattr(layer, "sliding_window", None)
     if has_states:
         return PagedStateLayer(*given, number_of_states=layer.number_of_states)
-    if hasattr(layer, "compressed_kv"):  # classes of DeepSeek-V4's module, which is imported with such models only
-        return PagedCompressedLayer(*given, own=layer)
     return (PagedIndexedLayer if isinstance(layer, DynamicIndexedLayer) else PagedLayer)(*given)

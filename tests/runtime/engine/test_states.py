@@ -18,8 +18,9 @@ from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
 from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.runtime.engine.page_folder import PageFolder, PageOptions
+from moetier.runtime.engine.runner import Stopped, Task
 from moetier.runtime.engine.saved_pages import SavedPages
-from moetier.runtime.engine.sequence import Request
+from moetier.runtime.engine.sequence import Request, TokenSequence
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 
@@ -29,8 +30,6 @@ HYBRIDS = {
     "kimi_linear", "nemotron_h", "qwen3_next", "bailing_hybrid", "granitemoehybrid", "inkling", "inkling2",
     "inkling2_loop", "lara_mini", "lfm2_moe", "qwen3_5_moe", "zaya",
 }  # fmt: skip
-COMPRESSED = {"deepseek_v4"}
-V4_LAYERS = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
 WINDOWED = {"gpt_oss", "mixtral", "gemma4", "afmoe", "mimo_v2_flash"}
 INDEXED = {
     "deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "glm5_next", "hy_v4", "hy_v4_vl", "mistral_large4",
@@ -38,17 +37,15 @@ INDEXED = {
 }  # fmt: skip
 LATER = {"hy_v4_vl", "inkling2_loop", "lara_mini"}  # transformers 5.23 has not got them
 QUICK = {
-    "kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral", "deepseek_v4",
-    "glm_moe_dsa",
+    "kimi_linear", "nemotron_h", "qwen3_next", "inkling", "lfm2_moe", "zaya", "gpt_oss", "mixtral", "glm_moe_dsa",
 }  # fmt: skip
-ALL = sorted(HYBRIDS | WINDOWED | INDEXED | COMPRESSED)
+ALL = sorted(HYBRIDS | WINDOWED | INDEXED)
 TYPES = [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in ALL]
 FIRST, NEW, QUESTION = 150, 20, 40  # tokens of a prompt, its answer, and what follows it
 
 
 def small_model(model_type: str) -> Any:
-    changes = {"layer_types": V4_LAYERS} if model_type == "deepseek_v4" else {}
-    model = tiny_model(model_type, torch.float32, **changes)
+    model = tiny_model(model_type, torch.float32)
     use_causal_attention(model)
     return model
 
@@ -144,6 +141,28 @@ def test_a_second_turn_computes_only_what_is_new(model_type: str, is_restarted: 
         torch.tensor([second]), attention_mask=torch.ones((1, len(second)), dtype=int), max_new_tokens=NEW, **GREEDY
     )
     assert answers == [own[0, len(second) :].tolist()] * 2
+
+
+def test_a_state_is_loaded_onto_the_models_device() -> None:
+    """On the device "meta", which computes no numbers."""
+    runner = ModelRunner(model := small_model("qwen3_next"), 60)
+    sequence = TokenSequence(Request(tuple(some(80, 1)), 1, GREEDY))
+    runner.sampler(sequence)
+    runner.run([Task(sequence, 0, 70, [0, 1])], lambda: False)
+    sequence.resume_at(70)
+    pages = [*range(2, 2 + runner.state_pages(sequence))]
+    runner.save_state(sequence, pages)
+    model.to("meta")
+    runner.load_state(sequence, pages)
+    devices = set[str]()
+
+    def observe(_: Any, given: Any, named: dict[str, Any]) -> None:
+        devices.update(part.device.type for part in named[CACHE].state().values())
+        raise Stopped
+
+    with model.register_forward_pre_hook(observe, with_kwargs=True), pytest.raises(Stopped):
+        runner.run([Task(sequence, 70, 80, [0, 1])], lambda: False)
+    assert devices == {"meta"}
 
 
 # -- types that can't resume: once a test fails, transformers has changed its code, and ``can_resume`` may change, too

@@ -12,10 +12,12 @@ from transformers import MixtralConfig
 
 import moetier
 from moetier.runtime.config import TierConfig
-from moetier.runtime.engine.model_runner import cache_of
+from moetier.runtime.engine.model_runner import cache_layers, cache_of
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention
+from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.runtime.model.budgets import kv_cache_bytes
 from moetier.runtime.model.context import has_states
 from moetier.runtime.model.kv_budget import LEAST_PAGES, WITH_STATES, KVBudget, state_bytes
 
@@ -114,6 +116,25 @@ def test_bytes_of_states_are_little_more_than_what_is_kept(model_type: str) -> N
     assert has_states(model)
     # inputs of convolutions count twice where they are in bf16, and not all are kept: they are few in large models
     assert kept <= state_bytes(model) <= (8 if model_type == "zaya" else 2) * kept
+
+
+QUICK_INDEX = {"glm5_next", "glm_moe_dsa", "qwen4_exp"}
+OTHER_INDEX = {"axk2", "deepseek_v32", "dots3_note", "hy_v4", "hy_v4_vl", "mistral_large4"}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [*sorted(QUICK_INDEX), *(pytest.param(each, marks=pytest.mark.slow) for each in sorted(OTHER_INDEX))],
+)
+def test_a_page_with_an_index_takes_no_more_than_its_budget(model_type: str) -> None:
+    model = tiny_model(model_type, torch.bfloat16)
+    use_causal_attention(model)
+    memory = PageMemory(1)
+    cache = PagedCache(memory, cache_layers(model))
+    cache.move([0], 0)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True, **{CACHE: cache})
+    assert 0 < memory.page_bytes <= kv_cache_bytes(model.config, PAGE_TOKENS)
 
 
 def test_a_model_without_states_has_none() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from moetier.runtime.engine.model_runner import cache_layers
 from moetier.runtime.generation.compat import CACHE
@@ -69,6 +70,31 @@ def test_compiled_layers_get_the_places_of_a_token(pages: list[int]) -> None:
     for layer in cache.layers:
         layer.extend()
         assert layer.get_seq_length() == 101
+
+
+class Operations(TorchDispatchMode):
+    """Notes torch's operations while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*given, **(named or {}))
+
+
+def test_positions_of_an_index_are_made_when_asked_for_and_on_the_device_of_its_keys() -> None:
+    cache, keys = PagedCache(PageMemory(1), [DynamicIndexedLayer()]), torch.randn(1, 2, 20, 16, device="meta")
+    (layer,) = cache.layers
+    cache.move([0], 0)
+    assert layer.indexer_position_ids is None
+    cache.update(keys, keys, 0)
+    with Operations() as operations:
+        cache.move([0], 20)
+    assert not operations.names, "most models don't ask for positions"
+    positions = layer.indexer_position_ids
+    assert (positions.shape, positions.device.type) == ((3, 1, 20), "meta")
 
 
 def filled(heads: int = 2, width: int = 4, dtype: torch.dtype = torch.bfloat16) -> PageMemory:
