@@ -100,8 +100,8 @@ def slot_kernels(trunk: Kernels, forms: Collection[Form], make: Make) -> SlotKer
     """
     if not all(can_compute(form.layout) for form in forms):
         return None
-    small = {form._replace(layout=_small(form)) for form in forms}
     try:
+        small = {form._replace(layout=_small(form)) for form in forms}
         is_right = all(_computes(trunk.device, make, form, tokens) for form in small for tokens in TOKENS)
         why = "" if is_right else "their results are wrong"
     except Exception as error:  # a compiler raises errors of many types
