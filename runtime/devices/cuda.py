@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.int4 import fused_or_plain
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.kernels.slots import SlotKernels, slot_kernels
+from moetier.runtime.kernels.slots import BlockKernels, Form, SlotKernels, slot_kernels
 from moetier.runtime.libraries.torch_internals import arrange_int4, multiply_int4
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import DeviceStream
 from moetier.tiers.layout import RecordLayout
+from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.quant.packing import pair_columns
 from moetier.tiers.text import format_bytes
 
@@ -27,6 +30,11 @@ from .device import ComputeDevice, Diagnosis
 
 DRIVER = Path("/proc/driver/nvidia/version")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch without CUDA
+USUAL = Form(  # what is tried without a model: 4 bits, as moetier quantises
+    layout_for({"gate_up_proj": ((256, 128), "bfloat16"), "down_proj": ((128, 128), "bfloat16")}, bits=4),
+    Activation(),
+    torch.bfloat16,
+)
 _cuda: Any = torch.cuda  # typed as Any, because half of its functions have no types
 
 
@@ -64,7 +72,7 @@ class Cuda(ComputeDevice):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 kernels = device.kernels()
-                together = device.slot_kernels(kernels, ()) is not None
+                together = device.slot_kernels(kernels, [USUAL]) is not None
             if type(kernels) is Kernels:
                 why = " ".join(str(warning.message) for warning in said)
                 yield Diagnosis(f"{text}. {why}", "Use a GPU of compute capability 8.0 or above, or --device cpu.")
@@ -76,13 +84,9 @@ class Cuda(ComputeDevice):
         """Return kernels with torch's int4 product, or kernels that decode experts if that product does not work."""
         return fused_or_plain(self.torch_device, CudaInt4())
 
-    def slot_kernels(self, trunk: Kernels, layouts: Collection[RecordLayout]) -> SlotKernels | None:
-        """Return Triton's kernels, if Triton is installed and they can compute with all ``layouts``; else None."""
-        try:
-            from moetier.runtime.kernels.triton_experts import SlotExperts
-        except ImportError:
-            return None
-        return slot_kernels(trunk, layouts, SlotExperts)
+    def slot_kernels(self, trunk: Kernels, forms: Collection[Form]) -> SlotKernels | None:
+        """Return Triton's kernels, if Triton is installed and they can compute with all ``forms``; else None."""
+        return None if find_spec("triton") is None else slot_kernels(trunk, forms, _triton)
 
     def free_memory(self) -> Available:
         """Return the memory of the GPU that is free."""
@@ -91,6 +95,13 @@ class Cuda(ComputeDevice):
     def streams(self) -> CudaDevice:
         """Return streams and memory of the GPU."""
         return CudaDevice(self.torch_device)
+
+
+def _triton(layout: RecordLayout, activation: Activation, experts: int) -> BlockKernels:
+    """Return Triton's kernels. The import may fail, with many types of errors."""
+    from moetier.runtime.kernels.triton_experts import SlotExperts
+
+    return SlotExperts(layout, activation, experts)
 
 
 class CudaInt4:

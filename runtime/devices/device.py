@@ -14,11 +14,10 @@ import torch
 from moetier.runtime.device_names import DEVICES, device_values
 from moetier.runtime.kernels.jit.executable import can_become_executable
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.kernels.slots import SlotKernels
+from moetier.runtime.kernels.slots import Form, SlotKernels
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import StreamDevice
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.layout import RecordLayout
 
 PROTECTED = "memory that was written can't be made executable here"
 WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where the trunk has 16 bits"
@@ -68,8 +67,8 @@ class ComputeDevice(ABC):
             warn_once(f"As {PROTECTED}, {WITHOUT_ONEDNN}.")
         return Kernels(self.torch_device) if exact else self.fast_kernels()
 
-    def slot_kernels(self, trunk: Kernels, layouts: Collection[RecordLayout]) -> SlotKernels | None:
-        """Return kernels that compute a block's experts together, from records of ``layouts`` in this device's slots.
+    def slot_kernels(self, trunk: Kernels, forms: Collection[Form]) -> SlotKernels | None:
+        """Return kernels that compute a block's experts together, of ``forms``, from this device's slots.
 
         Returns None if there are none; ``trunk``, which are ``fast_kernels``, then multiply with the records, too.
         """

@@ -18,6 +18,7 @@ from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.products.row import use_row_weights
+from moetier.runtime.kernels.slots import Form
 from moetier.runtime.libraries.transformers_internals import forget_quantised
 from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.machine.threads import use_threads
@@ -90,10 +91,12 @@ def _expert_kernels(model: PreTrainedModel, location: Path, device: ComputeDevic
     Records are arranged for the kernels when they are copied, so this is decided before the tiers are opened.
     """
     manifest, modules = read_manifest(location), experts_modules(model)
-    in_slots = device.slot_kernels(trunk, manifest.layouts.values())
-    if in_slots is None or any(activation_of(modules[block.path]) is None for block in manifest.blocks):
-        return trunk
-    return in_slots
+    forms = list[Form]()
+    for number, block in enumerate(manifest.blocks):
+        if (activation := activation_of(modules[block.path])) is None:
+            return trunk
+        forms.append(Form(manifest.layout(number), activation, model.dtype))
+    return device.slot_kernels(trunk, forms) or trunk
 
 
 def _open_tiers(

@@ -7,10 +7,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
+from moetier.runtime.kernels.slots import activate
 from moetier.runtime.libraries.transformers_internals import apply_gate
 
 _SCALES = (0.3, 3.0, 30.0, 300.0)  # scales of a trial's random numbers, as an activation may be limited to some size
@@ -34,7 +33,7 @@ def activation_of(module: Any) -> Activation | None:
     except Exception:  # the module's code needs more than these numbers
         return None
     for activation in _candidates(module):
-        result = _apply(activation, x)
+        result = activate(activation, x)
         if result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-5, atol=1e-6):
             return activation
     return None
@@ -49,24 +48,3 @@ def _candidates(module: Any) -> list[Activation]:
     if not module.has_gate:
         return [Activation(function, alpha=alpha, gated=False) for function in FUNCTIONS for alpha in alphas]
     return [Activation(*way) for way in itertools.product(FUNCTIONS, (False, True), alphas, limits, (0.0, 1.0))]
-
-
-def _apply(activation: Activation, x: Tensor) -> Tensor:
-    """Apply an activation to x: [rows, 2 * columns], or without gates [rows, columns] -> [rows, columns]."""
-    if not activation.gated:
-        return _function(activation, x)
-    gate, up = (x[:, ::2], x[:, 1::2]) if activation.interleaved else x.chunk(2, -1)
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return _function(activation, gate) * (up + activation.shift)
-
-
-def _function(activation: Activation, x: Tensor) -> Tensor:
-    match activation.function:
-        case "silu":
-            return x * torch.sigmoid(activation.alpha * x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "relu2":
-            return F.relu(x).square()

@@ -19,8 +19,8 @@ from moetier.runtime.device_names import DEVICES
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.experts.expert_code import FUNCTIONS, Activation
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.kernels.slots import BlockKernels, Make, SlotKernels, can_compute
-from moetier.runtime.moe.activation import _apply, activation_of
+from moetier.runtime.kernels.slots import BlockKernels, Make, SlotKernels, activate, can_compute
+from moetier.runtime.moe.activation import activation_of
 from moetier.runtime.moe.block import TieredBlock
 from moetier.runtime.moe.experts import experts_forward
 from moetier.tiers.layout import ALIGNMENT, GROUPS, PAIR_TYPES, ZERO_POINTS, Bias, Projection, RecordLayout
@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.tiered = TieredBlock(BLOCK, layout, OneSlot(records, lambda experts: experts), kernels, CPU)
 
     def _apply_gate(self, y: Tensor) -> Tensor:
-        return _apply(self.activation, y)
+        return activate(self.activation, y)
 
     act_fn = _apply_gate
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import Activation
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.moe.activation import _apply
+from moetier.runtime.kernels.slots import activate
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
@@ -51,7 +51,7 @@ class TorchSums:
         y = self._project(
             self._x[pairs // self._index.shape[1]].float(), record, "gate_up_proj" if activation.gated else "up_proj"
         )
-        return self._project(_apply(activation, y), record, "down_proj")
+        return self._project(activate(activation, y), record, "down_proj")
 
     def _project(self, x: Tensor, record: Tensor, name: str) -> Tensor:
         layout = self._kernels.layout

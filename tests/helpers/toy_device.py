@@ -10,10 +10,9 @@ from fake_device import prompt_device
 
 from moetier.runtime.devices.device import ComputeDevice, Diagnosis
 from moetier.runtime.kernels.products.api import Kernels
-from moetier.runtime.kernels.slots import Make, SlotKernels, slot_kernels
+from moetier.runtime.kernels.slots import Form, Make, SlotKernels, slot_kernels
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import StreamDevice
-from moetier.tiers.layout import RecordLayout
 
 
 class Toy(ComputeDevice):
@@ -37,8 +36,8 @@ class Toy(ComputeDevice):
     def fast_kernels(self) -> Kernels:
         return Kernels(self.torch_device)
 
-    def slot_kernels(self, trunk: Kernels, layouts: Collection[RecordLayout]) -> SlotKernels | None:
-        return None if self.block_kernels is None else slot_kernels(trunk, layouts, self.block_kernels)
+    def slot_kernels(self, trunk: Kernels, forms: Collection[Form]) -> SlotKernels | None:
+        return None if self.block_kernels is None else slot_kernels(trunk, forms, self.block_kernels)
 
     def free_memory(self) -> Available:
         return Available(1 << 30, "the toy")
