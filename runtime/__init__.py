@@ -100,7 +100,7 @@ are taken, and the rule for the fields.
         RateLimitedLog._lock    when the next line may be logged (``daemon.log``)
         _Server._state          the connections for metrics (``daemon.metrics``)
     commands
-        Merging._turn           the merging of parameters, by one thread at a time (``checkpoint.recipe``)
+        Merging._merging        the merging of parameters, by one thread at a time (``checkpoint.recipe``)
         Engine._changed         the engine's sequences (``engine.engine``)
         PageWriter._changed     turns to be written (``engine.page_writer``)
         PageFolder._counting    the number of damaged files (``engine.page_folder``)

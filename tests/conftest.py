@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import pytest
 import tqdm
 from compiled import FOLDER, prepare_folder, share_compiled
-from forked_workers import ForkedWorkers
 from hypothesis import HealthCheck, settings
 from longest_first import LongestFirst
 from prepared import Prepared, for_commands, share_prepared
@@ -75,7 +74,6 @@ def pytest_configure(config: pytest.Config) -> None:
             folder = Path(made.name)
         os.environ[FOLDER] = str(folder)
         config.add_cleanup(share_prepared())
-        config.pluginmanager.register(ForkedWorkers())
     share_compiled()
     if hasattr(config, "cache"):
         config.pluginmanager.register(LongestFirst(config.cache))
@@ -83,10 +81,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Import without collections of garbage, as what is imported stays."""
+    """Import less: without collections of garbage, as what is imported stays; and where all files are imported, without
+    the compiler of torch, which hqq needs, which transformers imports for a cache that no test uses."""
     gc.disable()
     try:
-        return (yield)
+        with pytest.MonkeyPatch.context() as patch:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                patch.setattr("transformers.utils.is_hqq_available", lambda *_: False)
+            return (yield)
     finally:
         gc.freeze()
         gc.enable()

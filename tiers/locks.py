@@ -16,7 +16,7 @@ Locks are taken in this order. A thread that holds one of them takes only later 
     1. Clients._changed of a daemon; Fallback._lock of its client
     2. the lock of one Monitor. A thread in a transition of one tier begins none of another tier
     3. SlotViews._lock
-    4. long locks, held while something is made, opened, read or computed: Merging._turn, checkpoint_store._lock,
+    4. long locks, held while something is made, opened, read or computed: Merging._merging, checkpoint_store._lock,
        RemoteStore._state, CachedStore._lock and _keeping, _Piece._lock, GrammarCompiler._making, compute._computing,
        and emitter.compile_lock of compiled code, which alone is taken while another of these is held
     5. all other locks. They are held for a few statements, in which no lock is taken

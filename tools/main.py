@@ -79,12 +79,14 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FIRST = """\
+Run Mixture-of-Experts models on machines that are too small for them.
+
 first steps:
   moetier demo             # see a small model run, with a quarter of its experts in memory
   moetier doctor           # check this machine
   moetier plan ORG/NAME    # will this model from the Hugging Face hub run here, and how fast?
   moetier pull ORG/NAME    # download and convert it
-  moetier generate ORG/NAME "To be, or not to be"
+  moetier chat ORG/NAME
 
 moetier COMMAND --help shows the options of a command."""
 
@@ -107,8 +109,7 @@ def build_parser() -> CommandParser:
     """
     parser = CommandParser(
         prog="moetier",
-        description="Run Mixture-of-Experts language models on machines that are too small for them.",
-        epilog=FIRST,
+        description=FIRST,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     add_commands(parser, GROUPS, "moetier.tools.commands", "COMMAND")

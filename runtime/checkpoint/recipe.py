@@ -213,14 +213,14 @@ class Merging:
 
     def __init__(self) -> None:
         # guards: ``_whole``; ``release`` does not take it. Held while a parameter is merged
-        self._turn = threading.Lock()
+        self._merging = threading.Lock()
         self._whole: dict[str, torch.Tensor] = {}  # by the parameter's name in the model
 
     def make(self, recipe: Recipe, expert: int) -> torch.Tensor:
         """Return one expert's slice of a parameter: [rows, columns], or [size] for a bias."""
         if recipe.is_separable:
-            return recipe.make(expert, self._turn)
-        with self._turn:
+            return recipe.make(expert, self._merging)
+        with self._merging:
             if recipe.parameter not in self._whole:
                 self._whole[recipe.parameter] = recipe.make(None)
             return self._whole[recipe.parameter][expert]

@@ -36,7 +36,7 @@ from .sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
 from .stream import Stream
 
 PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
-LONGEST_TURN = 0.3  # seconds after which others are computed, unless their step takes longer itself
+LONGEST_SLICE = 0.3  # seconds after which others are computed, unless their step takes longer itself
 SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Engine(Closeable):
         )
         self._scheduler = Scheduler(KVCache(pages, runner, keeps=runner.can_resume, saved=saved), limits)
         self._beside: set[TokenSequence] = set()  # sequences of the long tasks that are being computed
-        self._next_turn = 0.0  # time at which other sequences are computed beside them
+        self._next_slice = 0.0  # time at which other sequences are computed beside them
         self._samplers: dict[TokenSequence, Sampler] = {}
         self._masks = ThreadPoolExecutor(1, "moetier-masks")
         self._changed = threading.Condition()  # guards: ``_arrived``, ``_is_closed``, ``_failure``
@@ -166,7 +166,7 @@ class Engine(Closeable):
         return self._failure is None and not self._is_closed
 
     @property
-    def max_scored(self) -> int:
+    def most_scored(self) -> int:
         """Most tokens of a prompt that can be scored."""
         return self.context if self._runner.can_resume else min(SCORED, self.context)
 
@@ -183,8 +183,8 @@ class Engine(Closeable):
             raise ValueError(f"{request.max_new_tokens} new tokens")
         if not 0 < len(request.ids) < self.context:
             raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
-        if request.scores_prompt and len(request.ids) > self.max_scored:
-            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.max_scored} can be scored")
+        if request.scores_prompt and len(request.ids) > self.most_scored:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.most_scored} can be scored")
         sequence = TokenSequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:
@@ -276,13 +276,13 @@ class Engine(Closeable):
             raise Stopped
         BUILDING.let_build()
         began = time.monotonic()
-        if began < self._next_turn:
+        if began < self._next_slice:
             return
         self._add_arrived()
         short, _ = self._schedule()
         self._run(short)
         now = time.monotonic()
-        self._next_turn = now + max(min(PROMPT_TURNS * (now - began), LONGEST_TURN), now - began)
+        self._next_slice = now + max(min(PROMPT_TURNS * (now - began), LONGEST_SLICE), now - began)
 
     def _has_sampler(self, sequence: TokenSequence) -> bool:
         """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""

@@ -55,8 +55,7 @@ class PackedRunner(ModelRunner):
         prefill_block: int = BLOCK,
         bits: int = 16,
     ) -> None:
-        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of
-        ``prefill_block`` tokens.
+        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of ``prefill_block`` tokens.
 
         ``packs``: whether the model ``can_pack``, in blocks too; None: try it when several sequences or a long prompt
         come. ``bits``: those of keys and values.

@@ -98,7 +98,7 @@ def head_bytes(layout: Any) -> int:
 
 
 def file_bytes(layout: Any, size: int) -> int:
-    """Return the size of a file with ``size`` bytes of data."""
+    """Return the size of a page file, with its header, for ``size`` bytes of data."""
     return _whole(head_bytes(layout) + size)
 
 

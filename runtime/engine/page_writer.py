@@ -27,7 +27,7 @@ from .page_folder import STATE, PageFolder
 from .prefix_tree import Node, StateSnapshot
 
 RATE = 8 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
-MOST_WAIT = 1.0  # seconds that a piece waits if reads never pause: so a MiB a second is written
+MOST_WAIT = 1.0  # seconds that a piece waits if reads never pause: so at most a MiB a second is written
 MOST_TURNS = 256  # turns that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
 SWEEP_SECONDS = 3600.0  # pages that are too old are looked for so often

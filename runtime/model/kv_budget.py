@@ -75,13 +75,10 @@ class KVBudget:
         """Bytes of all pages."""
         return self.pages * self.page_bytes
 
-    def describe(self, record_bytes: int) -> str:
-        """Return what the context costs, for a user. ``record_bytes``: bytes of an expert's record."""
+    def describe(self) -> str:
+        """Return what the context costs, for a user."""
         what = f"a context of {self.context:,} tokens"
-        if not self.page_bytes:
-            return what
-        experts = self.nbytes // max(record_bytes, 1)
-        return f"{what} ({format_bytes(self.nbytes)} for keys and values, as much as {experts:,} experts take)"
+        return f"{what} ({format_bytes(self.nbytes)} for keys and values)" if self.page_bytes else what
 
 
 def _default_bytes(ram: Size | None, room: int, experts: int) -> int:

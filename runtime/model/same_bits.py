@@ -39,6 +39,7 @@ class Varying(NamedTuple):
         )
 
 
+WITH_AMX = "torch computes 16-bit matrices with AMX (--same-bits avoids it)"
 _LINEAR, _MAMBA = "linear attention", "Mamba layers"
 _SPARSE, _OWN = "attention to chosen positions", "an attention of its own"
 # By model type, as tests/measurements/same_bits.py has measured it. Most logits are below 4. A last bit may send a
@@ -111,10 +112,19 @@ def varying_part_here(model: Any) -> str | None:
         return "all parts, which are computed as by transformers"
     part = varying_part(model.config.to_dict(), tiers.manifest, dtype=str(model.dtype).removeprefix("torch."))
     if part is None and prefers_torch() and any(type(p) is RowWeight and not p.same_bits for p in model.parameters()):
-        return "products with 16-bit matrices, which torch computes faster with AMX (--same-bits avoids it)"
+        return WITH_AMX
     return part
+
+
+def varying_part_by_default(config: Mapping[str, Any], manifest: Manifest) -> str | None:
+    """Return ``varying_part`` on this processor, with default options: with AMX, torch computes 16-bit matrices."""
+    from moetier.runtime.kernels.products.row import prefers_torch
+
+    return varying_part(config, manifest) or (WITH_AMX if prefers_torch() else None)
 
 
 def bits_of(part: str | None) -> str:
     """Return what to say of a model's logits by what ``varying_part`` has returned."""
-    return "the same bits in every company" if part is None else f"last bits depend on chunks and company: {part}"
+    if part is None:
+        return "the same bits, alone and beside other requests"
+    return f"text may vary slightly when requests run together: {part}"

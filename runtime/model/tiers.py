@@ -142,7 +142,7 @@ class Tiers(Closeable):
 
     def describe_context(self) -> str:
         """Return the length of the context, and what its keys and values cost, for a user."""
-        return self.kv.describe(self.manifest.stored_bytes // self.manifest.record_count)
+        return self.kv.describe()
 
     def snapshot(self) -> dict[str, Any]:
         """Return a dictionary from the tiers' names ("host" or "daemon", and "device") to their counters, for JSON."""

@@ -169,7 +169,8 @@ def _read_ahead(tiered: TieredBlock, used: Sequence[int], group: Sequence[Span])
     """
     left = [ExpertKey(tiered.block, expert) for expert in used[bisect_left(used, group[0].expert) :]]
     absent = tiered.source.absent(left)
-    if ahead := [key for key in absent if key.expert <= group[-1].expert + READ_AHEAD]:
+    if absent:
+        ahead = [key for key in absent if key.expert <= group[-1].expert + READ_AHEAD]
         tiered.source.prefetch(tiered.block, [*ahead, *set(left).difference(absent)])
 
 

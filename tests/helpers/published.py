@@ -24,6 +24,7 @@ from moetier.tools.plan.fit import MachineResources, fit_of
 from moetier.tools.synthetic.checkpoint import config_of
 
 QWEN3_30B = config_of("qwen3-30b-a3b")
+MIXTRAL_8X7B = config_of("mixtral-4L") | {"num_hidden_layers": 32, "vocab_size": 32000}
 QWEN3_235B = QWEN3_30B | {
     "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94,
     "num_attention_heads": 64,
@@ -61,7 +62,10 @@ class Way:
 
 WAYS = (
     Way("laptop, 16 GB", 12, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
+    Way("laptop, 32 GB", 26, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
+    Way("laptop, 32 GB", 26, "mistralai/Mixtral-8x7B-Instruct-v0.1", MIXTRAL_8X7B),
     Way("workstation, 64 GB", 56, "zai-org/GLM-4.5-Air", GLM_45_AIR),
+    Way("workstation, 128 GB", 116, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
     Way("server, 256 GB", 240, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
     Way("cluster, 4 x 128 GB", 120, "deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, daemons=4, ram=100),
 )

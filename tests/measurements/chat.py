@@ -18,7 +18,7 @@ import transformers
 import moetier
 from moetier.runtime.generation.conversation import Conversation
 from moetier.tools.bench.output import Spread
-from moetier.tools.chat.answer import Answering, Reply
+from moetier.tools.chat.answer import Answering, ChatReply
 
 SECOND = "And what came of it in the end?"
 ANSWER = 8  # tokens
@@ -46,7 +46,7 @@ def main() -> None:
         ids = (ids * (arguments.tokens // len(ids) + 1))[: arguments.tokens]
         conversation = Conversation(tokenizer, system=None, context=context, room=ANSWER)
 
-        def answer(prompt: list[int], engine: moetier.Engine) -> Reply:
+        def answer(prompt: list[int], engine: moetier.Engine) -> ChatReply:
             answering = Answering(
                 model, tokenizer, engine, {"do_sample": False}, seed=0, is_plain=conversation.is_plain
             )

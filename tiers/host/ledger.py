@@ -1,8 +1,8 @@
 """The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
 The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
-their callers hold the host tier's lock. The module is long because its parts change in the same transitions: a reader
-must see all of them to know that each transition leaves the state consistent.
+their callers hold the host tier's lock. Its parts share a module because they change in the
+same transitions: a reader must see all of them to know that each transition leaves the state consistent.
 
 A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
 ``Loads.begin``, ``take``, and ``complete`` or ``fail``.
@@ -115,10 +115,12 @@ class Ledger:
         self._demands.add(demand)
         pool, caller = demand.pool, demand.caller
         caller.register(demand)
-        if not wanted:
-            self.prefetches.replace(pool, demand.block, (), caller if caller.is_asynchronous else None)
-        distinct = dict.fromkeys(keys)
+        distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
         demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.partitions.quota(demand.block))
+        if not wanted:
+            self.prefetches.replace(pool, demand.block, (), requester)
+        elif demand.is_scan:
+            self.prefetches.begin_scan(pool, demand.block, requester)
         hits = []
         for key in distinct:
             if not caller.is_full and (slot := pool.pin_ready(key)) is not None:

@@ -36,11 +36,7 @@ class BlockRequests(NamedTuple):
     pool: Pool
     keys: frozenset[ExpertKey]  # all requested keys, even if their records are READY or being read
     unbegun: deque[ExpertKey]  # the requested keys whose reads have not begun
-
-    @property
-    def is_scan(self) -> bool:
-        """True if the request is for more records than the block can keep."""
-        return len(self.keys) > self.pool.partitions.quota(next(iter(self.keys)).block)
+    is_scan: bool  # a demand or requests since then were for more records than the block can keep
 
 
 class PrefetchQueue:
@@ -79,8 +75,15 @@ class PrefetchQueue:
         if not requested:
             return False
         lacking = deque([key for key in keys if pool.slot_of(key) is None])
-        blocks[block] = BlockRequests(pool, requested, lacking)
+        is_scan = len(requested) > pool.partitions.quota(block) or (before is not None and before.is_scan)
+        blocks[block] = BlockRequests(pool, requested, lacking, is_scan)
         return bool(lacking)
+
+    def begin_scan(self, pool: Pool, block: int, caller: Caller | None) -> None:
+        """Let a caller's requests for a block be those of a scan, until it has none any more."""
+        blocks = self._requests.setdefault(caller, {})
+        before = blocks.get(block, BlockRequests(pool, frozenset(), deque(), is_scan=True))
+        blocks[block] = before._replace(is_scan=True)
 
     def cancel(self, caller: Caller) -> None:
         """Cancel all requests of a caller."""
@@ -112,8 +115,8 @@ class PrefetchQueue:
 
         1. an EMPTY slot;
         2. the slot of a prefetched record, of any block, that was not used and is no longer requested;
-        3. if more records are requested than the block can keep, as for a long prompt: an EMPTY slot, or the slot of a
-           scanned record of any partition. So all the slots that scans use serve the next block of a prompt;
+        3. in a scan, such as a long prompt: an EMPTY slot, or the slot of a scanned record of any partition. So all the
+           slots that scans use serve the next block of a prompt;
         4. the slot of a record of its own partition that is neither pinned nor requested.
 
         If there is no such slot, the request is cancelled. A record of the warm-up gets only an EMPTY slot. Nothing is
@@ -134,9 +137,12 @@ class PrefetchQueue:
         return None
 
     def _take_requests(self) -> Iterator[tuple[Caller | None, BlockRequests, ExpertKey]]:
-        """Take requests one by one, and yield them: by the turn of the caller, then by the arrival of the request."""
+        """Take requests one by one, and yield them by the turn of the caller, then by the arrival of the request.
+
+        A caller's scans come last: their requests are many, and predictions of its other sequences must not wait.
+        """
         for caller, blocks in list(self._requests.items()):
-            for request in blocks.values():
+            for request in sorted(blocks.values(), key=lambda request: request.is_scan):
                 while request.unbegun and not request.pool.starved:
                     yield caller, request, request.unbegun.popleft()
 
@@ -151,7 +157,7 @@ class PrefetchQueue:
                 return slot
         if request.is_scan and (slot := pool.choose_scanned(self.is_requested)) is not None:
             return slot
-        return pool.choose(key.block, keep=self.is_requested)
+        return pool.choose(key.block, is_scan=request.is_scan, keep=self.is_requested)
 
     # -- outcomes -----------------------------------------------------------------------------------------------------
 

@@ -297,8 +297,7 @@ class _Copy:
         self.damaged: set[ExpertKey] = set()  # records with a wrong checksum
         self.failures = 0  # number of failed reads since the last read that succeeded
         self.rests_until = 0.0  # time by ``time.monotonic`` until which the copy is set aside
-        # recently read bytes, and the seconds that the reads took; the first values are assumptions,
-        # which has little weight
+        # recently read bytes, and the seconds that the reads took. The first values are assumptions with little weight
         self._bytes, self._seconds = 1e6, 1e-3
         self._reading = 0  # number of reads in progress
         self._since = 0.0  # time by ``time.monotonic`` up to which the duration of reads has been counted

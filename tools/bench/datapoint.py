@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the block. Raises MoetierError, also if decoding can't be measured in the time."""
+    """Print the block. Raises MoetierError, for example if decoding can't be measured in the time given."""
     from moetier.runtime.stores.registry import read_manifest
 
     began, folder = time.monotonic(), arguments.directory

@@ -80,11 +80,13 @@ class Commands:
         return messages[-2]["content"]
 
     def _edit(self, text: str) -> None:
-        changed = text or edited(self._last())
-        if changed.strip():
-            self._replace(changed)
-        else:
+        changed = text or edited(last := self._last())
+        if not changed.strip():
             self._dialogue.say("the message is empty, and nothing is sent")
+        elif not text and changed == last.strip("\n"):
+            self._dialogue.say("the message is unchanged, and nothing is sent (/retry sends it again)")
+        else:
+            self._replace(changed)
 
     def _system(self, text: str) -> None:
         conversation = self._dialogue.conversation

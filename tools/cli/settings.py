@@ -209,8 +209,10 @@ def mentioned(settings: Iterable[Setting], error: MoetierError) -> str:
     text = f"{error.cause} {error.fix}"
     mentioned_keys = []
     for setting in settings:
-        # values that are not text, such as 4, may occur in any error
-        words = [setting.key, setting.value] if isinstance(setting.value, str) else [setting.key]
+        # numbers, such as 4, may occur in any error
+        words = [setting.key]
+        if isinstance(setting.value, str) and not setting.value.lstrip("-").replace(".", "", 1).isdigit():
+            words.append(setting.value)
         if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in words):
             mentioned_keys.append(f"{setting.key} is set by {setting.where}")
     return f" ({'; '.join(mentioned_keys)}.)" if mentioned_keys else ""

@@ -56,12 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tools.convert.api import convert
 
     def work() -> ConversionReport:
-        report = convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
-        if (name := register_name(arguments.target)) is not None:
-            print(f"Every command takes it by the name {name}: moetier generate {name} ...", file=sys.stderr)
-        return report
+        return convert(arguments.source, arguments.target, mirror=arguments.mirror, quiet=False, **options)
 
-    return report_of(work, arguments.json)
+    code = report_of(work, arguments.json)
+    if code == 0 and (name := register_name(arguments.target)) is not None:
+        print(f"Every command takes it by the name {name}. Next: moetier chat {name}", file=sys.stderr)
+    return code
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

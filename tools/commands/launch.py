@@ -92,6 +92,9 @@ def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None)
     """Return a line that says how long a first prompt takes; "" if the model's directory is not known."""
     from moetier.runtime.model.names import model_directory
 
+    what = f"A first prompt of {client.command} has about {client.prompt_tokens:,} tokens"
+    if client.prompt_tokens >= target.context:
+        return f"\n# {what}. They do not fit into the model's context of {target.context:,} tokens."
     try:
         place = given or model_directory(target.model)
         if not place.exists():
@@ -99,9 +102,8 @@ def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None)
         seconds = estimated(place, client.prompt_tokens)
     except MoetierError as error:
         return f"\n# The time of a first prompt is not known: {plain(error.cause)}"
-    what = f"A first prompt of {client.command} has about {client.prompt_tokens:,} tokens"
     if seconds is None:
-        return f"\n# {what}. They do not fit into the context, or the speed is not known."
+        return f"\n# {what}. How long they take is not known."
     text = f"\n# {what}: about {seconds:,.0f} s here. Later ones are computed from where they differ."
     return text + (" A shorter way: pi." if seconds > LONG_SECONDS and client.command != "pi" else "")
 

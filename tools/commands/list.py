@@ -29,15 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the models."""
     from moetier.runtime.model.name_files import last_use, registered
-    from moetier.runtime.model.names import models_folder, pulled
+    from moetier.runtime.model.names import pulled
 
-    root = models_folder()
     models = []
     for look, named in ((_pulled, pulled()), (_registered, registered())):
         for name, path in named.items():
             if (found := _looked_at(look, name, path)) is not None:
                 models.append({"name": name, "folder": str(path), **found, "used_unix": last_use(name)})
-    text = _text(models) if models else f"No model has a name yet: {root} has no pulled ones. Pull or convert one."
+    text = _text(models) if models else "No models yet. Try: moetier demo, or moetier pull ORG/NAME"
     print(json.dumps(models, indent=2) if arguments.json else text)
 
 
@@ -171,7 +170,7 @@ def _text(models: list[dict[str, Any]]) -> str:
     from moetier.tiers.text import format_bytes
     from moetier.tools.cli.report import table
 
-    rows, states = [HEAD], [""]
+    rows, states = [HEAD], ["from"]
     for model in models:
         states.append(_state(model))
         blocks, experts = model["blocks"], model["experts"]

@@ -63,7 +63,7 @@ def _look(daemon: RunningDaemon) -> dict[str, Any]:
 def _text(daemons: list[dict[str, Any]]) -> str:
     from moetier.runtime.wire.address import DIGEST_CHARS
 
-    rows = [["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]]
+    rows = [["folder", "pid", "model", "store", "budget", "in memory", "clients", "up", "listens"]]
     for daemon in daemons:
         for number, model in enumerate(daemon["models"]):
             first = number == 0

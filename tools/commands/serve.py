@@ -73,31 +73,34 @@ def run(arguments: argparse.Namespace) -> None:
         from moetier.tools.serve.serving import Loader
 
         with Models(catalogue, Loader(resources, config, keys), keep_alive=config.keep_alive) as models:
-            ready = first_lines(models)
+            names, notes = first_lines(models, config.parallel)
             with lean_imports():
                 from moetier.tools.serve.app import application
             Server(
                 application(models, keys, config.most_requests),
                 connections=config.most_requests + SPARE_CONNECTIONS,
-                ready=lambda: print(f"{ready}: {url_of(bound)}/v1", flush=True),
+                ready=lambda: print("\n  ".join([f"{names}: {url_of(bound)}/v1", *notes]), flush=True),
                 ending=models.cut,
             ).serve_until_told(bound)
         if config.kv_cache_dir is not None and models.traffic is not None:  # all models are unloaded now
             print(traffic_line(config.kv_cache_dir, models.traffic), flush=True)
 
 
-def first_lines(models: Models) -> str:
-    """Print what is to be known at the start, and return what the server has. A single model is loaded for that."""
-    names = models.catalogue.models()
+def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
+    """Return the names of the models, and lines to print below them. A single model is loaded for that.
+
+    ``parallel``: most requests that are computed together.
+    """
+    names = ", ".join(models.catalogue.models())
     if not models.catalogue.has_one:
-        return f"{len(names):,} models, each loaded when a request names it ({', '.join(names)})"
+        return names, ["each of these models is loaded when a request names it"]
     from moetier.runtime.model.same_bits import bits_of, varying_part_here
 
     with models.load_only() as served:
         service = served.service
         tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
-        print(disk_line(service.disk, tiers.kv), flush=True)
-        return f"{', '.join(names)}, experts of {tiers.where}, {tiers.describe_context()}, {bits}"
+        context = f"{tiers.describe_context()}; at most {parallel} requests are computed together"
+        return names, [context, f"experts of {tiers.where}", bits, disk_line(service.disk, tiers.kv)]
 
 
 def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:

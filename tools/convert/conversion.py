@@ -89,21 +89,19 @@ class ConversionReport:
         if self.was_complete:
             trunk = f" and a trunk of {self.trunk_bits}" if self.trunk_bits != 16 else ""
             return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits{trunk} already."
-        rows = [["block", "experts", "size", "mean relative error"]]
-        for block in self.blocks:
-            error = "-" if block.error is None else f"{block.error:.4f}"
-            rows.append([block.path, str(block.experts), format_bytes(block.stored_bytes), error])
+        errors = [block.error for block in self.blocks if block.error is not None]
         error = "" if self.trunk_error is None else f"{self.trunk_error:.4f}"
         totals = [
             ["source", format_bytes(self.source_bytes)],
             ["trunk", format_bytes(self.trunk_bytes)],
             *([[f"its {self.trunk_matrices} matrices of {self.trunk_bits} bits", "error " + error]] if error else []),
             ["experts", format_bytes(self.expert_bytes)],
+            *([["mean relative error", f"{min(errors):.4f} to {max(errors):.4f}"]] if errors else []),
             ["bits per expert weight", f"{self.bits_per_weight:.3f}"],
             ["time", f"{self.seconds:.1f} s"],
             ["peak memory", format_bytes(self.peak_bytes)],
         ]
-        return f"{table(rows)}\n\n{table(totals)}"
+        return table(totals)
 
 
 @dataclass(frozen=True)

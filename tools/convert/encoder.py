@@ -106,7 +106,7 @@ class Encoder:
 
     @property
     def promised_bytes(self) -> int:
-        """Documented limit of a conversion's memory in bytes, with the interpreter's: two experts in fp32, plus 1 GiB.
+        """Documented memory limit of a conversion with its interpreter, in bytes: two experts in fp32, plus 1 GiB.
 
         A block whose experts can't be read one by one may take more.
         """

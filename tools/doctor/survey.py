@@ -78,11 +78,11 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
 
 def _varying_part(directory: Path, manifest: Manifest) -> str | None:
     from moetier.runtime.checkpoint.model_config import config_of
-    from moetier.runtime.model.same_bits import varying_part
+    from moetier.runtime.model.same_bits import varying_part_by_default
     from moetier.tiers.errors import MoetierError
 
     try:
-        return varying_part(config_of(directory), manifest)
+        return varying_part_by_default(config_of(directory), manifest)
     except MoetierError:  # the model can't be loaded, as `moetier verify` says
         return "unknown without config.json"
 

@@ -103,7 +103,7 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
         )
     else:
         open_checkpoint(folder, ignore_code=True)  # raises CheckpointError
-        raise AssertionError(f"{folder} has {WEIGHTS}")
+        raise AssertionError(f"{folder} was opened, and lacks {WEIGHTS}")
     checkpoint = Checkpoint(name, folder, str(source), True, config, tensors, copied=())
     nbytes = checkpoint.nbytes if on_hub else _total(folder)
     return CheckpointHeaders(checkpoint, on_hub, nbytes, names_code(dict(config)), on_hub=on_hub)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import TIER_OPTIONS, TierConfig
-from moetier.runtime.machine.memory import shortage
+from moetier.runtime.machine.memory import Available, shortage
 from moetier.runtime.model.names import models_folder
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tiers.options import command_words
+from moetier.tiers.text import format_bytes
 from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
 
@@ -77,6 +79,10 @@ def plan(
             "Give --ram without --device-memory.",
         )
     kernels, machine = device.kernels(), MachineResources.measure(device, place, memory_for_model(), resident_bytes())
+    here, ram = machine.host.bytes, (config.ram and config.ram.bytes) or 0
+    if ram > here:
+        limiter = f"another machine's, as --ram is more than the {format_bytes(here)} here"
+        machine = replace(machine, host=Available(here + ram, limiter))
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
 

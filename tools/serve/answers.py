@@ -270,7 +270,7 @@ class AnswerService:
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
-        self.most_scored = engine.max_scored
+        self.most_scored = engine.most_scored
         self.bytes_of = TokenBytes(tokenizer)
         self.tally = tally or Tally()
         self._engine = engine

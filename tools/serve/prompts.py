@@ -56,7 +56,7 @@ class Prompts:
         self._differences = EarlyDifference()
 
     def tokens(self, prompt: Prompt, user: str = "", *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a prompt; of one with far more than the context, only the first ones.
+        """Return a prompt's token ids. If it is far longer than the context, return only its first ids.
 
         ``add_special_tokens``: whether the tokenizer adds its own to a text. Raises Refusal if the template refuses the
         messages.

@@ -56,7 +56,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one policy with ``slots`` slots for each block, which are empty at the start of every sequence."""
+    """Result of one policy, with ``slots`` slots a block, all of them empty when a sequence begins."""
 
     policy: str
     slots: int

@@ -63,8 +63,8 @@ class LayerShape(NamedTuple):
 class PageMemory:
     """Memory of keys and values, by layers and by numbers of pages.
 
-    In 8 bits, each key and value is quantised when it is written. What attends to it reads that: the token's own step
-    too.
+    With 8 bits, keys and values are quantised when they are written. Attention reads the quantised ones, even for the
+    token that was just written.
     """
 
     def __init__(self, pages: int, *, bits: int = 16) -> None:

@@ -20,7 +20,7 @@ from moetier.runtime.engine.model_runner import windows_of
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.products.matmul import matmul
 from moetier.runtime.model.load import load
-from moetier.runtime.model.same_bits import VARYING, varying_part, varying_part_here
+from moetier.runtime.model.same_bits import VARYING, bits_of, varying_part, varying_part_here
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tools.main import main
 
@@ -140,8 +140,16 @@ def test_where_torch_is_faster_it_computes_16_bit_matrices(
         assert torch.equal(F.linear(x, weight), wanted)
 
 
-def test_commands_say_so(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_commands_say_so(
+    tinymix_4bit: Path, amx: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They agree with a server, which asks ``varying_part_here``."""
+    monkeypatch.setattr("moetier.runtime.kernels.products.row.prefers_torch", lambda: amx)
+    model, _ = load(tinymix_4bit, daemon=None)
+    with model.tiers:
+        said = bits_of(varying_part_here(model))
     assert main(["inspect", str(tinymix_4bit)]) == 0
-    assert "logits           the same bits in every company\n" in capsys.readouterr().out
+    assert f"logits           {said}\n" in capsys.readouterr().out
     main(["doctor", str(tinymix_4bit)])
-    assert "same bits in every company" in " ".join(capsys.readouterr().out.split())
+    assert said in " ".join(capsys.readouterr().out.split())

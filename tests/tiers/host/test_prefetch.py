@@ -11,7 +11,7 @@ from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.host.demands import AsyncCaller, Demand, Pool, ThreadCaller
 from moetier.tiers.host.prefetch import PrefetchQueue
-from moetier.tiers.layout import ExpertKey
+from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.stats import TierCounters
 
 CALLERS = tuple(AsyncCaller(lambda event: None, 1) for _ in range(3))
@@ -98,6 +98,73 @@ def test_a_request_for_more_than_the_block_keeps_takes_scanned_records_of_all_bl
     queue.pool.begin_fill(read.slot, read.key, is_scan=True, is_prefetch=True)
     assert queue.queue.next_read() is None, "the other records are in use, or will be"
     assert queue.counters.snapshot().cancelled == 2
+
+
+def test_requests_of_a_scan_stay_those_of_a_scan_until_there_are_none() -> None:
+    queue = Queue()
+    queue.pool = Pool([Partition((block,), 2) for block in range(2)], POLICIES["scan"], first=0, slot_bytes=1)
+    queue.request(FIRST, 1, keys(1, 0, 1, 2))
+    queue.request(FIRST, 1, keys(1, 2))
+    read = queue.queue.next_read()
+    assert read is not None
+    assert read.is_scan, "few of its records are left"
+    queue.request(FIRST, 1, [])
+    queue.request(FIRST, 1, keys(1, 1))
+    read = queue.queue.next_read()
+    assert read is not None
+    assert not read.is_scan
+    queue.queue.begin_scan(queue.pool, 1, FIRST)
+    queue.request(FIRST, 1, keys(1, 0))
+    read = queue.queue.next_read()
+    assert read is not None
+    assert read.is_scan, "its demand is a scan"
+
+
+def test_a_prediction_does_not_wait_for_the_requests_of_a_scan() -> None:
+    queue = Queue()
+    queue.request(FIRST, 1, keys(1, *range(21)))
+    queue.request(FIRST, 2, keys(2, 5))
+    assert queue.take(1) == keys(2, 5)
+
+
+@pytest.mark.parametrize("policy", ["scan", "lrfu"])
+def test_long_prompts_one_after_the_other_evict_no_more_than_the_first(policy: str) -> None:
+    """Each block's experts are requested, then demanded one by one, as a prompt does it."""
+    queue, experts, quota = Queue(), 32, 16
+    queue.pool = pool = Pool([Partition((b,), quota) for b in range(4)], POLICIES[policy], first=0, slot_bytes=1)
+    hot = [ExpertKey(block, expert) for block in range(4) for expert in range(0, experts, 2)]
+
+    def load(key: ExpertKey, *, is_scan: bool, slot: PoolSlot | None, is_prefetch: bool = False) -> None:
+        assert slot is not None
+        pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=is_prefetch)
+        pool.complete_fill(slot)
+
+    def prefetch() -> None:
+        while (read := queue.queue.next_read()) is not None:
+            load(read.key, is_scan=read.is_scan, slot=read.slot, is_prefetch=True)
+
+    for key in hot:
+        load(key, is_scan=False, slot=pool.choose(key.block))
+        pool.partitions.touch([key])
+    kept = []
+    for _ in range(3):
+        for block in range(4):
+            for expert in range(experts):
+                queue.queue.begin_scan(pool, block, FIRST)
+                left = [ExpertKey(block, each) for each in range(expert, experts)]
+                here = [key for key in left if pool.slot_of(key) is not None]
+                queue.request(FIRST, block, [*[key for key in left if key not in here][:6], *here])
+                prefetch()
+                if pool.slot_of(left[0]) is None:
+                    load(left[0], is_scan=True, slot=pool.choose(block, is_scan=True, keep=queue.queue.is_requested))
+            queue.request(FIRST, block, [])
+            queue.request(
+                FIRST, block + 1, [ExpertKey(block + 1, each) for each in range(experts)] if block < 3 else []
+            )
+            prefetch()
+        kept.append(sum(pool.slot_of(key) is not None for key in hot))
+    assert kept[0] >= len(hot) * 7 // 8
+    assert kept[2] == kept[0]
 
 
 class Counting(ExpertKey):

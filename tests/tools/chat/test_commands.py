@@ -115,6 +115,9 @@ def test_without_a_text_the_last_message_is_changed_in_an_editor(
     monkeypatch.setenv("VISUAL", "truncate -s 0")
     chat.commands.run("/edit")
     assert "nothing is sent" in capsys.readouterr().err
+    monkeypatch.setenv("VISUAL", "true")
+    chat.commands.run("/edit")
+    assert "unchanged, and nothing is sent" in capsys.readouterr().err
     for editor in ("false", "/nonexistent"):
         monkeypatch.setenv("VISUAL", editor)
         with pytest.raises(ConfigError, match=r"editor|nothing is sent"):

@@ -7,7 +7,7 @@ import pytest
 
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import resources_of
-from moetier.tools.cli.settings import config_file, without_settings
+from moetier.tools.cli.settings import Setting, config_file, mentioned, without_settings
 from moetier.tools.main import main, parse
 
 GENERATE = ["generate", "./DIR", "hello"]
@@ -217,3 +217,10 @@ def test_the_file_is_where_xdg_has_it() -> None:
 def test_an_environment_without_settings() -> None:
     found = without_settings({"MOETIER_RAM": "1", "MOETIER_CONVERT_FAST": "1", "MOETIER_DEBUG": "1", "PATH": "/bin"})
     assert found == {"MOETIER_CONFIG": "/dev/null", "MOETIER_DEBUG": "1", "PATH": "/bin"}
+
+
+@pytest.mark.parametrize(("value", "is_named"), [("0", False), ("1.5", False), ("here.local", True), (0, False)])
+def test_an_error_names_a_setting_by_its_text_and_not_by_a_number(value: object, is_named: bool) -> None:
+    error = ConfigError("Other machines can reach here.local and 127.0.0.1, which took 1.5 s.", "Leave it out.")
+    said = mentioned([Setting("keep-alive", value, "environment", "MOETIER_SERVE_KEEP_ALIVE")], error)
+    assert said == (" (keep-alive is set by MOETIER_SERVE_KEEP_ALIVE.)" if is_named else "")

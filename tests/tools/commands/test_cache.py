@@ -40,7 +40,7 @@ def test_a_server_finds_its_pages_again(tinymix_4bit: Path, tmp_path: Path, caps
     pages = tmp_path / "pages"
     server = served(tinymix_4bit, tmp_path / "first", pages, "--kv-cache-disk", "1GiB", "--kv-cache-ttl", "2")
     try:
-        assert f"keys and values are kept in {pages}: at most 1 GiB, for 2 days\n" in server.said
+        assert f"\n  keys and values are kept in {pages}: at most 1 GiB, for 2 days\n" in server.said
         text, cached = answer(server)
         assert not cached
         wait_until(lambda: 'moetier_serve_disk_written_bytes_total{model="small"} 0.0' not in metrics(server))

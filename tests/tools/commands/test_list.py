@@ -49,7 +49,7 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite")
     assert main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "type", "bits", "trunk", "size", "experts", "made", "last", "use"]
+    assert head.split() == ["name", "type", "bits", "trunk", "size", "experts", "made", "last", "use", "from"]
     assert rows[0].endswith("incomplete: moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite replaces it")
     assert rows[1].endswith("incomplete: moetier pull acme/part '--fast?' resumes it")
     assert "8 x 8" in rows[2]
@@ -92,7 +92,7 @@ def test_list_while_a_conversion_ends(tinymix_there: Path, scripts: Prepared) ->
 
 def test_list_of_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    assert str(models) in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("No models yet. Try: moetier demo")
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
 
@@ -108,7 +108,7 @@ def test_converted_and_linked_models_have_names(
 ) -> None:
     source = Path(shutil.copytree(tinymix, tmp_path / "of mine"))
     assert main(["convert", str(source), str(tmp_path / "tiny"), "--fast", "--trunk-bits", "8"]) == 0
-    assert "moetier generate tiny " in capsys.readouterr().err
+    assert "moetier chat tiny\n" in capsys.readouterr().err
     assert main(["link", str(source)]) == 0
     both = listed(capsys)
     tiny, linked = both["tiny"], both["of-mine"]

@@ -75,6 +75,14 @@ def test_tiers_are_those_that_it_is_loaded_with(tinymix_4bit: Path, ram: str) ->
         assert model.tiers.host.layout.nbytes == choice["memory"]["experts_bytes"]
 
 
+def test_more_ram_than_there_is_plans_for_another_machine(tinymix_4bit: Path) -> None:
+    here = plan(tinymix_4bit, disk=GB_PER_S)["machine"]["memory_bytes"]
+    there = plan(tinymix_4bit, ram="900TiB", context=512, disk=GB_PER_S)
+    assert there["machine"]["memory_bytes"] > 900 << 40 > here
+    assert "(another machine's, as --ram is more than the " in text(there)
+    assert "GPU" not in text(there).replace("no GPU", ""), "no card is estimated for so small a model"
+
+
 def test_memory_is_a_sum(index_only: Path) -> None:
     found = plan(index_only, device="cpu", context=4096, disk=GB_PER_S)
     assert len(found["choices"]) == 15

@@ -83,11 +83,14 @@ def streamed(client: OpenAI, **asked: Any) -> tuple[str, Any]:
 
 
 def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, together: ServerProcess) -> None:
-    begin = f"{NAME}, experts of this process, a context of 1,500 tokens ("
-    assert server.said.startswith("keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: ")
-    assert f"\n{begin}" in server.said
-    assert server.said.endswith(f"experts take), the same bits in every company: {server.url}/v1\n")
-    assert "experts of the daemon" in together.said
+    first, context, experts, bits, kept = server.said.splitlines()
+    assert first == f"{NAME}: {server.url}/v1"
+    assert context.startswith("  a context of 1,500 tokens (")
+    assert context.endswith("; at most 1 requests are computed together")
+    assert experts == "  experts of this process"
+    assert "requests" in bits
+    assert kept.startswith("  keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: ")
+    assert "\n  experts of the daemon" in together.said
 
 
 def test_one_model_is_there_under_its_own_name(client: OpenAI) -> None:

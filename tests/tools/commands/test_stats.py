@@ -87,7 +87,7 @@ def test_nobody(runtime: Path) -> None:
 def test_it_lists_daemons_with_their_models(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
     with use(daemon, store[1]):
         head, row = said(runtime, "ps").splitlines()
-        assert head.split() == ["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]
+        assert head.split() == ["folder", "pid", "model", "store", "budget", "in", "memory", "clients", "up", "listens"]
         words = row.split()
         assert words[:4] == [str(daemon.folder), str(daemon.pid), store[1].model, store[1].digest[:12]]
         assert words[4:8] == ["192", "KiB", "3/12", "1"]
