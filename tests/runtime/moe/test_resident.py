@@ -124,7 +124,9 @@ def test_experts_of_the_last_tokens_of_a_long_prompt_stay_in_memory(
         module, tokens = [*experts_modules(model).values()][BLOCK], 400
         index = torch.stack([torch.arange(tokens) % 32 * 2, torch.arange(tokens) % 32 * 2 + 1], 1)
         index[-grouped.RECENT :] = torch.tensor([40, 41])
-        module(torch.ones(tokens, model.config.hidden_size, dtype=model.dtype), index, torch.ones(tokens, 2) / 2)
+        states = torch.ones(tokens, model.config.hidden_size, dtype=model.dtype)
+        for each in (*experts_modules(model).values(), module):  # all slots are in use before
+            each(states, index, torch.ones(tokens, 2) / 2)
         ready = model.tiers.host.ready_experts(BLOCK)
     assert len(ready) < 64
     assert {40, 41} <= {*ready}
