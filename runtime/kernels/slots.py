@@ -26,7 +26,7 @@ TOKENS = (1, 17)  # numbers of tokens of the trials
 
 
 class Form(NamedTuple):
-    """What kernels of a block are compiled for, besides sizes."""
+    """Layout, activation and type for which the kernels of a block are compiled."""
 
     layout: RecordLayout
     activation: Activation
