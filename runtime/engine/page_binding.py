@@ -30,7 +30,14 @@ def binding_of(model: Any, manifest: Manifest) -> bytes:
         repr(manifest),
         json.dumps(config, sort_keys=True, default=str),
         repr((model.dtype, model.tiers.kv.bits, attention_of(model.config), type(model.tiers.kernels).__name__)),
-        repr(sorted({(type(part).__name__, getattr(part, "same_bits", False)) for part in model.parameters()})),
+        repr(
+            sorted(
+                {
+                    (type(part).__name__, getattr(part, "same_bits", False))
+                    for part in (*model.parameters(), *model.modules())
+                }
+            )
+        ),
         repr((torch.__version__, transformers.__version__)),
         repr((torch.backends.cpu.get_cpu_capability(), str(model.tiers.kernels.processor))),
         digest_of_code(),

@@ -54,6 +54,26 @@ def has_bf16_instructions() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Compute attention on a CPU, as ``scaled_dot_product_attention`` does, which does not return the second result.
+
+    Args:
+        query: [batch, heads, tokens, width].
+        key: [batch, key heads, length, width].
+        value: [batch, key heads, length, width].
+        mask: [tokens, length], added to scores; None: a token attends to those up to itself, as many as tokens.
+        scale: factor of scores; None: width ** -0.5.
+
+    Returns:
+        [batch, heads, tokens, width], and the logarithms of the sums of exponentiated scores, [batch, heads, tokens].
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=mask is None, attn_mask=mask, scale=scale
+    )
+
+
 def arrange_int4(nibbles: Tensor, inner_tiles: int) -> Tensor:
     """Arrange codes of 4 bits, uint8 [rows, columns / 2], in the order of ``multiply_int4`` on a GPU, as int32."""
     return torch.ops.aten._convert_weight_to_int4pack(nibbles, inner_tiles)

@@ -176,7 +176,7 @@ def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> Specu
 
 def _use_compiled_code(model: PreTrainedModel, config: TierConfig) -> None:
     """Let compiled code do the work of modules for which it gives the same results as their own."""
-    use_causal_attention(model)
+    use_causal_attention(model, same_bits=config.same_bits)
     use_growing_layers(model)
     use_quick_norms(model)
     use_row_weights(model, same_bits=config.same_bits)

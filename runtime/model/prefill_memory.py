@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import FLOATS, Kernels
+from moetier.runtime.kernels.products.row import prefers_torch
 from moetier.runtime.kernels.slots import SlotKernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
@@ -48,6 +51,7 @@ WINDOWED = ("sliding", "chunked")
 STATEFUL = ("linear", "mamba", "hybrid")  # they have states that are computed in fp32
 SMALL_BYTES = 11 << 20  # of scratch memory and small tensors, for any number of tokens
 EXACT_BYTES = 32 << 20  # the same, more if torch multiplies with decoded experts
+MASK = 4  # bytes of a number of the mask that torch takes, as a truth value, its opposite, and a number of 16 bits
 SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 
@@ -59,6 +63,7 @@ class Attention:
     always: int = 0  # bytes for each token that is attended to
     masked: int = 0  # bytes for each token that is attended to, if there is a mask
     kept: int = 0  # bytes of keys and values of such a token, which are copied when their memory grows
+    packed: int = 0  # bytes of the keys and values of such a token that torch packs for each call
     scores: int = 0  # bytes for each pair of a new token and a token that it attends to
     mask: int = 0  # bytes of the mask for each such pair
     has_mask: bool = False  # whether there is a mask even if each token attends to all earlier ones
@@ -74,6 +79,7 @@ class Lockstep:
     tokens: int  # of all prompts that are computed together; at most BLOCK: no memory is reserved for them
     states: int  # bytes for each token while experts are computed
     fixed: int  # bytes for any number of tokens
+    mask: int = 0  # bytes of the mask for each pair of a new token and a token that it attends to
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,8 @@ class Prefill:
     def _in_blocks_bytes(self, tokens: int) -> int:
         """Return the bytes for computing ``tokens`` of prompts in blocks."""
         assert self.lockstep is not None
-        block = replace(self, attentions=tuple(replace(attention, mask=0) for attention in self.attentions))
+        attentions = tuple(replace(attention, mask=self.lockstep.mask) for attention in self.attentions)
+        block = replace(self, attentions=attentions)
         of_block = block.bytes_of(BLOCK, is_whole=False)
         return self.lockstep.fixed + of_block + math.ceil(SPARE * self.lockstep.states * tokens)
 
@@ -140,7 +147,8 @@ class Prefill:
             seen = min(length, attention.window - 1 + tokens) if attention.window else length
             has_mask = attention.has_mask or not is_whole or 0 < attention.window < length
             masks[attention.window] = tokens * seen * attention.mask * has_mask
-            expanded = attention.always + attention.masked * has_mask + attention.kept * (not is_whole)
+            expanded = attention.always + attention.packed
+            expanded += attention.masked * has_mask + attention.kept * (not is_whole)
             work = max(work, seen * expanded + tokens * seen * attention.scores)
         layer = max(tokens * self.of_attention + work, tokens * self.of_block)
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))
@@ -203,6 +211,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
             for number, block in enumerate(manifest.blocks)
         )
     )
+    by_torch = is_quick and model.dtype == torch.bfloat16 and prefers_torch() and not config.same_bits
     chunk = config.prefill_chunk or DEFAULT_TOKENS
     tokens, of_all = min(chunk, kv.context), min(config.sequences * kv.context, PAGE_TOKENS * kv.pages)
     lockstep = Lockstep(
@@ -213,6 +222,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         + max(map(_choices, manifest.blocks))
         + PASS_BYTES // BLOCK,
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
+        mask=MASK if by_torch else 0,
     )
     return Prefill(
         tokens=min(tokens, SNAPSHOT_TOKENS) if resumes and has_states(model) else tokens,
@@ -224,7 +234,16 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         of_block=max(of_block, text.vocab_size * (size + 8) if config.all_logits else 0),  # in fp32, and logarithms
         fixed=SMALL_BYTES + (EXACT_BYTES if config.exact else 0),
         attentions=tuple(
-            {*_attentions(text, size, is_eager=is_eager and not has_sinks, has_mask=is_eager, is_quick=is_quick)}
+            {
+                *_attentions(
+                    text,
+                    size,
+                    is_eager=is_eager and not has_sinks,
+                    has_mask=is_eager,
+                    is_quick=is_quick,
+                    by_torch=by_torch,
+                )
+            }
         ),
     )
 
@@ -266,11 +285,13 @@ def _state(module: Any) -> int:
     return int(CHUNK_SCANS * 4 * module.A_log.numel() * (width + module.chunk_size)) if width else 0
 
 
-def _attentions(text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quick: bool) -> Iterator[Attention]:
+def _attentions(
+    text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quick: bool, by_torch: bool
+) -> Iterator[Attention]:
     """Yield the attention of each layer of a model with the configuration ``text``, whose numbers have ``size`` bytes.
 
     ``is_eager``: whether scores of all tokens are computed. ``has_mask``: whether there is a mask for each prompt.
-    ``is_quick``: whether ``use_causal_attention`` is called for the model.
+    ``is_quick``: whether ``use_causal_attention`` is called for the model. ``by_torch``: whether torch computes then.
     """
     layers = text.per_layer_config
     layer_types = getattr(text, "layer_types", None) or [""] * len(layers)
@@ -293,6 +314,7 @@ def _attentions(text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quic
             always=2 * expanded if sizes["kv_lora_rank"] else expanded * is_shared * (not shares),
             masked=expanded * is_shared * shares * (not is_quick or bool(getattr(layer, "attention_chunk_size", None))),
             kept=0 if sizes["kv_lora_rank"] else kept,
+            packed=by_torch * (expanded if sizes["kv_lora_rank"] else kept),
             scores=SCORE_BYTES * (heads * holds_scores + sizes["index_n_heads"]),
             mask=size + 1,
             has_mask=has_mask,

@@ -39,7 +39,7 @@ class Varying(NamedTuple):
         )
 
 
-WITH_AMX = "torch computes 16-bit matrices with AMX (--same-bits avoids it)"
+WITH_AMX = "torch computes prompts' attention and 16-bit matrices with AMX (--same-bits avoids it)"
 _LINEAR, _MAMBA = "linear attention", "Mamba layers"
 _SPARSE, _OWN = "attention to chosen positions", "an attention of its own"
 # By model type, as tests/measurements/same_bits.py has measured it. Most logits are below 4. A last bit may send a
@@ -103,7 +103,7 @@ def varying_part(config: Mapping[str, Any], manifest: Manifest, *, dtype: str | 
 def varying_part_here(model: Any) -> str | None:
     """Return ``varying_part`` of a loaded model, for the options and the processor with which it is computed."""
     from moetier.runtime.kernels.jit.processor import refusal
-    from moetier.runtime.kernels.products.row import RowWeight, prefers_torch
+    from moetier.runtime.kernels.products.row import prefers_torch
 
     tiers = model.tiers
     if reason := refusal():
@@ -111,7 +111,8 @@ def varying_part_here(model: Any) -> str | None:
     if not any(map(tiers.kernels.packs, tiers.manifest.layouts.values())):
         return "all parts, which are computed as by transformers"
     part = varying_part(model.config.to_dict(), tiers.manifest, dtype=str(model.dtype).removeprefix("torch."))
-    if part is None and prefers_torch() and any(type(p) is RowWeight and not p.same_bits for p in model.parameters()):
+    flags = (getattr(owner, "same_bits", True) for owner in (*model.parameters(), *model.modules()))
+    if part is None and prefers_torch() and not all(flags):
         return WITH_AMX
     return part
 

@@ -2,6 +2,7 @@
 
     attend           attention of one or many tokens
     attention        replaces transformers' attention functions
+    torch_attention  many tokens by torch, on processors with AMX
     attention_code   emits attention: strips of rows, and how their pieces are merged
     attention_piece  emits the attention of some rows to one piece
     attention_tasks  one token's attention as tasks, from the hidden state to the output projection
@@ -17,5 +18,5 @@
     routing_code     emits it
 
 Other packages use ``attend``, ``attention``, ``attention_tasks``, ``eight_bits``, ``growing_cache``, ``masks``,
-``norm``, ``packing``, ``paged_cache`` and ``routing``. The package imports ``products`` and ``jit``.
+``norm``, ``packing``, ``paged_cache`` and ``routing``. The package imports ``products``, ``jit`` and ``libraries``.
 """

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moetier.runtime.kernels.jit.emitter import LANES
 from moetier.runtime.kernels.products.api import CPU, FLOATS, has_memory
+from moetier.runtime.kernels.products.row import prefers_torch
 from moetier.runtime.libraries.torch_internals import parameters_of, replace_parameters
 from moetier.runtime.libraries.transformers_internals import attention_of, can_use_sdpa
 
@@ -32,6 +33,7 @@ from .attention_piece import STEP
 from .eight_bits import SCALE_BYTES
 from .masks import Band, band_of, causal, causal_mask, in_order, sink_mask, written_out
 from .packing import attend_to_each, packed_step
+from .torch_attention import LEAST_TOKENS, attend_with_torch
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -44,13 +46,13 @@ SINKS = "sinks"  # name of the parameter [heads] of an attention that has them
 HARMLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits", "output_hidden_states"}
 
 
-def use_causal_attention(model: PreTrainedModel) -> None:
-    """Replace the attention function of a model for single tokens.
+def use_causal_attention(model: PreTrainedModel, *, same_bits: bool = True) -> None:
+    """Replace the attention function of a model.
 
     This requires that the whole model uses one function, and that its code does not depend on the function's name. SDPA
     is replaced by ``causal_attention``. The function of an architecture with sinks is replaced by ``sink_attention``,
     if the architecture can't use SDPA, its function computes the same for a trial token, and the configuration asks for
-    no attention weights.
+    no attention weights. ``same_bits``: many tokens must have the bits of one, even where torch computes them faster.
     """
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     used = {attention_of(part.config) for part in parts}
@@ -66,6 +68,9 @@ def use_causal_attention(model: PreTrainedModel) -> None:
             AttentionInterface.register(WITH_SINKS, sink_attention)
             AttentionMaskInterface.register(WITH_SINKS, sink_mask)
             model.set_attn_implementation(WITH_SINKS)
+    for module in model.modules():
+        if hasattr(module, "is_causal") or SINKS in parameters_of(module):
+            vars(module)["same_bits"] = same_bits
 
 
 def _asks_for(name: str, model: PreTrainedModel) -> bool:
@@ -96,7 +101,8 @@ def sink_attention(
     # without a mask, many tokens attend to all
     is_causal = getattr(module, "is_causal", True) and (query.shape[2] == 1 or band_of(attention_mask) is not None)
     if sinks is not None and is_causal and not asks_more(named, {"s_aux", "scaling"}):
-        y = _attend(query, key, value, attention_mask, scaling, sinks)
+        same_bits = getattr(module, "same_bits", True)
+        y = _attend(query, key, value, attention_mask, scaling, sinks, same_bits=same_bits)
         if y is not None:
             return y, None
     key, value = in_order(key, value, attention_mask)
@@ -204,7 +210,8 @@ def causal_attention(
     tokens = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None and (tokens == 1 or is_causal):
-        y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"))
+        same_bits = getattr(module, "same_bits", True)
+        y = _attend(query, key, value, attention_mask, scaling, kwargs.get("s_aux"), same_bits=same_bits)
         if y is not None:
             return y, None
     key, value = in_order(key, value, attention_mask)
@@ -231,10 +238,20 @@ def causal_attention(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    sinks: Tensor | None,
+    *,
+    same_bits: bool = True,
 ) -> Tensor | None:
-    """Compute ``causal_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take."""
-    band, length = band_of(mask), None
+    """Compute ``causal_attention`` with ``sinks`` [heads]. Return None for inputs that compiled code does not take.
+
+    Unless a token must have the ``same_bits`` alone and beside others, torch computes many tokens where it is faster.
+    """
+    given, band, length = mask, band_of(mask), None
     if mask is not None and band is not None:
         length, mask = mask.shape[3], None
     if torch.is_grad_enabled() or not _fits(query, key, value, mask):
@@ -244,6 +261,15 @@ def _attend(
     if query.stride(3) != 1:
         query = query.contiguous()
     first, window, pages = band or Band(0, NO_WINDOW)
+    if (
+        not same_bits
+        and query.shape[2] >= LEAST_TOKENS
+        and key.dtype == torch.bfloat16
+        and value.shape[3] <= key.shape[3]
+        and prefers_torch()
+    ):
+        key, value = in_order(key, value, given)
+        return attend_with_torch(query, key[:, :, :length], value[:, :, :length], window, scaling, sinks)
     added = None if mask is None else _added(mask, len(query))
     return attend(
         query,

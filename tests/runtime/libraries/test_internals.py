@@ -73,6 +73,9 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "torch.utils._pytree": _attribute("torch.utils._pytree", "tree_map_only"),
     "_C": lambda: hasattr(torch._C, "DisableTorchFunctionSubclass"),
     "_is_avx512_bf16_supported": lambda: isinstance(torch.cpu._is_avx512_bf16_supported(), bool),
+    "_scaled_dot_product_flash_attention_for_cpu": lambda: hasattr(
+        torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
+    ),
     "_convert_weight_to_int4pack": lambda: hasattr(torch.ops.aten, "_convert_weight_to_int4pack"),
     "_weight_int4pack_mm": lambda: hasattr(torch.ops.aten, "_weight_int4pack_mm"),
     "torch._dynamo": lambda: all(
