@@ -114,6 +114,34 @@ def test_what_a_user_has_to_read_is_short() -> None:
     assert len(counts) <= 14, "README, index, nine pages, and two for those who operate it"
 
 
+MOST_WORDS_OF_A_TASK = 600  # three minutes at 200 words a minute
+TASKS = {  # what a newcomer wants: the sections to read for it, by page; "": what comes before the first section
+    "install": {"quickstart": ["", "Install"]},
+    "find what fits": {"../README": ["Which way for me"], "choosing": [""]},
+    "read a plan": {"choosing": ["Reading a plan"]},
+    "get a checkpoint going": {"quickstart": ["Use your own model"], "choosing": ["Without a conversion"]},
+    "serve it to a client": {"serve": ["", "Clients"]},
+    "share it between two processes": {"sharing": ["", "What is shared"]},
+    "find out why it is slow": {"faq": ["Why is it slow?"], "choosing": ["Reading the report"]},
+}
+
+
+def section(page: Path, title: str) -> str:
+    """Return the text of a section with its subsections; that of the page's beginning if ``title`` is empty."""
+    parts = dict(part.split("\n", 1) for part in f"\n{page.read_text()}".split("\n## ")[1:])
+    return parts[title] if title else page.read_text().partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_takes_three_minutes_of_reading(task: str) -> None:
+    counts = {
+        (page, title): len(section(DOCS / f"{page}.md", title).split())
+        for page, titles in TASKS[task].items()
+        for title in titles
+    }
+    assert sum(counts.values()) <= MOST_WORDS_OF_A_TASK, counts
+
+
 @pytest.mark.parametrize("page", FOR_USERS, ids=name_of)
 def test_a_page_for_users_begins_with_a_command(page: Path) -> None:
     """Before the first heading of a section, and within the first lines."""
@@ -201,6 +229,12 @@ def test_dependencies_are_all_explained_and_no_others() -> None:
 def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
     """Return the size, the share of experts in memory and the hits of a machine's row in "Which way for me"."""
     assert published.row(way) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", published.KNOWN)
+def test_sizes_of_known_models_are_those_of_a_plan(name: str) -> None:
+    """Return the size on the disk, that of the trunk, and the least sensible memory."""
+    assert published.size_row(name) in (ROOT / "README.md").read_text()
 
 
 def test_the_readme_begins_with_what_one_needs() -> None:

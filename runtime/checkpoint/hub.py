@@ -22,6 +22,7 @@ from moetier.tiers.small_names import DOWNLOADED
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 UNRESUMABLE = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # partial downloads that huggingface_hub 2 never resumes
 HEADERS_AT_ONCE = 8
+FOR_A_PLAN = " For moetier plan, a folder with the model's config.json and model.safetensors.index.json is enough."
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,4 +193,5 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         cause = f"The hub did not give {asked}" if answered else f"The hub could not be reached for {asked}"
         if or_folder:
             cause += ", and there is no such folder"
+            fix += "" if answered else FOR_A_PLAN
         raise CheckpointError(f"{cause}: {reason}", fix) from redacted_error(error)

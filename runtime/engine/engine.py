@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,6 +20,7 @@ from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.libraries.model_building import BUILDING
 from moetier.runtime.model.context import longest_context
+from moetier.runtime.model.names import listed_name
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
 from moetier.tiers.threads import start_thread
@@ -56,7 +58,8 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
             "Keep them in memory: leave out the folder (moetier serve --kv-cache-dir).",
         )
     manifest = model.tiers.manifest
-    folder = PageFolder(disk, manifest.model, binding_of(model, manifest))
+    name = listed_name(Path(model.name_or_path)) or manifest.model
+    folder = PageFolder(disk, name, binding_of(model, manifest))
     has_states = runner.state_memory is not None
     return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=has_states)
 

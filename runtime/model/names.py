@@ -175,17 +175,21 @@ def checkpoint_or_model(source: str) -> str:
 
 def note_use_of(model: Path) -> None:
     """Note that a model is used now, if it has a name. Does nothing if names can't be read."""
+    if (name := listed_name(model)) is not None:
+        note_use(name)
+
+
+def listed_name(model: Path) -> str | None:
+    """Return the name by which ``moetier list`` shows the model at a path; None if it has none."""
     path = real_path(model)
     with contextlib.suppress(OSError, ConfigError):
-        if (name := next((name for name, other in all_named().items() if real_path(other) == path), None)) is not None:
-            note_use(name)
+        return next((name for name, other in all_named().items() if real_path(other) == path), None)
+    return None
 
 
 def name_of(folder: Path) -> str:
-    """Return the name of the pulled model in ``folder``; the folder's own name if the model was not pulled."""
-    real = folder.resolve()
-    names = [name for name, path in pulled().items() if path.resolve() == real]
-    return names[0] if names else real.name
+    """Return the name by which ``moetier list`` shows the model in ``folder``; if it has none, the folder's own."""
+    return listed_name(folder) or real_path(folder).name
 
 
 def _advice(name: str) -> str:

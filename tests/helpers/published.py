@@ -1,12 +1,13 @@
 """Sizes of some published models, and what `moetier plan` says of them with a given memory.
 
-``python tests/helpers/published.py`` prints the rows of the table "Which way for me" in README.md.
+``python tests/helpers/published.py`` prints the rows of both tables of "Which way for me" in README.md.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.safetensors_folder import INDEX
 from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.cpu import Cpu
+from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.machine.memory import PROCESS_BYTES, Available
+from moetier.tiers.layout import BITS
 from moetier.tiers.text import format_bytes
 from moetier.tools.plan.choices import Choice, ModelChoices, open_choices
-from moetier.tools.plan.estimate import Caching
-from moetier.tools.plan.fit import MachineResources, fit_of
+from moetier.tools.plan.estimate import CONTEXT_TOKENS, Caching, token_cost
+from moetier.tools.plan.fit import Fit, MachineResources, fit_of
+from moetier.tools.plan.speeds import DiskRate, MachineRates
 from moetier.tools.synthetic.checkpoint import config_of
 
 QWEN3_30B = config_of("qwen3-30b-a3b")
@@ -44,8 +48,15 @@ DEEPSEEK_V3 = {
     "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "vocab_size": 129280,
     "max_position_embeddings": 163840,
 }  # fmt: skip
+GPT_OSS_20B = config_of("gpt-oss-20b")
+GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
 GIB = 1 << 30
 CONTEXT = 8192
+# of a machine that is not here: a disk of 3.5 GB/s, products at 20 GB/s, 2.5 us for a small operation of torch
+STATED = MachineRates(
+    DiskRate(3.5e9, 3.5e9, 4), 20e9, dict.fromkeys(BITS, 20e9), dict.fromkeys(BITS, 200e9), 20e9, 2.5e-6
+)
+SENSIBLE_HITS = 0.8  # share of a token's experts that is in memory with the least sensible memory
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,27 @@ class Way:
 
 
 WAYS = (
+    Way("laptop, 16 GB", 12, "openai/gpt-oss-20b", GPT_OSS_20B),
     Way("laptop, 16 GB", 12, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
     Way("laptop, 32 GB", 26, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
     Way("laptop, 32 GB", 26, "mistralai/Mixtral-8x7B-Instruct-v0.1", MIXTRAL_8X7B),
+    Way("workstation, 64 GB", 56, "openai/gpt-oss-120b", GPT_OSS_120B),
     Way("workstation, 64 GB", 56, "zai-org/GLM-4.5-Air", GLM_45_AIR),
     Way("workstation, 128 GB", 116, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
     Way("server, 256 GB", 240, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
     Way("cluster, 4 x 128 GB", 120, "deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, daemons=4, ram=100),
 )
+
+
+KNOWN = {
+    "openai/gpt-oss-20b": GPT_OSS_20B,
+    "Qwen/Qwen3-30B-A3B": QWEN3_30B,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL_8X7B,
+    "zai-org/GLM-4.5-Air": GLM_45_AIR,
+    "openai/gpt-oss-120b": GPT_OSS_120B,
+    "Qwen/Qwen3-235B-A22B": QWEN3_235B,
+    "deepseek-ai/DeepSeek-V3": DEEPSEEK_V3,
+}  # by name: the config.json
 
 
 def choices_of(config: Mapping[str, Any]) -> ModelChoices:
@@ -81,28 +105,54 @@ def choices_of(config: Mapping[str, Any]) -> ModelChoices:
         return open_choices(folder)
 
 
-def planned(way: Way) -> tuple[Choice, str, str]:
-    """Return the choice of 4 bits with a trunk of 8, the share of the experts in memory, and their hits."""
-    model_choices, cpu = choices_of(way.config), Cpu()
-    (choice,) = model_choices.chosen([4], [8])
-    free = Available(way.free * GIB - PROCESS_BYTES, "this machine")
-    resources = MachineResources(free, cpu, None, disk_free=1 << 50, idle_bytes=0, into=Path())
-    fit = fit_of(model_choices, choice, TierConfig.of(context=CONTEXT), resources, cpu.kernels())
+def fitted(model_choices: ModelChoices, free: int) -> Fit:
+    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB of memory."""
+    (choice,), cpu = model_choices.chosen([4], [8]), Cpu()
+    available = Available(free * GIB - PROCESS_BYTES, "this machine")
+    resources = MachineResources(available, cpu, None, disk_free=1 << 50, idle_bytes=0, into=Path())
+    return fit_of(model_choices, choice, TierConfig.of(context=CONTEXT), resources, cpu.kernels())
+
+
+def planned(way: Way) -> tuple[Choice, str, str, str]:
+    """Return the choice of 4 bits with a trunk of 8, the share of the experts in memory, their hits, and tokens/s.
+
+    The speed is that of STATED; "-" if other machines hold the experts.
+    """
+    fit = fitted(choices_of(way.config), way.free)
+    choice = fit.choice
     assert fit.works, fit.problem
     slots: Mapping[str, int] = fit.slots
     if way.daemons:
         assert choice.manifest.stored_bytes <= way.daemons * way.ram * GIB, "the daemons have room for all experts"
         slots = {block.array: choice.manifest.record_count for block in choice.manifest.blocks}
     share = min(1.0, sum(slots.values()) / choice.manifest.record_count)
-    hits = Caching.of(choice.manifest, slots).mean(choice.manifest)
-    return choice, "all" if share == 1 else f"{share:.0%}", f"{hits:.0%}"
+    caching, kv = Caching.of(choice.manifest, slots), fit.needs.kv
+    nbytes = min(kv.nbytes, kv.page_bytes * (CONTEXT_TOKENS // PAGE_TOKENS))
+    speed = "-" if way.daemons else f"{1 / token_cost(choice, caching, STATED, nbytes)[0].seconds:.1f}"
+    return choice, "all" if share == 1 else f"{share:.0%}", f"{caching.mean(choice.manifest):.0%}", speed
 
 
 def row(way: Way) -> str:
     """Return the beginning of the table's row."""
-    choice, share, hits = planned(way)
-    return f"| {way.machine} | {way.free} GiB | {way.model} | {format_bytes(choice.disk_bytes)} | {share} | {hits} |"
+    choice, *rest = planned(way)
+    cells = [way.machine, f"{way.free} GiB", way.model, format_bytes(choice.disk_bytes), *rest]
+    return f"| {' | '.join(cells)} |"
+
+
+def size_row(name: str) -> str:
+    """Return the row of a known model: its sizes, and the least whole GiB of free memory with SENSIBLE_HITS."""
+    model_choices = choices_of(KNOWN[name])
+
+    def is_enough(free: int) -> bool:
+        fit = fitted(model_choices, free)
+        manifest = fit.choice.manifest
+        return fit.works and Caching.of(manifest, fit.slots).mean(manifest) >= SENSIBLE_HITS
+
+    (choice,) = model_choices.chosen([4], [8])
+    free = bisect_left(range(1, 1024), True, key=is_enough) + 1
+    sizes = f"{format_bytes(choice.disk_bytes)} | {format_bytes(choice.trunk_bytes)}"
+    return f"| {name} | {sizes} | {free} GiB |"
 
 
 if __name__ == "__main__":
-    print(*map(row, WAYS), sep="\n")
+    print(*map(row, WAYS), *map(size_row, KNOWN), sep="\n")

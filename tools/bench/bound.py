@@ -71,6 +71,30 @@ class Bound:
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 
+NEAR = 0.5  # share of the bound that large models reach or exceed
+SMALL_BYTES = 64 << 20  # of weights in a step; with fewer, small operations take most of the time
+
+
+def verdict(ratio: float, by: str, step_bytes: float) -> str:
+    """Return a sentence that says whether a speed is near its bound, and what would raise it.
+
+    Args:
+        ratio: the speed, divided by the bound.
+        by: part that bounds the step, as in ``Bound.by``.
+        step_bytes: bytes of the weights that a step is multiplied with.
+    """
+    what = "the disk" if by == "disk" else "the processor"
+    said = f"You reach {ratio:.0%} of what {what} permits"
+    if ratio >= NEAR:
+        more = "more --ram, fewer --bits or a faster disk" if by == "disk" else "only fewer --bits or another processor"
+        return f"{said}, which is normal: {more} would be faster."
+    if step_bytes < SMALL_BYTES:
+        return (
+            f"{said}. That is normal for so small a model, whose time goes into small operations; large ones reach 50%."
+        )
+    return f"{said}, which is low. End other programs, or set --threads to the free cores; run moetier doctor DIR."
+
+
 def misses_of(routing: Routing, partitions: Sequence[Partition], policy: str = DEFAULT_POLICY) -> list[list[int]]:
     """Return how many experts a simulated cache must load: [steps][blocks].
 

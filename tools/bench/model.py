@@ -22,7 +22,7 @@ from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.products import UNCACHED_BYTES
 from moetier.tools.rates.reads import DISK_SECONDS, GB, NO_FIO, RandomReads, fio_version
 
-from .bound import Bound, BoundRates, need_of, rows_of
+from .bound import Bound, BoundRates, need_of, rows_of, verdict
 from .output import Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
@@ -168,6 +168,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
         [list(TABLE), *map(_row, results)],
         results,
         notes=[*notes, f"tokens   {work.source}; page cache {page_cache}", *([] if fio else [NO_FIO])],
+        ends=[_reading(result) for result in results],
         rates=rates_json,
         tokens={
             "source": work.source,
@@ -258,6 +259,15 @@ def result_of(
         "peak_bytes": max(run["peak_bytes"] for run in runs),
         "group_peak_bytes": None if limits.limit is None else max(run["group_peak_bytes"] for run in runs),
     }
+
+
+def _reading(result: dict[str, Any]) -> str:
+    """Return a sentence that says what a row means; it begins with the row's limits, if it has some."""
+    limit, ram = result["limit_bytes"], result["ram"]
+    limits = [] if limit is None else [f"--limit {format_bytes(limit)}"]
+    limits += [] if ram is None else [f"--ram {ram}"]
+    said = verdict(result["ratio"], result["bound_by"], result["need_bytes"]["experts"] + result["need_bytes"]["trunk"])
+    return f"{' '.join(limits)}: {said}" if limits else said
 
 
 def _row(result: dict[str, Any]) -> list[str]:

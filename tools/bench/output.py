@@ -109,9 +109,12 @@ def report(
     results: list[dict[str, Any]],
     *,
     notes: list[str] | None = None,
+    ends: list[str] | None = None,
     **more: Any,
 ) -> None:
-    """Print the machine, the table ``rows`` and the ``notes``. With --json, write the results to a file too.
+    """Print the machine, the table ``rows``, the ``notes``, and ``ends``, sentences that say what the table means.
+
+    With --json, write the results to a file too.
 
     The file has the machine, the notes, ``results`` (a JSON object for each row of the table) and the fields ``more``.
     """
@@ -120,8 +123,8 @@ def report(
     print(machine.text())
     print(f"rounds   {arguments.rounds}: median (least to most)")
     print(table(rows))
-    for note in notes or []:
-        print(note)
+    for line in (*(notes or []), *(ends or [])):
+        print(line)
     if arguments.json is not None:
         document = {
             "command": arguments.what,

@@ -7,24 +7,30 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from moetier.runtime.generation.decoding import DECODING
+from moetier.runtime.generation.decoding import DECODING, SAMPLING
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import decoding_of
+
+TOP_K = 50  # transformers' own, if neither the user nor the model says otherwise
 
 
 class AnswerOptions:
     """Values of the options in DECODING, by name. None leaves the choice to the model's generation_config.json."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        """``values`` are those of the command line, to which ``set`` returns."""
+    def __init__(self, values: Mapping[str, Any], of_model: Any = None) -> None:
+        """Begin with the values of the command line, to which ``set`` returns.
+
+        ``of_model``: the model's generation config (transformers), which has the values of options that are not given.
+        """
+        self._of_model = of_model
         self._first = {name: values.get(name, option.default) for name, option in DECODING.items()}
         self._values = dict(self._first)
         self._seeds = itertools.count(self._values["seed"])
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> AnswerOptions:
-        """Return the options that a command line gives."""
-        return cls({name: getattr(arguments, name) for name in DECODING})
+    def of(cls, arguments: argparse.Namespace, of_model: Any) -> AnswerOptions:
+        """Return the options that a command line gives. ``of_model``: as for the class."""
+        return cls({name: getattr(arguments, name) for name in DECODING}, of_model)
 
     @property
     def max_new_tokens(self) -> int:
@@ -59,7 +65,19 @@ class AnswerOptions:
             self._seeds = itertools.count(self._values["seed"])
 
     def __str__(self) -> str:
-        """The options that have a value, and its source for the others."""
+        """The options that have a value, those of the model behind the others."""
         given = [f"{name} {value:g}" for name, value in self._values.items() if value is not None and name != "seed"]
         given.append(f"seed {self._values['seed']}")
-        return f"{', '.join(given)}; the others as the model's generation_config.json says"
+        others = ", ".join(f"{name} {value:g}" for name, value in self._others().items())
+        return ", ".join(given) + (f"; from the model's generation_config.json: {others}" if others else "")
+
+    def _others(self) -> dict[str, float]:
+        """Return the values, by name, of options of sampling that are not given and have an effect."""
+        asked = self.decoding()
+        found = {name: getattr(self._of_model, name, None) for name in SAMPLING}
+        if asked.get("do_sample", getattr(self._of_model, "do_sample", False)):
+            defaults = {"temperature": 1.0, "top_k": TOP_K}
+            found = {name: defaults.get(name) if value is None else value for name, value in found.items()}
+        else:
+            found = {"temperature": 0.0, "repetition_penalty": found["repetition_penalty"]}
+        return {name: value for name, value in found.items() if value is not None and self._values[name] is None}

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         removed, nbytes = clear(arguments.folder)
         print(f"{removed:,} files removed, {format_bytes(nbytes)}")
         return
-    rows = [["model", "size", "files", "last used"]]
+    rows = [["model", "size", "files", "last use"]]
     for model in models_in(arguments.folder):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.used / 1e9))
         rows.append([plain(model.name), format_bytes(model.bytes), f"{model.files:,}", used])

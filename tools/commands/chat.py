@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
     resources = resources_of(arguments)
-    options = AnswerOptions.of(arguments)
     folder = state_folder()
     resumed = last_conversation(folder) if arguments.resume else []
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
@@ -75,8 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
         from moetier.runtime.engine.engine import Engine
+        from moetier.runtime.model.names import listed_name
 
         with Engine.of(model) as engine:
+            options = AnswerOptions.of(arguments, model.generation_config)
             context = engine.context
             answer_tokens = min(options.max_new_tokens, context // ROOM)
             conversation = Conversation(
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
                 DaemonWatch(model.tiers),
                 options=options,
                 kept=KeptConversation(state),
-                title=f"{arguments.directory}, experts of {model.tiers.where}",
+                title=f"{listed_name(arguments.directory) or arguments.directory}, experts of {model.tiers.where}",
                 as_json=arguments.json,
                 status=status,
             )

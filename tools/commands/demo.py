@@ -79,8 +79,9 @@ def converted() -> Path:
 def happened(host: Any, records: int) -> str:
     """Return a sentence about the run. ``host``: counters of the host tier; ``records``: number of all experts."""
     return (
-        f"Just now: a quarter of the experts, {host.slots} of {records}, had room in memory. {host.hit_ratio:.0%} of "
-        f"{host.hits + host.misses:,} demands were hits; for the others, {format_bytes(host.bytes_in)} were read."
+        f"Just now: a quarter of the experts, {host.slots} of {records}, had room in memory. Tokens used experts "
+        f"{host.hits + host.misses:,} times: {host.hit_ratio:.0%} were in memory (hits); for the others, "
+        f"{format_bytes(host.bytes_in)} were read."
     )
 
 

@@ -16,7 +16,7 @@ from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.parser import directory
 from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, ClientProgram, Launch, ServerModel
 from moetier.tools.launch.first_prompt import estimated
-from moetier.tools.launch.server import chosen, models_of
+from moetier.tools.launch.server import chosen, has_tools, models_of
 from moetier.tools.serve.keys import keys_of
 
 EXAMPLES = (
@@ -66,11 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
     url = arguments.url.rstrip("/").removesuffix("/v1")
     key = key_of(arguments.api_key_file)
     model = chosen(models_of(url, key), arguments.model, url)
-    target = ServerModel(url, model["id"], model.get("max_model_len") or CONTEXT, key)
+    tools = has_tools(url, key, model)
+    target = ServerModel(url, model["id"], model.get("max_model_len") or CONTEXT, key, tools)
     out = sys.stderr if arguments.starts else sys.stdout
     if not arguments.starts:
         print(f"# {client.place}\n{client.configuration(target)}", flush=True)
-    if arguments.estimate and (line := first_prompt(client, target, arguments.directory)):
+    line = misfit(client, target)
+    if arguments.estimate and not line:
+        line = first_prompt(client, target, arguments.directory)
+    if line:
         print(line, file=out, flush=True)
     if arguments.starts:
         return start(client, client.launch(target), arguments.words)
@@ -88,13 +92,23 @@ def key_of(file: Path | None) -> str | None:
     return os.environ.get(KEY) or None
 
 
+def misfit(client: ClientProgram, target: ServerModel) -> str:
+    """Return a line that says why a model can't be used with a program; "" if nothing speaks against it."""
+    reasons = []
+    if client.prompt_tokens >= target.context:
+        reasons.append(
+            f"its context has {target.context:,} tokens, and the program's first prompt about {client.prompt_tokens:,}"
+        )
+    if target.has_tools is False:
+        reasons.append("its chat template has no tools")
+    return f"\n# {target.model} can't be used with {client.command}: {'; '.join(reasons)}." if reasons else ""
+
+
 def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None) -> str:
     """Return a line that says how long a first prompt takes; "" if the model's directory is not known."""
     from moetier.runtime.model.names import model_directory
 
     what = f"A first prompt of {client.command} has about {client.prompt_tokens:,} tokens"
-    if client.prompt_tokens >= target.context:
-        return f"\n# {what}. They do not fit into the model's context of {target.context:,} tokens."
     try:
         place = given or model_directory(target.model)
         if not place.exists():

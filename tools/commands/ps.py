@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.text import format_bytes
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _look(daemon: RunningDaemon) -> dict[str, Any]:
+    from moetier.runtime.model.names import listed_name
+
     return {
         "folder": str(daemon.folder),
         "pid": daemon.card.pid,
@@ -44,7 +47,7 @@ def _look(daemon: RunningDaemon) -> dict[str, Any]:
         "uptime_s": time.time() - daemon.card.started_unix,
         "models": [
             {
-                "name": model.name,
+                "name": listed_name(Path(model.directory)) or model.name,
                 "digest": model.digest,
                 "directory": model.directory,
                 "budget_bytes": model.budget_bytes,
@@ -63,11 +66,11 @@ def _look(daemon: RunningDaemon) -> dict[str, Any]:
 def _text(daemons: list[dict[str, Any]]) -> str:
     from moetier.runtime.wire.address import DIGEST_CHARS
 
-    rows = [["folder", "pid", "model", "store", "budget", "in memory", "clients", "up", "listens"]]
+    rows = [["folder", "process", "model", "digest", "memory", "experts in memory", "clients", "up", "listens on"]]
     for daemon in daemons:
         for number, model in enumerate(daemon["models"]):
             first = number == 0
-            ready = f"{model['ready']}/{model['slots']}" if "ready" in model else "no answer"
+            ready = f"{model['ready']} of {model['slots']}" if "ready" in model else "no answer"
             rows.append(
                 [
                     plain(daemon["folder"]) if first else "",

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.options import Number
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     address = address_of(arguments.address)
     with probe(address, credentials(arguments)) as daemon:
-        now = daemon.describe(), daemon.stats()
+        now = daemon.describe(), _named(daemon.stats(), address)
         if arguments.watch is None:
             print(json.dumps(to_json(address, *now), indent=2) if arguments.json else _text(address, *now))
             return
@@ -57,8 +58,21 @@ def run(arguments: argparse.Namespace) -> None:
                 print(_HEAD, flush=True)
             while True:
                 time.sleep(arguments.watch)
-                before, now = now, (daemon.describe(), daemon.stats())
+                before, now = now, (daemon.describe(), _named(daemon.stats(), address))
                 print(json.dumps(to_json(address, *now)) if arguments.json else changes(before, now), flush=True)
+
+
+def _named(stats: StatsReply, address: Address) -> StatsReply:
+    """Name the models of a daemon of this machine as `moetier list` does. Return ``stats``."""
+    from moetier.runtime.model.names import listed_name
+    from moetier.runtime.wire.address import known_daemons
+
+    card = known_daemons().get(address)
+    places = {model.digest: model.directory for model in card.models} if card is not None else {}
+    for model in stats.models:
+        if model.digest in places:
+            model.name = listed_name(Path(places[model.digest])) or model.name
+    return stats
 
 
 def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> dict[str, Any]:
@@ -109,23 +123,25 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
         lines += [
             f"{plain(model.name)} ({plain(model.digest[:12])})",
             *([f"  fault     {plain(model.fault)}"] if model.fault else []),
-            f"  slots     {host.ready} of {host.slots} hold a record, {format_bytes(host.slot_bytes)}; "
+            f"  experts   {host.ready} in memory, with room for {host.slots} ({format_bytes(host.slot_bytes)}); "
             f"{model.recovered} kept from the previous daemon",
-            f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "
-            f"{host.misses:,} misses, {host.joined:,} waited for a read already under way",
-            f"  reads     {format_bytes(host.bytes_in)}, {host.evictions:,} evictions, {host.failures:,} failures",
+            f"  uses      {demands:,} of an expert: {host.hits:,} hits, in memory "
+            f"({host.hits / demands if demands else 0:.1%}); {host.misses:,} misses, not in memory, of which "
+            f"{host.joined:,} waited for a read already under way",
+            f"  reads     {format_bytes(host.bytes_in)}; {host.evictions:,} experts made room for others; "
+            f"{host.failures:,} failures",
             f"  prefetch  {prefetch_text(host)}",
             *([f"  preloaded {host.warmed:,} experts, {host.recalled:,} of them used"] if host.warmed else []),
-            f"  clients   {model.clients}, {model.sessions} with a session, {model.leases} slots leased",
-            f"  sessions  {model.requests:,} requests, {model.used:,} hits reported, "
-            f"{format_bytes(model.session_bytes_in)} in, {format_bytes(model.session_bytes_out)} out",
-            f"  fetches   {model.fetches:,}, {format_bytes(model.fetched_bytes)} out",
+            f"  clients   {model.clients}, {model.sessions} of them connected; they use {model.leases} experts now",
+            f"  requests  {model.requests:,} for missing experts, {format_bytes(model.session_bytes_in)} received, "
+            f"{format_bytes(model.session_bytes_out)} sent; {model.used:,} hits reported",
+            f"  fetches   {model.fetches:,} by other machines, {format_bytes(model.fetched_bytes)} sent",
         ]
     return "\n".join(lines)
 
 
 _COLUMNS = "{:<20} {:>11} {:>7} {:>6} {:>9} {:>9} {:>9} {:>12} {:>12}"
-_HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses/s", "failures", "read/s", "fetched/s")
+_HEAD = _COLUMNS.format("model", "in memory", "clients", "in use", "hits/s", "misses/s", "failures", "read/s", "sent/s")
 
 
 def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, StatsReply]) -> str:

@@ -36,6 +36,9 @@ from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
 
+USUAL_ERRORS = {8: 0.005, 4: 0.09, 3: 0.19, 2: 0.39}  # relative errors by bits, of normally distributed weights
+MOST_OF_USUAL = 1.3  # an error is usual up to this many times the figure
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -96,12 +99,24 @@ class ConversionReport:
             ["trunk", format_bytes(self.trunk_bytes)],
             *([[f"its {self.trunk_matrices} matrices of {self.trunk_bits} bits", "error " + error]] if error else []),
             ["experts", format_bytes(self.expert_bytes)],
-            *([["mean relative error", f"{min(errors):.4f} to {max(errors):.4f}"]] if errors else []),
+            *([["relative error", _error_text(errors, self.bits)]] if errors else []),
             ["bits per expert weight", f"{self.bits_per_weight:.3f}"],
             ["time", f"{self.seconds:.1f} s"],
             ["peak memory", format_bytes(self.peak_bytes)],
         ]
         return table(totals)
+
+
+def _error_text(errors: list[float], bits: int) -> str:
+    """Return the least and the greatest relative error of blocks, and whether that is usual with so many bits."""
+    if not any(errors):
+        return "0: the weights are those of the checkpoint"
+    text, usual = f"{min(errors):.4f} to {max(errors):.4f}", USUAL_ERRORS.get(bits)
+    if usual is None:
+        return text
+    if max(errors) <= MOST_OF_USUAL * usual:
+        return f"{text}: usual at {bits} bits"
+    return f"{text}: the usual at {bits} bits is {usual}; moetier quality measures what it costs"
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ class ServerModel:
         model: name of the model.
         context: most tokens of a prompt and its answer.
         key: the API key; None: the server has none.
+        has_tools: whether the model's chat template has tools; None: not known.
     """
 
     url: str
     model: str
     context: int = CONTEXT
     key: str | None = None
+    has_tools: bool | None = None
 
     @property
     def answer(self) -> int:
@@ -85,7 +87,7 @@ def opencode(target: ServerModel) -> dict[str, Any]:
         "npm": "@ai-sdk/openai-compatible",
         "name": PROVIDER,
         "options": options,
-        "models": {target.model: {"name": target.model, "limit": limit, "tool_call": True}},
+        "models": {target.model: {"name": target.model, "limit": limit, "tool_call": target.has_tools is not False}},
     }
     return {"provider": {PROVIDER: provider}, "model": f"{PROVIDER}/{target.model}"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -21,10 +22,7 @@ def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("it is no address of HTTP")
-        request = urllib.request.Request(f"{url}/v1/models")
-        if key is not None:
-            request.add_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        with urllib.request.urlopen(_request(f"{url}/v1/models", key), timeout=SECONDS) as answer:
             models = json.load(answer)["data"]
         return [model for model in models if _is_valid(model)]
     except urllib.error.HTTPError as error:
@@ -38,6 +36,34 @@ def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise UnavailableError(f"There is no server of moetier at {url}: {reason}.", "Start one: moetier serve DIR")
+
+
+def has_tools(url: str, key: str | None, model: dict[str, Any]) -> bool | None:
+    """Return whether the chat template of a loaded model has tools; None if that is not known.
+
+    The server counts the tokens of a prompt with a tool, or refuses it. It would load a model that is not loaded.
+    """
+    if not model.get("loaded"):
+        return None
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    body = {"model": model["id"], "messages": [{"role": "user", "content": "Look."}], "tools": [tool]}
+    request = _request(f"{url}/tokenize", key)
+    request.data = json.dumps(body).encode()
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS):
+            return True
+    except urllib.error.HTTPError as error:
+        with error, contextlib.suppress(OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+            if error.code == 400 and json.load(error)["error"]["param"] == "tools":
+                return False
+    except (OSError, http.client.HTTPException):
+        pass
+    return None
+
+
+def _request(url: str, key: str | None) -> urllib.request.Request:
+    return urllib.request.Request(url, headers={} if key is None else {"Authorization": f"Bearer {key}"})
 
 
 def _is_valid(model: dict[str, Any]) -> bool:

@@ -55,6 +55,7 @@ def test_a_hub_that_is_not_reached(scripts: Prepared, tmp_path: Path, name: str,
     )
     assert reached in cause
     assert advice.strip().startswith(fix)
+    assert "a folder with the model's config.json and model.safetensors.index.json is enough" in advice
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from stores import make_plan
 from two_layouts import two_layouts
 
 from moetier.tiers.cache.budget import Partition
-from moetier.tools.bench.bound import Bound, BoundRates, Need, misses_of, need_of, rows_of
+from moetier.tools.bench.bound import Bound, BoundRates, Need, misses_of, need_of, rows_of, verdict
 
 GB = 10**9
 
@@ -20,6 +20,19 @@ def test_of_the_disk_and_the_kernels_the_slower_one_counts() -> None:
     resident = Bound.of(Need(missing=0.0, experts=0.8 * GB, trunk=0.2 * GB), rates)
     assert (resident.seconds, resident.by) == (pytest.approx(0.06), "kernels")
     assert resident.to_json().keys() == {"disk", "kernels", "memory", "seconds", "by"}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "by", "step_bytes", "said"),
+    [
+        (0.57, "kernels", GB, "You reach 57% of what the processor permits, which is normal: only fewer --bits"),
+        (0.8, "disk", GB, "You reach 80% of what the disk permits, which is normal: more --ram"),
+        (0.1, "kernels", 18 << 20, "You reach 10% of what the processor permits. That is normal for so small a model"),
+        (0.3, "disk", GB, "You reach 30% of what the disk permits, which is low. End other programs"),
+    ],
+)
+def test_a_sentence_says_whether_a_speed_is_good(ratio: float, by: str, step_bytes: float, said: str) -> None:
+    assert verdict(ratio, by, step_bytes).startswith(said)
 
 
 def test_misses_of_an_lru_by_hand() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import GenerationConfig
 
 from moetier.runtime.generation.decoding import DECODING
 from moetier.tiers.errors import ConfigError
@@ -20,6 +21,20 @@ def test_an_option_changes_and_returns_to_that_of_the_command_line() -> None:
     assert options.max_new_tokens == 9
     assert options.decoding() == AnswerOptions({"temperature": 0.0, "max_new_tokens": 9}).decoding()
     assert "max_new_tokens" not in options.decoding()
+
+
+def test_the_values_that_are_not_given_are_those_of_the_model() -> None:
+    from_model = "from the model's generation_config.json:"
+    greedy = GenerationConfig(do_sample=False, temperature=None, top_k=None)
+    options = AnswerOptions({"max_new_tokens": 9}, greedy)
+    assert str(options).startswith(f"max_new_tokens 9, seed 0; {from_model} temperature 0")
+    options.set("top_k", "7")  # turns sampling on
+    assert str(options).startswith(f"max_new_tokens 9, top_k 7, seed 0; {from_model} temperature 1")
+    qwen3 = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    options = AnswerOptions({}, qwen3)
+    assert str(options).startswith(f"seed 0; {from_model} temperature 0.6, top_k 20, top_p 0.95")
+    options.set("temperature", "0")
+    assert "top_k" not in str(options)
 
 
 def test_each_answer_has_another_seed() -> None:

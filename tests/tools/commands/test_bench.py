@@ -190,6 +190,7 @@ def test_decode(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["page_cache"] == "dropped only for the model's files: to drop all of it is not permitted"
     said = capsys.readouterr().out
     assert all(word in said for word in ("tokens/s", "bound", "in its group", "900 MiB", "7MiB"))
+    assert said.splitlines()[-1].startswith("--limit 900 MiB --ram 7MiB: You reach ")
 
 
 def test_more_tokens_than_the_context_has_are_not_measured(tinymix_4bit: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,11 @@ def test_every_width_says_what_it_made(source: Path, tmp_path: Path, bits: Bits)
         assert {p.bits for p in store.layout(0).projections} <= {bits, 16}
     text = report.table()
     assert f"{report.bits_per_weight:.3f}" in text
-    assert f" to {max(block.error or 0 for block in report.blocks):.4f}" in text
+    most = max(block.error or 0 for block in report.blocks)
+    assert (f" to {most:.4f}: usual at {bits} bits" if most else "0: the weights are those of the checkpoint") in text
+    twice = tuple(replace(block, error=2 * (block.error or 0)) for block in report.blocks)
+    worse = replace(report, blocks=twice).table()
+    assert most == 0 or f"the usual at {bits} bits is " in worse
 
 
 def test_the_directory_holds_what_it_should(source: Path, tmp_path: Path) -> None:
@@ -174,7 +180,7 @@ def test_the_command_prints_a_table_and_says_what_it_does(
     assert main(["convert", str(source), str(tmp_path / "dst"), "--bits", "3", "--workers", "1"]) == 0
     out, err = capsys.readouterr()
     assert "bits per expert weight" in out
-    assert "mean relative error" in out
+    assert re.search(r"^relative error +0\.1\d+ to 0\.\d+: usual at 3 bits$", out, re.MULTILINE)
     before, *lines = err.splitlines()
     assert before.startswith("tiny-moe: ")
     assert "bits a weight)" in lines[0]

@@ -20,8 +20,8 @@ from moetier.tools.main import main
 # names of modules that differ from those of their packages
 MODULES = {"google-crc32c": "google_crc32c", "llama-cpp-python": "llama_cpp", "myst-parser": "myst_parser"}
 LAST = (
-    r"Just now: a quarter of the experts, 16 of 64, had room in memory\. \d+% of [\d,]+ demands were hits; "
-    r"for the others, [\d.]+ MiB were read\.\n"
+    r"Just now: a quarter of the experts, 16 of 64, had room in memory\. Tokens used experts [\d,]+ times: "
+    r"\d+% were in memory \(hits\); for the others, [\d.]+ MiB were read\.\n"
     r"Next: moetier chat (\S+) -n 64; or, for a model of the hub: moetier plan ORG/NAME\n"
 )
 

@@ -52,6 +52,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_POST(self) -> None:
+        """Refuse tools, as a server does whose model's template has none."""
+        body = json.dumps({"error": {"param": "tools"}}).encode()
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(400 if self.path == "/tokenize" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -86,7 +95,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """None of it has the key itself."""
     said = {name: printed(capsys, name, "--url", url, "--model", "first") for name in CLIENTS}
-    bodies = {name: text.partition("\n")[2].partition("\n\n# or")[0] for name, text in said.items()}
+    bodies = {name: text.partition("\n")[2].partition("\n\n# ")[0] for name, text in said.items()}
     assert all(KEY not in text for text in said.values())
     opencode, pi = json.loads(bodies["opencode"]), json.loads(bodies["pi"])
     assert opencode["model"] == "moetier/one"
@@ -101,6 +110,17 @@ def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.C
     }  # fmt: skip
     assert f"export ANTHROPIC_BASE_URL={url}\n" in bodies["claude"]
     assert 'export ANTHROPIC_AUTH_TOKEN="$MOETIER_API_KEY"' in bodies["claude"]
+
+
+def test_it_says_what_a_model_lacks(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "opencode", "--url", url, "--model", "one")
+    lacks = "its context has 4,000 tokens, and the program's first prompt about 10,104; its chat template has no tools"
+    assert f"\n# one can't be used with opencode: {lacks}.\n" in said
+    assert '"tool_call": false' in said
+    assert "# one can't be used with pi: its chat template" in printed(capsys, "pi", "--url", url, "--model", "one")
+    said = printed(capsys, "opencode", "--url", url, "--model", "two")  # it is not loaded, and is not for this
+    assert '"tool_call": true' in said
+    assert "can't" not in said
 
 
 @pytest.mark.parametrize("name", CLIENTS)
@@ -211,10 +231,9 @@ def test_what_can_not_be_used_is_said(
 def test_a_first_prompt_is_estimated_from_a_plan(
     url: str, tinymix_4bit: Path, short_probes: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["launch", "pi", "--url", url, "--model", "one", "--directory", str(tinymix_4bit)]
+    words = ["launch", "pi", "--url", url, "--model", "two", "--directory", str(tinymix_4bit)]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "A first prompt of pi has about 1,909 tokens" in said
+    assert "A first prompt of pi has about 1,909 tokens" in capsys.readouterr().out
     assert [seconds_of(tokens, [(1000, 2.0), (8000, 30.0)]) for tokens in (500, 1000, 4500, 8000, 8001)] == [
         1.0, 2.0, 16.0, 30.0, None,
     ]  # fmt: skip

@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families as parsed
 from readers import PATIENCE
 from threads import wait_until
 
+from moetier.tools.launch.server import has_tools, models_of
 from moetier.tools.main import main
 
 PROMPT = "La mattina seguente, don Rodrigo"
@@ -91,6 +92,12 @@ def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, tog
     assert "requests" in bits
     assert kept.startswith("  keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: ")
     assert "\n  experts of the daemon" in together.said
+
+
+def test_launch_finds_out_that_the_template_has_no_tools(server: ServerProcess) -> None:
+    (model,) = models_of(server.url, KEY)
+    assert has_tools(server.url, KEY, model) is False
+    assert has_tools(server.url, KEY, model | {"loaded": False}) is None, "that would load it"
 
 
 def test_one_model_is_there_under_its_own_name(client: OpenAI) -> None:

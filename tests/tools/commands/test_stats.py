@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.model.name_files import register_name
 from moetier.tiers.manifest import Manifest
 from moetier.tools.cli.report import format_seconds
 from moetier.tools.commands.stats import changes
@@ -44,7 +46,9 @@ def running_daemon_in(folder: Path, directory: Path | list[Path], *extra: str) -
 
 
 def moetier(runtime: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return for_daemons().run(MAIN, *words, environment={"XDG_RUNTIME_DIR": str(runtime)})
+    return for_daemons().run(
+        MAIN, *words, environment={"XDG_RUNTIME_DIR": str(runtime), "XDG_DATA_HOME": os.environ["XDG_DATA_HOME"]}
+    )
 
 
 def said(runtime: Path, *words: str) -> str:
@@ -87,10 +91,11 @@ def test_nobody(runtime: Path) -> None:
 def test_it_lists_daemons_with_their_models(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
     with use(daemon, store[1]):
         head, row = said(runtime, "ps").splitlines()
-        assert head.split() == ["folder", "pid", "model", "store", "budget", "in", "memory", "clients", "up", "listens"]
+        heads = ["folder", "process", "model", "digest", "memory", "experts in memory", "clients", "up", "listens on"]
+        assert re.split(r"  +", head) == heads
         words = row.split()
         assert words[:4] == [str(daemon.folder), str(daemon.pid), store[1].model, store[1].digest[:12]]
-        assert words[4:8] == ["192", "KiB", "3/12", "1"]
+        assert words[4:10] == ["192", "KiB", "3", "of", "12", "1"]
         assert words[-1] == "-"
         (found,) = json.loads(said(runtime, "ps", "--json"))
         assert 0 < found.pop("uptime_s") < 3600
@@ -114,6 +119,17 @@ def test_it_lists_daemons_with_their_models(daemon: DaemonProcess, store: tuple[
                 }
             ],
         }
+
+
+def test_a_model_has_the_name_that_list_shows(
+    models: Path, daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path
+) -> None:
+    name = register_name(store[0])
+    assert name is not None
+    assert name != store[1].model
+    assert said(runtime, "ps").splitlines()[1].split()[2] == name
+    assert said(runtime, "stats").splitlines()[1] == f"{name} ({store[1].digest[:12]})"
+    assert json.loads(said(runtime, "stats", "--json"))["models"][0]["name"] == name
 
 
 def test_several_with_several_models(store: tuple[Path, Manifest], runtime: Path, tmp_path: Path) -> None:
@@ -207,13 +223,13 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
     assert lines[1] == f"{store[1].model} ({store[1].digest[:12]})"
     words = " ".join(text.split())
     for part in (
-        "slots 3 of 12 hold a record, 192 KiB; 0 kept from the previous daemon",
-        "demands 4: 1 hits (25.0%), 3 misses, 0 waited for a read already under way",
-        "reads 48 KiB, 0 evictions, 0 failures",
+        "experts 3 in memory, with room for 12 (192 KiB); 0 kept from the previous daemon",
+        "uses 4 of an expert: 1 hits, in memory (25.0%); 3 misses, not in memory, of which 0 waited for a read already",
+        "reads 48 KiB; 0 experts made room for others; 0 failures",
         "prefetch 0 read, 0 useful, 0 late, 0 wasted; 0 cancelled; up to 0.00 s of waiting saved",
-        "clients 1, 1 with a session, 2 slots leased",
-        "sessions 2 requests, 0 hits reported",
-        "fetches 0, 0 B out",
+        "clients 1, 1 of them connected; they use 2 experts now",
+        "requests 2 for missing experts, ",
+        "fetches 0 by other machines, 0 B sent",
     ):
         assert part in words
 
@@ -288,7 +304,7 @@ def test_watching(
 ) -> None:
     people, machine = watch(runtime, watching), watch(runtime, watching, "--json")
     head, first = lines_of(people, 2)
-    assert head.split()[:4] == ["model", "ready", "clients", "leased"]
+    assert head.split()[:6] == ["model", "in", "memory", "clients", "in", "use"]
     assert first.split()[:4] == [store[1].model, "0/12", "0", "0"]
     assert len(first) == len(head), "columns"
     assert json.loads(*lines_of(machine, 1))["models"][0]["host"]["ready"] == 0
