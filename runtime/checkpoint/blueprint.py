@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moetier.runtime.formats.tensors import SourceTensor
-from moetier.runtime.libraries.meta import made_on_meta
+from moetier.runtime.libraries.lean import made_on_meta
 from moetier.runtime.libraries.transformers_internals import dtype_plan_of, may_lack
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError

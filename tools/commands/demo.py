@@ -57,10 +57,10 @@ def converted() -> Path:
 
     Raises TargetError if the cache can't be written.
     """
+    from moetier.runtime.libraries.lean import lean_imports
     from moetier.runtime.model.name_files import register_name
     from moetier.tiers.errors import TargetExistsError
     from moetier.tiers.store.folder import user_cache
-    from moetier.tools.cli.lean import lean_imports
 
     folder = user_cache("demo") / "tinymix-4bit"
     source = Path(str(files("moetier.assets") / "tinymix"))
