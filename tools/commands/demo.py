@@ -58,7 +58,6 @@ def converted() -> Path:
     Raises TargetError if the cache can't be written.
     """
     from moetier.runtime.libraries.lean import lean_imports
-    from moetier.runtime.model.name_files import register_name
     from moetier.tiers.errors import TargetExistsError
     from moetier.tiers.store.folder import user_cache
 
@@ -67,12 +66,11 @@ def converted() -> Path:
     if not folder.exists():
         print(f"converting the bundled model to 4 bits, once: {folder}", file=sys.stderr, flush=True)
     with lean_imports():
-        from moetier.tools.convert.entry import convert
+        from moetier.tools.convert.api import convert
     try:
         convert(source, folder, bits=4)
     except TargetExistsError:  # made by another version
         convert(source, folder, bits=4, overwrite=True)
-    register_name(folder)
     return folder
 
 

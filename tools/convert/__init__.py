@@ -1,7 +1,6 @@
 """Conversion of a checkpoint into a model directory, block by block, also while the checkpoint is downloaded.
 
-    api              ``moetier.convert`` and ``moetier.pull``
-    entry            opens the source, and makes or replaces the model directory
+    api              ``moetier.convert`` and ``moetier.pull``: open the source, and make or replace the model directory
     options          its options
     conversion_plan  what is made, and in which order
     conversion       one conversion, block after block, and its report

@@ -125,14 +125,14 @@ class Conversion:
         folder: Path,
         options: Options,
         *,
+        command: Sequence[str] = (),
         download: Download | None = None,
-        resuming: Sequence[str] | None = None,
         quiet: bool = True,
     ) -> Conversion:
         """Plan a conversion into ``folder`` without writing anything.
 
-        No weights are read, except samples for the digest if the checkpoint is a folder. ``download``, ``resuming`` and
-        ``quiet`` are as in ``convert``. Raises CheckpointError or ConfigError.
+        No weights are read, except samples for the digest if the checkpoint is a folder. ``command``, ``download`` and
+        ``quiet`` are as in ``convert_checkpoint``. Raises CheckpointError or ConfigError.
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
@@ -149,10 +149,10 @@ class Conversion:
             )
         small = small_files(checkpoint, manifest.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, manifest, trunk, small, is_streamed=download is not None)
-        command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
+        words = ["moetier", *(command or ("convert", checkpoint.source, str(folder.resolve())))]
         given = ((name, option, getattr(options, name)) for name, option in CONVERT_OPTIONS.items() if option.resumes)
-        command += command_words((name, value) for name, option, value in given if value != option.default)
-        return cls(checkpoint, planned, target, encoder, options, list(matrices.values()), command, download, quiet)
+        words += command_words((name, value) for name, option, value in given if value != option.default)
+        return cls(checkpoint, planned, target, encoder, options, list(matrices.values()), words, download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""

@@ -14,8 +14,8 @@ from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.errors import StoreFormatError, TargetExistsError
 from moetier.tiers.manifest import FEATURES, TrunkRecords
 from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.main import main
 

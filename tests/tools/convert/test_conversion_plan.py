@@ -19,9 +19,9 @@ from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
 from moetier.tools.convert import encoder
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 
 BF16 = torch.bfloat16

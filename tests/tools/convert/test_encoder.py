@@ -19,8 +19,8 @@ from moetier.runtime.checkpoint.recipe import Merging, Recipe
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.convert import encoder as records
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.synthetic.checkpoint import GEOMETRIES
 from moetier.tools.synthetic.tensors import make_synthetic

@@ -24,7 +24,7 @@ from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.gemm import product_kernel
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.testing import in_fork
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 FORM, OTHER = PackedVariant(4, 64, "bfloat16", BF16), PackedVariant(8, 64, "bfloat16", BF16)
 
