@@ -4,8 +4,8 @@
     options          its options
     conversion_plan  what is made, and in which order
     conversion       one conversion, block after block, and its report
-    encoder          turns weights into records, on threads
-    trunk_writer     writes the trunk's files
+    encoder          turns the weights of experts into records, on threads
+    trunk_writer     writes the trunk's files, and quantises its matrices
     target           the folder to write, or to resume
     replacement      replaces a complete model
     streaming        downloads from the hub meanwhile

@@ -30,11 +30,12 @@ from moetier.tools.cli.report import table
 from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
 from .conversion_plan import ConversionPlan, Stage, stages
-from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
+from .encoder import INTERPRETER_BYTES, Encoder
 from .model_card import CARD, write_card
 from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
+from .trunk_writer import MatrixRecord
 
 
 @dataclass(frozen=True)
