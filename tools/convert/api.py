@@ -89,9 +89,9 @@ def pull(hub_id: str, *, quiet: bool = True, **options: Any) -> ConversionReport
         MoetierError: an option, the source or the target can't be used.
     """
     hub.check_id(hub_id)
-    asked = Options(**options)
-    how = Options(**options | {"bits": asked.bits or DEFAULT_BITS})  # of every checkpoint, as the folder is named by it
-    target = place_of(hub_id, tag_of(how.bits, how.trunk_bits))
+    bits = Options(**options).bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
+    how = Options(**options | {"bits": bits})
+    target = place_of(hub_id, tag_of(bits, how.trunk_bits))
     return convert_from_hub(hub_id, target, how, ["pull", hub_id], quiet=quiet)
 
 
@@ -164,8 +164,6 @@ def convert_checkpoint(
         conversion.complete_card()
         conversion.target.tidy()
         return conversion.report({}, seconds=0.0, was_complete=True)
-    for line in conversion.announce():
-        conversion.say(line)
     return conversion.run()
 
 

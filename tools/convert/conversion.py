@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import DiskSpaceError
-from moetier.tiers.layout import ExpertKey, Projection
+from moetier.tiers.layout import Projection
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.options import command_words
 from moetier.tiers.quant.codec import WeightError
@@ -219,12 +220,15 @@ class Conversion:
         return report
 
     def make(self) -> ConversionReport:
-        """Write the trunk, the blocks, the small files and, last, the manifest. Resume where an earlier run stopped.
+        """Say what will be done. Write the trunk, the blocks, the small files and, last, the manifest.
 
-        The trunk of a hub checkpoint is written after the blocks, because its tensors are spread over all files.
-        Raises CheckpointError if the source can't be read, or TargetError if the target can't be written.
+        Resumes where an earlier run stopped. The trunk of a hub checkpoint is written after the blocks, because its
+        tensors are spread over all files. Raises CheckpointError if the source can't be read, or TargetError if the
+        target can't be written.
         """
         start = time.monotonic()
+        for line in self.announce():
+            self.say(line)
         self.check_disks()
         with StoreWriter.open(self.target.store, self.target.manifest) as writer:
             finished = writer.finished_blocks
@@ -288,32 +292,25 @@ class Conversion:
             return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
 
     def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
+        """Write the shards that are missing, each with the records of a block. Add the blocks' errors to ``errors``."""
         manifest, order = self.target.manifest, self._stages(writer.finished_blocks)
-        blocks = [block for stage in order for block in stage.blocks]
-        total = sum(manifest.blocks[block].experts * manifest.layout(block).slot_bytes for block in blocks)
+        missing = [block for stage in order for block in stage.blocks]
+        total = sum(manifest.blocks[block].experts * manifest.layout(block).slot_bytes for block in missing)
         readable = (stage for stage in order) if self.download is None else self.download.stream(order, self.quiet)
         with ByteProgress("experts", total, quiet=self.quiet) as progress, closing(readable):
             for stage in readable:
-                self._write_stage(stage.blocks, writer, errors, progress)
-
-    def _write_stage(
-        self, blocks: Sequence[int], writer: StoreWriter, errors: dict[int, float], progress: ByteProgress
-    ) -> None:
-        manifest = self.target.manifest
-        keys = [ExpertKey(block, expert) for block in blocks for expert in range(manifest.blocks[block].experts)]
-        with closing(self.encoder.records(keys)) as records:
-            for block in blocks:
-                entry, error = manifest.blocks[block], WeightError()
-                with writer.block(block) as shard:
-                    for _ in range(entry.experts):
-                        _, record, one = next(records)
-                        shard.write(record)
-                        error += one
-                        progress.advance(manifest.layout(block).slot_bytes)
-                    errors[block] = error.relative
-                    self.target.write_journal(self.command, errors)
-                if not sys.stderr.isatty():
-                    self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
+                with closing(self.encoder.records(stage.blocks)) as records:
+                    for block in stage.blocks:
+                        entry, error = manifest.blocks[block], WeightError()
+                        with writer.block(block) as shard:
+                            for record, of_record in islice(records, entry.experts):
+                                shard.write(record)
+                                error += of_record
+                                progress.advance(manifest.layout(block).slot_bytes)
+                            errors[block] = error.relative
+                            self.target.write_journal(self.command, errors)  # before the shard is complete
+                        if not sys.stderr.isatty():
+                            self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
 
     @property
     def _weights(self) -> int:

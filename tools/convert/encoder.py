@@ -108,17 +108,19 @@ class Encoder:
         """
         return max((8 * layout.weights for layout in self.manifest.layouts.values()), default=0) + (1 << 30)
 
-    def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
-        """Yield the key, record and weight error of each of ``keys``, in order.
+    def records(self, blocks: Sequence[int]) -> Generator[tuple[Bytes, WeightError]]:
+        """Yield the record and the weight error of each expert of ``blocks``, which are numbers of blocks, in order.
 
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
+        waiting = deque(
+            ExpertKey(block, expert) for block in blocks for expert in range(self.manifest.blocks[block].experts)
+        )
         free: SimpleQueue[Bytes] = SimpleQueue()  # buffers: one for each task, and one for the record that is yielded
-        size = max((self.manifest.layout(key.block).record_bytes for key in keys), default=0)
+        size = max((self.manifest.layout(block).record_bytes for block in blocks), default=0)
         slots = self._slots(size)
-        for _ in range(min(slots, len(keys))):
+        for _ in range(min(slots, len(waiting))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
-        waiting = deque(keys)
         ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
         merging = Merging()
         with pool_of(self.workers) as pool:
@@ -130,7 +132,7 @@ class Encoder:
                 record, error = future.result()
                 if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
                     merging.release()  # all experts of the block are encoded
-                yield key, record[: self.manifest.layout(key.block).record_bytes], error
+                yield record[: self.manifest.layout(key.block).record_bytes], error
                 free.put(record)
 
     def _slots(self, record_bytes: int) -> int:

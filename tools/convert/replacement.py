@@ -196,8 +196,6 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         )
     else:
         _check_room(conversion, making)
-        for line in making.announce():
-            conversion.say(line)
         conversion.say(f"{folder} stays as it is until the new model is complete")
         with disk_errors(folder / GROUP):
             _copy_access(folder, new)  # before anything is in it: the old model may be private

@@ -86,8 +86,6 @@ def make_store(
     if conversion.target.is_complete():
         report = conversion.report({}, seconds=0.0, was_complete=True)
     else:
-        for line in conversion.announce():
-            conversion.say(line)
         report = conversion.run()
     write_durably(folder / TOKENS_FILE, tokens_json(geometry, COMMON["vocab_size"], seed))
     return report

@@ -18,7 +18,7 @@ from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
-from moetier.tools.convert import trunk_writer
+from moetier.tools.convert import encoder, trunk_writer
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
