@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
 
@@ -26,7 +26,7 @@ FORMATS = {
     "awq": "moetier.runtime.formats.awq:Awq",
     "gptq": "moetier.runtime.formats.gptq:Gptq",
     "hqq": "moetier.runtime.formats.hqq:Hqq",
-    "moetier": "moetier.runtime.formats.converted:Converted",
+    "moetier": "moetier.runtime.formats.registry:Converted",
 }
 # from the last part of a tensor's name to the format, where no quant_method names one
 MARKS = {"W_q": "hqq"}  # mixtral-offloading's config does not say how it is quantised
@@ -104,6 +104,17 @@ class Plain(Format):
     def sources(self, dtype: str) -> dict[str, SourceTensor]:
         """Return the stored tensors."""
         return dict(self.tensors)
+
+
+class Converted(Format):
+    """A model directory: it is refused where a checkpoint is asked for."""
+
+    def sources(self, dtype: str) -> NoReturn:
+        """Raise UnsupportedModelError."""
+        raise UnsupportedModelError(
+            "This is a model directory of moetier: it is converted already.",
+            "Use it as it is, or give the checkpoint that it was made from.",
+        )
 
 
 def format_of(

@@ -90,7 +90,7 @@ import torch
 assert Path(torch.__file__).parents[1] == folder
 ctypes.CDLL(str(folder / "after.libs/libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
 torch.set_num_threads(3)
-from moetier.runtime.kernels.jit.openmp import openmp
+from moetier.runtime.kernels.jit.team import openmp
 address = ctypes.cast(openmp().omp_get_max_threads, ctypes.c_void_p).value
 for line in open("/proc/self/maps"):
     start, end = (int(text, 16) for text in line.split()[0].split("-"))
