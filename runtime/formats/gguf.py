@@ -166,9 +166,9 @@ class GgufExperts(SourceTensor):
 def dequantised(raw: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Tensor:
     """Return the weights of stored rows, by the decoder of the package gguf.
 
-    ``raw`` is uint8 [rows, bytes], or has more leading dimensions; the result is [rows, columns] in ``dtype``. If
-    ``raw`` has another type, its weights are not quantised, and are only converted. ``ggml_type`` is the name of the
-    type. A limited number of weights is in fp32 at a time.
+    ``raw`` is uint8 [..., rows, bytes], and the result [..., rows, columns] in ``dtype``. If ``raw`` has another type,
+    its weights are not quantised, and are only converted. ``ggml_type`` is the name of their type. Few rows are in fp32
+    at any one time, so that little memory is needed.
     """
     if raw.dtype != torch.uint8:
         return raw.to(dtype)

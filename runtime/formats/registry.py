@@ -15,7 +15,7 @@ from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedMod
 
 from .tensors import SourceTensor, StoredTensor
 
-# from the quant_method of a quantization_config to the module and the class
+# module and class of each format, by the quant_method of a quantization_config
 FORMATS = {
     "16 bits": "moetier.runtime.formats.registry:Plain",
     "fp8": "moetier.runtime.formats.scaled:Scaled",
@@ -28,7 +28,7 @@ FORMATS = {
     "hqq": "moetier.runtime.formats.hqq:Hqq",
     "moetier": "moetier.runtime.formats.registry:Converted",
 }
-# from the last part of a tensor's name to the format, where no quant_method names one
+# format by the last part of a tensor's name, where no quant_method names one
 MARKS = {"W_q": "hqq"}  # mixtral-offloading's config does not say how it is quantised
 # advice where records can't hold the weights as a checkpoint stores them
 NEEDS_BITS = "Give --bits 16 for the values as they are, or 8, 4, 3 or 2 to quantise them anew."

@@ -99,7 +99,7 @@ class SourceTensor(ABC):
         for first in range(0, rows, most):
             yield self.read(first, min(most, rows - first)).view(-1).view(torch.uint8).numpy()
 
-    # tensors of experts
+    # methods for tensors that hold experts
 
     def by_expert(self, experts: int) -> list[list[SourceTensor]]:
         """Divide a tensor of all experts, [experts, ...], without reading it. Return [] if it can't be divided.
@@ -136,7 +136,7 @@ class SourceTensor(ABC):
         raise ValueError(f"{self.stored_name}: its bytes are in another order than a record's")
 
     def levels(self, group: int) -> Levels:
-        """Read the codes, and a scale and a zero point for each ``group`` weights of a row.
+        """Read the codes, and a scale and a zero point for each group of ``group`` consecutive weights of a row.
 
         Only for a tensor whose ``record_projection`` has zero points (``ZERO_POINTS``).
         """
@@ -246,7 +246,7 @@ class Numbers(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of what ``read`` returns."""
+        """Shape of the decoded weights, as ``read`` returns them without arguments."""
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:

@@ -190,7 +190,7 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     if bits != 3:
         return torch.stack([((words >> at) & (2**bits - 1)).byte() for at in range(0, WORD, bits)], 2).flatten(1)
     low, middle, high = (words.long() & 0xFFFFFFFF).view(len(words), -1, 3).unbind(2)
-    begun, ended = low | (middle << 32), (middle >> 31) | (high << 1)  # codes 0 to 20, and from 21 on
+    begun, ended = low | (middle << 32), (middle >> 31) | (high << 1)  # bits of codes 0 to 20, and of codes 21 to 31
     codes = [begun >> at for at in range(0, 63, 3)] + [ended >> at for at in range(0, 33, 3)]
     return torch.stack([(code & 7).byte() for code in codes], 2).flatten(1)
 

@@ -258,7 +258,7 @@ def _down(
 
 
 class _Tiles(NamedTuple):
-    """Pairs by expert, divided into tiles."""
+    """Pairs of a token and one of its experts, sorted by expert and cut into tiles of one expert each."""
 
     order: Tensor  # int64 [pairs], the pairs in ascending order of experts
     firsts: Tensor  # int64 [tiles], the place in ``order`` of each tile's first pair

@@ -73,11 +73,12 @@ class AttentionContext(NamedTuple):
     mask_sequence: int = 0  # strides of the mask
     mask_token: int = 0
     out: int = 0  # address of the output [sequences, tokens, heads, V], without gaps
-    scratch: int = 0  # address of the threads' memory
-    thread_bytes: int = 0  # of a thread's memory
-    # address of fp32 [items, rows of a strip, V and a vector with m and z], if a strip has several items
+    scratch: int = 0  # address of the memory of all threads
+    thread_bytes: int = 0  # size of one thread's memory
+    # if a strip has several items, address of their results, fp32 [items, rows of a strip, V + LANES]: the outputs of a
+    # row, and a vector with its m and z
     results: int = 0
-    item_bytes: int = 0  # of the results of an item
+    item_bytes: int = 0  # size of one item's results
     scaling: int = 0  # bits of the fp32 factor of scores
     sinks: int = 0  # address of the sinks [heads]; 0 if there are none
 
