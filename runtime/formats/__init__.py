@@ -4,9 +4,8 @@
     tensors     the base class ``SourceTensor``, and tensors in files
     scaled      FP8, MXFP8, MXFP4 and NVFP4
     compressed  compressed-tensors
-    affine      codes, scales and zero points: what the next four have in common
-    words       GPTQ's and AWQ's words of 32 bits
-    gptq, awq   GPTQ, AWQ
+    affine      codes, scales and zero points: what the next two have in common
+    gptq_awq    GPTQ and AWQ
     hqq         HQQ
     gguf        the types of GGUF files
 

@@ -23,8 +23,8 @@ FORMATS = {
     "mxfp4": "moetier.runtime.formats.scaled:Scaled",
     "modelopt": "moetier.runtime.formats.scaled:Scaled",
     "compressed-tensors": "moetier.runtime.formats.compressed:CompressedTensors",
-    "awq": "moetier.runtime.formats.awq:Awq",
-    "gptq": "moetier.runtime.formats.gptq:Gptq",
+    "awq": "moetier.runtime.formats.gptq_awq:Awq",
+    "gptq": "moetier.runtime.formats.gptq_awq:Gptq",
     "hqq": "moetier.runtime.formats.hqq:Hqq",
     "moetier": "moetier.runtime.formats.registry:Converted",
 }
