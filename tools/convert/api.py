@@ -163,7 +163,7 @@ def convert_checkpoint(
     elif complete:
         conversion.complete_card()
         conversion.target.tidy()
-        return conversion.report({}, seconds=0.0, was_complete=True)
+        return conversion.report({}, was_complete=True)
     return conversion.run()
 
 

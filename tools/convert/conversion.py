@@ -20,7 +20,7 @@ from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.layout import Projection
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.options import command_words
-from moetier.tiers.quant.codec import WeightError
+from moetier.tiers.quant.codec import WeightDeviation
 from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.folder import read_manifest
@@ -115,8 +115,8 @@ class Conversion:
     target: Target
     encoder: Encoder
     options: Options
-    matrices: list[MatrixRecord]  # the trunk's quantised matrices
-    command: list[str]  # words of the command line that resumes the conversion
+    matrices: tuple[MatrixRecord, ...]  # the trunk's quantised matrices
+    command: tuple[str, ...]  # words of the command line that resumes the conversion
     download: Download | None  # of a hub checkpoint; None if the checkpoint is a folder
     quiet: bool  # print nothing on standard error
 
@@ -154,7 +154,8 @@ class Conversion:
         words = ["moetier", *(command or ("convert", checkpoint.source, str(folder.resolve())))]
         given = ((name, option, getattr(options, name)) for name, option in CONVERT_OPTIONS.items() if option.resumes)
         words += command_words((name, value) for name, option, value in given if value != option.default)
-        return cls(checkpoint, planned, target, encoder, options, list(matrices.values()), words, download, quiet)
+        quantised = tuple(matrices.values())
+        return cls(checkpoint, planned, target, encoder, options, quantised, tuple(words), download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -237,13 +238,14 @@ class Conversion:
                 self.say(f"resumed: {len(finished)} of {len(self.target.manifest.blocks)} blocks are complete")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
-                trunk = {} if self.download else self._write_trunk()
+                trunk = None if self.download else self._write_trunk()
                 self._write_blocks(writer, errors)
-                trunk = trunk or self._write_trunk()
+                sums, deviation = trunk or self._write_trunk()
                 self.target.write_small()
-            manifest = writer.finish(trunk, self.checkpoint.digest if self.download else None, self.target.copied)
+            manifest = writer.finish(sums, self.checkpoint.digest if self.download else None, self.target.copied)
         self._write_card(manifest)
-        return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
+        seconds = time.monotonic() - start
+        return self.report(errors, deviation, seconds=seconds, resumed_blocks=len(finished))
 
     def complete_card(self) -> None:
         """Write the model card of a complete model that has none."""
@@ -287,9 +289,14 @@ class Conversion:
             return [Stage(tuple(missing))]
         return stages({block: self.planned.blueprint.blocks[block].files for block in missing})
 
-    def _write_trunk(self) -> dict[str, FileSum]:
+    def _write_trunk(self) -> tuple[dict[str, FileSum], WeightDeviation]:
+        """Write the files of the trunk. Return their sums by name, and the deviation of all its quantised matrices."""
+        sums, total = {}, WeightDeviation()
         with ByteProgress("trunk", sum(file.size for file in self.target.trunk), quiet=self.quiet) as progress:
-            return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
+            for file in self.target.trunk:
+                sums[file.name], deviation = file.make(self.target.folder, progress.advance)
+                total += deviation
+        return sums, total
 
     def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
         """Write the shards that are missing, each with the records of a block. Add the blocks' errors to ``errors``."""
@@ -301,7 +308,7 @@ class Conversion:
             for stage in readable:
                 with closing(self.encoder.records(stage.blocks)) as records:
                     for block in stage.blocks:
-                        entry, error = manifest.blocks[block], WeightError()
+                        entry, error = manifest.blocks[block], WeightDeviation()
                         with writer.block(block) as shard:
                             for record, of_record in islice(records, entry.experts):
                                 shard.write(record)
@@ -318,13 +325,24 @@ class Conversion:
         return sum(block.experts * manifest.layout(index).weights for index, block in enumerate(manifest.blocks))
 
     def report(
-        self, errors: dict[int, float], *, seconds: float, resumed_blocks: int = 0, was_complete: bool = False
+        self,
+        errors: dict[int, float],
+        trunk: WeightDeviation | None = None,
+        *,
+        seconds: float = 0.0,
+        resumed_blocks: int = 0,
+        was_complete: bool = False,
     ) -> ConversionReport:
-        """Return the report of the conversion. ``errors`` is a dictionary from a block's number to its relative error.
+        """Return the report of the conversion.
 
-        ``resumed_blocks``: number of blocks that an earlier run finished; ``was_complete``: this run had nothing to do.
+        Args:
+            errors: relative errors of blocks, by number.
+            trunk: deviation of the trunk's quantised matrices; None if this run wrote no trunk.
+            seconds: how long it took.
+            resumed_blocks: number of blocks that an earlier run finished.
+            was_complete: whether this run had nothing to do.
         """
-        manifest, trunk = self.target.manifest, sum((matrix.error for matrix in self.matrices), WeightError())
+        manifest = self.target.manifest
         return ConversionReport(
             model=manifest.model,
             target=str(self.target.folder),
@@ -333,7 +351,7 @@ class Conversion:
             source_bytes=self.checkpoint.nbytes,
             trunk_bytes=sum(file.size for file in self.target.trunk),
             trunk_matrices=len(self.matrices),
-            trunk_error=trunk.relative if self.matrices and not was_complete else None,
+            trunk_error=trunk.relative if trunk is not None and self.matrices else None,
             blocks=tuple(
                 BlockReport(b.path, b.experts, b.experts * manifest.layout(i).slot_bytes, errors.get(i))
                 for i, b in enumerate(manifest.blocks)

@@ -28,7 +28,7 @@ from moetier.runtime.machine.memory import available_memory
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.layout import ZERO_POINTS, ExpertKey, RecordLayout
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.quant.codec import WeightError, sections
+from moetier.tiers.quant.codec import WeightDeviation, sections
 from moetier.tiers.quant.packing import band_bytes
 
 from .options import Options
@@ -108,7 +108,7 @@ class Encoder:
         """
         return max((8 * layout.weights for layout in self.manifest.layouts.values()), default=0) + (1 << 30)
 
-    def records(self, blocks: Sequence[int]) -> Generator[tuple[Bytes, WeightError]]:
+    def records(self, blocks: Sequence[int]) -> Generator[tuple[Bytes, WeightDeviation]]:
         """Yield the record and the weight error of each expert of ``blocks``, which are numbers of blocks, in order.
 
         A record is valid until the next one is asked for. Close the generator to stop early.
@@ -121,7 +121,7 @@ class Encoder:
         slots = self._slots(size)
         for _ in range(min(slots, len(waiting))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
-        ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
+        ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightDeviation]]]] = deque()
         merging = Merging()
         with pool_of(self.workers) as pool:
             while waiting or ahead:
@@ -149,15 +149,15 @@ class Encoder:
             k.block == key.block or (blocks[k.block].is_separable and blocks[key.block].is_separable) for k, _ in ahead
         )
 
-    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightError]:
+    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightDeviation]:
         layout, expert = self.manifest.layout(key.block), Expert(self.blueprint.blocks[key.block], key.expert, merging)
         record = free.get()
         if any(p.coding for p in layout.projections):
             _copy(expert, layout, record[: layout.record_bytes])
-            return record, WeightError()
+            return record, WeightDeviation()
         given = Kept(expert, layout) if any(p.pairs in ZERO_POINTS for p in layout.projections) else expert
         errors = encode(given, layout, record[: layout.record_bytes], fast=self.fast)
-        return record, sum(errors.values(), WeightError())
+        return record, sum(errors.values(), WeightDeviation())
 
 
 def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:

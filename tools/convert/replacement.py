@@ -175,7 +175,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
     making = replace(
         conversion,
         target=replace(conversion.target, folder=new),
-        command=[*conversion.command, "--overwrite"],
+        command=(*conversion.command, "--overwrite"),
     )
     if has_manifest(new) and not (new / JOURNAL).exists():
         raise TargetExistsError(
@@ -191,9 +191,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         complete = False
     if complete:
         making.complete_card()
-        report = making.report(
-            making.target.read_journal(), seconds=0.0, resumed_blocks=len(making.target.manifest.blocks)
-        )
+        report = making.report(making.target.read_journal(), resumed_blocks=len(making.target.manifest.blocks))
     else:
         _check_room(conversion, making)
         conversion.say(f"{folder} stays as it is until the new model is complete")

@@ -82,11 +82,8 @@ def make_store(
     options = Options(bits=4, trunk_bits=4, fast=True, threads=threads)
     words: list[Any] = ["moetier", "synthetic", folder.resolve(), "--geometry", geometry, "--seed", seed]
     words += [] if blocks is None else ["--blocks", blocks]
-    conversion = replace(Conversion.plan(source, folder, options, quiet=quiet), command=[*map(str, words)])
-    if conversion.target.is_complete():
-        report = conversion.report({}, seconds=0.0, was_complete=True)
-    else:
-        report = conversion.run()
+    conversion = replace(Conversion.plan(source, folder, options, quiet=quiet), command=tuple(map(str, words)))
+    report = conversion.report({}, was_complete=True) if conversion.target.is_complete() else conversion.run()
     write_durably(folder / TOKENS_FILE, tokens_json(geometry, COMMON["vocab_size"], seed))
     return report
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moetier.runtime.kernels.jit.processor import Processor, refusal, this_processor
 from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant import codec
-from moetier.tiers.quant.codec import WeightError
+from moetier.tiers.quant.codec import WeightDeviation
 from moetier.tiers.quant.packing import HALF, fold, load_pairs
 from moetier.tiers.quant.zero_points import Levels
 
@@ -28,7 +28,7 @@ from .quantise_code import QuantiserPass, QuantiserVariant, quantising_kernel, s
 
 def encode(
     tensors: Mapping[str, Tensor | Levels], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
-) -> dict[str, WeightError]:
+) -> dict[str, WeightDeviation]:
     """Encode one expert as ``codec.encode`` does, in compiled code if this machine can compile it.
 
     ``tensors`` has matrices [rows, columns], or [columns, rows] if transposed, or Levels, and biases [size].
@@ -38,7 +38,7 @@ def encode(
 
 def quantise(
     weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool, processor: Processor | None = None
-) -> WeightError:
+) -> WeightDeviation:
     """Quantise ``weights`` [rows, columns] of one projection on one thread, and return the error of what is stored.
 
     The result is written into ``views``, which has the sections of the record by name. Raises CheckpointError as
@@ -127,9 +127,9 @@ class _Work:
         values[:, p.rows :] = 0
         pairs[:, p.rows :, which] = 0
 
-    def error(self) -> WeightError:
+    def error(self) -> WeightDeviation:
         """Return the error of the stored weights. Call this after the pass that finds the codes."""
-        return WeightError(*self._errors.sum(0).tolist())
+        return WeightDeviation(*self._errors.sum(0).tolist())
 
     def has_finite_pairs(self) -> bool:
         """Return whether the stored pairs are finite numbers."""

@@ -110,7 +110,7 @@ def test_what_was_cut_is_gone_on_with(source: Path, made: Path, tmp_path: Path, 
 
 def test_the_command_that_resumes_it(source: Path, tmp_path: Path) -> None:
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(trunk_bits=4))
-    assert conversion.command[-4:] == ["--bits", "4", "--trunk-bits", "4"]
+    assert conversion.command[-4:] == ("--bits", "4", "--trunk-bits", "4")
 
 
 def test_a_bit_of_a_record_that_flipped_is_found(made: Path, tmp_path: Path) -> None:
