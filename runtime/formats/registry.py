@@ -69,7 +69,7 @@ class Format(ABC):
         Args:
             main: name of a tensor that only quantised modules have.
             needed: names of further tensors that each of them has.
-            others: names of tensors that some of them have, and that the model does not.
+            others: names of further tensors that a module may have, and the model does not.
             make: makes the weight from its name, and a dictionary from the names above to its module's tensors. It is
                 not called if only names are known.
 

@@ -79,8 +79,8 @@ class SourceTensor(ABC):
         """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
 
         None reads all rows from ``first`` on; ``count`` may be 0. A quantised weight is computed in float32, and
-        rounded once, to ``dtype``. Raises CheckpointError if numbers that were read are not those of the format, such
-        as codes that are too large. Types and shapes are checked before, when the tensor is made: `moetier plan` never
+        rounded once, to ``dtype``. Raises CheckpointError for numbers that the format does not have, such as too large
+        codes. Types and shapes are checked before, when the tensor is made: `moetier plan` never
         reads. Scales that are not finite are best refused here, by name; else `convert` refuses the weights of experts.
         """
 

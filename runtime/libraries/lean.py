@@ -96,7 +96,7 @@ def _lighten(utils: Any) -> None:
 
 
 class _After(MetaPathFinder):
-    """Finder that calls ``then`` with the module called ``name`` once that module has been imported."""
+    """Finder for one module, ``name``. After the import of this module, it calls ``then`` with it."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name = name

@@ -5,8 +5,8 @@ old one becomes the folder REPLACED in the new one, gives back the files that mo
 a process that dies at any moment leaves the old or the new model in place, and the next conversion finishes or resumes
 what it began. A process that has files of the old model open can still read them.
 
-The folder REPLACED, which is made before the exchange, shows that the names were exchanged. Until the end the new model
-has the journal of its conversion, which shows that moetier made it.
+The folder REPLACED is made before the exchange. Where it is shows whether the names were exchanged. Until the end the
+new model has the journal of its conversion, as a sign that moetier made it.
 
 A copied file that only the old model has, such as a tokenizer, may have been put there by hand, and stays. The new
 model uses it only if both models were made from the same checkpoint: otherwise it gets another name.

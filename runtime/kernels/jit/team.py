@@ -1,9 +1,9 @@
 """Team of threads that run kernels. The calling thread waits only for workers that have begun.
 
-The work of a kernel is a number of items, which threads take one by one. With OpenMP all threads meet at the end, so
-that all wait for a thread that the system has not scheduled, because another process is busy. Here the calling thread
-takes items too, and when none is left, it waits only for workers that have *joined*, that is, begun to take items. A
-worker that is late finds the job closed and is left out.
+The work of a kernel is a number of items, which threads take one by one. With OpenMP all threads meet at the end: if
+another process keeps one of them from running, all others wait for it. Here the calling thread takes items too. When
+none is left, it waits only for workers that have *joined*, which means that they have begun to take items. A worker
+that is late finds the job closed and is left out.
 
 The word STATE of the team's memory has the number of the job, the most workers that may join, whether the job is open
 and how many workers have joined. A worker joins by a compare-and-swap of the whole word, and reads the job only after

@@ -38,7 +38,7 @@ class AttentionContext(NamedTuple):
     """The i64 fields in the context of the compiled function.
 
     After the fields: one i64 for each strip of query rows, its finished work items. Strides are in numbers. Positions
-    are counted from the beginning of piece 0, which is that of a page too.
+    are counted from the beginning of piece 0, where a page begins too.
     """
 
     begun: int = 0  # items that threads have taken
