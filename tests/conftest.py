@@ -194,7 +194,7 @@ def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with (common / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (common / "4bit").exists():
-            from moetier.tools.convert.entry import convert
+            from moetier.tools.convert.api import convert
 
             convert(tinymix, common / "partial", bits=4)
             (common / "partial").rename(common / "4bit")

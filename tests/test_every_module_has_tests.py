@@ -58,7 +58,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/chat/dialogue.py": ("tools/commands/test_chat.py", COMMAND),
     "tools/cli/arguments.py": ("tools/cli/test_settings.py", "values of arguments and of settings are parsed alike"),
     "tools/cli/report.py": ("tools/commands/test_stats.py", COMMAND),
-    "tools/convert/entry.py": ("tools/commands/test_convert.py", COMMAND),
     "tools/convert/mirror_writer.py": ("tools/commands/test_mirror.py", COMMAND),
     "tools/doctor/verification.py": ("tools/commands/test_verify.py", COMMAND),
     "tools/launch/clients.py": ("tools/commands/test_launch.py", COMMAND),

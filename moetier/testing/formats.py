@@ -33,8 +33,8 @@ from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.quant.codec import sections
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.plan.choices import open_choices
 

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moetier.runtime.formats.tensors import SourceTensor
-from moetier.runtime.libraries.meta import made_on_meta
+from moetier.runtime.libraries.lean import made_on_meta
 from moetier.runtime.libraries.transformers_internals import dtype_plan_of, may_lack
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
@@ -175,7 +175,7 @@ def make_blueprint(
 
 
 def _lacking(model: PreTrainedModel, state: Mapping[str, Any], origins: Mapping[str, _Origin]) -> list[str]:
-    """Return the keys of ``state`` that no tensors make, without those that the model can do without.
+    """Return the keys of ``state`` that the model needs and that no tensor makes.
 
     ``state``: the tensors of ``model``. Weights that are tied need only one tensor.
     """
@@ -290,7 +290,7 @@ def records_of(
 
 
 def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield pairs: names of tensors that transformers reads together, and the model's keys that it makes from them.
+    """Yield pairs: names of tensors that transformers reads together, and the keys of the model that result.
 
     The model may not have all of these keys.
     """

@@ -41,7 +41,7 @@ class Trunk:
 class Unread:
     """Tensor that is decoded when it is read.
 
-    It has those methods of a safetensors slice, a tensor that is not read yet, which transformers calls.
+    transformers takes it for a slice of safetensors, which is read later too. It has the methods that are called.
     """
 
     def __init__(self, tensor: SourceTensor) -> None:
@@ -73,7 +73,7 @@ def decoded_trunk(sources: Mapping[str, SourceTensor]) -> Trunk:
 
 
 def trunk_with_records(model: PreTrainedModel, dtype: torch.dtype, sources: Mapping[str, SourceTensor]) -> Trunk:
-    """Return a trunk whose matrices stay as they are where that is possible. Raises CheckpointError.
+    """Return a trunk in which as many matrices as possible stay as they are stored. Raises CheckpointError.
 
     ``model`` is on the meta device, and will be loaded in ``dtype``. ``sources`` has its tensors by their names.
     """

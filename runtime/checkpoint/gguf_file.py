@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 1000
-DTYPE = "bfloat16"  # of a model whose file does not say in which type it was trained
+DTYPE = "bfloat16"  # type of a model, unless its file says in which type it was trained
 MODEL_TYPES = {  # transformers' model types, by the architecture that a file names
     "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "minimax-m2": "minimax_m2", "gpt-oss": "gpt_oss",
 }  # fmt: skip

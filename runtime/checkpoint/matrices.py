@@ -74,9 +74,9 @@ def is_read_by_others(model: PreTrainedModel, path: str) -> bool:
 
 
 def _read_by(model: PreTrainedModel, path: str) -> set[str]:
-    """Return the names of modules whose ``weight`` is read by the classes that contain the module at ``path``.
+    """Return the names of modules whose ``weight`` is read by a class around the module at ``path``.
 
-    Such classes, with fused kernels for example, read the weights instead of calling the module.
+    Such a class, with fused kernels for example, reads the weights instead of calling the module.
     """
     parts = path.split(".")
     around = [type(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]

@@ -1,4 +1,4 @@
-"""The config of a model: that of a model directory, or the one made for a checkpoint that is used as it is."""
+"""The config of a model: a model directory has one, and one is made for a checkpoint that is used as it is."""
 
 from __future__ import annotations
 

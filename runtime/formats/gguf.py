@@ -98,7 +98,7 @@ class GgufTensor(SourceTensor):
         return dequantised(self.stored.read(first, count), self.ggml_type, dtype)
 
     def _whole(self, change: Change) -> torch.Tensor:
-        """Read the whole tensor as fp32, and return ``change`` of it, which has the shape that the model needs.
+        """Read the whole tensor as fp32, and apply ``change``. The result has the shape of the model's parameter.
 
         Raises CheckpointError as ``read``.
         """
@@ -126,7 +126,7 @@ class GgufExperts(SourceTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter, or of a tensor that has only one dimension, which no parameter has."""
+        """Shape of the parameter. If the tensors have one dimension, which is an error, that of the first tensor."""
         if len(self.tensors[0].shape) < 2:
             return self.tensors[0].shape
         experts, rows, *columns = self.tensors[0].shape
@@ -166,9 +166,9 @@ class GgufExperts(SourceTensor):
 def dequantised(raw: torch.Tensor, ggml_type: str, dtype: torch.dtype) -> torch.Tensor:
     """Return the weights of stored rows, by the decoder of the package gguf.
 
-    ``raw`` is uint8 [rows, bytes], or has more leading dimensions; the result is [rows, columns] in ``dtype``. If
-    ``raw`` has another type, its weights are not quantised, and are only converted. ``ggml_type`` is the name of the
-    type. A limited number of weights is in fp32 at a time.
+    ``raw`` is uint8 [rows, bytes], and the result [rows, columns] in ``dtype``; both may have more leading dimensions.
+    If ``raw`` has another type, its weights are not quantised, and are only converted. ``ggml_type`` is the name of
+    their type. Few rows are in fp32 at any one time, so that little memory is needed.
     """
     if raw.dtype != torch.uint8:
         return raw.to(dtype)

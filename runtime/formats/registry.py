@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, UnsupportedModelError
 
 from .tensors import SourceTensor, StoredTensor
 
-# from the quant_method of a quantization_config to the module and the class
+# module and class of each format, by the quant_method of a quantization_config
 FORMATS = {
     "16 bits": "moetier.runtime.formats.registry:Plain",
     "fp8": "moetier.runtime.formats.scaled:Scaled",
@@ -23,12 +23,12 @@ FORMATS = {
     "mxfp4": "moetier.runtime.formats.scaled:Scaled",
     "modelopt": "moetier.runtime.formats.scaled:Scaled",
     "compressed-tensors": "moetier.runtime.formats.compressed:CompressedTensors",
-    "awq": "moetier.runtime.formats.awq:Awq",
-    "gptq": "moetier.runtime.formats.gptq:Gptq",
+    "awq": "moetier.runtime.formats.gptq_awq:Awq",
+    "gptq": "moetier.runtime.formats.gptq_awq:Gptq",
     "hqq": "moetier.runtime.formats.hqq:Hqq",
-    "moetier": "moetier.runtime.formats.converted:Converted",
+    "moetier": "moetier.runtime.formats.registry:Converted",
 }
-# from the last part of a tensor's name to the format, where no quant_method names one
+# format by the last part of a tensor's name, where no quant_method names one
 MARKS = {"W_q": "hqq"}  # mixtral-offloading's config does not say how it is quantised
 # advice where records can't hold the weights as a checkpoint stores them
 NEEDS_BITS = "Give --bits 16 for the values as they are, or 8, 4, 3 or 2 to quantise them anew."
@@ -69,7 +69,7 @@ class Format(ABC):
         Args:
             main: name of a tensor that only quantised modules have.
             needed: names of further tensors that each of them has.
-            others: names of tensors that some of them have, and that the model does not.
+            others: names of further tensors that a module may have, and the model does not.
             make: makes the weight from its name, and a dictionary from the names above to its module's tensors. It is
                 not called if only names are known.
 
@@ -104,6 +104,17 @@ class Plain(Format):
     def sources(self, dtype: str) -> dict[str, SourceTensor]:
         """Return the stored tensors."""
         return dict(self.tensors)
+
+
+class Converted(Format):
+    """A model directory: it is refused where a checkpoint is asked for."""
+
+    def sources(self, dtype: str) -> NoReturn:
+        """Raise UnsupportedModelError."""
+        raise UnsupportedModelError(
+            "This is a model directory of moetier: it is converted already.",
+            "Use it as it is, or give the checkpoint that it was made from.",
+        )
 
 
 def format_of(

@@ -41,7 +41,7 @@ class ScaledTensor(SourceTensor):
     """Matrix, or one for each expert, that is stored as codes and scales. Its shape is [..., rows, columns].
 
     The stored tensors have these shapes, whatever shapes the file gives them: codes [..., rows, items of the file's
-    type], scales [..., row blocks, column blocks], globals [...]. Scales that all experts share have only the last two
+    type], scales [..., grid rows, grid columns], globals [...]. Scales that all experts share have only the last two
     dimensions.
     """
 
@@ -66,11 +66,11 @@ class ScaledTensor(SourceTensor):
 
         Args:
             codes: [..., rows, items], in one of the types CODES. An item has 1, 2 or 8 weights.
-            scales: [..., row blocks, column blocks], [..., rows], or one number.
+            scales: [..., grid rows, grid columns], [..., rows], or one number.
             globals_: one number for each matrix, or None.
             dtype: torch's name of the type in which weights are read.
             block: how many rows and columns share a scale. Either number is ignored if ``scales`` does not have
-                ceil(size / number) blocks in that dimension; its blocks then divide the dimension evenly.
+                ceil(size / number) scales in that dimension; its scales then divide the dimension evenly.
             globals_as: what is done to scales with ``globals_``, as ``Projection.globals``.
             transposed: whether weights are read as [..., columns, rows].
 

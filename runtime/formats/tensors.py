@@ -79,8 +79,8 @@ class SourceTensor(ABC):
         """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
 
         None reads all rows from ``first`` on; ``count`` may be 0. A quantised weight is computed in float32, and
-        rounded once, to ``dtype``. Raises CheckpointError if numbers that were read are not those of the format, such
-        as codes that are too large. Types and shapes are checked before, when the tensor is made: `moetier plan` never
+        rounded once, to ``dtype``. Raises CheckpointError for numbers that the format does not have, such as too large
+        codes. Types and shapes are checked before, when the tensor is made: `moetier plan` never
         reads. Scales that are not finite are best refused here, by name; else `convert` refuses the weights of experts.
         """
 
@@ -99,7 +99,7 @@ class SourceTensor(ABC):
         for first in range(0, rows, most):
             yield self.read(first, min(most, rows - first)).view(-1).view(torch.uint8).numpy()
 
-    # tensors of experts
+    # methods for tensors that hold experts
 
     def by_expert(self, experts: int) -> list[list[SourceTensor]]:
         """Divide a tensor of all experts, [experts, ...], without reading it. Return [] if it can't be divided.
@@ -136,7 +136,7 @@ class SourceTensor(ABC):
         raise ValueError(f"{self.stored_name}: its bytes are in another order than a record's")
 
     def levels(self, group: int) -> Levels:
-        """Read the codes, and a scale and a zero point for each ``group`` weights of a row.
+        """Read the codes, and a scale and a zero point for each group of ``group`` consecutive weights of a row.
 
         Only for a tensor whose ``record_projection`` has zero points (``ZERO_POINTS``).
         """
@@ -246,7 +246,7 @@ class Numbers(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of what ``read`` returns."""
+        """Shape of the decoded weights, as ``read`` returns them without arguments."""
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:

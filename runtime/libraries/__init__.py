@@ -1,6 +1,11 @@
 """Large libraries: their private names, one module for each library, and how they are loaded.
 
-Other packages use ``torch_internals`` and ``transformers_internals`` in place of private names, ``meta`` to build a
-model without memory, ``torch_stand_ins`` before torch is imported, and ``torch_variables``. The package imports nothing
-of moetier.
+    lean                    imports them without the parts that moetier never uses
+    model_building          builds models on the meta device, and not while others compute
+    torch_variables         sets variables that torch reads when it is loaded
+    torch_internals         private names of torch
+    transformers_internals  private names of transformers
+
+Other packages may use all. ``lean`` and ``torch_variables`` do not import torch. The package imports nothing of
+moetier.
 """

@@ -1,4 +1,4 @@
-"""Private names of torch. No other module uses one, besides ``torch_stand_ins``, which replaces modules of torch.
+"""Private names of torch. No other module uses one, besides ``lean``, which replaces modules of torch.
 
 All of them are in torch 2.9 to 2.13. If a version of torch lacks one, tests/runtime/libraries names the line to change.
 """

@@ -15,7 +15,7 @@ import transformers
 from architectures import tiny_config
 from tokenizers import AddedToken, Tokenizer
 
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 CONTEXT = 1 << 17
 BEGIN, END = "<|im_start|>", "<|im_end|>"

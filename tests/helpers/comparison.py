@@ -19,7 +19,7 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import decode
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 stores.make_plan()  # its import starts zarr's thread, which stays, before a test looks for threads
 transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is another one

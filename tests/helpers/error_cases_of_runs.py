@@ -17,7 +17,7 @@ from error_bench import BYTES, SIZE, Bench, Said, case
 from prepared import MAIN
 from stores import layout_of, make_store
 
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 # Budgets
 

@@ -19,7 +19,7 @@ from checkpoints import save_checkpoint
 from error_bench import CASES, workplace
 from prepared import LOADS, prepared
 
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 GOLDEN = Path(__file__).parents[1] / "tools" / "golden" / "errors"
 ASSETS = Path(__file__).parents[1] / "assets" / "tinymix"

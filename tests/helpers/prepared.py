@@ -23,7 +23,7 @@ ALL = tuple(f"moetier.tools.commands.{name.replace('-', '_')}" for name in NAMES
 # what converting a mixtral imports
 COMMANDS = (
     *ALL,
-    "moetier.tools.convert.entry",
+    "moetier.tools.convert.api",
     "transformers.models.mixtral.modeling_mixtral",
 )
 # what loading a model imports, and generating with it

@@ -21,7 +21,7 @@ from architectures import tiny_model
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 TINYMIX = Path(__file__).parent.parent / "assets" / "tinymix"
 

@@ -7,7 +7,7 @@ Starts four commands by turns, and waits for the first byte that each prints:
     imports      a script that imports torch and transformers as scripts usually do
     modules      the same, with the modules of transformers that any model and any generation needs
     generate     ``moetier generate DIR "To be" --max-new-tokens 1 --daemon none``
-    all imports  the same in a process that has imported all of ``modules``, so that ``tools.cli.lean`` has no effect
+    all imports  the same in a process that has imported all of ``modules``: ``runtime.libraries.lean`` has no effect
 
 hqq, which this project's tests need, is hidden from all but ``generate``: transformers would import it, which compiles
 code with torch. Prints the seconds and the CPU seconds of each command, as medians (least to most). For the last two it

@@ -204,7 +204,7 @@ def make_model(card: Card, folder: str, **_: Any) -> dict[str, Any]:
     """Make a checkpoint, and a model with 4 bits from it."""
     source, model = places(card, folder)
     if card.is_simulated:
-        from moetier.tools.convert.entry import convert
+        from moetier.tools.convert.api import convert
 
         convert(source, model, bits=4, fast=True)
     elif not (model / "done").exists():

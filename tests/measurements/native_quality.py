@@ -20,7 +20,7 @@ from native_checkpoints import FORMS, quantise
 import moetier
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tools.cli.report import table
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.quality.quality import Loss, PerplexityChange, loss, read_texts, tokenize
 
 TESTS = Path(__file__).parent.parent

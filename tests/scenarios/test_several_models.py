@@ -21,7 +21,7 @@ from http_servers import ServerProcess
 from readers import PATIENCE
 from threads import wait_until
 
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 # joins the control group whose file is the first argument, and becomes the command behind it
 JOIN = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); os.execv(sys.argv[2], sys.argv[2:])"

@@ -51,18 +51,18 @@ TILE_WEIGHTS = 2**19  # number of weights that are decoded at a time: 2 MiB in f
 
 
 @dataclass(frozen=True, slots=True)
-class WeightError:
-    """Error of stored weights. The fields are sums over weights, so the errors of several matrices can be added."""
+class WeightDeviation:
+    """Deviation of stored weights from the original ones: two sums, so that those of several matrices can be added."""
 
     squared: float = 0.0  # sum of (stored - original)^2
     squared_norm: float = 0.0  # sum of original^2
 
-    def __add__(self, other: WeightError) -> WeightError:
-        return WeightError(self.squared + other.squared, self.squared_norm + other.squared_norm)
+    def __add__(self, other: WeightDeviation) -> WeightDeviation:
+        return WeightDeviation(self.squared + other.squared, self.squared_norm + other.squared_norm)
 
     @property
     def relative(self) -> float:
-        """Frobenius norm of the error, divided by that of the original weights; 0 if all original weights are 0."""
+        """Frobenius norm of the deviation, divided by that of the original weights; 0 if all original weights are 0."""
         return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
@@ -154,7 +154,7 @@ def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Te
 
 # type of a function that quantises weights [rows, columns] into the sections of a projection; its last argument is
 # ``fast``, as in ``encode``
-Quantise = Callable[[Tensor, Projection, Mapping[str, Tensor], bool], WeightError]
+Quantise = Callable[[Tensor, Projection, Mapping[str, Tensor], bool], WeightDeviation]
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def encode(
     *,
     fast: bool = False,
     quantise: Quantise | None = None,
-) -> dict[str, WeightError]:
+) -> dict[str, WeightDeviation]:
     """Encode one expert. The bytes depend only on the weights, the layout and ``fast``, not on the number of threads.
 
     Args:
@@ -195,7 +195,7 @@ def encode(
             assert p.pairs in ZERO_POINTS, f"{p.name} has no zero points"
             assert weights.codes.shape == (p.rows, p.columns), f"{p.name} is {tuple(weights.codes.shape)}"
             store(weights, p, views)
-            errors[p.name] = WeightError()
+            errors[p.name] = WeightDeviation()
             continue
         assert tuple(weights.shape) == p.shape, f"{p.name} is {tuple(weights.shape)}, not {p.shape}"
         if p.bits == 16:
@@ -209,13 +209,13 @@ def encode(
     return errors
 
 
-def _copy(values: Tensor, section: Tensor) -> WeightError:
+def _copy(values: Tensor, section: Tensor) -> WeightDeviation:
     section.copy_(values)
-    error = WeightError()
+    error = WeightDeviation()
     for start in range(0, len(values), ROW_TILE):
         original = values[start : start + ROW_TILE].float()
         difference = section[start : start + ROW_TILE].float().sub_(original)
-        error += WeightError(_square(difference), _square(original))
+        error += WeightDeviation(_square(difference), _square(original))
     return error
 
 
@@ -227,7 +227,7 @@ def _square(values: Tensor) -> float:
     return norm**2
 
 
-def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
+def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightDeviation:
     """Quantise ``weights`` [rows, columns] into the sections of one projection, a band at a time."""
     bands = Bands(weights, p)
     # Pairs in 8 bits are quantised in runs that cross bands, so all bands are in one batch: s of all bands is stored
@@ -239,7 +239,7 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
         low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
     else:
         low = views[f"{p.name}.low" if p.bits == 8 else f"{p.name}.codes"].view(-1)
-    error = WeightError()
+    error = WeightDeviation()
     for batch in batches:
         # codes are computed with the values of s and b that are stored, as they will be read
         scales = _store(0, lambda band: hqq.scales(bands.transpose(band), p.bits), bands, batch, p, views)
@@ -253,7 +253,7 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
             w, scale, offset = bands.transpose(band), scales[band], offsets[band]
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, scale, offset, p.bits, out=centred)
-            error += WeightError(_square(torch.addcmul(offset, centred, scale, out=difference).sub_(w)), _square(w))
+            error += WeightDeviation(_square(torch.addcmul(offset, centred, scale, out=difference).sub_(w)), _square(w))
             # Cast to int16 first: torch's direct cast from fp32 to uint8 is six times slower than these two casts.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
@@ -287,7 +287,7 @@ def _store(
     if not read.isfinite().all():
         raise not_finite(p)
     parts = torch.split(read, [len(band) * ROW_TILE for band in batch], 1)
-    return dict(zip(batch, map(bands.by_blocks, parts), strict=True))
+    return dict(zip(batch, map(bands.by_tiles, parts), strict=True))
 
 
 def not_finite(p: Projection) -> CheckpointError:

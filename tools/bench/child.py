@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
     """Return the peak memory of a process that has only imported torch and transformers."""
-    from moetier.tools.cli.lean import lean_imports
+    from moetier.runtime.libraries.lean import lean_imports
 
     with lean_imports():
         import transformers.generation.utils  # noqa: F401 - transformers imports its parts only when they are named
@@ -38,7 +38,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
     ``record``, ``used`` in the result has the experts that each piece used, by block; recording makes the run slower.
     ``ram``, ``threads`` and ``options`` are options of ``load``.
     """
-    from moetier.tools.cli.lean import lean_imports
+    from moetier.runtime.libraries.lean import lean_imports
 
     with lean_imports():
         import torch

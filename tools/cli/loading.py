@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.libraries.lean import lean_imports
 from moetier.runtime.machine.memory import shortage
 from moetier.tiers.errors import ConfigError
 
 from .failure import ReadableFormatter
-from .lean import lean_imports
 
 _log = logging.getLogger(__name__)
 

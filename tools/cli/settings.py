@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import CACHE, TIER_OPTIONS
-from moetier.runtime.libraries.torch_stand_ins import LEAN
+from moetier.runtime.libraries.lean import LEAN
 from moetier.tiers.addresses import HTTP_AUTHORIZATION
 from moetier.tiers.errors import ConfigError, MoetierError
 

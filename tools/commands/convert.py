@@ -69,7 +69,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises UsageError if they can't be combined.
     """
-    from moetier.tools.cli.lean import lean_imports
+    from moetier.runtime.libraries.lean import lean_imports
 
     with lean_imports():
         import transformers.modeling_utils  # noqa: F401 - transformers imports its parts only when they are named

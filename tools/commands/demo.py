@@ -57,22 +57,20 @@ def converted() -> Path:
 
     Raises TargetError if the cache can't be written.
     """
-    from moetier.runtime.model.name_files import register_name
+    from moetier.runtime.libraries.lean import lean_imports
     from moetier.tiers.errors import TargetExistsError
     from moetier.tiers.store.folder import user_cache
-    from moetier.tools.cli.lean import lean_imports
 
     folder = user_cache("demo") / "tinymix-4bit"
     source = Path(str(files("moetier.assets") / "tinymix"))
     if not folder.exists():
         print(f"converting the bundled model to 4 bits, once: {folder}", file=sys.stderr, flush=True)
     with lean_imports():
-        from moetier.tools.convert.entry import convert
+        from moetier.tools.convert.api import convert
     try:
         convert(source, folder, bits=4)
     except TargetExistsError:  # made by another version
         convert(source, folder, bits=4, overwrite=True)
-    register_name(folder)
     return folder
 
 

@@ -15,8 +15,7 @@ from moetier.tools.cli.failure import plain
 from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.parser import directory
 from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, ClientProgram, Launch, ServerModel
-from moetier.tools.launch.first_prompt import estimated
-from moetier.tools.launch.server import chosen, has_tools, models_of
+from moetier.tools.launch.server import chosen, estimated, has_tools, models_of
 from moetier.tools.serve.keys import keys_of
 
 EXAMPLES = (

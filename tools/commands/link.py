@@ -29,13 +29,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the checkpoint once, and write the table. Raises MoetierError."""
     from moetier.runtime.checkpoint.containers import open_source
     from moetier.runtime.checkpoint.model_config import is_checkpoint
+    from moetier.runtime.libraries.lean import lean_imports
     from moetier.runtime.model.name_files import register_name
     from moetier.runtime.stores.checkpoint_store import CheckpointStore, make_table
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.extents.link import link
     from moetier.tiers.extents.table import write_table
     from moetier.tiers.store.folder import GROUP, command
-    from moetier.tools.cli.lean import lean_imports
     from moetier.tools.cli.progress import ByteProgress
 
     folder = Path(arguments.directory)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetier.runtime.libraries.lean import lean_imports
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
-from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import DIRECTORY, add_model_argument, show_first
 from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import KEY, keys_of

@@ -1,12 +1,11 @@
 """Conversion of a checkpoint into a model directory, block by block, also while the checkpoint is downloaded.
 
-    api              ``moetier.convert`` and ``moetier.pull``
-    entry            opens the source, and makes or replaces the model directory
+    api              ``moetier.convert`` and ``moetier.pull``: open the source, and make or replace the model directory
     options          its options
     conversion_plan  what is made, and in which order
     conversion       one conversion, block after block, and its report
-    encoder          turns weights into records, on threads
-    trunk_writer     writes the trunk's files
+    encoder          turns the weights of experts into records, on threads
+    trunk_writer     writes the trunk's files, and quantises its matrices
     target           the folder to write, or to resume
     replacement      replaces a complete model
     streaming        downloads from the hub meanwhile

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.machine.memory import peak_bytes
 from moetier.tiers.errors import DiskSpaceError
-from moetier.tiers.layout import ExpertKey, Projection
+from moetier.tiers.layout import Projection
 from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.options import command_words
-from moetier.tiers.quant.codec import WeightError
+from moetier.tiers.quant.codec import WeightDeviation
 from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.folder import read_manifest
@@ -30,11 +31,12 @@ from moetier.tools.cli.report import table
 from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
 from .conversion_plan import ConversionPlan, Stage, stages
-from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
+from .encoder import INTERPRETER_BYTES, Encoder
 from .model_card import CARD, write_card
 from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
+from .trunk_writer import MatrixRecord
 
 USUAL_ERRORS = {8: 0.005, 4: 0.09, 3: 0.19, 2: 0.39}  # relative errors by bits, of normally distributed weights
 MOST_OF_USUAL = 1.3  # an error is usual up to this many times the figure
@@ -128,8 +130,8 @@ class Conversion:
     target: Target
     encoder: Encoder
     options: Options
-    matrices: list[MatrixRecord]  # the trunk's quantised matrices
-    command: list[str]  # words of the command line that resumes the conversion
+    matrices: tuple[MatrixRecord, ...]  # the trunk's quantised matrices
+    command: tuple[str, ...]  # words of the command line that resumes the conversion
     download: Download | None  # of a hub checkpoint; None if the checkpoint is a folder
     quiet: bool  # print nothing on standard error
 
@@ -140,14 +142,14 @@ class Conversion:
         folder: Path,
         options: Options,
         *,
+        command: Sequence[str] = (),
         download: Download | None = None,
-        resuming: Sequence[str] | None = None,
         quiet: bool = True,
     ) -> Conversion:
         """Plan a conversion into ``folder`` without writing anything.
 
-        No weights are read, except samples for the digest if the checkpoint is a folder. ``download``, ``resuming`` and
-        ``quiet`` are as in ``convert``. Raises CheckpointError or ConfigError.
+        No weights are read, except samples for the digest if the checkpoint is a folder. ``command``, ``download`` and
+        ``quiet`` are as in ``convert_checkpoint``. Raises CheckpointError or ConfigError.
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
@@ -164,10 +166,11 @@ class Conversion:
             )
         small = small_files(checkpoint, manifest.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, manifest, trunk, small, is_streamed=download is not None)
-        command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
+        words = ["moetier", *(command or ("convert", checkpoint.source, str(folder.resolve())))]
         given = ((name, option, getattr(options, name)) for name, option in CONVERT_OPTIONS.items() if option.resumes)
-        command += command_words((name, value) for name, option, value in given if value != option.default)
-        return cls(checkpoint, planned, target, encoder, options, list(matrices.values()), command, download, quiet)
+        words += command_words((name, value) for name, option, value in given if value != option.default)
+        quantised = tuple(matrices.values())
+        return cls(checkpoint, planned, target, encoder, options, quantised, tuple(words), download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -233,12 +236,15 @@ class Conversion:
         return report
 
     def make(self) -> ConversionReport:
-        """Write the trunk, the blocks, the small files and, last, the manifest. Resume where an earlier run stopped.
+        """Say what will be done. Write the trunk, the blocks, the small files and, last, the manifest.
 
-        The trunk of a hub checkpoint is written after the blocks, because its tensors are spread over all files.
-        Raises CheckpointError if the source can't be read, or TargetError if the target can't be written.
+        Resumes where an earlier run stopped. The trunk of a hub checkpoint is written after the blocks, because its
+        tensors are spread over all files. Raises CheckpointError if the source can't be read, or TargetError if the
+        target can't be written.
         """
         start = time.monotonic()
+        for line in self.announce():
+            self.say(line)
         self.check_disks()
         with StoreWriter.open(self.target.store, self.target.manifest) as writer:
             finished = writer.finished_blocks
@@ -247,13 +253,14 @@ class Conversion:
                 self.say(f"resumed: {len(finished)} of {len(self.target.manifest.blocks)} blocks are complete")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
-                trunk = {} if self.download else self._write_trunk()
+                trunk = None if self.download else self._write_trunk()
                 self._write_blocks(writer, errors)
-                trunk = trunk or self._write_trunk()
+                sums, deviation = trunk or self._write_trunk()
                 self.target.write_small()
-            manifest = writer.finish(trunk, self.checkpoint.digest if self.download else None, self.target.copied)
+            manifest = writer.finish(sums, self.checkpoint.digest if self.download else None, self.target.copied)
         self._write_card(manifest)
-        return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
+        seconds = time.monotonic() - start
+        return self.report(errors, deviation, seconds=seconds, resumed_blocks=len(finished))
 
     def complete_card(self) -> None:
         """Write the model card of a complete model that has none."""
@@ -297,37 +304,35 @@ class Conversion:
             return [Stage(tuple(missing))]
         return stages({block: self.planned.blueprint.blocks[block].files for block in missing})
 
-    def _write_trunk(self) -> dict[str, FileSum]:
+    def _write_trunk(self) -> tuple[dict[str, FileSum], WeightDeviation]:
+        """Write the files of the trunk. Return their sums by name, and the deviation of all its quantised matrices."""
+        sums, total = {}, WeightDeviation()
         with ByteProgress("trunk", sum(file.size for file in self.target.trunk), quiet=self.quiet) as progress:
-            return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
+            for file in self.target.trunk:
+                sums[file.name], deviation = file.make(self.target.folder, progress.advance)
+                total += deviation
+        return sums, total
 
     def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
+        """Write the shards that are missing, each with the records of a block. Add the blocks' errors to ``errors``."""
         manifest, order = self.target.manifest, self._stages(writer.finished_blocks)
-        blocks = [block for stage in order for block in stage.blocks]
-        total = sum(manifest.blocks[block].experts * manifest.layout(block).slot_bytes for block in blocks)
+        missing = [block for stage in order for block in stage.blocks]
+        total = sum(manifest.blocks[block].experts * manifest.layout(block).slot_bytes for block in missing)
         readable = (stage for stage in order) if self.download is None else self.download.stream(order, self.quiet)
         with ByteProgress("experts", total, quiet=self.quiet) as progress, closing(readable):
             for stage in readable:
-                self._write_stage(stage.blocks, writer, errors, progress)
-
-    def _write_stage(
-        self, blocks: Sequence[int], writer: StoreWriter, errors: dict[int, float], progress: ByteProgress
-    ) -> None:
-        manifest = self.target.manifest
-        keys = [ExpertKey(block, expert) for block in blocks for expert in range(manifest.blocks[block].experts)]
-        with closing(self.encoder.records(keys)) as records:
-            for block in blocks:
-                entry, error = manifest.blocks[block], WeightError()
-                with writer.block(block) as shard:
-                    for _ in range(entry.experts):
-                        _, record, one = next(records)
-                        shard.write(record)
-                        error += one
-                        progress.advance(manifest.layout(block).slot_bytes)
-                    errors[block] = error.relative
-                    self.target.write_journal(self.command, errors)
-                if not sys.stderr.isatty():
-                    self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
+                with closing(self.encoder.records(stage.blocks)) as records:
+                    for block in stage.blocks:
+                        entry, error = manifest.blocks[block], WeightDeviation()
+                        with writer.block(block) as shard:
+                            for record, of_record in islice(records, entry.experts):
+                                shard.write(record)
+                                error += of_record
+                                progress.advance(manifest.layout(block).slot_bytes)
+                            errors[block] = error.relative
+                            self.target.write_journal(self.command, errors)  # before the shard is complete
+                        if not sys.stderr.isatty():
+                            self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
 
     @property
     def _weights(self) -> int:
@@ -335,13 +340,24 @@ class Conversion:
         return sum(block.experts * manifest.layout(index).weights for index, block in enumerate(manifest.blocks))
 
     def report(
-        self, errors: dict[int, float], *, seconds: float, resumed_blocks: int = 0, was_complete: bool = False
+        self,
+        errors: dict[int, float],
+        trunk: WeightDeviation | None = None,
+        *,
+        seconds: float = 0.0,
+        resumed_blocks: int = 0,
+        was_complete: bool = False,
     ) -> ConversionReport:
-        """Return the report of the conversion. ``errors`` is a dictionary from a block's number to its relative error.
+        """Return the report of the conversion.
 
-        ``resumed_blocks``: number of blocks that an earlier run finished; ``was_complete``: this run had nothing to do.
+        Args:
+            errors: relative errors of blocks, by number.
+            trunk: deviation of the trunk's quantised matrices; None if this run wrote no trunk.
+            seconds: how long it took.
+            resumed_blocks: number of blocks that an earlier run finished.
+            was_complete: whether this run had nothing to do.
         """
-        manifest, trunk = self.target.manifest, sum((matrix.error for matrix in self.matrices), WeightError())
+        manifest = self.target.manifest
         return ConversionReport(
             model=manifest.model,
             target=str(self.target.folder),
@@ -350,7 +366,7 @@ class Conversion:
             source_bytes=self.checkpoint.nbytes,
             trunk_bytes=sum(file.size for file in self.target.trunk),
             trunk_matrices=len(self.matrices),
-            trunk_error=trunk.relative if self.matrices and not was_complete else None,
+            trunk_error=trunk.relative if trunk is not None and self.matrices else None,
             blocks=tuple(
                 BlockReport(b.path, b.experts, b.experts * manifest.layout(i).slot_bytes, errors.get(i))
                 for i, b in enumerate(manifest.blocks)

@@ -30,9 +30,8 @@ from moetier.tiers.quant.codec import DEFAULTS, layout_for
 from moetier.tiers.quant.hqq import SOLVER
 from moetier.tiers.store.trunk import RECORD
 
-from .encoder import MatrixRecord
 from .options import DEFAULT_BITS, NATIVE, Options
-from .trunk_writer import TrunkFile, TrunkTensor, distribute_trunk
+from .trunk_writer import MatrixRecord, TrunkFile, TrunkTensor, distribute_trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,7 @@
-"""Workers that turn weights into records: they quantise experts, or pieces of a matrix of the trunk, in parallel.
+"""Workers that turn the weights of experts into records, in parallel.
 
-Each worker computes on one thread, so the bytes of a record do not depend on the number of workers. Records of experts
-are yielded in order. Workers read and compute at the same time, also while a record is written. One worker at a time
+Each worker computes on one thread, so the bytes of a record do not depend on the number of workers. Records are
+yielded in order. Workers read and compute at the same time, also while a record is written. One worker at a time
 merges what it has read, which takes a second copy. Memory is bounded: there is one record for each worker and one that
 is being written, or a few more if records are small. A block whose experts can't be read one by one is encoded alone.
 """
@@ -17,28 +17,24 @@ from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
 
-import numpy as np
 import torch
 
 from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.native import Kept, stored_in
-from moetier.runtime.checkpoint.recipe import Expert, Merging, Recipe
-from moetier.runtime.formats.tensors import CHUNK_BYTES, Bytes, StoredTensor, read_at
+from moetier.runtime.checkpoint.recipe import Expert, Merging
+from moetier.runtime.formats.tensors import Bytes, read_at
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.machine.memory import available_memory
 from moetier.runtime.machine.threads import usable_cpus
-from moetier.runtime.moe.linear import WEIGHT, matrix_layout
-from moetier.tiers.errors import CheckpointError
-from moetier.tiers.layout import ROW_TILE, ZERO_POINTS, ExpertKey, RecordLayout
-from moetier.tiers.manifest import Manifest, TrunkRecords
-from moetier.tiers.quant.codec import WeightError, sections
+from moetier.tiers.layout import ZERO_POINTS, ExpertKey, RecordLayout
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.quant.codec import WeightDeviation, sections
 from moetier.tiers.quant.packing import band_bytes
 
 from .options import Options
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
 QUEUED_BYTES, MAX_QUEUED = 64 << 20, 32  # of finished records that wait for the disk; one may always wait
-PIECE_WEIGHTS = 1 << 20  # of a trunk matrix, quantised by a worker in one call
 
 
 @contextlib.contextmanager
@@ -112,18 +108,20 @@ class Encoder:
         """
         return max((8 * layout.weights for layout in self.manifest.layouts.values()), default=0) + (1 << 30)
 
-    def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
-        """Yield the key, record and weight error of each of ``keys``, in order.
+    def records(self, blocks: Sequence[int]) -> Generator[tuple[Bytes, WeightDeviation]]:
+        """Yield the record and the weight error of each expert of ``blocks``, which are numbers of blocks, in order.
 
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
+        waiting = deque(
+            ExpertKey(block, expert) for block in blocks for expert in range(self.manifest.blocks[block].experts)
+        )
         free: SimpleQueue[Bytes] = SimpleQueue()  # buffers: one for each task, and one for the record that is yielded
-        size = max((self.manifest.layout(key.block).record_bytes for key in keys), default=0)
+        size = max((self.manifest.layout(block).record_bytes for block in blocks), default=0)
         slots = self._slots(size)
-        for _ in range(min(slots, len(keys))):
+        for _ in range(min(slots, len(waiting))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
-        waiting = deque(keys)
-        ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
+        ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightDeviation]]]] = deque()
         merging = Merging()
         with pool_of(self.workers) as pool:
             while waiting or ahead:
@@ -134,7 +132,7 @@ class Encoder:
                 record, error = future.result()
                 if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
                     merging.release()  # all experts of the block are encoded
-                yield key, record[: self.manifest.layout(key.block).record_bytes], error
+                yield record[: self.manifest.layout(key.block).record_bytes], error
                 free.put(record)
 
     def _slots(self, record_bytes: int) -> int:
@@ -151,15 +149,15 @@ class Encoder:
             k.block == key.block or (blocks[k.block].is_separable and blocks[key.block].is_separable) for k, _ in ahead
         )
 
-    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightError]:
+    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes], merging: Merging) -> tuple[Bytes, WeightDeviation]:
         layout, expert = self.manifest.layout(key.block), Expert(self.blueprint.blocks[key.block], key.expert, merging)
         record = free.get()
         if any(p.coding for p in layout.projections):
             _copy(expert, layout, record[: layout.record_bytes])
-            return record, WeightError()
+            return record, WeightDeviation()
         given = Kept(expert, layout) if any(p.pairs in ZERO_POINTS for p in layout.projections) else expert
         errors = encode(given, layout, record[: layout.record_bytes], fast=self.fast)
-        return record, sum(errors.values(), WeightError())
+        return record, sum(errors.values(), WeightDeviation())
 
 
 def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:
@@ -174,96 +172,3 @@ def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:
             one = stored[expert.index]
             read_at(one.file, one.offset, bytes_[at : at + one.nbytes])
             at += one.nbytes
-
-
-class MatrixRecord:
-    """Record of one quantised matrix, as a tensor of the trunk. ``chunks`` makes the record."""
-
-    dtype = "uint8"
-
-    def __init__(
-        self,
-        path: str,
-        recipe: Recipe,
-        trunk_records: TrunkRecords,
-        *,
-        workers: int,
-        fast: bool,
-    ) -> None:
-        """Prepare the record of the module at ``path``.
-
-        Args:
-            path: path of the module.
-            recipe: makes its weight [rows, columns].
-            trunk_records: how many bits the record has, and how they are grouped.
-            workers: number of threads that quantise.
-            fast: round to the nearest value instead of using HQQ.
-        """
-        rows, columns = recipe.model.get_parameter(recipe.parameter).shape
-        self.layout: RecordLayout = matrix_layout(rows, columns, trunk_records)
-        self.error = WeightError()  # of the weights; set when ``chunks`` has made the record
-        self._path = path
-        self._recipe = recipe
-        self._trunk_records = trunk_records
-        self._workers = workers
-        self._fast = fast
-
-    @property
-    def shape(self) -> tuple[int]:
-        """Shape of the record as a tensor: [bytes]."""
-        return (self.layout.payload_bytes,)
-
-    @property
-    def parts(self) -> tuple[StoredTensor, ...]:
-        """Stored tensors that the matrix [rows, columns] is made from."""
-        return tuple(self._recipe.parts)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Approximate memory to make the record, in bytes: record, workers, and the matrix if it is read as a whole."""
-        (p,) = self.layout.projections
-        whole = 0 if self._recipe.direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
-        return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
-
-    def chunks(self) -> Iterator[Bytes]:
-        """Make the record, anew at each call, and yield its bytes in order.
-
-        Raises CheckpointError if a weight is not finite, or if the source can't be read.
-        """
-        record = self._record().numpy()
-        for start in range(0, len(record), CHUNK_BYTES):
-            yield record[start : start + CHUNK_BYTES]
-
-    def _record(self) -> torch.Tensor:
-        (p,) = self.layout.projections
-        record = torch.zeros(self.layout.payload_bytes, dtype=torch.uint8)
-        views = sections(record, self.layout)
-        whole = None if self._recipe.direct else self._recipe.make(None)
-        most = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
-
-        def fill(start: int) -> WeightError:
-            """Quantise the rows from ``start`` on, ``most`` of them at most, and put them into the record.
-
-            Rows can be quantised apart, as no group spans several rows.
-            """
-            count = min(most, p.rows - start)
-            weights = self._recipe.rows(start, count) if whole is None else whole[start : start + count]
-            if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):
-                raise CheckpointError(
-                    f"{self._path}.weight has weights that are not finite numbers.",
-                    "Get an intact copy of the checkpoint.",
-                )
-            layout = matrix_layout(count, p.columns, self._trunk_records)
-            piece = np.empty(layout.record_bytes, np.uint8)
-            (error,) = encode({WEIGHT: weights}, layout, piece, fast=self._fast).values()
-            rows = slice(start, start + layout.projections[0].padded_rows)
-            for name, values in sections(torch.from_numpy(piece), layout).items():
-                if name == f"{WEIGHT}.pairs":
-                    views[name][:, rows] = values  # [K / g, N, 2]
-                else:
-                    views[name][rows] = values  # codes, [N, K / 2]
-            return error
-
-        with pool_of(self._workers) as pool:
-            self.error = sum(pool.map(fill, range(0, p.rows, most)), WeightError())
-        return record

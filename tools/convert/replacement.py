@@ -5,8 +5,8 @@ old one becomes the folder REPLACED in the new one, gives back the files that mo
 a process that dies at any moment leaves the old or the new model in place, and the next conversion finishes or resumes
 what it began. A process that has files of the old model open can still read them.
 
-The folder REPLACED, which is made before the exchange, shows that the names were exchanged. Until the end the new model
-has the journal of its conversion, which shows that moetier made it.
+The folder REPLACED is made before the exchange. Where it is shows whether the names were exchanged. Until the end the
+new model has the journal of its conversion, as a sign that moetier made it.
 
 A copied file that only the old model has, such as a tokenizer, may have been put there by hand, and stays. The new
 model uses it only if both models were made from the same checkpoint: otherwise it gets another name.
@@ -175,7 +175,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
     making = replace(
         conversion,
         target=replace(conversion.target, folder=new),
-        command=[*conversion.command, "--overwrite"],
+        command=(*conversion.command, "--overwrite"),
     )
     if has_manifest(new) and not (new / JOURNAL).exists():
         raise TargetExistsError(
@@ -191,13 +191,9 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         complete = False
     if complete:
         making.complete_card()
-        report = making.report(
-            making.target.read_journal(), seconds=0.0, resumed_blocks=len(making.target.manifest.blocks)
-        )
+        report = making.report(making.target.read_journal(), resumed_blocks=len(making.target.manifest.blocks))
     else:
         _check_room(conversion, making)
-        for line in making.announce():
-            conversion.say(line)
         conversion.say(f"{folder} stays as it is until the new model is complete")
         with disk_errors(folder / GROUP):
             _copy_access(folder, new)  # before anything is in it: the old model may be private

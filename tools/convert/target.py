@@ -206,7 +206,7 @@ class Target:
         except (StoreError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return {}
 
-    def write_journal(self, command: list[str], errors: Mapping[int, float]) -> None:
+    def write_journal(self, command: Sequence[str], errors: Mapping[int, float]) -> None:
         """Write the command that resumes the conversion, and the relative errors of finished blocks, by number."""
         journal = {"command": command, "errors": {str(block): error for block, error in sorted(errors.items())}}
         write_durably(self.folder / JOURNAL, json.dumps(journal).encode())

@@ -1,4 +1,4 @@
-"""Files of the trunk: all tensors that do not belong to experts, with matrices aligned to 64 bytes.
+"""Files of the trunk: all tensors that do not belong to experts, some of them quantised, aligned to 64 bytes.
 
 Tensors keep their original names. A quantised matrix is stored as a record; its name is made from its module's path.
 
@@ -16,27 +16,121 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from moetier.runtime.formats.tensors import TORCH_NAMES, SourceTensor
+from moetier.runtime.checkpoint.recipe import Recipe
+from moetier.runtime.formats.tensors import CHUNK_BYTES, TORCH_NAMES, Bytes, SourceTensor, StoredTensor
+from moetier.runtime.kernels.quantise.encode import encode
+from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.headers.safetensors import ITEM_BYTES
-from moetier.tiers.layout import ALIGNMENT
-from moetier.tiers.manifest import FileSum
+from moetier.tiers.layout import ALIGNMENT, ROW_TILE, RecordLayout
+from moetier.tiers.manifest import FileSum, TrunkRecords
+from moetier.tiers.quant.codec import WeightDeviation, sections
 from moetier.tiers.store.atomic import large_file
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.trunk import read_pieces
 
-from .encoder import MatrixRecord
-
-TrunkTensor = SourceTensor | MatrixRecord
+from .encoder import pool_of
 
 FILE_BYTES = 2 << 30
+PIECE_WEIGHTS = 1 << 20  # of a matrix, quantised by a worker in one call
 SPELLINGS = {name: spelling for spelling, name in TORCH_NAMES.items()}
+
+
+class MatrixRecord:
+    """Record of one quantised matrix, as a tensor of the trunk. ``make`` makes it."""
+
+    dtype = "uint8"
+
+    def __init__(
+        self,
+        path: str,
+        recipe: Recipe,
+        trunk_records: TrunkRecords,
+        *,
+        workers: int,
+        fast: bool,
+    ) -> None:
+        """Prepare the record of the module at ``path``.
+
+        Args:
+            path: path of the module.
+            recipe: makes its weight [rows, columns].
+            trunk_records: how many bits the record has, and how they are grouped.
+            workers: number of threads that quantise.
+            fast: round to the nearest value instead of using HQQ.
+        """
+        rows, columns = recipe.model.get_parameter(recipe.parameter).shape
+        self.layout: RecordLayout = matrix_layout(rows, columns, trunk_records)
+        self._path = path
+        self._recipe = recipe
+        self._trunk_records = trunk_records
+        self._workers = workers
+        self._fast = fast
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Shape of the record as a tensor: [bytes]."""
+        return (self.layout.payload_bytes,)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors that the matrix [rows, columns] is made from."""
+        return tuple(self._recipe.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Approximate memory to make the record, in bytes: record, workers, and the matrix if it is read as a whole."""
+        (p,) = self.layout.projections
+        whole = 0 if self._recipe.direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
+        return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
+
+    def make(self) -> tuple[Bytes, WeightDeviation]:
+        """Make the record, anew at each call. Return its bytes, and the deviation of its weights.
+
+        Raises CheckpointError if a weight is not finite, or if the source can't be read.
+        """
+        (p,) = self.layout.projections
+        record = torch.zeros(self.layout.payload_bytes, dtype=torch.uint8)
+        views = sections(record, self.layout)
+        whole = None if self._recipe.direct else self._recipe.make(None)
+        most = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+
+        def fill(start: int) -> WeightDeviation:
+            """Quantise the rows from ``start`` on, ``most`` of them at most, and put them into the record.
+
+            Rows can be quantised apart, as no group spans several rows.
+            """
+            count = min(most, p.rows - start)
+            weights = self._recipe.rows(start, count) if whole is None else whole[start : start + count]
+            if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):
+                raise CheckpointError(
+                    f"{self._path}.weight has weights that are not finite numbers.",
+                    "Get an intact copy of the checkpoint.",
+                )
+            layout = matrix_layout(count, p.columns, self._trunk_records)
+            piece = np.empty(layout.record_bytes, np.uint8)
+            (error,) = encode({WEIGHT: weights}, layout, piece, fast=self._fast).values()
+            rows = slice(start, start + layout.projections[0].padded_rows)
+            for name, values in sections(torch.from_numpy(piece), layout).items():
+                if name == f"{WEIGHT}.pairs":
+                    views[name][:, rows] = values  # [K / g, N, 2]
+                else:
+                    views[name][rows] = values  # codes, [N, K / 2]
+            return error
+
+        with pool_of(self._workers) as pool:
+            deviation = sum(pool.map(fill, range(0, p.rows, most)), WeightDeviation())
+        return record.numpy(), deviation
+
+
+TrunkTensor = SourceTensor | MatrixRecord
 
 
 @dataclass(frozen=True)
@@ -73,37 +167,44 @@ class TrunkFile:
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
-    def make(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Write the file into ``folder``, unless it is there with the right checksum. Return its size and checksum.
+    def make(self, folder: Path, advance: Callable[[int], None]) -> tuple[FileSum, WeightDeviation]:
+        """Write the file into ``folder``, unless it is there with the right checksum.
 
-        ``advance`` is called with numbers of bytes that are done. Raises CheckpointError if a weight is NaN.
+        Return its size and checksum, and the deviation of the weights that were quantised. ``advance`` is called with
+        numbers of bytes that are done. Raises CheckpointError if a weight is NaN.
         """
         path = folder / self.name
         if self.is_complete(folder):
             with path.open("rb", buffering=0) as stream:
-                stored = _sum(read_pieces(stream.fileno()))
-            if stored == _sum(self._pieces()):
+                stored = functools.reduce(lambda crc, piece: crc32c(piece, crc), read_pieces(stream.fileno()), 0)
+            crc, total = 0, WeightDeviation()
+            for piece, deviation in self._pieces():
+                crc, total = crc32c(piece, crc), total + deviation
+            if stored == crc:
                 advance(self.size)
-                return FileSum(self.size, stored)
+                return FileSum(self.size, crc), total
             path.unlink()  # before writing: the disk may have no room for both
         return self.write(folder, advance)
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Write the file into ``folder``, and return its size and checksum.
-
-        ``advance`` is called with the number of bytes of each piece. Raises CheckpointError if a weight is NaN.
-        """
-        crc = 0
+    def write(self, folder: Path, advance: Callable[[int], None]) -> tuple[FileSum, WeightDeviation]:
+        """Write the file into ``folder``. The result, ``advance`` and what is raised are those of ``make``."""
+        crc, total = 0, WeightDeviation()
         with large_file(folder / self.name, self.size) as file:
-            for piece in self._pieces():
+            for piece, deviation in self._pieces():
                 file.write(piece)
-                crc = crc32c(piece, crc)
+                crc, total = crc32c(piece, crc), total + deviation
                 advance(len(piece))
-        return FileSum(self.size, crc)
+        return FileSum(self.size, crc), total
 
-    def _pieces(self) -> Iterator[memoryview]:
-        yield memoryview(self.header)
+    def _pieces(self) -> Iterator[tuple[memoryview, WeightDeviation]]:
+        """Yield the bytes of the file in pieces, each with the deviation of the weights that were quantised for it."""
+        yield memoryview(self.header), WeightDeviation()
         for name, tensor in self.tensors.items():
+            if isinstance(tensor, MatrixRecord):
+                record, deviation = tensor.make()
+                for start in range(0, len(record), CHUNK_BYTES):
+                    yield record[start : start + CHUNK_BYTES].data, WeightDeviation() if start else deviation
+                continue
             dtype: torch.dtype = getattr(torch, tensor.dtype)
             for piece in tensor.chunks():
                 if dtype.is_floating_point and dtype.itemsize > 1 and len(piece):
@@ -112,12 +213,7 @@ class TrunkFile:
                         raise CheckpointError(
                             f"{name} has weights that are not numbers (NaN).", "Get an intact copy of the checkpoint."
                         )
-                yield piece.data
-
-
-def _sum(pieces: Iterable[memoryview]) -> int:
-    """Return the CRC-32C of a file, given in pieces."""
-    return functools.reduce(lambda crc, piece: crc32c(piece, crc), pieces, 0)
+                yield piece.data, WeightDeviation()
 
 
 def nbytes(tensor: TrunkTensor) -> int:

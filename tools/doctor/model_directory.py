@@ -50,7 +50,7 @@ def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
 
     Raises MoetierError.
     """
-    from moetier.tools.cli.lean import lean_imports
+    from moetier.runtime.libraries.lean import lean_imports
 
     with lean_imports():
         from moetier.runtime.config import TierConfig

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import TIER_OPTIONS, TierConfig
+from moetier.runtime.libraries.lean import lean_imports
 from moetier.runtime.machine.memory import Available, shortage
 from moetier.runtime.model.names import models_folder
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tiers.options import command_words
 from moetier.tiers.text import format_bytes
-from moetier.tools.cli.lean import lean_imports
 from moetier.tools.cli.parser import UsageError
 
 RESOURCES = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")

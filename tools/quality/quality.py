@@ -29,7 +29,7 @@ from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.errors import BudgetError, ConfigError, UnsupportedModelError
 from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
-from moetier.tiers.quant.codec import WeightError, decode, group_and_pairs, layout_for, sections
+from moetier.tiers.quant.codec import WeightDeviation, decode, group_and_pairs, layout_for, sections
 from moetier.tiers.store.folder import read_manifest
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
 
@@ -77,13 +77,13 @@ class Trial:
     @torch.no_grad()
     def store(
         self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool
-    ) -> tuple[list[tuple[RecordLayout, int]], WeightError]:
+    ) -> tuple[list[tuple[RecordLayout, int]], WeightDeviation]:
         """Encode every expert as a record, and replace its weights by those that are read back from the record.
 
         ``group`` and ``pairs`` are as in ``Options``. With ``fast``, weights are rounded to the nearest value instead
         of using HQQ. Returns the layout and the number of experts of each block, and the error over all weights.
         """
-        blocks, total = [], WeightError()
+        blocks, total = [], WeightDeviation()
         for module, originals in zip(self._modules, self._originals, strict=True):
             parameters = {n: (tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for n, t in originals.items()}
             layout = layout_for(parameters, bits=bits, group=group, pairs=pairs, transposed=module.is_transposed)

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moetier.runtime.libraries.lean import return_freed_memory
 from moetier.runtime.machine.memory import Available, memory_for_model
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.threads import start_thread
-from moetier.tools.cli.lean import return_freed_memory
 
 from .catalogue import Catalogue
 from .keys import Keys

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moetier.runtime.checkpoint.containers import Checkpoint
+from moetier.runtime.checkpoint.containers import Checkpoint, open_source
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
+from moetier.tools.convert.api import convert_checkpoint
 from moetier.tools.convert.conversion import Conversion, ConversionReport
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 
 from .checkpoint import (
@@ -82,13 +82,8 @@ def make_store(
     options = Options(bits=4, trunk_bits=4, fast=True, threads=threads)
     words: list[Any] = ["moetier", "synthetic", folder.resolve(), "--geometry", geometry, "--seed", seed]
     words += [] if blocks is None else ["--blocks", blocks]
-    conversion = replace(Conversion.plan(source, folder, options, quiet=quiet), command=[*map(str, words)])
-    if conversion.target.is_complete():
-        report = conversion.report({}, seconds=0.0, was_complete=True)
-    else:
-        for line in conversion.announce():
-            conversion.say(line)
-        report = conversion.run()
+    conversion = replace(Conversion.plan(source, folder, options, quiet=quiet), command=tuple(map(str, words)))
+    report = conversion.report({}, was_complete=True) if conversion.target.is_complete() else conversion.run()
     write_durably(folder / TOKENS_FILE, tokens_json(geometry, COMMON["vocab_size"], seed))
     return report
 
@@ -98,7 +93,8 @@ def convert_synthetic(source: Path, target: Path, *, threads: int | None = None,
 
     Raises CheckpointError, TargetError or ConfigError.
     """
-    convert(source, target, bits=4, fast=True, threads=threads, quiet=quiet)
+    options = Options(bits=4, fast=True, threads=threads)
+    convert_checkpoint(open_source(source), target, options, quiet=quiet)
     write_durably(target / TOKENS_FILE, (source / TOKENS_FILE).read_bytes())
 
 

@@ -26,14 +26,14 @@ class _Scaled(Coding):
         self._item = ITEM_BYTES[SCALE_TYPES[p.scales]]
 
     def _scales(self, emit: RowEmitter, offsets: Sequence[Value], first: Value, count: int) -> list[Value]:
-        """Load ``count`` scales of each row, at most 4 bytes, from scale ``first`` on -> fp32 [lanes] each."""
+        """Load ``count`` scales of each row, 4 bytes at most, from scale ``first`` on: fp32 [lanes] for each."""
         at = emit.at
         skipped = at.mul(first, emit.number(self._item))
         words = emit.words(emit.scales, [at.add(offset, skipped) for offset in offsets], count * self._item)
         return [self._to_float(emit, words, number) for number in range(count)]
 
     def _to_float(self, emit: RowEmitter, words: Value, number: int) -> Value:
-        """Convert the scales at place ``number`` in i32 words."""
+        """Convert scale ``number`` of each row, which the row's i32 word holds beside others, to fp32 [lanes]."""
         at, bits, lanes = emit.at, 8 * self._item, emit.lanes
         if left := 32 - bits * (number + 1):
             words = at.shl(words, emit.all(I32, left, lanes))

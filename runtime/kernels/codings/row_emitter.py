@@ -1,8 +1,8 @@
-"""Load rows of a matrix, which lie one after the other, as vectors whose elements belong to rows.
+"""Load consecutive rows of a matrix as vectors. Each element of a vector belongs to another row.
 
-A function of ``row_major.py`` multiplies LANES rows at a time, or half as many. Each element of a vector belongs to one
-of the rows, so that nothing is added up across a vector. For that, 16 bytes of each row are loaded and transposed:
-vector i has bytes 4i to 4i + 3 of each row. A ``Coding`` turns these vectors into codes, and loads the scales.
+A function of ``row_major.py`` multiplies LANES rows at a time, or half as many, and adds nothing up across a vector.
+For that, 16 bytes of each row are loaded and transposed: vector i has bytes 4i to 4i + 3 of each row. A ``Coding``
+turns these vectors into codes, and loads the scales.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class RowEmitter(Emitter):
         return floats
 
     def nan_bits(self, four: Value) -> Value:
-        """Return a vector whose bits NAN_BITS show which of four FP8 numbers in each element are NaN, i32 [lanes]."""
+        """Return i32 [lanes]. The bits NAN_BITS of an element show which of its four FP8 numbers are NaN."""
         sizes = self.at.and_(four, self.all(I32, 0x7F7F7F7F, self.lanes))
         return self.at.add(sizes, self.all(I32, 0x01010101, self.lanes))
 

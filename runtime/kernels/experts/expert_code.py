@@ -183,8 +183,8 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part
 def find_module() -> ir.Module:
     """Emit the function ``FIND(context)``, which looks experts up in a directory (``tiers/arena/directory.py``).
 
-    FIND stops at the first expert that is not resident. The context: number of experts before that one, which FIND
-    writes; top_k; a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays
+    FIND stops at the first expert that is not resident. The context: number of experts before it (written by
+    FIND); top_k; a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays
     into which the jobs, slots and generations of the experts are written.
     """
     emit = Emitter(new_module(), FIND, [POINTER])

@@ -112,7 +112,11 @@ class ExpertProducts:
     def _tasks(
         self, own: int, jobs: array[int], places: array[int], scratch: int, starts: list[int], outputs: int
     ) -> list[KernelTask]:
-        """Return the tasks of ``compute_at``, whose first context still lacks the address of x [own, hidden]."""
+        """Return the tasks of ``compute_at``, in order: round x, multiply, activate, multiply, and place the outputs.
+
+        The context of the first still lacks the address of x [own, hidden]. ``starts`` are those of ``_starts``, in the
+        memory at ``scratch``; ``outputs`` is the address of the outputs.
+        """
         up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
         taken, inner, activated, part = (scratch + start for start in starts[:4])
         given, rounded = Rounded(taken, own, up), Rounded(activated, rows, down)

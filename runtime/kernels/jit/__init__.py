@@ -3,9 +3,8 @@
     emitter     writes LLVM IR
     processor   compiles it for this processor, and keeps what was compiled
     executable  loads compiled code into memory that is never both writable and executable
-    team        runs compiled tasks on several threads
+    team        runs compiled tasks on several threads, and ends those of OpenMP before a fork
     team_code   emits the code by which these threads are woken, share tasks and end
-    openmp      finds the OpenMP library of torch, and ends its threads before a fork
 
 The package imports no other package of kernels. Only ``runtime.kernels`` imports llvmlite.
 """

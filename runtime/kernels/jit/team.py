@@ -1,21 +1,25 @@
 """Team of threads that run kernels. The calling thread waits only for workers that have begun.
 
-The work of a kernel is a number of items, which threads take one by one. With OpenMP all threads meet at the end, so
-that all wait for a thread that the system has not scheduled, because another process is busy. Here the calling thread
-takes items too, and when none is left, it waits only for workers that have *joined*, that is, begun to take items. A
-worker that is late finds the job closed and is left out.
+The work of a kernel is a number of items, which threads take one by one. With OpenMP all threads meet at the end: if
+another process keeps one of them from running, all others wait for it. Here the calling thread takes items too. When
+none is left, it waits only for workers that have *joined*, which means that they have begun to take items. A worker
+that is late finds the job closed and is left out.
 
 The word STATE of the team's memory has the number of the job, the most workers that may join, whether the job is open
 and how many workers have joined. A worker joins by a compare-and-swap of the whole word, and reads the job only after
 that. So it never reads a job that is over, because the caller closes the job before it waits for those that joined.
+
+torch computes many tokens with OpenMP's threads, which are ended before a fork.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,11 +30,11 @@ from typing import NamedTuple
 import numpy as np
 from llvmlite import ir
 
+from moetier.runtime.machine.memory import mapped_files
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.threads import start_thread
 
 from .emitter import once
-from .openmp import end_threads
 from .processor import Processor, this_processor
 from .team_code import (
     CLOCK,
@@ -52,6 +56,11 @@ from .team_code import (
 
 # signals that a fault in the thread itself causes, which faulthandler reports
 _FATAL = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+# A function of OpenMP 5.0, its argument omp_pause_hard, and the name of a function that all libraries but GNU's have.
+# In GNU's library, the call of the first ends the threads of the calling thread's team; in LLVM's and Intel's, it ends
+# the threads of all teams.
+_PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
+_TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
 _cpus = functools.cache(usable_cpus)
 
 
@@ -246,6 +255,31 @@ def _forget() -> None:
     """Discard the team in a forked child, which has none of its threads. The next kernel makes a new team."""
     global _team, _making
     _team, _making = None, threading.Lock()
+
+
+@functools.cache
+def openmp() -> ctypes.CDLL | None:
+    """Return the OpenMP library that torch calls; None if there is none.
+
+    Other packages may have loaded other OpenMP libraries. So search in the order in which the dynamic linker searches
+    for torch: first the libraries whose symbols are visible to all others, then those that torch needs.
+    """
+    for name in (None, *sorted({path for _, path in mapped_files() if _TORCH.search(path)})):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            if hasattr(library, "omp_get_max_threads"):
+                return library
+    return None
+
+
+def end_threads() -> None:
+    """End the threads that GNU's OpenMP keeps for the calling thread; its next parallel operation starts new ones.
+
+    Call this before a fork. Otherwise the forked child would inherit the list of these threads without the threads, and
+    wait for them for ever. Other OpenMP libraries handle forks themselves.
+    """
+    if (library := openmp()) is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
+        getattr(library, _PAUSE)(_HARD)
 
 
 os.register_at_fork(before=end_threads, after_in_child=_forget)

@@ -2,8 +2,8 @@
 
 For one token, torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and
 compiles its matrix products anew for each length of a context (docs/benchmarks.md, Attention). Many tokens are computed
-with the bits of one, unless there is a mask. Architectures with attention sinks, which SDPA does not have, compute with
-a function of their own, which is replaced too.
+with the bits of one, unless there is a mask. SDPA has no attention sinks. Architectures with sinks compute with a
+function of their own, and it is replaced too.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class AttentionContext(NamedTuple):
     """The i64 fields in the context of the compiled function.
 
     After the fields: one i64 for each strip of query rows, its finished work items. Strides are in numbers. Positions
-    are counted from the beginning of piece 0, which is that of a page too.
+    are counted from the beginning of piece 0, where a page begins too.
     """
 
     begun: int = 0  # items that threads have taken
@@ -73,11 +73,12 @@ class AttentionContext(NamedTuple):
     mask_sequence: int = 0  # strides of the mask
     mask_token: int = 0
     out: int = 0  # address of the output [sequences, tokens, heads, V], without gaps
-    scratch: int = 0  # address of the threads' memory
-    thread_bytes: int = 0  # of a thread's memory
-    # address of fp32 [items, rows of a strip, V and a vector with m and z], if a strip has several items
+    scratch: int = 0  # address of the memory of all threads
+    thread_bytes: int = 0  # size of one thread's memory
+    # if a strip has several items, address of their results, fp32 [items, rows of a strip, V + LANES]: the outputs of a
+    # row, and a vector with its m and z
     results: int = 0
-    item_bytes: int = 0  # of the results of an item
+    item_bytes: int = 0  # size of one item's results
     scaling: int = 0  # bits of the fp32 factor of scores
     sinks: int = 0  # address of the sinks [heads]; 0 if there are none
 

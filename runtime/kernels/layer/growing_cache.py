@@ -81,7 +81,7 @@ class CacheMemory(NamedTuple):
 class TokenPlace(NamedTuple):
     """Places in a CacheMemory: of a new token's key and value, and of those that the token attends to."""
 
-    pages: int  # address of the numbers of pages, from that on which a piece begins
+    pages: int  # address of page numbers; the first is that of the page in which a piece begins
     page_bits: int  # logarithm of the number of places of a page
     first: int  # place of the first token that is attended to, counted along these pages
     new: int  # place of the new token
@@ -214,7 +214,7 @@ class _InPlace(DynamicLayer):
         return 0
 
     def extend(self) -> None:
-        """Take over a token whose key and value were written into the memory that ``room`` has returned."""
+        """Count one more token. Its key and value are in the memory that ``room`` has returned."""
         assert self._buffers is not None
         self._end += 1
         self._is_longer = True
@@ -267,7 +267,7 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
         return None if self.record_past else super().room()
 
     def extend(self) -> None:
-        """Take over a token whose key and value were written into the memory that ``room`` has returned."""
+        """Count one more token. Its key and value are in the memory that ``room`` has returned."""
         super().extend()
         self.cumulative_length += 1
 

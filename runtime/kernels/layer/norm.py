@@ -47,7 +47,7 @@ class Scale(Enum):
 
 
 class QuickNorm:
-    """Mixin that is put before the class of an RMS norm, so that its ``forward`` is called first.
+    """Mixin for the class of an RMS norm. It comes first among the bases, so its ``forward`` is called first.
 
     If gradients are computed, or for inputs that ``rms_norm`` does not take, the module computes as before.
     """

@@ -1,4 +1,4 @@
-"""KV cache in pages: transformers' Cache of one sequence, whose keys and values lie in memory that sequences share.
+"""KV cache in pages: transformers' Cache of one sequence. Its keys and values lie in memory of several sequences.
 
 A page holds the keys and values of PAGE_TOKENS consecutive tokens of a sequence, in all layers. Pages with consecutive
 numbers lie next to one another, as the tokens of one tensor. The compiled layers of one token, and attention in packed
@@ -134,7 +134,7 @@ class PageMemory:
     def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
         """Write into a page what ``save_page`` has written. Return False if that does not fit this memory.
 
-        ``layout`` is that of the memory from which the page was saved, as JSON has it.
+        ``layout`` is what JSON has kept of the ``layout`` of the memory from which the page was saved.
         """
         try:
             shapes = [LayerShape(*given) for given in layout]
@@ -310,7 +310,7 @@ class PagedLayer(DynamicLayer):
         return 0 if self._window is None else max(0, self.end - self._window + 1)
 
     def extend(self) -> None:
-        """Take over a token whose key and value were written into the memory that ``room`` has returned."""
+        """Count one more token. Its key and value are in the memory that ``room`` has returned."""
         self.end += 1
 
 

@@ -63,8 +63,7 @@ def scratch_elements(experts: int, top_k: int) -> int:
 class _Router(Emitter):
     """Emitter of the function ROUTE: scores of all experts, their keys, the top-k of these, and their weights.
 
-    Keys are i32 and have the order of the numbers that experts are chosen by, so that NaN has a place too, above
-    infinity.
+    Experts are chosen by numbers. Their keys are i32 in the same order, in which NaN has a place too, above infinity.
     """
 
     def __init__(self, code: RoutingCode) -> None:

@@ -50,7 +50,7 @@ class AmxTile(TileEmitter):
                     place = at.add(at.mul(step, n(LANES)), n(number * group * LANES))
                     self.store(at.sub(q, self.all(I8, CENTRES[variant.bits], WIDTH)), codes, place)
             pairs = self._load_pairs(g)
-            with self._blocks() as (row, begin):
+            with self._strips() as (row, begin):
                 self._multiply(at.gep(self._xn, [at.add(at.mul(begin, self._columns), first)]), codes, sums)
                 with self.loop(row, at.add(begin, self._height)) as r:
                     # a row of x of the next group; so many rows are too many streams for the hardware prefetchers
@@ -61,11 +61,11 @@ class AmxTile(TileEmitter):
         at.ret_void()
 
     @contextlib.contextmanager
-    def _blocks(self) -> Iterator[tuple[Value, Value]]:
-        """Emit a loop over the rows of x in strips of ``_height``. Yields two row numbers of each strip.
+    def _strips(self) -> Iterator[tuple[Value, Value]]:
+        """Emit a loop over the rows of x in strips of ``_height``. Yields two row numbers for each strip.
 
-        The first is that of the first row that no strip had before, the second that of the strip's first row. They
-        differ only in the last strip: it has ``_height`` rows, too, and so repeats rows if fewer are left.
+        The first is where the strip's new rows begin, the second where the strip begins. They differ only in the last
+        strip: it too has ``_height`` rows, so it repeats rows if fewer are left.
         """
         with self.loop(self.number(0), self._rows, HEIGHT) as row:
             yield row, self._least(row, self.at.sub(self._rows, self._height))
@@ -86,7 +86,7 @@ class AmxTile(TileEmitter):
         # not by stores of zeros in a loop: LLVM would call memset, which ``executable.py`` does not link
         at, n, row_bytes = self.at, self.number, VECTORS * WIDTH
         self._instruction("tilezero", _SUMS[0])
-        with self._blocks() as (_, begin):
+        with self._strips() as (_, begin):
             for number in range(VECTORS):
                 place = at.gep(totals, [at.add(at.mul(begin, n(row_bytes)), n(number * WIDTH))])
                 self._instruction("tilestored64", _SUMS[0], place, n(row_bytes))

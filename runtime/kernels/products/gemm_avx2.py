@@ -134,7 +134,7 @@ class Avx2Tile(TileEmitter):
         return places
 
     def _four(self, index: Value) -> Value:
-        """Load four numbers n, beginning at ``index``, and repeat them in a register."""
+        """Load four int8 numbers of x, beginning at ``index``, and repeat them eight times in a register."""
         return self.at.bitcast(self.spread(self.load(self._xn, index, I32), 8), _WORDS)
 
     def _short_sums(self, sums: Sequence[Value]) -> Sequence[Value]:
@@ -148,7 +148,7 @@ class Avx2Tile(TileEmitter):
         return self.at.add(total, self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", _PAIRS, q, x))
 
     def _widen_sums(self, sums: Sequence[Value], short: Sequence[Value]) -> None:
-        """Add short sums to those of 32 bits."""
+        """Add neighbours in ``short``, of 16 bits, to sums of 32 bits. With VNNI there is nothing to do."""
         if self._has_vnni:
             return
         for total, part in zip(sums, short, strict=True):

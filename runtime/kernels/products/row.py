@@ -82,9 +82,9 @@ class RowMatrix:
 
 
 class ProductTasks:
-    """Tasks that multiply one row with several matrices.
+    """Tasks that multiply one row x [K] with several matrices [N, K].
 
-    Their contexts are made once, because making them takes long.
+    Their contexts are made once, as that takes longer than a small product.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ProductTasks:
 def bias_kernel(dtype: torch.dtype) -> Kernel:
     """Compile the function ``BIAS(context)``, which adds a bias [N] to y [N], both of ``dtype``.
 
-    N is a multiple of LANES. The context: unused; pointers to y and to the bias; N.
+    N is a multiple of LANES. The fields of the context: an unused one, the pointers to y and to the bias, and N.
     """
     emit = Emitter(new_module(), BIAS, [POINTER])
     at, n = emit.at, emit.number
@@ -155,7 +155,7 @@ def bias_kernel(dtype: torch.dtype) -> Kernel:
 
 
 class _Product:
-    """Compiled product of one row with a matrix. Each thread that computes makes one, and uses it again."""
+    """Product of one row x [K] with a matrix [N, K], prepared once for each thread that computes."""
 
     def __init__(self, matrix: RowMatrix, signature: tuple[torch.dtype, int]) -> None:
         """``signature``: type of x, number of threads."""

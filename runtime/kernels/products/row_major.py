@@ -143,7 +143,10 @@ class RowTile(RowEmitter):
     # -- both ---------------------------------------------------------------------------------------------------------
 
     def _each_chunk(self, row: Value, add: Callable[[Value, int], None]) -> None:
-        """Emit ``add(first group, columns)`` for all columns of a row, and prefetch the rows of the next tile."""
+        """Emit a loop over the chunks of a row's columns. It calls ``add(first group, number of columns)`` for each.
+
+        The same chunks of the next tile's rows are prefetched.
+        """
         at, n, p, coding = self.at, self.number, self._p, self._coding
         columns = coding.chunk * coding.group
         whole, rest = divmod(p.columns, columns)
@@ -157,7 +160,7 @@ class RowTile(RowEmitter):
             add(n(whole * coding.chunk), rest)
 
     def _scale_offsets(self, row: Value) -> list[Value]:
-        """Return the offset of the scales of each row of a tile in their section, in bytes."""
+        """Return for each row of a tile where its scales begin in their section, in bytes: i64, one for each row."""
         at, n, p = self.at, self.number, self._p
         if not p.scales:
             return []

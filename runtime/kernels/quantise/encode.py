@@ -18,7 +18,7 @@ from torch import Tensor
 from moetier.runtime.kernels.jit.processor import Processor, refusal, this_processor
 from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant import codec
-from moetier.tiers.quant.codec import WeightError
+from moetier.tiers.quant.codec import WeightDeviation
 from moetier.tiers.quant.packing import HALF, fold, load_pairs
 from moetier.tiers.quant.zero_points import Levels
 
@@ -28,7 +28,7 @@ from .quantise_code import QuantiserPass, QuantiserVariant, quantising_kernel, s
 
 def encode(
     tensors: Mapping[str, Tensor | Levels], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
-) -> dict[str, WeightError]:
+) -> dict[str, WeightDeviation]:
     """Encode one expert as ``codec.encode`` does, in compiled code if this machine can compile it.
 
     ``tensors`` has matrices [rows, columns], or [columns, rows] if transposed, or Levels, and biases [size].
@@ -38,7 +38,7 @@ def encode(
 
 def quantise(
     weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool, processor: Processor | None = None
-) -> WeightError:
+) -> WeightDeviation:
     """Quantise ``weights`` [rows, columns] of one projection on one thread, and return the error of what is stored.
 
     The result is written into ``views``, which has the sections of the record by name. Raises CheckpointError as
@@ -50,7 +50,7 @@ def quantise(
     if p.pairs == "bfloat16":
         work.run(QuantiserPass.ALL)
     else:
-        # pairs are rounded in runs that cross row blocks, so each pass covers all rows before the next one begins
+        # pairs are rounded in runs that cross row tiles, so each pass covers all rows before the next one begins
         for which, stage, values in ((0, QuantiserPass.SCALES, work.scales), (1, QuantiserPass.OFFSETS, work.offsets)):
             work.run(stage)
             work.store_pairs(values, which)
@@ -73,7 +73,7 @@ class _Work:
         self._processor = processor
         turned = weights.stride(1) != 1
         self._variant = QuantiserVariant(weights.dtype, turned, p.bits, p.group, fast, QuantiserPass.ALL)
-        # if the last row block is not full, it becomes a matrix of its own, padded with rows of zeros
+        # if the last row tile is not full, it becomes a matrix of its own, padded with rows of zeros
         rest = p.rows % ROW_TILE
         self._parts = [(0, weights[: p.rows - rest])] if p.rows > rest else []
         if rest:
@@ -97,7 +97,7 @@ class _Work:
         p, kernel = self._p, quantising_kernel(self._processor, self._variant._replace(stage=stage))
         for first, weights in self._parts:
             stride = weights.stride(1 if self._variant.turned else 0) * weights.dtype.itemsize
-            block, items = first // ROW_TILE, len(weights) // ROW_TILE
+            tile, items = first // ROW_TILE, len(weights) // ROW_TILE
             codes = first * p.columns // 2
             context = array(
                 "q",
@@ -107,7 +107,7 @@ class _Work:
                     *(values.data_ptr() + 4 * first for values in (self.scales, self.offsets)),
                     self._low.data_ptr() + codes,
                     0 if self._high is None else self._high.data_ptr() + codes,
-                    self._errors.data_ptr() + 16 * block,
+                    self._errors.data_ptr() + 16 * tile,
                     self._table.buffer_info()[0],
                 ),
             )
@@ -127,9 +127,9 @@ class _Work:
         values[:, p.rows :] = 0
         pairs[:, p.rows :, which] = 0
 
-    def error(self) -> WeightError:
+    def error(self) -> WeightDeviation:
         """Return the error of the stored weights. Call this after the pass that finds the codes."""
-        return WeightError(*self._errors.sum(0).tolist())
+        return WeightDeviation(*self._errors.sum(0).tolist())
 
     def has_finite_pairs(self) -> bool:
         """Return whether the stored pairs are finite numbers."""

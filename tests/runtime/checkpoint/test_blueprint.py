@@ -22,8 +22,8 @@ from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsupportedModelError
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.plan.choices import open_choices
 

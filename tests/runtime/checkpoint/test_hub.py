@@ -12,7 +12,7 @@ from hubs import READ_SETTINGS, REVISION, Hub, cache_of, serve_hub
 from prepared import MAIN, Prepared
 
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.stores.registry import open_store, read_manifest
 from moetier.tiers.extents.table import NAME
 from moetier.tiers.quant.codec import decode
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 
 CODINGS = {

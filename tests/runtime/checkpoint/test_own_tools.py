@@ -28,7 +28,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.quant.codec import decode
 from moetier.tiers.store.base import Store
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[3]

@@ -15,7 +15,7 @@ from hubs import cache_of
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_checkpoint
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 TOUCH = "import pathlib; pathlib.Path({!r}).write_text('run')"
 

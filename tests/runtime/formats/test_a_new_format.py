@@ -17,7 +17,7 @@ from moetier.testing import FormatTests
 from moetier.testing.formats import Checkpoints
 from moetier.tiers.errors import UnsupportedModelError
 from moetier.tools.commands.plan import text
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.plan import speeds
 from moetier.tools.plan.choices import open_choices
 from moetier.tools.plan.forecast import plan

@@ -21,7 +21,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.testing import FormatTests
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.quant.codings import E2M1
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 
 def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> Tensor:

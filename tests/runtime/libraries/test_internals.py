@@ -27,7 +27,7 @@ from transformers.utils.chat_parsing import ResponseParser
 # the only modules that use private names of a library
 HOMES = {
     "runtime/libraries/torch_internals.py": "torch",
-    "runtime/libraries/torch_stand_ins.py": "torch",
+    "runtime/libraries/lean.py": "torch",
     "runtime/libraries/transformers_internals.py": "transformers",
     "runtime/daemon/process.py": "grpc",
     "tools/ray/deploy.py": "ray",

@@ -33,7 +33,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.extents.table import NAME, cached
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 
 

@@ -22,7 +22,7 @@ from moetier.tiers.fields import Fields
 from moetier.tiers.layout import GROUPS, Bits, Projection, RecordLayout
 from moetier.tiers.quant import codec as quantize
 from moetier.tiers.quant import packing as bands
-from moetier.tiers.quant.codec import WeightError, decode, encode, expand, layout_for, sections
+from moetier.tiers.quant.codec import WeightDeviation, decode, encode, expand, layout_for, sections
 from moetier.tiers.quant.packing import load_pairs
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -235,8 +235,8 @@ def test_errors_are_those_of_what_is_read_back_and_hqq_beats_plain_rounding(bits
 
 
 def test_errors_add_up_and_exact_weights_have_none() -> None:
-    assert (WeightError(1, 4) + WeightError(0, 5)).relative == pytest.approx((1 / 9) ** 0.5)
-    assert WeightError().relative == 0
+    assert (WeightDeviation(1, 4) + WeightDeviation(0, 5)).relative == pytest.approx((1 / 9) ** 0.5)
+    assert WeightDeviation().relative == 0
     layout = layout_of(70, 40, bits=16)
     errors = encode(weights_for(layout), layout, np.empty(layout.record_bytes, np.uint8))
     assert [e.squared for e in errors.values()] == [0, 0]

@@ -23,7 +23,7 @@ from moetier.tiers.quant.codec import decode, encode, layout_for, sections
 from moetier.tiers.quant.zero_points import Levels
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 GENERATOR = torch.Generator().manual_seed(0)
 SHAPES = {  # as modules hold them: rows that are no multiple of 64, one of a group that nothing of it divides, a bias

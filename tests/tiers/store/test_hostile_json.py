@@ -35,7 +35,7 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.trunk import INDEX, check_trunk, trunk_faults, trunk_records
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 TRUNK = "trunk-00001-of-00001.safetensors"
 HEADER = f"the header of {TRUNK}"

@@ -36,8 +36,8 @@ from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tools.commands.convert import options_of
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.main import build_parser, main
 
@@ -391,7 +391,7 @@ import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mi
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 source, target = sys.argv[1:3]
 

@@ -23,8 +23,7 @@ import pytest
 from moetier.tiers.errors import UnavailableError
 from moetier.tools.launch.clients import CLIENTS, ServerModel
 from moetier.tools.launch.clients import KEY as KEY_NAME
-from moetier.tools.launch.first_prompt import seconds_of
-from moetier.tools.launch.server import models_of
+from moetier.tools.launch.server import models_of, seconds_of
 from moetier.tools.main import main
 
 KEY = "a-key-of-the-tests"

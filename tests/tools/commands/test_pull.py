@@ -21,8 +21,8 @@ from prepared import Prepared
 from safetensors.torch import load_file, save_file
 from threads import wait_until
 
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion_plan import stages
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.target import JOURNAL
 from moetier.tools.main import main
 
@@ -284,7 +284,8 @@ def test_a_file_that_no_block_needs_comes_behind_those_that_came_ahead(
 LATE = """
 import os, signal, sys, threading
 from pathlib import Path
-from moetier.tools.convert.entry import pull
+from moetier.tools.convert.api import convert_from_hub
+from moetier.tools.convert.options import Options
 from moetier.tools.convert import streaming
 from moetier.tools.convert.streaming import Download
 streaming.DOWNLOAD_GRACE, check_sum = 0, Download._check_sum
@@ -297,7 +298,7 @@ def late(self, found, remote, name):
 
 Download._check_sum = late
 try:
-    pull("acme/late", Path(sys.argv[1]), fast=True)
+    convert_from_hub("acme/late", Path(sys.argv[1]), Options(fast=True), ["pull", "acme/late"])
 except KeyboardInterrupt:
     pass
 for thread in threading.enumerate():
@@ -436,7 +437,8 @@ STEPS = """
 import json, os, signal, sys
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
-from moetier.tools.convert.entry import pull
+from moetier.tools.convert.api import convert_from_hub
+from moetier.tools.convert.options import Options
 name, work, every = sys.argv[1:]
 
 def in_child(target, kill_at=None):
@@ -451,7 +453,7 @@ def in_child(target, kill_at=None):
                 done += 1
                 if done == kill_at: os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(hook)
-        pull(name, target, fast=True)
+        convert_from_hub(name, target, Options(fast=True), ["pull", name])
         Path(work, 'steps').write_text(str(done))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

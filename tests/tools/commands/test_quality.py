@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from places import ASSETS
 
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 from moetier.tools.quality import quality as perplexity
 

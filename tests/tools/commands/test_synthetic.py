@@ -20,7 +20,7 @@ from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.writer import ShardWriter
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 from moetier.tools.synthetic.checkpoint import GEOMETRIES, WHOLE, config_of, read_tokens, shapes_of
 from moetier.tools.synthetic.tensors import make_synthetic

@@ -14,8 +14,8 @@ from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.errors import StoreFormatError, TargetExistsError
 from moetier.tiers.manifest import FEATURES, TrunkRecords
 from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.main import main
 
@@ -110,7 +110,7 @@ def test_what_was_cut_is_gone_on_with(source: Path, made: Path, tmp_path: Path, 
 
 def test_the_command_that_resumes_it(source: Path, tmp_path: Path) -> None:
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(trunk_bits=4))
-    assert conversion.command[-4:] == ["--bits", "4", "--trunk-bits", "4"]
+    assert conversion.command[-4:] == ("--bits", "4", "--trunk-bits", "4")
 
 
 def test_a_bit_of_a_record_that_flipped_is_found(made: Path, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
-from moetier.tools.convert import encoder
+from moetier.tools.convert import encoder, trunk_writer
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 
 BF16 = torch.bfloat16
@@ -123,7 +123,7 @@ def test_pieces_make_the_record_of_the_whole(
     tmp_path: Path, bits: Bits, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever their number; and their errors add up to its error."""
-    monkeypatch.setattr(encoder, "PIECE_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(trunk_writer, "PIECE_WEIGHTS", 64 * 64)
     monkeypatch.setitem(TINY, "vocab_size", 300)  # no multiple of 64
     source = saved(tmp_path, "mixtral", num_key_value_heads=4)
     report = convert(source, tmp_path / "dst", bits=16, trunk_bits=bits, workers=workers)

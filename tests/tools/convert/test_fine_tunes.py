@@ -16,8 +16,8 @@ from moetier.runtime.checkpoint import containers as checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
 from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.store.folder import GROUP, METADATA
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
-from moetier.tools.convert.entry import convert
 from moetier.tools.convert.options import Options
 from moetier.tools.main import main
 

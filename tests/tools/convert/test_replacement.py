@@ -27,7 +27,7 @@ from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, replacement_fol
 from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.trunk import check_trunk
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.convert.mirror_writer import make_mirror
 from moetier.tools.convert.replacement import check_replaceable
 from moetier.tools.convert.target import SLACK_BYTES
@@ -36,7 +36,7 @@ REPLACING = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 source, old, work, chosen = sys.argv[1:]
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
 
@@ -397,7 +397,7 @@ import json, shutil
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tiers.errors import TargetExistsError
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 source, old, work, every = sys.argv[1:]
 
 def converted(target, kill_at=None, replace_first=True):

@@ -109,7 +109,7 @@ def test_safetensors_reads_what_is_written(
 
 def test_what_is_written_is_summed(source: dict[str, Tensor], tmp_path: Path) -> None:
     for file in plan(tmp_path):
-        made = file.write(tmp_path, lambda count: None)
+        made, _ = file.write(tmp_path, lambda count: None)
         data = (tmp_path / file.name).read_bytes()
         assert made == FileSum(len(data), google_crc32c.value(data))
 

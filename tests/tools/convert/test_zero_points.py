@@ -19,7 +19,7 @@ from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ZERO_POINTS, ExpertKey
 from moetier.tiers.quant.codec import decode
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 
 Make = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]

@@ -24,7 +24,7 @@ from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.gemm import product_kernel
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
 from moetier.testing import in_fork
-from moetier.tools.convert.entry import convert
+from moetier.tools.convert.api import convert
 
 FORM, OTHER = PackedVariant(4, 64, "bfloat16", BF16), PackedVariant(8, 64, "bfloat16", BF16)
 
@@ -90,7 +90,7 @@ import torch
 assert Path(torch.__file__).parents[1] == folder
 ctypes.CDLL(str(folder / "after.libs/libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
 torch.set_num_threads(3)
-from moetier.runtime.kernels.jit.openmp import openmp
+from moetier.runtime.kernels.jit.team import openmp
 address = ctypes.cast(openmp().omp_get_max_threads, ctypes.c_void_p).value
 for line in open("/proc/self/maps"):
     start, end = (int(text, 16) for text in line.split()[0].split("-"))

@@ -1,4 +1,4 @@
-"""Commands import little, and models are made as they are made without that (``tools.cli.lean``)."""
+"""Commands import little, and models are made as they are made without that (``runtime.libraries.lean``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from architectures import FURTHER, REQUIRED, model_class, tiny_config
 from places import HELPERS
 
 import moetier
-from moetier.runtime.libraries.torch_stand_ins import TRIED
+from moetier.runtime.libraries.lean import TRIED
 
 UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
@@ -87,7 +87,7 @@ print("END OF NAMES")
 MADE = f"""
 import sys
 sys.path.insert(0, {str(HELPERS)!r})
-from moetier.tools.cli.lean import lean_imports
+from moetier.runtime.libraries.lean import lean_imports
 with lean_imports():
     exec({NAMES!r})
     import torch

@@ -1,4 +1,4 @@
-"""Matrices that GPTQ or AWQ has quantised: codes and zero points are packed in words of 32 bits.
+"""Checkpoints of GPTQ and AWQ, in which codes and zero points are packed in words of 32 bits.
 
     GPTQ  qweight [columns * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [columns]
     AWQ   qweight [columns, rows / 8], qzeros [groups, rows / 8], scales [groups, rows]; rows in another order
@@ -9,22 +9,25 @@ Other tools use the same formulas, with another order of operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moetier.tiers.errors import CheckpointError
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.fields import shown
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.zero_points import Levels
 
 from .affine import SCALES, AffineTensor
-from .registry import NEEDS_BITS
-from .tensors import StoredTensor, check
+from .registry import NEEDS_BITS, Format
+from .tensors import SourceTensor, StoredTensor, check
 
 WORD = 32  # bits of a word
 AWQ, GPTQ, GPTQ_V2 = "awq", "gptq", "gptq_v2"  # values of ``WordsTensor.packing``
+WIDTHS: tuple[Bits, ...] = (8, 4, 3, 2)  # bits of GPTQ's codes
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # for each of eight neighbouring rows, the place of its code in a word
 
 
@@ -190,7 +193,7 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     if bits != 3:
         return torch.stack([((words >> at) & (2**bits - 1)).byte() for at in range(0, WORD, bits)], 2).flatten(1)
     low, middle, high = (words.long() & 0xFFFFFFFF).view(len(words), -1, 3).unbind(2)
-    begun, ended = low | (middle << 32), (middle >> 31) | (high << 1)  # codes 0 to 20, and from 21 on
+    begun, ended = low | (middle << 32), (middle >> 31) | (high << 1)  # bits of codes 0 to 20, and of codes 21 to 31
     codes = [begun >> at for at in range(0, 63, 3)] + [ended >> at for at in range(0, 33, 3)]
     return torch.stack([(code & 7).byte() for code in codes], 2).flatten(1)
 
@@ -199,3 +202,52 @@ def group_size(quantization: Mapping[str, Any]) -> int:
     """Return the group size that a quantization_config names; -1 if it names none."""
     size = quantization.get("group_size", -1)
     return size if isinstance(size, int) else -1
+
+
+class Gptq(Format):
+    """GPTQ in 8, 4, 3 or 2 bits, which may differ between modules, in either version of its zero points."""
+
+    def sources(self, dtype: str) -> dict[str, SourceTensor]:
+        """Return the source tensors. Raises UnsupportedModelError for other formats than GPTQ's own, or other bits."""
+        quantization = self.quantization
+        named = str(quantization.get("checkpoint_format") or quantization.get("format") or GPTQ).lower()
+        if named not in (GPTQ, GPTQ_V2):
+            raise UnsupportedModelError(
+                f"The checkpoint has GPTQ's format {shown(named)}, which moetier can't read.",
+                f"Give a checkpoint in GPTQ's format {GPTQ} or {GPTQ_V2}.",
+            )
+        group, symmetric = group_size(quantization), bool(quantization.get("sym", True))
+
+        def make(weight: str, own: dict[str, StoredTensor]) -> WordsTensor:
+            packed, order = own["qweight"], own.get("g_idx")
+            bits: Any = quantization.get("bits", 4)
+            if order is not None and len(packed.shape) == 2 and (columns := math.prod(order.shape)):
+                bits = packed.shape[0] * WORD / columns  # a module may have bits of its own (GPTQModel's "dynamic")
+            if (width := next((width for width in WIDTHS if width == bits), None)) is None:
+                raise UnsupportedModelError(
+                    f"{weight} is quantised with GPTQ to {shown(bits)} bits, which moetier can't read.",
+                    f"Give a checkpoint with {', '.join(map(str, WIDTHS))} bits.",
+                )
+            zeros, scales = own["qzeros"], own["scales"]
+            return WordsTensor(weight, dtype, named, width, packed, zeros, scales, order, group, symmetric)
+
+        return self.joined("qweight", ("qzeros", "scales"), ("g_idx",), make)
+
+
+class Awq(Format):
+    """AWQ in 4 bits, in the format of AutoAWQ's ``gemm`` kernels."""
+
+    def sources(self, dtype: str) -> dict[str, SourceTensor]:
+        """Return the source tensors. Raises UnsupportedModelError for another format than gemm, or other bits."""
+        named = str(self.quantization.get("version") or self.quantization.get("format") or "gemm").lower()
+        bits, group = self.quantization.get("bits", 4), group_size(self.quantization)
+        if named != "gemm" or bits != 4:
+            raise UnsupportedModelError(
+                f"The checkpoint has AWQ's format {shown(named)} with {shown(bits)} bits, which moetier can't read.",
+                "Give a checkpoint in AWQ's format gemm with 4 bits.",
+            )
+
+        def make(weight: str, own: dict[str, StoredTensor]) -> WordsTensor:
+            return WordsTensor(weight, dtype, AWQ, 4, own["qweight"], own["qzeros"], own["scales"], group_size=group)
+
+        return self.joined("qweight", ("qzeros", "scales"), (), make)
