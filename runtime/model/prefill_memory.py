@@ -31,7 +31,7 @@ from .kv_budget import KVBudget
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
 IN_BLOCKS = 3  # times as many tokens are computed together in blocks, which take a third of the memory
-LEAST_IN_BLOCKS = 2048  # tokens that are computed together in blocks even if they take more than the default share
+MIN_IN_BLOCKS = 2048  # tokens that are computed together in blocks even if they take more than the default share
 PASS_BYTES = 320 << 10  # of a forward pass that waits: its stack, and small tensors
 LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
@@ -100,10 +100,10 @@ class Prefill:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes with which prompts read experts rarely enough: for LEAST_IN_BLOCKS tokens, or fewer if all are."""
+        """Bytes with which prompts read experts rarely enough: for MIN_IN_BLOCKS tokens, or fewer if all are."""
         if self.lockstep is None or self.lockstep.tokens <= BLOCK:
             return 0
-        return self._in_blocks_bytes(min(self.lockstep.tokens, LEAST_IN_BLOCKS))
+        return self._in_blocks_bytes(min(self.lockstep.tokens, MIN_IN_BLOCKS))
 
     @property
     def later(self) -> int:

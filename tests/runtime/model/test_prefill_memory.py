@@ -21,7 +21,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill_memory import BLOCK, LEAST, LEAST_IN_BLOCKS, Attention, Lockstep, Prefill
+from moetier.runtime.model.prefill_memory import BLOCK, LEAST, MIN_IN_BLOCKS, Attention, Lockstep, Prefill
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -165,7 +165,7 @@ def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, sha
 
 def test_prompts_in_blocks_get_what_they_need_at_least() -> None:
     """That is for 2,048 tokens, which may take half of the memory. Where a fifth is more, that is what they get."""
-    for states, tokens in ((8 << 10, 20_000), (80 << 10, LEAST_IN_BLOCKS), (1 << 20, 400)):
+    for states, tokens in ((8 << 10, 20_000), (80 << 10, MIN_IN_BLOCKS), (1 << 20, 400)):
         lockstep = Lockstep(tokens=1 << 20, states=states, fixed=0)
         prefill = Needs(prefill=Prefill(1 << 20, 1 << 20, lockstep, states=8192)).within(None, 4 << 30, HERE).prefill
         assert prefill.in_blocks == pytest.approx(tokens, rel=0.05)
