@@ -78,7 +78,7 @@ def check_loads(loads: Loads) -> None:
 
 def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
     """Assert that the directory agrees with ``states`` (see ``Directory.repair``), unless it was closed."""
-    if directory._closed:
+    if directory._is_closed:
         return
     table = [NO_ENTRY] * directory._layout.keys
     for slot, (key, is_loading) in enumerate(states):

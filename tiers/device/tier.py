@@ -97,7 +97,7 @@ class DeviceTier:
         self._demands: dict[DeviceDemand, None] = {}  # calls of ``acquire`` that have not ended
         self._shrinking: int | None = None  # id of the thread that shrinks the tier, during which ``acquire`` waits
         self._requested: set[int] = set()  # blocks with prefetch requests that were passed on to the source
-        self._closed = False
+        self._is_closed = False
 
     def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Their records are uint8 [record bytes] on the device.
@@ -221,7 +221,7 @@ class DeviceTier:
 
     @transition
     def _stop(self, caller: int) -> None:
-        self._closed = True
+        self._is_closed = True
         self._promoter.stop()
         for demand in self._demands:
             if demand.caller == caller:  # an exception has interrupted this demand, as its thread is in ``close`` now
@@ -268,7 +268,7 @@ class DeviceTier:
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
         except Exception:  # not KeyboardInterrupt, after which the next transition repairs the state
-            self._closed = True
+            self._is_closed = True
             self._promoter.stop()
             raise
         return nbytes, self._slots.stats()
@@ -284,11 +284,11 @@ class DeviceTier:
             self._monitor.wake()
 
     def _repair(self) -> None:
-        if self._slots.is_dropped and not self._closed:  # an exception has interrupted ``shrink``
+        if self._slots.is_dropped and not self._is_closed:  # an exception has interrupted ``shrink``
             try:
                 self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
             except MoetierError:  # no memory is left; all callers get ClosedError
-                self._closed = True
+                self._is_closed = True
         self._fill.repair(self._demands)
         missing = sum(demand.misses for demand in self._demands) + (self._shrinking is not None)
         self._promoter.repair(missing, self._slots.slot_of)
@@ -404,5 +404,5 @@ class DeviceTier:
         self._monitor.wake()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The device tier was closed.", "Load the model again.")

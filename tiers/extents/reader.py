@@ -59,7 +59,7 @@ class OpenFile:
                 raise StoreFormatError(f"{path} has another header than before: it was replaced.", fix)
             self._compare(shard)
             self._unchanged = Unchanged(path, self.descriptor, fix)
-            self.direct = try_direct(self.descriptor)
+            self.is_direct = try_direct(self.descriptor)
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -81,7 +81,7 @@ class OpenFile:
     def read(self, offset: int, view: memoryview, buffers: SimpleQueue[mmap.mmap]) -> None:
         """Read the bytes from ``offset`` on into ``view``. Raises StoreReadError."""
         try:
-            if not self.direct:
+            if not self.is_direct:
                 read_at(self.path, self.descriptor, offset, view, direct=False)
                 os.posix_fadvise(self.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
                 return
@@ -236,9 +236,9 @@ class ExtentStore(DirectoryStore):
         return self._faults
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if all shards are read with O_DIRECT."""
-        return all(file.direct for file in self._files.values())
+        return all(file.is_direct for file in self._files.values())
 
     @property
     def has_checksums(self) -> bool:

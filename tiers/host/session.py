@@ -37,7 +37,7 @@ class Session(AsyncCaller):
         self._ledger = ledger
         self._manifest, self._uses = ledger.manifest, ledger.uses
         self._timeout = timeout
-        self._closed = False
+        self._is_closed = False
 
     @property
     def open_requests(self) -> int:
@@ -129,11 +129,11 @@ class Session(AsyncCaller):
 
         Loads that a loader has begun go on. No more events are delivered.
         """
-        self._closed = True
+        self._is_closed = True
         self._ledger.end_caller(self)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The session was closed.", "Open a new session.")
         self._ledger.check_open()
 
@@ -163,7 +163,7 @@ class Timekeeper:
         self._ledger = ledger
         self._alarm = alarm
         self._run_or_condemn = run_or_condemn
-        self._closed = False
+        self._is_closed = False
         self._thread: threading.Thread | None = None
 
     @transition
@@ -179,14 +179,14 @@ class Timekeeper:
 
     def close(self) -> None:
         """End the thread. Idempotent."""
-        self._closed = True
+        self._is_closed = True
         self._alarm.put(None)
         if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
         deadline: float | None = None
-        while not self._closed:
+        while not self._is_closed:
             with contextlib.suppress(Empty):
                 self._alarm.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
             deadline = self._expire()

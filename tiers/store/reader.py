@@ -191,9 +191,9 @@ class ExpertStore(DirectoryStore):
         return self._faults
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if all shards are read with O_DIRECT."""
-        return all(shard.direct for shard in self.shards.values())
+        return all(shard.is_direct for shard in self.shards.values())
 
     @property
     def fix(self) -> str:
@@ -222,7 +222,7 @@ class ExpertStore(DirectoryStore):
             shard, offset = self.locate(key)
             view = as_bytes(buffer)
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
-            assert not shard.direct or _address(view) % PAGE_BYTES == 0, "not on a page"
+            assert not shard.is_direct or _address(view) % PAGE_BYTES == 0, "not on a page"
             try:
                 crc = read_in_pieces(view, pause, partial(self._read_part, shard, offset))
             except StoreReadError as error:

@@ -158,7 +158,7 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
         yield warn("disk", f"{error.cause} The speed of the disk was not measured.", other)
         return
     name = place_of(place)
-    if reads.direct:
+    if reads.is_direct:
         yield ok("O_DIRECT", f"{name}: files can be read past the page cache")
     else:
         advice = "Put model directories on ext4, xfs or btrfs."
