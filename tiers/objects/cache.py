@@ -21,8 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from moetier.tiers.errors import ChecksumError, ClosedError, StoreError, TargetError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
@@ -333,18 +331,11 @@ class CachedStore(WrapperStore):
         """Evict the least recently used records until the cache is within its limit. The caller holds ``locked``."""
         if self._limit is None or (excess := self.cached_bytes - self._limit) <= 0:
             return
-        cached, gone = self._cached, []
-        times = cached.times.copy()
-        for index in map(int, np.argsort(times, kind="stable")):
-            if excess <= 0:
-                break
-            if times[index]:
-                gone.append(cached.key(index))
-                excess -= int(cached.sizes[index])
-        for key in gone:
-            cached.clear(key)
-        cached.sync()
-        for key in gone:
+        victims = self._cached.least_recent(excess)
+        for key in victims:
+            self._cached.clear(key)
+        self._cached.sync()
+        for key in victims:
             shard, offset = self.store.locate(key)
             with _opened(shard.file.path, os.O_RDWR) as descriptor:
                 if _LIBRARY.fallocate(descriptor, _PUNCH_HOLE, offset, shard.file.slot_bytes):
@@ -354,14 +345,14 @@ class CachedStore(WrapperStore):
     def _complete(self) -> None:
         """If all records are there, make the folder an ordinary store. The caller has the lock."""
         cached = self._cached
-        if not cached.times.all():
+        if not cached.is_full:
             return
         for block, shard in self.store.shards.items():
             expected = self.manifest.checksums(block)
             for expert, (stored, right) in enumerate(zip(shard.file.stored_checksums(), expected, strict=True)):
                 if stored != right:  # a reader has set its entry just when it was evicted
                     cached.clear(ExpertKey(block, expert))
-        if cached.times.all():
+        if cached.is_full:
             cached.sync()
             (self.folder / FETCHED).rename(self.folder / METADATA)
             sync_folder(self.folder)
