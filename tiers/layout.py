@@ -23,7 +23,7 @@ ROW_TILE = 64  # quantised projections are padded to a multiple of this many row
 Bits = Literal[16, 8, 6, 5, 4, 3, 2]  # 6 and 5 only in blocks of GGUF files
 BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
 TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # supported for matrices of the trunk: kernels multiply these in place
-PAIR_BLOCK = 128  # if pairs are stored in 8 bits: the number of groups whose pairs are quantised together
+PAIR_RUN = 128  # if pairs are stored in 8 bits: the number of groups whose pairs are quantised together
 WEIGHT_TYPES = ("bfloat16", "float16")  # types of 16-bit weights and of biases
 SOURCE_TYPES = (*WEIGHT_TYPES, "float32")  # types that weights may have before they are quantised
 MAX_SIZE = 1 << 24  # the largest number of rows or columns of a projection, or of items of a bias
@@ -184,9 +184,9 @@ def _pair_pieces(p: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
     if p.pairs != "uint8":
         return [(f"{p.name}.pairs", ZERO_POINTS.get(p.pairs, p.pairs), (groups, rows, 2))]
     # Pairs in 8 bits: each group has a code for s and a code for b. The groups, in [group, row] order, are cut into
-    # runs of PAIR_BLOCK. Each run has a scale and a minimum for its codes of s, and others for its codes of b.
-    blocks = -(-groups * rows // PAIR_BLOCK)
-    return [(f"{p.name}.pairs", "uint8", (groups, rows, 2)), (f"{p.name}.pair_scales", "bfloat16", (blocks, 2, 2))]
+    # runs of PAIR_RUN. Each run has a scale and a minimum for its codes of s, and others for its codes of b.
+    runs = -(-groups * rows // PAIR_RUN)
+    return [(f"{p.name}.pairs", "uint8", (groups, rows, 2)), (f"{p.name}.pair_scales", "bfloat16", (runs, 2, 2))]
 
 
 def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterable[tuple[str, str, tuple[int, ...]]]:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moetier.runtime.kernels.experts.expert_code import Activation
-from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, ZERO_POINTS, RecordLayout
+from moetier.tiers.layout import PAIR_RUN, ROW_TILE, ZERO_POINTS, RecordLayout
 
 TILE = 16  # pairs of a tile, and the number of tokens from which on tiles are used: the least that ``tl.dot`` takes
 COLUMNS = 64  # most columns that a program multiplies at a time
@@ -32,7 +32,7 @@ TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32, 
 
 _ROWS = tl.constexpr(ROW_TILE)
 _HALF = tl.constexpr(ROW_TILE // 2)
-_RUN = tl.constexpr(PAIR_BLOCK)
+_RUN = tl.constexpr(PAIR_RUN)
 
 
 class _Matrix(NamedTuple):

@@ -287,7 +287,7 @@ def _store(
     if not read.isfinite().all():
         raise not_finite(p)
     parts = torch.split(read, [len(band) * ROW_TILE for band in batch], 1)
-    return dict(zip(batch, map(bands.by_blocks, parts), strict=True))
+    return dict(zip(batch, map(bands.by_tiles, parts), strict=True))
 
 
 def not_finite(p: Projection) -> CheckpointError:

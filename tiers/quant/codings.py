@@ -1,6 +1,6 @@
 """Decode matrices in the codings in which checkpoints store them (``Projection.coding``).
 
-A weight is a number of the coding times the scale of its block, computed in fp32 as the format's own decoder does:
+A weight is a number of the coding times the scale of its block of weights, in fp32 as in the format's own decoder:
 
     e2m1    FP4 numbers, two in a byte, the low half first. With scales e8m0 this is MXFP4; with e4m3 and an fp32 number
             for each part it is NVFP4, whose scale is first multiplied or divided by that number

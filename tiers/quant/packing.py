@@ -4,7 +4,7 @@ A *code* is the small integer to which a weight is quantised. Each group of weig
 offset. The docstring of ``codec`` has the formula.
 
 *Kernel order* is the byte order of 4-bit codes [rows, columns] in torch's AVX-512 int4 kernel. The rows, a multiple of
-64, are cut into row blocks of 64. A row block has 32 bytes for each column: byte i holds the code of row i in its low
+64, are cut into row tiles of 64. A row tile has 32 bytes for each column: byte i holds the code of row i in its low
 nibble, and the code of row i + 32 in its high nibble. On a CPU with AVX-512,
 ``torch.ops.aten._convert_weight_to_int4pack_for_cpu`` produces this order.
 
@@ -13,13 +13,13 @@ The bytes in kernel order are cut into ``parts`` consecutive parts of equal leng
 for codes of 1 bit. In part p, each byte is shifted left by p times the bits of a code. Then the parts are combined into
 one by bitwise OR. So unfolding needs only shifts and masks, no permutation.
 
-Pairs are stored in bf16 or in 8 bits. For 8 bits, the groups, in [group, row] order, are cut into runs of PAIR_BLOCK. A
+Pairs are stored in bf16 or in 8 bits. For 8 bits, the groups, in [group, row] order, are cut into runs of PAIR_RUN. A
 run has a scale and a minimum for its values of s, and others for its values of b, all in bf16. Each value is code *
 scale + minimum, rounded to bf16. So kernels get bf16 pairs in either case.
 
-A *band* is a few row blocks of a projection, which fit the processor's caches. Its weights are transposed to [row
-blocks, columns, ROW_TILE], so that rows are the innermost dimension, as in kernel order. ``hqq`` takes them as [n, g,
-ROW_TILE], where g is the group size and n is the number of row blocks times columns / g.
+A *band* is a few row tiles of a projection, which fit the processor's caches. Its weights are transposed to [row
+tiles, columns, ROW_TILE], so that rows are the innermost dimension, as in kernel order. ``hqq`` takes them as [n, g,
+ROW_TILE], where g is the group size and n is the number of row tiles times columns / g.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Projection
+from moetier.tiers.layout import PAIR_RUN, ROW_TILE, Projection
 
 HALF = ROW_TILE // 2
 BAND_WEIGHTS = 2**19  # weights per band: 2 MiB in fp32; with fewer weights, worker threads would wait for the GIL
@@ -42,8 +42,8 @@ def to_kernel_order(codes: Tensor, out: Tensor) -> None:
 
     ``codes`` is uint8 [rows / 64, columns, 64], with values from 0 to 15.
     """
-    blocks, columns, _ = codes.shape
-    torch.add(codes[..., :HALF], codes[..., HALF:], alpha=16, out=out.view(blocks, columns, HALF))
+    tiles, columns, _ = codes.shape
+    torch.add(codes[..., :HALF], codes[..., HALF:], alpha=16, out=out.view(tiles, columns, HALF))
 
 
 def from_kernel_order(nibbles: Tensor, columns: int) -> Tensor:
@@ -59,7 +59,7 @@ def pair_columns(nibbles: Tensor, columns: int) -> Tensor:
     its high nibble, and that of the next column in its low nibble.
     """
     even, odd = nibbles.view(-1, columns // 2, 2, HALF).unbind(2)  # [rows / 64, columns / 2, 32] each
-    # rows 0 to 31 of each row block, and its rows 32 to 63
+    # rows 0 to 31 of each row tile, and its rows 32 to 63
     upper, lower = (even << 4) | (odd & 0xF), (even & 0xF0) | (odd >> 4)
     return torch.stack((upper, lower), 1).transpose(2, 3).reshape(-1, columns // 2)
 
@@ -115,7 +115,7 @@ def store_pairs(
         # Padding repeats a value of a real row, so that it does not widen the range of its run.
         padded = F.pad(values[:, :real], (0, rows - real), mode="replicate").reshape(1, -1)
         scales = sections[f"{projection.name}.pair_scales"]
-        runs = F.pad(padded, (0, len(scales) * PAIR_BLOCK - padded.shape[1]), mode="replicate").view(-1, PAIR_BLOCK)
+        runs = F.pad(padded, (0, len(scales) * PAIR_RUN - padded.shape[1]), mode="replicate").view(-1, PAIR_RUN)
         low, high = runs.aminmax(dim=1)
         scales[:, which, 0] = (high - low) / 255
         scales[:, which, 1] = low
@@ -140,7 +140,7 @@ def load_pairs(projection: Projection, sections: Mapping[str, Tensor], start: in
     scales = sections[f"{projection.name}.pair_scales"].float()  # [runs, 2, 2]
     groups, rows, _ = pairs.shape
     first = torch.arange(groups, device=pairs.device)[:, None] * rows
-    run = (first + torch.arange(start, stop, device=pairs.device)) // PAIR_BLOCK  # [columns / group, rows]
+    run = (first + torch.arange(start, stop, device=pairs.device)) // PAIR_RUN  # [columns / group, rows]
     scale, minimum = scales[run].unbind(3)  # [columns / group, rows, 2] each
     return (pairs[:, start:stop].float().mul_(scale).add_(minimum)).bfloat16()
 
@@ -151,34 +151,34 @@ def band_bytes(projection: Projection, itemsize: int) -> int:
     The memory is for ``Bands``, and for the codes of one band as int16 and as bytes. ``itemsize`` is the size of a
     weight before quantisation, in bytes.
     """
-    return _blocks_of(projection) * projection.columns * ROW_TILE * (itemsize + 4 * 4 + 2 + 1)
+    return _tiles_of(projection) * projection.columns * ROW_TILE * (itemsize + 4 * 4 + 2 + 1)
 
 
-def _blocks_of(projection: Projection) -> int:
-    """Return the largest number of row blocks in a band of a projection."""
-    blocks = projection.padded_rows // ROW_TILE
-    return min(blocks, max(1, BAND_WEIGHTS // (projection.columns * ROW_TILE)))
+def _tiles_of(projection: Projection) -> int:
+    """Return the largest number of row tiles in a band of a projection."""
+    tiles = projection.padded_rows // ROW_TILE
+    return min(tiles, max(1, BAND_WEIGHTS // (projection.columns * ROW_TILE)))
 
 
 class Bands:
     """The bands of ``weights`` [rows, columns] of a projection, and memory to quantise one band after another.
 
-    A band is a range of numbers of row blocks. The last row block is padded with rows of zeros.
+    A band is a range of numbers of row tiles. The last row tile is padded with rows of zeros.
     """
 
     def __init__(self, weights: Tensor, projection: Projection) -> None:
         self._weights = weights
         self._group = projection.group
         self._groups = projection.columns // projection.group
-        self._blocks = projection.padded_rows // ROW_TILE
-        self._size = _blocks_of(projection)
+        self._tiles = projection.padded_rows // ROW_TILE
+        self._size = _tiles_of(projection)
         self._stored = torch.empty(self._size, projection.columns, ROW_TILE, dtype=weights.dtype)
         self._buffers = torch.empty(4, self._size * self._groups, self._group, ROW_TILE)
         self._transposed: range | None = None  # the band whose weights are in the first buffer
 
     def __iter__(self) -> Iterator[range]:
-        for first in range(0, self._blocks, self._size):
-            yield range(first, min(first + self._size, self._blocks))
+        for first in range(0, self._tiles, self._size):
+            yield range(first, min(first + self._size, self._tiles))
 
     def transpose(self, band: range) -> Tensor:
         """Return the weights of a band, transposed, as fp32 [n, g, ROW_TILE].
@@ -188,8 +188,8 @@ class Bands:
         transposed = self._buffers[0, : len(band) * self._groups]
         if band != self._transposed:
             stored = self._stored[: len(band)]
-            for place, block in zip(stored, band, strict=True):
-                rows = self._weights[block * ROW_TILE : (block + 1) * ROW_TILE]
+            for place, tile in zip(stored, band, strict=True):
+                rows = self._weights[tile * ROW_TILE : (tile + 1) * ROW_TILE]
                 # transpose without a change of type, which is five times faster; ``copy_`` below changes the type
                 place[:, : len(rows)] = rows.T
                 place[:, len(rows) :] = 0
@@ -205,6 +205,6 @@ class Bands:
         """Reorder ``values``, one for each group, from [n, 1, ROW_TILE] to [columns / group, rows of the band]."""
         return values.view(-1, self._groups, ROW_TILE).transpose(0, 1).reshape(self._groups, -1)
 
-    def by_blocks(self, values: Tensor) -> Tensor:
+    def by_tiles(self, values: Tensor) -> Tensor:
         """Reorder ``values``, one for each group, from [columns / group, rows of the band] to [n, 1, ROW_TILE]."""
         return values.reshape(self._groups, -1, ROW_TILE).transpose(0, 1).reshape(-1, 1, ROW_TILE)

@@ -28,7 +28,7 @@ from moetier.runtime.kernels.jit.emitter import (
     vector,
 )
 from moetier.runtime.kernels.jit.processor import Dot, Processor
-from moetier.tiers.layout import ITEM_BYTES, PAIR_BLOCK, ROW_TILE, ZERO_POINTS, Bits
+from moetier.tiers.layout import ITEM_BYTES, PAIR_RUN, ROW_TILE, ZERO_POINTS, Bits
 
 STEP = 4  # columns that one step multiplies
 # how far ahead memory is prefetched: the hardware prefetchers of most processors stop at the end of a page
@@ -175,7 +175,7 @@ class TileEmitter(Emitter):
                 s, z = self.pick(both, both, even), self.pick(both, both, odd)
                 pairs.append((s, at.fmul(at.fsub(centre, z), s)))
             return pairs
-        run = at.mul(at.udiv(first, n(PAIR_BLOCK)), n(8))
+        run = at.mul(at.udiv(first, n(PAIR_RUN)), n(8))
         four = [self.widen(self.load(self._scales, at.add(run, n(2 * i)), vector(I16, 1)), 1) for i in range(4)]
         scale_s, low_s, scale_b, low_b = (
             self.spread(at.extract_element(value, ir.Constant(I32, 0)), LANES) for value in four

@@ -50,7 +50,7 @@ def quantise(
     if p.pairs == "bfloat16":
         work.run(QuantiserPass.ALL)
     else:
-        # pairs are rounded in runs that cross row blocks, so each pass covers all rows before the next one begins
+        # pairs are rounded in runs that cross row tiles, so each pass covers all rows before the next one begins
         for which, stage, values in ((0, QuantiserPass.SCALES, work.scales), (1, QuantiserPass.OFFSETS, work.offsets)):
             work.run(stage)
             work.store_pairs(values, which)
@@ -73,7 +73,7 @@ class _Work:
         self._processor = processor
         turned = weights.stride(1) != 1
         self._variant = QuantiserVariant(weights.dtype, turned, p.bits, p.group, fast, QuantiserPass.ALL)
-        # if the last row block is not full, it becomes a matrix of its own, padded with rows of zeros
+        # if the last row tile is not full, it becomes a matrix of its own, padded with rows of zeros
         rest = p.rows % ROW_TILE
         self._parts = [(0, weights[: p.rows - rest])] if p.rows > rest else []
         if rest:
@@ -97,7 +97,7 @@ class _Work:
         p, kernel = self._p, quantising_kernel(self._processor, self._variant._replace(stage=stage))
         for first, weights in self._parts:
             stride = weights.stride(1 if self._variant.turned else 0) * weights.dtype.itemsize
-            block, items = first // ROW_TILE, len(weights) // ROW_TILE
+            tile, items = first // ROW_TILE, len(weights) // ROW_TILE
             codes = first * p.columns // 2
             context = array(
                 "q",
@@ -107,7 +107,7 @@ class _Work:
                     *(values.data_ptr() + 4 * first for values in (self.scales, self.offsets)),
                     self._low.data_ptr() + codes,
                     0 if self._high is None else self._high.data_ptr() + codes,
-                    self._errors.data_ptr() + 16 * block,
+                    self._errors.data_ptr() + 16 * tile,
                     self._table.buffer_info()[0],
                 ),
             )

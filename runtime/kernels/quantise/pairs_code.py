@@ -9,14 +9,14 @@ from llvmlite import ir
 from moetier.runtime.kernels.jit.emitter import F32, I8, I32, LANES, POINTER, Emitter, new_module, once, vector
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.jit.team import Kernel, compile_kernel
-from moetier.tiers.layout import PAIR_BLOCK
+from moetier.tiers.layout import PAIR_RUN
 
 PAIRS = "moetier_pairs"  # name of the compiled function
 
 
 @once
 def pairs_kernel(processor: Processor) -> Kernel:
-    """Compile the function ``PAIRS(context)``, which rounds runs of PAIR_BLOCK numbers to 8 bits until none is left.
+    """Compile the function ``PAIRS(context)``, which rounds runs of PAIR_RUN numbers to 8 bits until none is left.
 
     The context: number of runs that threads have taken, number of all runs, number of all numbers; pointers to the
     numbers (the function replaces them by their rounded values), to the first code (only each second byte is a code of
@@ -29,8 +29,8 @@ def pairs_kernel(processor: Processor) -> Kernel:
     low, high = (at.alloca(wide) for _ in range(2))
 
     with emit.items(begun, runs) as run:
-        first = at.mul(run, n(PAIR_BLOCK))
-        last = at.add(first, n(PAIR_BLOCK))
+        first = at.mul(run, n(PAIR_RUN))
+        last = at.add(first, n(PAIR_RUN))
         last = at.select(at.icmp_signed("<", last, count), last, count)  # a multiple of LANES
         at.store(emit.floats(math.inf), low)
         at.store(emit.floats(-math.inf), high)

@@ -167,7 +167,7 @@ def _power(emit: Emitter, size: Value) -> Value:
 
 
 QUANTISE = "moetier_quantise"  # name of the compiled function
-# Number of i64 fields in the context. In order: number of row blocks that threads have taken, number of all row blocks;
+# Number of i64 fields in the context. In order: number of row tiles that threads have taken, number of all row tiles;
 # number of columns; pointer to the weights, bytes from one row to the next (or from one column to the next if the rows
 # of a column are contiguous); number of padded rows of the projection; pointers to pairs, scales, offsets, low nibbles
 # of codes, high nibbles of codes, errors, and ``solver_table()``
@@ -196,19 +196,19 @@ class QuantiserVariant(NamedTuple):
 
 @once
 def quantising_kernel(processor: Processor, variant: QuantiserVariant) -> Kernel:
-    """Compile the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
+    """Compile the function ``QUANTISE(context)``, which quantises row tiles until none is left."""
     return compile_kernel(processor, _Quantiser(variant).finish(), QUANTISE)
 
 
 class _Quantiser(Emitter):
-    """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
+    """Emitter of the function QUANTISE: loops over row tiles, groups and slices, and the work on a slice."""
 
     def __init__(self, variant: QuantiserVariant) -> None:
         super().__init__(new_module(), QUANTISE, [POINTER])
         self._variant = variant
         at, n = self.at, self.number
         begun, fields = self.fields(CONTEXT)
-        blocks, self._columns, weights, self._stride, self._rows, *addresses = fields
+        tiles, self._columns, weights, self._stride, self._rows, *addresses = fields
         self._weights = at.inttoptr(weights, POINTER)
         self._pairs, self._scales, self._offsets, low, high, errors, table = (
             at.inttoptr(address, POINTER) for address in addresses
@@ -218,20 +218,20 @@ class _Quantiser(Emitter):
         self._codes = self.memory(2 * variant.group * LANES)  # for the codes of two slices
         self._low, self._high = (at.alloca(vector(F32, LANES)) for _ in range(2))  # range of each row's weights
         self._sums = [at.alloca(vector(F64, LANES)) for _ in range(2)]
-        with self.items(begun, blocks) as block:
+        with self.items(begun, tiles) as tile:
             for place in self._sums:
                 at.store(self.all(F64, 0.0, LANES), place)
-            first = at.mul(block, n(ROW_TILE))
+            first = at.mul(tile, n(ROW_TILE))
             with self.loop(n(0), self._columns, variant.group) as column, self.loop(n(0), n(HALF), LANES) as row:
                 with self.loop(n(0), n(2)) as half:
                     self._quantise(at.add(at.add(first, row), at.mul(half, n(HALF))), column, half)
                 if variant.stage in (QuantiserPass.ALL, QuantiserPass.CODES):
-                    start = at.add(at.mul(at.add(at.mul(block, self._columns), column), n(HALF)), row)
+                    start = at.add(at.mul(at.add(at.mul(tile, self._columns), column), n(HALF)), row)
                     self._pack(at.gep(low, [start]), at.gep(high, [start]))
             if variant.stage in (QuantiserPass.ALL, QuantiserPass.CODES):
                 for number, place in enumerate(self._sums):
                     total = self.reduce(at.load(place), at.fadd)
-                    self.store(total, errors, at.add(at.mul(block, n(16)), n(8 * number)))
+                    self.store(total, errors, at.add(at.mul(tile, n(16)), n(8 * number)))
 
     def _quantise(self, row: Value, column: Value, half: Value) -> None:
         """Emit the work on the slice at ``row`` and ``column``.
