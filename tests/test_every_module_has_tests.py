@@ -47,7 +47,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/moe/layer_forms.py": ("runtime/moe/test_layers.py", PARTS),
     "runtime/moe/snapshot.py": ("runtime/moe/test_layers.py", PARTS),
     "tiers/device/device_pool.py": ("tiers/device/test_tier.py", PARTS),
-    "tiers/device/fill.py": ("tiers/device/test_promoter.py", PARTS),
     "tiers/device/views.py": ("tiers/test_source_contract.py", "a source of experts, tested as all of them are"),
     "tiers/store/base.py": ("tiers/test_store_contract.py", "an interface: each store is tested by its contract"),
     "tools/bench/child.py": ("tools/commands/test_bench.py", COMMAND),

@@ -64,10 +64,10 @@ class HostViews:
         self._views = SlotViews()
         self._is_closed = False
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Records are uint8 [record bytes] in the source's memory."""
         self._check_open()
-        with closing(self._source.acquire(keys, wanted)) as leases:
+        with closing(self._source.acquire(keys, of_total)) as leases:
             for lease in leases:
                 if self._is_closed:
                     self._check_open()
