@@ -71,7 +71,7 @@ class DaemonTier(Closeable):
         self.uses = ClientUses(self._link)
         self._context = ClientContext(self._link, fallback, self.uses, timeout, self._check_open)
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[memoryview], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
 
         Raises MissingExpertError for a key that the model does not have. If the local store can't be read, also raises
@@ -86,8 +86,8 @@ class DaemonTier(Closeable):
         placements = {key: arena.directory.find(key) for key in keys}
         cached = {key: placement for key, placement in placements.items() if placement is not None}
         missing = [key for key in placements if key not in cached]
-        self.uses.note_demand(block, [*cached], missing, is_part=wanted > 0)
-        with closing(Misses(self._context, block, wanted)) as misses:
+        self.uses.note_demand(block, [*cached], missing, is_part=of_total > 0)
+        with closing(Misses(self._context, block, of_total)) as misses:
             if missing:
                 misses.submit([key.expert for key in missing])
             yield from self._lease_cached(arena, cached, misses)

@@ -26,6 +26,7 @@ from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
+from moetier.tiers.source import READERS
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
@@ -181,7 +182,13 @@ class ExtentStore(DirectoryStore):
     """
 
     def __init__(
-        self, folder: Path, table: ExtentTable, paths: Mapping[str, Path], *, readers: int = 4, damaged: bool = False
+        self,
+        folder: Path,
+        table: ExtentTable,
+        paths: Mapping[str, Path],
+        *,
+        readers: int = READERS,
+        damaged: bool = False,
     ) -> None:
         """Open the shards, and compare sizes, times and headers with the table.
 

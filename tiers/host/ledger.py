@@ -1,11 +1,11 @@
 """The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
 The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
-their callers hold the host tier's lock. Its parts share a module because they change in the
-same transitions: a reader must see all of them to know that each transition leaves the state consistent.
+their callers hold the host tier's lock. Its parts (``slots``, ``loads``, ``waiting``, ``prefetch``) change in the same
+transitions, so their methods also expect the lock.
 
 A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
-``Loads.begin``, ``take``, and ``complete`` or ``fail``.
+``Loads.begin_for``, ``take``, and ``complete`` or ``fail``.
 
 No caller waits for ever, for these reasons. A caller of ``acquire`` sleeps only while it holds no READY slot, because
 READY records are yielded first. While the caller sleeps, it may have claims on LOADING slots. But a loader never waits
@@ -20,8 +20,8 @@ that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An 
 leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
 that does not return its slots can't block other callers.
 
-The tier calls some parts itself: ``slots``, ``loads`` for its loaders, ``uses``, ``waiting`` for the timekeeper, and
-``counters``.
+The tier calls some parts itself: ``slots``, ``loads`` for its loaders, the warm-up and ``page_order``, ``uses``,
+``waiting`` for the timekeeper, and ``counters``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Ledger:
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
         policy: the policy of eviction, a key of ``POLICIES``.
-        loads_rest: whether all records are read, in the background, where there is room (``Loads.load_rest``).
+        loads_rest: whether all records are read, in the background, where there is room (``Loads``).
         clock: returns the time in seconds.
     """
 
@@ -85,14 +85,9 @@ class Ledger:
         self._demands: set[Demand] = set()
         self.fault: StoreError | None = None  # the error with which the tier was condemned
 
-    @property
-    def closed_by(self) -> MoetierError | None:
-        """The error with which the ledger was closed; None while it is open."""
-        return self.loads.closed_by
-
     def check_open(self) -> None:
         """If the ledger was closed, raise the error with which it was closed."""
-        if (error := self.closed_by) is not None:
+        if (error := self.loads.closed_by) is not None:
             raise error.fresh()  # the frames of a raised error would keep slots
 
     def stats(self) -> TierStats:
@@ -101,14 +96,14 @@ class Ledger:
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
+    def new_demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
         """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
         return Demand(self.slots.pool_of[block], block, caller, number, timeout)
 
-    def begin(self, demand: Demand, keys: Sequence[ExpertKey], wanted: int = 0) -> None:
+    def begin(self, demand: Demand, keys: Sequence[ExpertKey], of_total: int = 0) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
 
-        ``wanted`` is that of ``ExpertSource.acquire``. Raises ClosedError if the tier was closed, or the StoreError
+        ``of_total`` is that of ``ExpertSource.acquire``. Raises ClosedError if the tier was closed, or the StoreError
         with which it was condemned (``HostTier.condemn``).
         """
         self.check_open()
@@ -116,8 +111,8 @@ class Ledger:
         pool, caller = demand.pool, demand.caller
         caller.register(demand)
         distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
-        demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.partitions.quota(demand.block))
-        if not wanted:
+        demand.begin(distinct, is_scan=max(len(distinct), of_total) > pool.partitions.quota(demand.block))
+        if not of_total:
             self.prefetches.replace(pool, demand.block, (), requester)
         elif demand.is_scan:
             self.prefetches.begin_scan(pool, demand.block, requester)
@@ -211,7 +206,7 @@ class Ledger:
 
     def condemn(self, error: StoreError) -> None:
         """Close the ledger with ``error`` unless it is closed, and let readers of the directory find no record."""
-        if self.closed_by is None:
+        if self.loads.closed_by is None:
             self.fault = error
             self.close(error)
             self._directory.retire()
@@ -236,12 +231,6 @@ class Ledger:
         self.check_open()
         if self.prefetches.replace(self.slots.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
-
-    def warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
-        """Queue records for the warm-up: ``hottest`` has keys for each block. Raises the same errors as ``begin``."""
-        self.check_open()
-        for pool, keys in zip(self.slots.pool_of, hottest, strict=True):
-            self.loads.warm(pool, keys)
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 

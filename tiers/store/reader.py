@@ -21,6 +21,7 @@ from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import READERS
 from moetier.tiers.threads import start_thread
 
 from .atomic import read_errors
@@ -70,7 +71,7 @@ class ExpertStore(DirectoryStore):
         return read_manifest(store_folder(location))
 
     @classmethod
-    def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
+    def open(cls, folder: Path, *, readers: int = READERS, damaged: bool = False) -> ExpertStore:
         """Open a store, and check everything except the bytes of the records.
 
         Args:
