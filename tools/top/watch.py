@@ -45,7 +45,7 @@ class Watch:
         self.interval = interval
         self.is_paused = False
         self._credentials = credentials
-        self._changed = threading.Condition()  # guards ``interval``, ``is_paused`` and ``_is_ending``
+        self._changed = threading.Condition()  # guards: ``interval``, ``is_paused`` and ``_is_ending``
         self._is_ending = False
         self._thread: threading.Thread | None = None
 

@@ -216,7 +216,7 @@ class UnknownFields:
     """Log of unknown fields of requests to a server: a line for each name, MAX_NAMES at most. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards ``_names``
+        self._lock = threading.Lock()  # guards: ``_names``
         self._names: set[str] = set()
 
     def checked(self, content: bytes, content_type: str, kind: type[AnyBody]) -> AnyBody:
