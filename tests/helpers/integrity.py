@@ -42,7 +42,7 @@ def check_ledger(ledger: Ledger) -> None:
     check_directory(ledger._directory, ledger.slots.contents())
     assert {load for demand in ledger._demands for load in demand.loads} <= set(ledger.loads)
     check_loads(ledger.loads)
-    queue = ledger.prefetches
+    queue = ledger._prefetches
     followed = {*queue._outcomes._began, *queue._outcomes.unused, *queue._warmed}
     assert all(key in queue._copied or ledger.slots.slot_of(key) is not None for key in followed)
     _check_waiting(ledger.waiting, ledger._demands)

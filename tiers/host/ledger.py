@@ -21,7 +21,7 @@ leases at a time, up to a limit. If one of its demands is without a slot for too
 that does not return its slots can't block other callers.
 
 The tier calls some parts itself: ``slots``, ``loads`` for its loaders, the warm-up and ``page_order``, ``uses``,
-``waiting`` for the timekeeper, and ``counters``.
+``waiting`` for the timekeeper, and ``counters``. Sessions use ``manifest`` and ``uses``.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Ledger:
         self.manifest = manifest
         self.counters = TierCounters("host")
         self.slots = HostSlots(manifest, layout, policy)
-        self.prefetches = PrefetchQueue(self.counters, clock)
-        self.uses = Uses(self.slots.pool_of, self.counters, self.prefetches)
+        self._prefetches = PrefetchQueue(self.counters, clock)
+        self.uses = Uses(self.slots.pool_of, self.counters, self._prefetches)
         self.waiting = WaitingDemands(notifier, clock)
         rest = {self.slots.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
-        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits, rest)
+        self.loads = Loads(directory, self.counters, self._prefetches, self.waiting, notifier, limits, rest)
         self._directory = directory
         self._notifier = notifier
         self._clock = clock
@@ -113,9 +113,9 @@ class Ledger:
         distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
         demand.begin(distinct, is_scan=max(len(distinct), of_total) > pool.partitions.quota(demand.block))
         if not of_total:
-            self.prefetches.replace(pool, demand.block, (), requester)
+            self._prefetches.replace(pool, demand.block, (), requester)
         elif demand.is_scan:
-            self.prefetches.begin_scan(pool, demand.block, requester)
+            self._prefetches.begin_scan(pool, demand.block, requester)
         hits = []
         for key in distinct:
             if not caller.is_full and (slot := pool.pin_ready(key)) is not None:
@@ -187,7 +187,7 @@ class Ledger:
         """End all demands of ``caller``, and cancel its prefetch requests, if it is asynchronous."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
-        self.prefetches.cancel(caller)
+        self._prefetches.cancel(caller)
 
     def lease_for_copy(self, demand: Demand, key: ExpertKey) -> PoolSlot | None:
         """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
@@ -201,7 +201,7 @@ class Ledger:
             self._demands.add(demand)
             demand.hold(key, slot)
             demand.lease(1)
-            self.prefetches.note_copy(key)
+            self._prefetches.note_copy(key)
         return slot
 
     def condemn(self, error: StoreError) -> None:
@@ -229,7 +229,7 @@ class Ledger:
         is already READY. Raises the same errors as ``begin``.
         """
         self.check_open()
-        if self.prefetches.replace(self.slots.pool_of[block], block, keys, caller):
+        if self._prefetches.replace(self.slots.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
-                    self.prefetches.mark_used((key,))
+                    self._prefetches.mark_used((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)
@@ -321,5 +321,5 @@ class Ledger:
         self.loads.repair(self._demands)
         self.slots.repair(self._demands, self.loads)
         self._directory.repair(self.slots.contents())
-        self.prefetches.repair(self.slots.slot_of)
+        self._prefetches.repair(self.slots.slot_of)
         self.waiting.repair(self._demands, self.slots.pools.values())
