@@ -216,8 +216,8 @@ class TierConfig(HostTierConfig):
     )
     same_bits: bool = option(
         False,
-        "give a token the same bits in chunks of any size and beside any other sequences, also where prompts and a 16-bit "
-        "trunk are then slower: on processors with AMX (on others this is always so)",
+        "give a token the same bits in chunks of any size and beside any other sequences, also where prompts and a "
+        "16-bit trunk are then slower: on processors with AMX (on others this is always so)",
         group=MEMORY,
     )
     daemon: DaemonChoice = option(

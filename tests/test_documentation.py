@@ -105,16 +105,16 @@ def pages_for_users() -> list[Path]:
 
 
 FOR_USERS = pages_for_users()
-MOST_WORDS = 25_000  # in all pages for users, tables and commands included
+MAX_WORDS = 25_000  # in all pages for users, tables and commands included
 
 
 def test_what_a_user_has_to_read_is_short() -> None:
     counts = {name_of(page): len(page.read_text().split()) for page in FOR_USERS}
-    assert sum(counts.values()) <= MOST_WORDS, counts
+    assert sum(counts.values()) <= MAX_WORDS, counts
     assert len(counts) <= 14, "README, index, nine pages, and two for those who operate it"
 
 
-MOST_WORDS_OF_A_TASK = 600  # three minutes at 200 words a minute
+MAX_WORDS_OF_A_TASK = 600  # three minutes at 200 words a minute
 TASKS = {  # what a newcomer wants: the sections to read for it, by page; "": what comes before the first section
     "install": {"quickstart": ["", "Install"]},
     "find what fits": {"../README": ["Which way for me"], "choosing": [""]},
@@ -139,7 +139,7 @@ def test_a_task_takes_three_minutes_of_reading(task: str) -> None:
         for page, titles in TASKS[task].items()
         for title in titles
     }
-    assert sum(counts.values()) <= MOST_WORDS_OF_A_TASK, counts
+    assert sum(counts.values()) <= MAX_WORDS_OF_A_TASK, counts
 
 
 @pytest.mark.parametrize("page", FOR_USERS, ids=name_of)

@@ -297,15 +297,15 @@ class UseCount:
         """``name`` is the name of the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()  # guards: ``_users``, ``_closed``
+        self._lock = threading.Lock()  # guards: ``_users``, ``_is_closed``
         self._idle = threading.Condition(self._lock)  # notified when the last user has ended, once it is closed
         self._users = 0
-        self._closed = False
+        self._is_closed = False
 
     def __enter__(self) -> None:
         self._fork_guard.check()
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 raise ClosedError(f"{self._name} was closed.", "Open it again.")
             self._users += 1
 
@@ -314,12 +314,12 @@ class UseCount:
     ) -> None:
         with self._lock:
             self._users -= 1
-            if self._closed:
+            if self._is_closed:
                 self._idle.notify_all()
 
     def close(self) -> None:
         """Refuse further uses, and wait until those in progress have ended. Does nothing in a forked child."""
         if self._fork_guard.is_owner:
             with self._lock:
-                self._closed = True
+                self._is_closed = True
                 self._idle.wait_for(lambda: not self._users)

@@ -1,9 +1,8 @@
 """Options, each declared once: its name, types, default, range and help.
 
 The command line, the settings file, the environment and the checks of values all read the declaration. ``TierConfig``,
-``Credentials``, ``DaemonConfig``, ``ServeConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields
-``option`` declares;
-``named`` declares options that belong to no class.
+``Credentials``, ``DaemonConfig``, ``ServeConfig`` and ``convert``'s ``Options`` are frozen dataclasses. ``option``
+declares their fields, and ``named`` declares options that belong to no class.
 """
 
 from __future__ import annotations

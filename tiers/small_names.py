@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-# files that hold the vocabulary of a tokenizer, which needs one of them
+# files with a vocabulary. A tokenizer needs one of them
 VOCABULARY = re.compile(
     r"tokenizer\.(json|model(\.v\d+)?)|vocab\.(json|txt)|tekken\.json|(spiece|sentencepiece(\.bpe)?)\.model|\w+\.tiktoken"
 )

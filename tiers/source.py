@@ -16,6 +16,7 @@ from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
 
+READERS = 4  # number of threads of a store that read pieces of large records, by default: enough to keep a disk busy
 LOADERS = 4  # number of records that a host tier reads at the same time, by default
 LEASES = 8  # most slots that a session of a host tier may hold or claim, by default
 SLOT_TIMEOUT = 10.0  # seconds without a slot after which a request to a host tier fails, by default
@@ -72,7 +73,7 @@ class Residents(NamedTuple):
 
 
 class ResidentUses(Protocol):
-    """Interface that counts demands whose records the caller finds through ``ExpertSource.residents``, unleased."""
+    """Interface that counts uses without leases, of records at the addresses from ``ExpertSource.residents``."""
 
     def note(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand for ``experts`` of a block.
@@ -91,13 +92,14 @@ class ResidentUses(Protocol):
     def touch(self, block: int, experts: Sequence[int]) -> None:
         """Let the records of ``experts`` stay in memory as if a demand had used them, if they are there.
 
-        Counts nothing, and cancels no prefetch request. The order of eviction is updated later, but before the next
-        record is evicted. Returns at once.
+        This is no demand: the source does not count it, and cancels no prefetch request. (A client of a daemon reports
+        uses, which the daemon counts.) The order of eviction is updated later, but before the next record is evicted.
+        Returns at once.
         """
 
 
 class CopyUses(ResidentUses, Protocol):
-    """Interface that also counts demands which have found copies in the tier above."""
+    """Interface that also counts uses of copies in the tier above."""
 
     def note_copies(self, keys: Sequence[ExpertKey]) -> None:
         """Note that demands have found the records of ``keys`` in the tier above. Returns at once.
@@ -141,7 +143,7 @@ class ExpertSource(PrefetchSource, Protocol[Record]):
     def uses(self) -> ResidentUses:
         """Counts the demands that are computed without leases."""
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Record], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[Record], None, None]:
         """Yield a lease for each distinct key: first for the records that the source holds, then for others on arrival.
 
         All keys must belong to one block. If a lease was not valid until its end, the same key is leased again. A lease
@@ -152,8 +154,8 @@ class ExpertSource(PrefetchSource, Protocol[Record]):
 
         Args:
             keys: keys of one block.
-            wanted: number of the block's records that the caller acquires a few at a time, these among them; 0: no more
-                than these. If the source can't keep so many, these evict few others. Prefetch requests for the block
+            of_total: how many records of the block the caller takes in several calls, these included; 0: this is the
+                only call. If the source can't keep so many, these evict few others. Prefetch requests for the block
                 stay.
 
         Raises:

@@ -109,7 +109,7 @@ def declared(kind: Literal["counter", "gauge", "outcome"]) -> dict[str, Any]:
 
 
 class TierCounters:
-    """The counters that ``TierStats`` declares, which a tier changes under its lock."""
+    """The counters of a tier, which are fields of ``TierStats``. They change under the tier's lock."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -171,9 +171,9 @@ class PrefetchOutcomes:
     def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
         self._counters = counters
         self._clock = clock
-        # by key: the time at which the read of a prefetch began that is in progress
+        # by key, for each prefetch whose read is in progress: the time at which the read began
         self._began: dict[ExpertKey, float] = {}
-        # by key, the oldest first: the seconds that the read of a prefetched record took that was not used yet
+        # by key, the oldest first, for each prefetched record that was not used yet: the seconds that its read took
         self._unused: dict[ExpertKey, float] = {}
 
     @property

@@ -53,7 +53,7 @@ class Recipe:
         )
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if the parameter is one unchanged tensor of the checkpoint, whose rows can be read a few at a time."""
         return self.converter is None and len(self.tensors) == 1 and self.tensors[0].reads_rows
 
@@ -97,7 +97,7 @@ class Recipe:
         return runs
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Read ``count`` rows of a parameter that is ``direct``, from row ``first`` on, as [count, columns]."""
+        """Read ``count`` rows of a parameter that is ``is_direct``, from row ``first`` on, as [count, columns]."""
         ((tensor,),) = self.sources.values()
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)

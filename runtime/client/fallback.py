@@ -25,7 +25,7 @@ class Fallback:
         # guards: the fields below; ``try_again`` does not take it. Held while the tier is opened
         self._lock = threading.Lock()
         self._closing = contextlib.ExitStack()
-        self._closed = False
+        self._is_closed = False
         self.host: HostTier | None = None  # None before it is first needed
         self.error = ""  # why the tier could not be opened
 
@@ -37,7 +37,7 @@ class Fallback:
         """
         self._fork_guard.check()
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 raise ClosedError("The tier of this model was closed.", "Load the model again.")
             if self.host is None and not self.error:
                 self._closing.close()  # what an earlier attempt has opened that an exception interrupted
@@ -68,5 +68,5 @@ class Fallback:
         """Close the tier and its store. Idempotent."""
         if self._fork_guard.is_owner:  # in a forked child the lock may be held for ever
             with self._lock:
-                self._closed = True
+                self._is_closed = True
         self._closing.close()

@@ -41,11 +41,11 @@ class ClientContext:
 class Misses:
     """The misses of one call of ``acquire``, all of one block. The daemon grants them, or the local store is read."""
 
-    def __init__(self, context: ClientContext, block: int, wanted: int = 0) -> None:
-        """``wanted`` is that of ``ExpertSource.acquire``."""
+    def __init__(self, context: ClientContext, block: int, of_total: int = 0) -> None:
+        """``of_total`` is that of ``ExpertSource.acquire``."""
         self._context = context
         self._block = block
-        self._wanted = wanted
+        self._of_total = of_total
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
         self._answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
@@ -54,7 +54,7 @@ class Misses:
     def submit(self, experts: Sequence[int]) -> None:
         """Request experts from the daemon, in one message."""
         self.missing.update(dict.fromkeys(experts))
-        request = SlotRequest(self._block, dict.fromkeys(experts), self._answers, self._wanted)
+        request = SlotRequest(self._block, dict.fromkeys(experts), self._answers, self._of_total)
         # appended first, so that close() cancels it even if an exception interrupts what follows
         self._requests.append(request)
         self._thread = threading.get_ident()
@@ -152,7 +152,9 @@ class Misses:
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
         self.close()
         first = self._context.fallback.first_slot
-        with closing(host.acquire([ExpertKey(self._block, expert) for expert in self.missing], self._wanted)) as leases:
+        with closing(
+            host.acquire([ExpertKey(self._block, expert) for expert in self.missing], self._of_total)
+        ) as leases:
             for lease in leases:
                 yield lease._replace(slot=TierSlot(first + lease.slot))
                 self._context.check_open()

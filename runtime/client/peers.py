@@ -101,7 +101,7 @@ class Peers:
         self._former = ShareCounts()  # of daemons that have left their DNS name
         self._next_resolve = 0.0  # on the monotonic clock
         self._watcher: threading.Thread | None = None
-        self._closed = False
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(self._peers.values())
@@ -136,13 +136,13 @@ class Peers:
 
     def check_open(self) -> None:
         """Raise ClosedError once the connections were closed."""
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The connections to the daemons were closed.", "Load the model again.")
 
     def close(self) -> None:
         """Close all stores; calls under way end with an error. Idempotent."""
         with self._state:
-            self._closed = True
+            self._is_closed = True
             self._state.notify_all()
         for peer in self:
             peer.store.close()
@@ -159,7 +159,7 @@ class Peers:
             if (pause := deadline - time.monotonic()) <= 0:
                 raise error
             if not self._any_connected():
-                self._state.wait_for(lambda: self._closed or self._any_connected(), pause)
+                self._state.wait_for(lambda: self._is_closed or self._any_connected(), pause)
             else:
                 self._state.wait(min(_PAUSE, pause))
 
@@ -202,7 +202,7 @@ class Peers:
         """
         with self._state:
             is_former = self._peers.get(peer.name) is not peer
-            if peer.away is not None or peer.failures != failures or self._closed or is_former:
+            if peer.away is not None or peer.failures != failures or self._is_closed or is_former:
                 return
             _log.warning("the daemon %s is away: %s", peer.name, error.cause)
             self._note_away(peer, error, is_failure=True)
@@ -216,7 +216,7 @@ class Peers:
 
     def _start_watcher(self) -> None:
         with self._state:
-            if self._watcher is None and not self._closed:
+            if self._watcher is None and not self._is_closed:
                 try:
                     self._watcher = start_thread("moetier-peers", self._watch)
                 except RuntimeError as error:  # the next failure of a peer tries it again
@@ -230,7 +230,7 @@ class Peers:
     def _next_task(self) -> Callable[[], object] | None:
         """Wait until it is time to check a peer or to resolve DNS names, and return that task; None once closed."""
         with self._state:
-            while not self._closed:
+            while not self._is_closed:
                 tasks: list[tuple[float, Callable[[], object]]] = [
                     (peer.next_check, partial(self._check_again, peer)) for peer in self if peer.away is not None
                 ]
@@ -279,7 +279,7 @@ class Peers:
         listed = {str(address): address for addresses in self._names.values() for address in addresses}
         with self._state:
             self._next_resolve = time.monotonic() + (RESOLVE_AGAIN if errors else RESOLVE_SECONDS)
-            if self._closed:
+            if self._is_closed:
                 return errors
             peers = {name: peer for name, peer in self._peers.items() if name in self._single or name in listed}
             former = [peer for name, peer in self._peers.items() if name not in peers]

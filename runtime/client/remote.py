@@ -75,9 +75,9 @@ class RemoteStore(Store):
         self.timeout = timeout
         self._fork_guard = ForkGuard()
         self._channel_count = channels
-        self._state = threading.Lock()  # guards: ``_channels``, ``_closed``. Held while connections are made
+        self._state = threading.Lock()  # guards: ``_channels``, ``_is_closed``. Held while connections are made
         self._channels: _Channels | None = None
-        self._closed = False
+        self._is_closed = False
         self.computes: bool | None = None  # whether the daemon serves Compute; None before the first probe
         self.checks = False  # whether its answers repeat the checksums of requests: those of older daemons don't
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
@@ -132,7 +132,7 @@ class RemoteStore(Store):
             return self._read(key, view)
         except MoetierError as error:
             # try again after a quick failure; after a slow one the caller should ask another daemon
-            if isinstance(error, _FINAL) or time.monotonic() - began > self.timeout / 2 or self._closed:
+            if isinstance(error, _FINAL) or time.monotonic() - began > self.timeout / 2 or self._is_closed:
                 raise
         # not in the handler: an error there would refer to the first one, whose frames hold the slot
         return self._read(key, view)
@@ -163,7 +163,7 @@ class RemoteStore(Store):
         this is called again, which closes it.
         """
         with self._state, contextlib.suppress(MoetierError, *CALL_ERRORS):  # the next call raises these
-            if self._channels is not None and not self._closed:
+            if self._channels is not None and not self._is_closed:
                 self._channels.renew()
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class RemoteStore(Store):
         if not self._fork_guard.is_owner:
             return
         with self._state:
-            self._closed = True
+            self._is_closed = True
             if self._channels is not None:
                 self._channels.close()
         self._pool.shutdown()
@@ -179,7 +179,7 @@ class RemoteStore(Store):
     def _connected(self, *, again: bool = False) -> _Channels:
         """Return the channels, opened now if there are none yet. With ``again``, replace the old channels."""
         with self._state:
-            if self._closed:
+            if self._is_closed:
                 raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
             if self._channels is None or again:
                 try:

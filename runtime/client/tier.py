@@ -64,14 +64,14 @@ class DaemonTier(Closeable):
         self._manifest = manifest
         self._fallback = fallback
         self._fork_guard = ForkGuard()
-        self._closed = False
+        self._is_closed = False
         self._arena = MappedArena.of(control, manifest)
         with closed_on_error(self._arena):
             self._link = Link(folder, manifest.digest, control, self._connected)
         self.uses = ClientUses(self._link)
         self._context = ClientContext(self._link, fallback, self.uses, timeout, self._check_open)
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[memoryview], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
 
         Raises MissingExpertError for a key that the model does not have. If the local store can't be read, also raises
@@ -86,8 +86,8 @@ class DaemonTier(Closeable):
         placements = {key: arena.directory.find(key) for key in keys}
         cached = {key: placement for key, placement in placements.items() if placement is not None}
         missing = [key for key in placements if key not in cached]
-        self.uses.note_demand(block, [*cached], missing, is_part=wanted > 0)
-        with closing(Misses(self._context, block, wanted)) as misses:
+        self.uses.note_demand(block, [*cached], missing, is_part=of_total > 0)
+        with closing(Misses(self._context, block, of_total)) as misses:
             if missing:
                 misses.submit([key.expert for key in missing])
             yield from self._lease_cached(arena, cached, misses)
@@ -105,7 +105,7 @@ class DaemonTier(Closeable):
             lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
             proofs.append((key.expert, proof))
             yield lease
-            if self._closed:
+            if self._is_closed:
                 self._check_open()
         if lost := [expert for expert, proof in proofs if proof.is_valid is False]:
             self.uses.note_lost(len(lost))
@@ -168,7 +168,7 @@ class DaemonTier(Closeable):
         """
         self._fork_guard.check()
         layout, fallback = self._arena.layout, self._fallback.host
-        ready = 0 if self._closed else self._arena.directory.ready
+        ready = 0 if self._is_closed else self._arena.directory.ready
         stats = self.uses.stats(slots=layout.slots, ready=ready, slot_bytes=layout.nbytes - layout.directory_bytes)
         if fallback is None:
             return stats
@@ -204,7 +204,7 @@ class DaemonTier(Closeable):
             ending.callback(self._arena.close)
             ending.callback(self._fallback.close)
             if self._fork_guard.is_owner:
-                self._closed = True
+                self._is_closed = True
                 self._link.close()
 
     def _connected(self, control: ControlConnection) -> MappedArena:
@@ -215,5 +215,5 @@ class DaemonTier(Closeable):
 
     def _check_open(self) -> None:
         self._fork_guard.check()
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The tier of this model was closed.", "Load the model again.")

@@ -14,7 +14,7 @@ class StreamCounts(Counts):
 
     requests: int = 0  # requests for experts
     hits: int = 0  # hits that the client has reported
-    misses: int = 0  # experts that the client has requested
+    requested: int = 0  # experts of these requests
     bytes_in: int = 0
     bytes_out: int = 0
 

@@ -62,7 +62,7 @@ class Client:
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.leases,
             hits=counts.hits,
-            misses=counts.misses,
+            misses=counts.requested,
         )
 
 
@@ -80,9 +80,9 @@ class SessionCall:
         self._model = model
         self._on_ended = on_ended
         self._events: SimpleQueue[SessionEvent | None] = SimpleQueue()  # None ends the answers
-        self._state = threading.Lock()  # guards: ``_error``, ``_ended``
+        self._state = threading.Lock()  # guards: ``_error``, ``_is_over``
         self._error: Exception | None = None
-        self._ended = False
+        self._is_over = False
         self._session = model.host.session(self._events.put, leases=leases, timeout=timeout)
 
     @property
@@ -127,7 +127,7 @@ class SessionCall:
                     self.end(ProtocolError("A message of the session can't be parsed.", SAME_VERSION))
                 except Exception as error:  # the client's error, or a bug of the daemon
                     self.end(error)
-                if self._ended:
+                if self._is_over:
                     return
         self.end()
 
@@ -138,9 +138,9 @@ class SessionCall:
     def end(self, error: Exception | None = None) -> None:
         """End the call: release all leases, and send the answers queued so far. Idempotent; the first error counts."""
         with self._state:
-            if self._ended:
+            if self._is_over:
                 return
-            self._ended = True
+            self._is_over = True
             self._error = error
         self._session.close()
         self._events.put(None)
@@ -154,8 +154,7 @@ class SessionCall:
                 self._release(message.release)
             case "uses":
                 keys = [key for entry in message.uses.blocks for key in self._keys(entry)]
-                self._session.note_uses(keys)
-                self._count(hits=len(keys))
+                self._count(hits=self._session.note_uses(keys))
             case "prefetch":
                 requested = message.prefetch.requested
                 self._session.prefetch(requested.block, self._keys(requested))
@@ -168,13 +167,14 @@ class SessionCall:
         if not keys or len(set(keys)) != len(keys):
             raise ProtocolError(f"Request {request} names no expert, or an expert twice.", SAME_VERSION)
         if self._events.qsize() > MAX_UNREAD:
-            raise ProtocolError("The client does not read the answers.", "Read the answers from the stream.")
+            cause = f"The client has not read its latest {MAX_UNREAD:,} answers."
+            raise ProtocolError(cause, "Read answers while requests are sent, and not only after the last one.")
         if self._session.open_requests >= MAX_REQUESTS:
             raise ProtocolError(
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._count(requests=1, misses=len(keys))
+        self._count(requests=1, requested=len(keys))
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -219,12 +219,12 @@ class Clients:
         self.began = time.monotonic()
         self._leases = leases
         self._timeout = timeout
-        # guards: ``_clients``, ``_remote_calls``, ``_stopping``, and the call of a client
+        # guards: ``_clients``, ``_remote_calls``, ``_is_ending``, and the call of a client
         self._changed = threading.Condition()
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
         self._remote_calls = 0
-        self._stopping = False
+        self._is_ending = False
 
     # -- for the control socket ---------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Clients:
     @property
     def is_serving(self) -> bool:
         """True if the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
-        return not self._stopping and any(model.host.fault is None for model in self.models.values())
+        return not self._is_ending and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager
     def stream(self, session: str) -> Iterator[SessionCall]:
@@ -282,7 +282,7 @@ class Clients:
                 raise UnknownModelError(
                     "The client has registered without a model.", "Send the digest of a store on the control socket."
                 )
-            if self._stopping:
+            if self._is_ending:
                 raise _stopping()
             former = client.call
             client.call = call = SessionCall(
@@ -338,7 +338,7 @@ class Clients:
     def stop(self) -> None:
         """Refuse new clients and new requests. Earlier requests are still answered."""
         with self._changed:
-            self._stopping = True
+            self._is_ending = True
             for call in self._calls():
                 call.refuse(_stopping())
 
@@ -358,7 +358,7 @@ class Clients:
             call.end(_stopping())
 
     def _model(self, digest: str) -> HostedModel:
-        if self._stopping:
+        if self._is_ending:
             raise _stopping()
         if (model := self.models.get(digest)) is not None:
             return model

@@ -80,7 +80,7 @@ class ComputeCalls:
         self._leases = CallLeases(host, timeout=timeout)
         self._calls = OpenCalls("computations")
         self._state = threading.Lock()  # guards: the fields below
-        self._closed = False
+        self._is_closed = False
         # by layout, variant of the activation and type: None while code is compiled; an error if it can't be compiled
         self._products: dict[tuple[str, Activation, str], ExpertProducts | ConfigError | None] = {}
         self._compilers: list[threading.Thread] = []
@@ -118,7 +118,7 @@ class ComputeCalls:
     def close(self) -> None:
         """Refuse new calls, end those under way, and wait for compilers. Idempotent."""
         with self._state:
-            self._closed = True
+            self._is_closed = True
             compilers = [*self._compilers]
         self._calls.cancel()
         self._leases.close()
@@ -190,7 +190,7 @@ class ComputeCalls:
         activation = Activation(asked.function, asked.interleaved, asked.alpha, asked.limit, asked.shift, asked.gated)
         variant = (array_name, activation.variant, request.dtype)
         with self._state:
-            if self._closed:
+            if self._is_closed:
                 raise no_caller()
             if variant not in self._products:
                 self._compile(variant)

@@ -46,10 +46,10 @@ class FetchCalls:
         self._stall = stall
         self._timeout = timeout
         self._calls = OpenCalls("fetches")
-        self._state = threading.Condition()  # guards: ``_leased``, ``_closed``, ``_answered``
+        self._state = threading.Condition()  # guards: ``_leased``, ``_is_closed``, ``_answered``
         # by array: the number of calls for each record that fetches lease or are about to lease
         self._leased: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
-        self._closed = False
+        self._is_closed = False
         self._answered = 0  # calls answered in full
         with closed_on_error(self._leases):
             self._watcher = start_thread("moetier-fetches", self._watch)
@@ -88,7 +88,7 @@ class FetchCalls:
     def close(self) -> None:
         """Refuse new calls, and end those under way. Idempotent."""
         with self._state:
-            self._closed = True
+            self._is_closed = True
             self._state.notify_all()
         self._calls.cancel()
         self._watcher.join()
@@ -105,7 +105,7 @@ class FetchCalls:
         leased = self._leased[array]
 
         def may_go_on() -> bool:
-            is_over = self._closed or not context.is_active()
+            is_over = self._is_closed or not context.is_active()
             return is_over or key in leased or len(leased) < self._limits[array]
 
         context.add_callback(self._wake)  # so that the wait for a slot ends when the client is gone
@@ -115,7 +115,7 @@ class FetchCalls:
                     f"All slots that fetches may use were held for other records for {timeout:.1f} seconds.",
                     "Ask another daemon, or try again later.",
                 )
-            if self._closed or not context.is_active():
+            if self._is_closed or not context.is_active():
                 raise no_caller()
             leased[key] += 1
             self._state.notify_all()  # wakes the watcher
@@ -137,8 +137,8 @@ class FetchCalls:
 
         The threads of these calls then wake and release their leases.
         """
-        while not self._closed:
+        while not self._is_closed:
             self._calls.cancel(self._stall)
             with self._state:
-                if not self._closed:
+                if not self._is_closed:
                     self._state.wait(self._stall / 4 if self._calls else None)

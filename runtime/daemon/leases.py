@@ -148,7 +148,7 @@ def no_caller() -> ClosedError:
 
 
 def no_thread(error: RuntimeError) -> ExhaustedError:
-    """Return the error for a call that needs a thread which the system does not give."""
+    """Return the error for a call whose thread the system does not give."""
     return ExhaustedError(f"The daemon is short of threads ({error}).", "Fetch records, or try again later.")
 
 

@@ -21,7 +21,7 @@ from .prefix_tree import Match, Node, PrefixTree
 from .saved_pages import SavedPages
 from .sequence import TokenSequence
 
-LEAST_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
+MIN_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
 # A prompt's last tokens, which a later one may not have: chat templates end a prompt with the beginning of an answer,
 # and leave out its thoughts later. The snapshot of a prompt is before them, so that it serves the same prompt, too.
 LAST_TOKENS = 8
@@ -93,7 +93,7 @@ class KVCache:
 
     If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
     SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
-    an earlier one. So of a turn that another one continues, fewer than LEAST_TOKENS + LAST_TOKENS tokens are computed
+    an earlier one. So of a turn that another one continues, fewer than MIN_TOKENS + LAST_TOKENS tokens are computed
     again: those that the later prompt has, too.
     """
 
@@ -238,7 +238,7 @@ class KVCache:
         held = self._held[sequence]
         held.snapshot = sequence.computed
         branch = tokens - tokens % PAGE_TOKENS
-        if branch - sequence.computed >= LEAST_TOKENS:
+        if branch - sequence.computed >= MIN_TOKENS:
             held.branch = branch
 
     def _match(self, sequence: TokenSequence) -> tuple[Match, int]:
@@ -289,7 +289,7 @@ class KVCache:
             return sequence.remaining
         held, last = self._held[sequence], len(sequence.request.ids) - LAST_TOKENS
         stops = [SNAPSHOT_TOKENS * (sequence.computed // SNAPSHOT_TOKENS + 1), held.branch, len(sequence.ids)]
-        if last - held.snapshot >= LEAST_TOKENS:
+        if last - held.snapshot >= MIN_TOKENS:
             stops.append(last)
         return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
@@ -358,7 +358,7 @@ class KVCache:
         If the memory for that is missing, the sequence goes on without.
         """
         begin, end = PAGE_TOKENS * len(held.shared), sequence.computed
-        if not self._keeps or self._states is None or end - held.snapshot < LEAST_TOKENS:
+        if not self._keeps or self._states is None or end - held.snapshot < MIN_TOKENS:
             return
         count, copied = self._states.state_pages(sequence), int(end > begin)
         if not count:

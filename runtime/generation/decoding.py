@@ -96,7 +96,7 @@ DECODING = {  # options of commands that generate text
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and their values that exclude no token
 PENALTIES = ("presence_penalty", "frequency_penalty")  # not in transformers
 BIASES = "logit_bias"  # option of a request that is not in transformers either: what is added to scores, by token id
-LEAST_TEMPERATURE = 1e-5  # a lower one counts as 0, because scores divided by it may overflow
+MIN_TEMPERATURE = 1e-5  # a lower one counts as 0, because scores divided by it may overflow
 
 
 def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
     """
     temperature = asked.get("temperature")
     given: dict[str, Any] = {name: asked[name] for name in ("repetition_penalty",) if name in asked}
-    if temperature is not None and temperature < LEAST_TEMPERATURE:
+    if temperature is not None and temperature < MIN_TEMPERATURE:
         return given | {"do_sample": False}
     given |= {name: asked[name] for name in ("temperature", *NEUTRAL) if name in asked}
     if temperature is not None or any(asked.get(name, neutral) != neutral for name, neutral in NEUTRAL.items()):

@@ -15,7 +15,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._held = ""
-        self.ended = False
+        self.is_over = False
         self.found: str | None = None  # the stop string that has ended the text
 
     def feed(self, item: Any) -> list[Any]:
@@ -24,16 +24,16 @@ class StopStrings:
         Another object is passed on unchanged. If a stop string is found, the result ends with None. After the end, the
         result is empty.
         """
-        if self.ended:
+        if self.is_over:
             return []
         if type(item) is not str:  # transformers marks text outside the answer by subclasses of str
-            self.ended = item is None
+            self.is_over = item is None
             held, self._held = self._held, ""
             return [held, item] if held else [item]
         text = self._held + item
         found = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
-            self.ended = True
+            self.is_over = True
             begin, self.found = min(found)
             text = text[:begin]
             return [text, None] if text else [None]

@@ -27,7 +27,7 @@ class TimedStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_special_tokens=skip_special_tokens)
         self.text = ""
-        self.stopped = False  # whether ``stop`` was found
+        self.is_stopped = False  # whether ``stop`` was found
         self._echo = echo
         self._stops = StopStrings([stop] if stop else [])
         self._moments: list[float] = []
@@ -38,14 +38,14 @@ class TimedStreamer(TextStreamer):
         for token in tokens:
             self._moments.append(time.perf_counter())
             self.put(torch.tensor([token]))
-            if self.stopped:
+            if self.is_stopped:
                 break
         self.end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Take text that has been decoded."""
         pieces = self._stops.feed(text)
-        self.stopped = self._stops.ended
+        self.is_stopped = self._stops.is_over
         if stream_end:
             pieces += self._stops.feed(None)
         text = "".join(piece for piece in pieces if piece is not None)

@@ -16,7 +16,7 @@ from moetier.tiers.text import format_bytes
 from .context import longest_context
 
 SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values by default
-LEAST_PAGES = 4  # so many there are by default, however little memory there is
+MIN_PAGES = 4  # so many there are by default, however little memory there is
 WITH_STATES = 4  # times as many as sequences need, if copies of other states than keys and values lie in pages too
 NUMBER_BYTES = 4  # of recurrent states, and of some convolutions' inputs
 
@@ -57,11 +57,11 @@ class KVBudget:
         longest = tier_config.context or longest_context(config)
         most = None if longest is None else -(-longest // PAGE_TOKENS)  # pages of a sequence
         if not page_bytes:
-            pages = tier_config.sequences * (most or LEAST_PAGES)
+            pages = tier_config.sequences * (most or MIN_PAGES)
         elif tier_config.kv_cache is not None:
             pages = tier_config.kv_cache.of(room) // page_bytes
         else:
-            pages = max(LEAST_PAGES, _default_bytes(tier_config.ram, room, experts) // page_bytes)
+            pages = max(MIN_PAGES, _default_bytes(tier_config.ram, room, experts) // page_bytes)
             if most is not None:
                 pages = min(pages, tier_config.sequences * most * (WITH_STATES if has_snapshots else 1))
             if tier_config.context is not None:

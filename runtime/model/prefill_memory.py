@@ -34,9 +34,9 @@ from .kv_budget import KVBudget
 DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
 IN_BLOCKS = 3  # times as many tokens are computed together in blocks, which take a third of the memory
-LEAST_IN_BLOCKS = 2048  # tokens that are computed together in blocks even if they take more than the default share
+MIN_IN_BLOCKS = 2048  # tokens that are computed together in blocks even if they take more than the default share
 PASS_BYTES = 320 << 10  # of a forward pass that waits: its stack, and small tensors
-LEAST = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
+MIN_TOKENS = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
 COPIES = 3  # times that outputs of linear modules are held: as they are, rotated or activated, and multiplied
 STATE_COPIES = 8  # the same in a model with other states than keys and values: these are computed in fp32, in chunks
@@ -106,10 +106,10 @@ class Prefill:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes with which prompts read experts rarely enough: for LEAST_IN_BLOCKS tokens, or fewer if all are."""
+        """Bytes with which prompts read experts rarely enough: for MIN_IN_BLOCKS tokens, or fewer if all are."""
         if self.lockstep is None or self.lockstep.tokens <= BLOCK:
             return 0
-        return self._in_blocks_bytes(min(self.lockstep.tokens, LEAST_IN_BLOCKS))
+        return self._in_blocks_bytes(min(self.lockstep.tokens, MIN_IN_BLOCKS))
 
     @property
     def later(self) -> int:
@@ -158,7 +158,7 @@ class Prefill:
         return self.bytes_of(tokens, is_whole=tokens >= self.context or not self.resumes)
 
     def within(self, room: int) -> Prefill:
-        """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least LEAST of them."""
+        """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least MIN_TOKENS of them."""
         fits, lockstep = self._together_bytes(self.tokens) <= room, self.lockstep
         if lockstep is not None:
             lockstep = replace(lockstep, tokens=min(lockstep.tokens, self._most_in_blocks(room)))
@@ -170,9 +170,9 @@ class Prefill:
         return self.context if fits else max(self._most(room, self.context), self.tokens)
 
     def _most(self, room: int, most: int) -> int:
-        sizes = range(LEAST, most + 1, LEAST)
+        sizes = range(MIN_TOKENS, most + 1, MIN_TOKENS)
         fitting = bisect_right(sizes, room, key=lambda tokens: self.bytes_of(tokens, is_whole=not self.resumes))
-        return sizes[fitting - 1] if fitting else min(LEAST, most)
+        return sizes[fitting - 1] if fitting else min(MIN_TOKENS, most)
 
 
 NO_PREFILL = Prefill(0)

@@ -19,10 +19,10 @@ _QUICK_GELU = 1.702  # alpha with which x * sigmoid(alpha * x) approximates GELU
 
 
 def activation_of(module: Any) -> Activation | None:
-    """Return the activation that gives the same results for random numbers as the module's own code, or None.
+    """Return the activation that gives the same results for random numbers as the module's own code.
 
-    None means that no known activation does, or that the module normalises its experts' outputs, which compiled code
-    can't do.
+    Returns None if no known activation does. Returns None, too, if the module normalises its experts' outputs:
+    compiled code can't do that.
     """
     if getattr(module, "has_post_expert_norm", False):
         return None

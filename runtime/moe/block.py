@@ -90,6 +90,17 @@ class TieredBlock:
     following: Sequence[ExpertKey] = ()  # all experts of the next block
     remote_compute: RemoteExperts | None = None  # computes absent experts on other hosts, if the quick way is used
 
+    def request_following(self) -> None:
+        """Let the experts of the next block be read, while the layers before it are computed."""
+        if self.following:
+            self.source.prefetch(self.block + 1, self.following)
+
+    def cancel_following(self) -> None:
+        """Cancel the reads of ``request_following`` that have not begun, as the next block will not be computed."""
+        if self.following:
+            with suppress(MoetierError):  # the source may be closed
+                self.source.prefetch(self.block + 1, ())
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()
 
@@ -115,10 +126,10 @@ class BlockDemand:
             self._is_noted = True
             self.tiered.on_demand(self.tiered.block, experts)
 
-    def leases(self, experts: Collection[int], wanted: int = 0) -> Generator[list[Lease[Tensor]], None, None]:
+    def leases(self, experts: Collection[int], of_total: int = 0) -> Generator[list[Lease[Tensor]], None, None]:
         """Lease experts, and yield lists of leases that are valid at the same time.
 
-        Records are uint8 [record bytes]. ``wanted`` is that of ``ExpertSource.acquire``. If it is 0, these are all
+        Records are uint8 [record bytes]. ``of_total`` is that of ``ExpertSource.acquire``. If it is 0, these are all
         experts of the demand, which is noted: before the leases are yielded if all are available together; otherwise
         after the first list has been computed. At that time other experts are still being read, so the call delays
         nothing.
@@ -126,17 +137,17 @@ class BlockDemand:
         block, source = self.tiered.block, self.tiered.source
         _open.source = source
         left, together = len(experts), list[Lease[Tensor]]()
-        with closing(source.acquire([ExpertKey(block, expert) for expert in experts], wanted)) as leases:
+        with closing(source.acquire([ExpertKey(block, expert) for expert in experts], of_total)) as leases:
             for lease in leases:
                 together.append(lease)
                 left -= 1
                 if lease.more:
                     continue
-                if left <= 0 and not wanted:
+                if left <= 0 and not of_total:
                     self.note(experts)
                 yield together
                 together = []
-                if not wanted:
+                if not of_total:
                     self.note(experts)
         _open.source = None
 

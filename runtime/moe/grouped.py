@@ -31,6 +31,16 @@ RECENT = 48  # last tokens of a prompt, whose experts stay in memory: the next t
 GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
 
+class Part(NamedTuple):
+    """The outputs of some experts of a demand, which are computed together."""
+
+    x: Tensor  # [tokens, hidden]
+    experts: Collection[int]
+    tokens_of: Callable[[], TokensOfExperts]  # returns what each expert computes
+    compute: Callable[[Sequence[Lease[Tensor]]], None]  # computes experts that are leased together
+    outputs: Tensor  # [outputs, hidden], to be filled
+
+
 def compute_token(
     kernels: ExpertKernels, demand: BlockDemand, x: Tensor, experts: Sequence[int], weights: Tensor
 ) -> Tensor:
@@ -46,7 +56,7 @@ def compute_token(
     def tokens_of() -> TokensOfExperts:
         return {expert: ([0], [place]) for expert, place in places.items()}
 
-    _compute(kernels, demand, x, places, tokens_of, compute, outputs)
+    _compute(kernels, demand, Part(x, places, tokens_of, compute, outputs))
     order = torch.tensor(sorted(range(len(experts)), key=experts.__getitem__), device=CPU)
     out = torch.empty_like(x)
     kernels.add_up(outputs, weights.reshape(-1), order, torch.tensor((0, len(experts)), device=CPU), out)
@@ -69,7 +79,7 @@ def compute_tokens(
     if not groups:  # no expert computes anything
         return x.new_zeros(shape)
     sums = x.new_empty(shape)
-    _add_group(kernels, demand, outputs, groups[0], sums, x.new_empty((groups[0][-1].end, kernels.width)))
+    _add_group(kernels, demand, outputs, groups[0], sums, x.new_empty((outputs.total, kernels.width)))
     between()
     return sums
 
@@ -85,18 +95,19 @@ def _compute_groups(
     tiered = demand.tiered
     sums = torch.zeros((outputs.tokens, kernels.width), device=CPU)
     buffer = outputs.calls[0].x.new_empty((max(group[-1].end - group[0].begin for group in groups), kernels.width))
-    used = [expert for expert, count in enumerate(outputs.counts) if count]
-    recent = outputs.recent()
-    for group in groups:
-        _read_ahead(tiered, used, group)
-        _add_group(kernels, demand, outputs, group, sums, buffer, wanted=used)
-        demand.note(used)  # only now, so that the reads of the first group go first
-        if kept := [span.expert for span in group if span.expert in recent]:
-            tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
-        between()
-    tiered.source.prefetch(tiered.block, ())
-    if tiered.following and tiered.remote_compute is None and len(used) >= NEARLY_ALL * len(outputs.counts):
-        tiered.source.prefetch(tiered.block + 1, tiered.following)
+    used, recent = outputs.used(), outputs.recent()
+    try:
+        for group in groups:
+            _read_ahead(tiered, used, group)
+            _add_group(kernels, demand, outputs, group, sums, buffer)
+            demand.note(used)  # only now, so that the reads of the first group go first
+            if kept := [span.expert for span in group if span.expert in recent]:
+                tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
+            between()
+    finally:
+        tiered.source.prefetch(tiered.block, ())
+    if tiered.remote_compute is None and len(used) >= NEARLY_ALL * len(outputs.counts):
+        tiered.request_following()
     return sums
 
 
@@ -125,6 +136,15 @@ class Outputs(NamedTuple):
     def tokens(self) -> int:
         """The number of tokens of all calls."""
         return len(self.top_k_index)
+
+    @property
+    def total(self) -> int:
+        """The number of outputs of all experts."""
+        return sum(self.counts)
+
+    def used(self) -> list[int]:
+        """Return the experts that compute outputs, ascending."""
+        return [expert for expert, count in enumerate(self.counts) if count]
 
     def recent(self) -> set[int]:
         """Return the experts of the last tokens."""
@@ -181,9 +201,8 @@ def _add_group(
     group: Sequence[Span],
     sums: Tensor,
     buffer: Tensor,
-    wanted: Sequence[int] = (),
 ) -> None:
-    """Compute a group of experts, and write their weighted outputs to ``sums``, or add them if others are ``wanted``.
+    """Compute a group of experts, and write their weighted outputs to ``sums``, or add them if there are other groups.
 
     Args:
         kernels: compiled code.
@@ -192,39 +211,29 @@ def _add_group(
         group: the outputs of each expert of this group.
         sums: [tokens, hidden], of all tokens.
         buffer: has room for the group's outputs.
-        wanted: all experts of the demand, if the group has only some of them.
     """
     begin, end = group[0].begin, group[-1].end
+    of_total = len(outputs.used()) if end - begin < outputs.total else 0
     places, computed = outputs.places[begin:end], buffer[: end - begin]
     token_of = places.div(outputs.top_k_index.shape[1], rounding_mode="floor")
     tokens, rows = torch.unique(token_of, return_inverse=True)
     spans = {expert: Span(expert, first - begin, last - begin) for expert, first, last in group}
-    _compute_spans(kernels, demand, outputs.states(tokens), spans, rows, computed, len(wanted))
+    _compute(kernels, demand, _part(kernels, outputs.states(tokens), spans, rows, computed), of_total)
     bounds = torch.zeros(outputs.tokens + 1, dtype=torch.int64, device=CPU)
     torch.cumsum(torch.bincount(token_of, minlength=outputs.tokens), 0, out=bounds[1:])
     order = torch.argsort(rows, stable=True)  # by token, and then by expert
-    kernels.add_up(computed, outputs.weights[places], order, bounds, sums, is_part=bool(wanted))
+    kernels.add_up(computed, outputs.weights[places], order, bounds, sums, is_part=of_total > 0)
 
 
-def _compute_spans(
-    kernels: ExpertKernels,
-    demand: BlockDemand,
-    x: Tensor,
-    spans: Mapping[int, Span],
-    rows: Tensor,
-    outputs: Tensor,
-    wanted: int,
-) -> None:
-    """Compute the outputs of a group of experts.
+def _part(kernels: ExpertKernels, x: Tensor, spans: Mapping[int, Span], rows: Tensor, outputs: Tensor) -> Part:
+    """Return the part of a demand that is a group of experts.
 
     Args:
         kernels: compiled code.
-        demand: the block's demand.
         x: [tokens, hidden].
         spans: by expert, its outputs.
         rows: [R], the row of x for each output.
         outputs: [R, hidden].
-        wanted: as in ``ExpertSource.acquire``.
     """
 
     def compute(leases: Sequence[Lease[Tensor]]) -> None:
@@ -240,40 +249,31 @@ def _compute_spans(
     def tokens_of() -> TokensOfExperts:
         return {expert: (rows[begin:end].tolist(), range(begin, end)) for expert, begin, end in spans.values()}
 
-    _compute(kernels, demand, x, spans, tokens_of, compute, outputs, wanted)
+    return Part(x, spans, tokens_of, compute, outputs)
 
 
-def _compute(
-    kernels: ExpertKernels,
-    demand: BlockDemand,
-    x: Tensor,
-    experts: Collection[int],
-    tokens_of: Callable[[], TokensOfExperts],
-    compute: Callable[[Sequence[Lease[Tensor]]], None],
-    outputs: Tensor,
-    wanted: int = 0,
-) -> None:
-    """Compute all ``experts`` of x [tokens, hidden], some of them on other hosts, and fill their places in ``outputs``.
-
-    ``compute`` computes experts that are leased together. ``tokens_of`` returns what each expert computes.
-    """
-    left, tiered = experts, demand.tiered
+def _compute(kernels: ExpertKernels, demand: BlockDemand, part: Part, of_total: int = 0) -> None:
+    """Compute a part of a demand, some experts on other hosts. ``of_total`` is that of ``ExpertSource.acquire``."""
+    experts, left, tiered = part.experts, part.experts, demand.tiered
     if tiered.remote_compute is not None:
-        with closing(tiered.remote_compute.send(kernels, tiered.block, x.data_ptr(), len(x), tokens_of())) as sent:
-            if sent.experts and not wanted:
+        x, tokens_of = part.x, part.tokens_of()
+        with closing(tiered.remote_compute.send(kernels, tiered.block, x.data_ptr(), len(x), tokens_of)) as sent:
+            if sent.experts and not of_total:
                 demand.note(experts)
-            _compute_leased(demand, [expert for expert in experts if expert not in sent.experts], compute, wanted)
-            left = sent.collect(outputs.data_ptr())
-    _compute_leased(demand, left, compute, wanted)
+            _compute_leased(
+                demand, [expert for expert in experts if expert not in sent.experts], part.compute, of_total
+            )
+            left = sent.collect(part.outputs.data_ptr())
+    _compute_leased(demand, left, part.compute, of_total)
 
 
 def _compute_leased(
-    demand: BlockDemand, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None], wanted: int
+    demand: BlockDemand, experts: Collection[int], compute: Callable[[Sequence[Lease[Tensor]]], None], of_total: int
 ) -> None:
     """Call ``compute`` with the leases of experts that are available together, until all were computed."""
     if not experts:
         return
-    with closing(demand.leases(experts, wanted)) as arriving:
+    with closing(demand.leases(experts, of_total)) as arriving:
         for leases in arriving:
             compute(leases)
             for lease in leases:

@@ -135,7 +135,7 @@ def _names_layer(kind: type) -> bool:
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
-class _Trial:
+class _FormTrial:
     """A comparison of compiled code with a layer: a copy of the layer, inputs of three tokens, and its results.
 
     The copy's norms have random weights, so that a norm that is left out, or used twice, changes the results.
@@ -204,7 +204,7 @@ def find_form(
     if dtype not in FLOATS or parts is None:
         return None
     try:
-        trials = [_Trial(layer, parts, dtype, angles, scale) for scale in _SCALES]
+        trials = [_FormTrial(layer, parts, dtype, angles, scale) for scale in _SCALES]
     except Exception:  # the layer needs other inputs, so that it is computed as before
         return None
     candidates = forms_of(layer, parts, [*variants(trials[0].attention, angles)])

@@ -53,6 +53,7 @@ def run_in_lockstep(
     results: list[Any] = [None] * len(passes)
     paused: dict[int, _Paused] = {}  # by number of the pass, ascending
     done = 0
+    module: Any = None  # the Experts module that was computed last
 
     def proceed(number: int, thread: greenlet, *given: Any) -> None:
         """Let a pass run until it pauses or ends."""
@@ -75,10 +76,10 @@ def run_in_lockstep(
         while paused:
             for number in [number for number in paused if not passes[number].is_wanted()]:
                 paused.pop(number).thread.throw()  # GreenletExit
-            module = next((one.module for one in paused.values()), None)
-            waiting = [number for number, one in paused.items() if one.module is module]
-            if not waiting:
+            if not paused:
                 break
+            module = next(iter(paused.values())).module
+            waiting = [number for number, one in paused.items() if one.module is module]
             routed = [paused[number].routed for number in waiting]
             with closing(compute_together(module, routed, lambda: between(done))) as outputs:
                 for number, output in zip(waiting, outputs, strict=True):
@@ -88,6 +89,8 @@ def run_in_lockstep(
     finally:
         while paused:
             paused.popitem()[1].thread.throw()
+        if module is not None:  # unless it is the last one, the passes have ended early
+            module.tiered.cancel_following()
     return results
 
 

@@ -171,7 +171,7 @@ def _trial(router: Any, dtype: torch.dtype) -> RouterVariant | None:
 
     # The correction is large enough to change choices. The first logits have all signs. The second ones are so small
     # that a number which the router adds to their sum shows in the result. With the correction their scores are
-    # negative, which tells routers apart that set the scores of other groups to 0 from those that leave them out.
+    # negative. So the result shows whether a router sets the scores of other groups to 0 or leaves them out.
     correction = 0.1 * numbers(experts) - 0.5
     if buffers_of(twin):
         ((name, buffer),) = buffers_of(twin).items()

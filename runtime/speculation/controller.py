@@ -13,7 +13,7 @@ from moetier.runtime.config import SpeculationMode
 SPAN = 4  # number of steps in a window
 PAIRS = 24  # number of pairs of windows in a trial
 HOLD = 1024  # number of steps for which a new verdict holds
-LONGEST = 4096  # largest number of steps for which a verdict holds that was confirmed several times
+LONGEST = 4096  # most steps for which a verdict holds; each confirmation makes them more
 ODD = 4.0  # a step is left out if it takes longer than this multiple of its window's median
 
 

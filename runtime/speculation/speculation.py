@@ -168,7 +168,7 @@ class Speculation:
         observation, self._first_observation = self._first_observation, None
         if observation is not None:
             observation.close()
-        self._observe_others(False)
+        self._observe_others(on=False)
         self._is_predicting = False
         self._entered = None
         self._pending.clear()
@@ -205,10 +205,10 @@ class Speculation:
 
     def _at_first(self, block: int, hidden: Tensor) -> None:
         self._begin_step(_tokens(hidden))
-        self._observe_others(self._is_predicting)
+        self._observe_others(on=self._is_predicting)
         self._at_entry(block, hidden)
 
-    def _observe_others(self, on: bool) -> None:
+    def _observe_others(self, *, on: bool) -> None:
         """Register (``on``) or remove the hooks on all blocks but the first."""
         shortcuts = self._shortcuts
         if on and self._observation is None and shortcuts is not None:

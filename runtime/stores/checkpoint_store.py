@@ -24,7 +24,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import command
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()  # guards ``_tables``; held while a table is made, so that it is made once
+_lock = threading.Lock()  # guards: ``_tables``; held while a table is made, so that it is made once
 _tables: dict[Path, ExtentTable] = {}  # the last table that was made, by folder
 
 

@@ -220,7 +220,7 @@ def error_json(error: MoetierError) -> dict[str, str]:
 
 
 def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError) -> MoetierError:
-    """Return the error that the JSON object ``value`` describes, which ``error_json`` made.
+    """Return the error of ``value``, a JSON object from ``error_json``.
 
     ``value`` comes from another process and may be any JSON value. ``otherwise`` is the class of the returned error if
     this version has no error class with the name in ``value``.

@@ -27,9 +27,7 @@ def check_integrity(tier: Any) -> None:
 def _check_device(tier: Any) -> None:
     for pool in tier._slots.pools.values():
         check_pool(pool)
-    promoter = tier._promoter
-    assert promoter._missing >= 0
-    assert all(tier._slots.slot_of(key) is not None for key in promoter.outcomes.unused)
+    assert all(tier._slots.slot_of(key) is not None for key in tier._promoter.outcomes.unused)
 
 
 def check_ledger(ledger: Ledger) -> None:
@@ -44,7 +42,7 @@ def check_ledger(ledger: Ledger) -> None:
     check_directory(ledger._directory, ledger.slots.contents())
     assert {load for demand in ledger._demands for load in demand.loads} <= set(ledger.loads)
     check_loads(ledger.loads)
-    queue = ledger.prefetches
+    queue = ledger._prefetches
     followed = {*queue._outcomes._began, *queue._outcomes.unused, *queue._warmed}
     assert all(key in queue._copied or ledger.slots.slot_of(key) is not None for key in followed)
     _check_waiting(ledger.waiting, ledger._demands)
@@ -78,7 +76,7 @@ def check_loads(loads: Loads) -> None:
 
 def check_directory(directory: Directory, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
     """Assert that the directory agrees with ``states`` (see ``Directory.repair``), unless it was closed."""
-    if directory._closed:
+    if directory._is_closed:
         return
     table = [NO_ENTRY] * directory._layout.keys
     for slot, (key, is_loading) in enumerate(states):

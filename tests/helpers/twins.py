@@ -34,7 +34,7 @@ class OneSlot:
         self.demands: list[list[ExpertKey]] = []
         self.open = 0  # iterators that were neither exhausted nor closed
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[Tensor], None, None]:
         self.demands.append(list(keys))
         self.open += 1
         try:

@@ -26,11 +26,11 @@ class UnsteadySource:
         self.broken = 0  # leases that did not hold
         self.unasked = 0  # leases that were neither proved nor the last when the next was taken
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Any], None, None]:
-        wanted = list(keys)
-        while wanted:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[Any], None, None]:
+        left = list(keys)
+        while left:
             again: list[ExpertKey] = []
-            for lease in self.source.acquire(wanted):
+            for lease in self.source.acquire(left):
                 asked: list[bool] = []
                 if self.random.random() < self.share:
                     self.broken += 1
@@ -39,7 +39,7 @@ class UnsteadySource:
                 else:
                     yield Lease(lease.key, lease.record, lease.slot, partial(_answer, asked, True))
                 self.unasked += asked == []
-            wanted = again
+            left = again
 
     @contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[Any] | None]:

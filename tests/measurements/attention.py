@@ -30,7 +30,7 @@ from moetier.tools.cli.report import table
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 KEY_HEADS_OF_PROMPTS = 4
 UNCACHED = 256 << 20  # bytes
-LEAST_SECONDS = 0.3  # of a round
+MIN_SECONDS = 0.3  # of a round
 
 Pair = tuple[Tensor, Tensor]
 
@@ -100,7 +100,7 @@ def pairs(length: int) -> list[Pair]:
 def microseconds(call: Callable[[], object]) -> float:
     call()
     began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < LEAST_SECONDS:
+    while time.perf_counter() - began < MIN_SECONDS:
         call()
         count += 1
     return (time.perf_counter() - began) / count * 1e6

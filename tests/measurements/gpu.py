@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CALL_SECONDS, ALL_SECONDS = 600, 2700
-LEAST_SECONDS = 20  # with fewer left, no step begins
+MIN_SECONDS = 20  # with fewer left, no step begins
 TRIES = 2  # of a step that a call's end has cut off
 HELPERS = Path(__file__).parent.parent / "helpers"
 INDEX = "https://download.pytorch.org/whl/cu128"
@@ -124,7 +124,7 @@ class Course:
                 self.save()
                 say(f"{each.name}: left out, as there is no {', '.join(lacking)}")
                 continue
-            if self.left < min(LEAST_SECONDS, each.seconds):
+            if self.left < min(MIN_SECONDS, each.seconds):
                 say("no time is left: run it again, to go on")
                 return False
             self._run(each, entry, python)

@@ -41,7 +41,7 @@ def test_a_step_that_fails_is_kept_with_its_traceback_and_one_that_is_cut_off_go
     assert steps["needs it"]["state"] == "left"
     monkeypatch.setattr(gpu, "STEPS", (broken, endless))
     monkeypatch.setattr(gpu.Course, "left", 0.01)
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)  # there is just enough time to begin it
+    monkeypatch.setattr(gpu, "MIN_SECONDS", 0)  # there is just enough time to begin it
     for expected in ("left", "failed"):  # the second time it is given up
         gpu.main([str(tmp_path), "--simulate"])
         assert results(tmp_path)["endless"]["state"] == expected

@@ -141,7 +141,7 @@ class Arena:
         self._allocated = layout.nbytes if allocated is None else allocated  # bytes that are allocated, in order
         self._is_allocated = bytearray(layout.slots)  # for each slot, whether ``allocate`` has seen to its pages
         self._allocator: threading.Thread | None = None
-        self._closing = False
+        self._is_closing = False
 
     def slot(self, slot: TierSlot) -> memoryview:
         """Return a view of a whole slot: the record and its checksum. The owner's views are writable.
@@ -174,7 +174,7 @@ class Arena:
         descriptor, whole = self._descriptor, self.layout.nbytes
         assert descriptor is not None
         with contextlib.suppress(OSError):
-            while self._allocated < whole and not self._closing:
+            while self._allocated < whole and not self._is_closing:
                 size = min(whole - self._allocated, ALLOCATION_BYTES)
                 os.posix_fallocate(descriptor, self._allocated, size)
                 self._allocated += size
@@ -233,7 +233,7 @@ class Arena:
 
     def close(self) -> None:
         """Release the memory, and the owner's lock. While views of the memory exist, it stays mapped. Idempotent."""
-        self._closing = True
+        self._is_closing = True
         if self._allocator is not None and self._fork_guard.is_owner:
             self._allocator.join()
         mapping, self._mapping = self._mapping, None

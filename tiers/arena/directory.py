@@ -114,8 +114,8 @@ class Directory:
         """Use the existing directory in ``memory``, which has ``layout.directory_bytes`` bytes."""
         assert len(memory) == layout.directory_bytes
         self._layout = layout
-        self._closed = False
-        self._retired = False
+        self._is_closed = False
+        self._is_retired = False
         self._first_keys = layout.first_keys
         words = memory.cast("Q")
         table = layout.header_words
@@ -178,7 +178,7 @@ class Directory:
 
     def complete_fill(self, slot: TierSlot, key: ExpertKey) -> None:
         """Let readers find the record of ``key`` in a slot, which has been filled."""
-        if self._retired:
+        if self._is_retired:
             return
         number = self._number(key)
         self._contents[slot] = number
@@ -192,7 +192,7 @@ class Directory:
 
     def retire(self) -> None:
         """Invalidate all slots for good. Readers find no records from now on, and all their leases are invalid."""
-        self._retired = True
+        self._is_retired = True
         for number in range(self._layout.keys):
             self._table[number] = NO_ENTRY
         for slot in range(self._layout.slots):
@@ -203,7 +203,7 @@ class Directory:
         return self._first_keys[key.block] + key.expert
 
     def _step(self, slot: int) -> None:
-        if self._retired:
+        if self._is_retired:
             return
         # modulo, because a dead owner may have left any number, even the largest
         self._generations[slot] = (self._generations[slot] + 1) % _WORDS
@@ -226,9 +226,9 @@ class Directory:
         ``states`` has for each slot the key that it holds or is being filled with (None if neither), and whether the
         slot is being filled. Entries that are already right are not changed, so readers can use them during the repair.
         """
-        if self._closed:
+        if self._is_closed:
             return
-        if self._retired:
+        if self._is_retired:
             self.retire()
             return
         held = {self._number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
@@ -255,7 +255,7 @@ class Directory:
 
     def close(self) -> None:
         """Release the views of the arena's memory. Idempotent."""
-        self._closed = True
+        self._is_closed = True
         for view in (self._table, self._generations, self._contents, self._words):
             view.release()
 

@@ -178,10 +178,6 @@ class SlotPool:
         """Return the tier's number of a slot of this pool."""
         return TierSlot(self.first + slot)
 
-    def slot(self, number: TierSlot) -> PoolSlot:
-        """Return the slot of this pool that has the tier's ``number``."""
-        return PoolSlot(number - self.first)
-
     def key(self, slot: PoolSlot) -> ExpertKey:
         """Return the key of the record that a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]

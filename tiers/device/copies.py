@@ -19,12 +19,12 @@ from .views import SlotViews
 Arrange = Callable[[torch.Tensor, RecordLayout], None]
 
 
-class Copy(NamedTuple):
+class QueuedCopy(NamedTuple):
     """A queued copy of a record into a slot."""
 
     ended: StreamEvent  # the end of the copy
     ready: StreamEvent  # the end of all work that prepares the record; from then on it can be computed with
-    uses: Mapping[DeviceStream, StreamEvent]  # by stream that works on the slot after the copy: the end of that work
+    uses: Mapping[DeviceStream, StreamEvent]  # the end of the work on the slot after the copy, by its stream
 
 
 class Copies:
@@ -44,11 +44,12 @@ class Copies:
         self._ring = Ring(device, record_bytes)
         self._views = SlotViews()
 
-    def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: PoolSlot) -> Copy | None:
+    def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: PoolSlot) -> QueuedCopy | None:
         """Queue a copy of a leased record into a LOADING slot. The copy begins after all earlier uses of the slot.
 
-        The lease may end as soon as this returns. Returns None if the lease is not valid any more, because another
-        process has replaced the record; the caller then abandons the copy.
+        The lease may end as soon as this returns. The caller then calls ``complete``. Returns None if the lease is not
+        valid any more, because another process has replaced the record; then, and after an exception, the caller
+        calls ``abandon``.
         """
         copies, record = self._device.copy_stream(), pool.records[slot]
         for use in pool.used[slot].values():
@@ -57,12 +58,17 @@ class Copies:
         if not lease.validate():
             return None
         if self._arrange is None:
-            return Copy(ended, ended, {})
+            return QueuedCopy(ended, ended, {})
         arranging = self._device.arranging_stream()
         arranging.wait_event(ended)
         self._device.run(arranging, partial(self._arrange, record, pool.layout))
         ready = arranging.record_event()
-        return Copy(ended, ready, {arranging: ready})
+        return QueuedCopy(ended, ready, {arranging: ready})
+
+    def complete(self, copy: QueuedCopy, pool: DevicePool, slot: PoolSlot) -> None:
+        """Let computations on a slot wait for its queued copy, and later copies for what works on the slot now."""
+        pool.copied[slot] = copy.ready
+        pool.used[slot] = dict(copy.uses)
 
     def abandon(self, pool: DevicePool, slot: PoolSlot) -> None:
         """Give up a copy into a slot, whether or not the copy was queued. Later copies into the slot come after it."""

@@ -46,23 +46,24 @@ class DeviceSlots:
     """The pools of one device tier. Callers of its methods hold the tier's lock."""
 
     def __init__(
-        self, manifest: Manifest, memory: Mapping[str, torch.Tensor], policy: str, counters: TierCounters
+        self, device: StreamDevice, manifest: Manifest, slots: Mapping[str, int], policy: str, counters: TierCounters
     ) -> None:
+        """Allocate slots, as ``use`` does. ``policy`` is a key of ``POLICIES``."""
+        self._device = device
         self._manifest = manifest
         self._policy = policy
         self._counters = counters
         self.pools: dict[str, DevicePool] = {}  # from the name of a zarr array to the pool for its records
-        self.use(memory)
+        self.use(slots)
 
-    def use(self, memory: Mapping[str, torch.Tensor]) -> None:
-        """Replace the pools by new pools, whose slots are EMPTY.
+    def use(self, slots: Mapping[str, int]) -> None:
+        """Replace the pools by new pools, whose slots are EMPTY. Their memory is allocated (``_allocate``).
 
-        ``memory``, which ``allocate`` has returned, is a dictionary from the name of each zarr array to the memory for
-        its slots, uint8 [slots * slot_bytes].
+        ``slots`` is a dictionary from the name of each zarr array to the number of slots for its records.
         """
         first = 0
-        for array, slots in memory.items():
-            self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
+        for array, memory in _allocate(self._device, self._manifest, slots).items():
+            self.pools[array] = DevicePool(self._manifest, array, first, memory, self._policy)
             first += self.pools[array].slot_count
 
     def pool(self, block: int) -> DevicePool:
@@ -85,6 +86,11 @@ class DeviceSlots:
     def counts(self) -> dict[str, int]:
         """A dictionary from the name of each zarr array to the number of slots for its records."""
         return {array: pool.slot_count for array, pool in self.pools.items()}
+
+    @property
+    def fewer_counts(self) -> dict[str, int]:
+        """Three quarters of ``counts``, but at least enough for one token's experts in one block."""
+        return _fewer(self._manifest, self.counts)
 
     @property
     def is_dropped(self) -> bool:
@@ -122,7 +128,7 @@ class DeviceSlots:
         return snapshot(self._counters, self.pools.values())
 
 
-def allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def _allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Allocate device memory for slots. If the device has too little free memory, warn, and allocate fewer slots.
 
     Args:
@@ -142,7 +148,7 @@ def allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int])
         try:
             memory = {array: device.allocate(count * sizes[array]) for array, count in counts.items()}
         except torch.OutOfMemoryError:
-            less = fewer(manifest, counts)
+            less = _fewer(manifest, counts)
             if less == counts:
                 least = sum(count * sizes[array] for array, count in counts.items())
                 raise BudgetError(
@@ -156,12 +162,12 @@ def allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int])
         warnings.warn(
             f"The device has room for {sum(counts.values())} experts, not for {sum(slots.values())}: it caches fewer.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
     return memory
 
 
-def fewer(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, int]:
+def _fewer(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, int]:
     """Return three quarters of each number of slots, but at least enough for one token's experts in one block.
 
     ``slots`` and the result are dictionaries from the name of each zarr array to a number of slots.

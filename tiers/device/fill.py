@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from moetier.tiers.cache.pool import Lookup
 from moetier.tiers.layout import ExpertKey, PoolSlot
@@ -19,7 +20,7 @@ from moetier.tiers.locks import Monitor, transition, waiting
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
 
-from .copies import Copies, Copy
+from .copies import Copies, QueuedCopy
 from .device_pool import DevicePool, DeviceSlots
 from .promoter import Promoter
 from .stream import DeviceStream
@@ -43,14 +44,55 @@ class DeviceDemand:
     leased: tuple[list[PoolSlot], DeviceStream] | None = None  # the slots of all leases, and the stream that uses them
     filling: tuple[PoolSlot, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
 
+    @property
+    def slots(self) -> list[PoolSlot]:
+        """The slots that are pinned for the demand."""
+        return [*self.ready, *(self.leased[0] if self.leased is not None else ())]
+
+    def begin(self, pool: DevicePool, *, is_scan: bool = False) -> None:
+        """Begin with the slots of ``pool``."""
+        self.pool = pool
+        self.is_scan = is_scan
+
+    def hold(self, slot: PoolSlot) -> None:
+        """Note that a slot was pinned for the demand."""
+        self.ready.append(slot)
+
+    def lack_records(self) -> None:
+        """Note that records are not on the device."""
+        self.misses = True
+
+    def begin_filling(self, slot: PoolSlot, key: ExpertKey) -> None:
+        """Note that a slot will be LOADING."""
+        self.filling = (slot, key)
+
+    def end_filling(self) -> None:
+        """Note that the slot is no longer LOADING."""
+        self.filling = None
+
+    def lease(self, count: int, stream: DeviceStream) -> list[PoolSlot]:
+        """Lease the first ``count`` slots that are ready to ``stream``, and return these slots."""
+        slots = self.ready[:count]
+        self.leased = (slots, stream)
+        del self.ready[:count]
+        self.latest = self.pool.key(slots[-1])
+        return slots
+
+    def end_leases(self) -> None:
+        """Note that the leases have ended. The slots are still pinned."""
+        self.leased = None
+
+    def end(self) -> bool:
+        """End the demand. Return whether records were not on the device, unless it has ended before."""
+        misses, self.misses = self.misses, False
+        return misses
+
 
 class DeviceFill:
     """Fills the slots of one device tier.
 
     Methods take the tier's lock. But if a docstring ends with "Part of a transition", the caller already holds it.
     """
-
-    promotion: DeviceDemand | None = None  # the latest promotion
 
     def __init__(
         self,
@@ -67,8 +109,9 @@ class DeviceFill:
         self._counters = counters
         self._promoter = promoter
         self._check_open = check_open
+        self._promotion: DeviceDemand | None = None  # the latest promotion
 
-    def demand(self, demand: DeviceDemand, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
+    def copy_for(self, demand: DeviceDemand, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
         """Copy a record that the host tier has leased into a slot, for a demand.
 
         If the lease is not valid any more, the copy is discarded, and the host tier will lease the record again.
@@ -131,7 +174,7 @@ class DeviceFill:
     def _place_promotion(self, promotion: DeviceDemand, key: ExpertKey) -> bool | None:
         """Begin to fill a slot for a promotion, and return whether there is one to fill. Waits for another filling."""
         promoter, pool = self._promoter, self._slots.pool(key.block)
-        promotion.pool = pool  # another than before if the tier was made smaller meanwhile
+        promotion.begin(pool)  # another than before if the tier was made smaller meanwhile
         if not promoter.may_begin(key):
             return False
         if pool.slot_of(key) is not None:
@@ -143,7 +186,7 @@ class DeviceFill:
         if slot is None:
             promoter.cancel(key)
             return False
-        self.promotion = promotion
+        self._promotion = promotion
         self._begin(promotion, slot, key, is_prefetch=True)
         promoter.begin(key)
         return True
@@ -169,26 +212,26 @@ class DeviceFill:
         return choose(may_borrow=True) if slot is None else slot
 
     def _begin(self, demand: DeviceDemand, slot: PoolSlot, key: ExpertKey, *, is_prefetch: bool = False) -> None:
-        demand.filling = (slot, key)
+        demand.begin_filling(slot, key)
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
             self._counters.count(evictions=1)
             self._promoter.outcomes.evict(evicted)
 
-    def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
+    def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> QueuedCopy | None:
         """Queue the copy of a record into the slot that ``demand`` is filling; None if the lease is not valid."""
         assert demand.filling is not None
         try:
             copy = self._copies.queue(lease, demand.pool, demand.filling[0])
         except BaseException:
-            self._fail(demand, 1, 0)
+            self._fail(demand, "failures")
             raise
         if copy is None:
-            self._fail(demand, 0, 1)
+            self._fail(demand, "discarded")
         return copy
 
     @transition
-    def _complete(self, demand: DeviceDemand, copy: Copy, began: float | None) -> None:
+    def _complete(self, demand: DeviceDemand, copy: QueuedCopy, began: float | None) -> None:
         """Make the slot that ``demand`` is filling READY. Later computations on the slot wait for the end of ``copy``.
 
         ``began`` is the time since when the demand has waited for the record; None for a promotion.
@@ -196,8 +239,7 @@ class DeviceFill:
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
         self._counters.count(bytes_in=pool.slot_bytes)
-        pool.copied[slot] = copy.ready
-        pool.used[slot] = dict(copy.uses)
+        self._copies.complete(copy, pool, slot)
         pool.complete_fill(slot)
         self._end_filling(demand)
         if began is not None:
@@ -207,27 +249,28 @@ class DeviceFill:
     def leave(self, demand: DeviceDemand) -> None:
         """Stop filling a slot for a demand that ends, if the demand is filling one. Part of a transition."""
         if demand.filling is not None:
-            self._cancel(demand)
+            self._abandon(demand)
 
     @transition
-    def _fail(self, demand: DeviceDemand, failures: int, discarded: int) -> None:
-        self._cancel(demand, failures, discarded)
+    def _fail(self, demand: DeviceDemand, counter: Literal["failures", "discarded"]) -> None:
+        """Abandon the copy for ``demand``, and count it."""
+        self._counters.count(**{counter: 1})
+        self._abandon(demand)
 
-    def _cancel(self, demand: DeviceDemand, failures: int = 0, discarded: int = 0) -> None:
+    def _abandon(self, demand: DeviceDemand) -> None:
         assert demand.filling is not None
         slot, key = demand.filling
-        self._counters.count(failures=failures, discarded=discarded)
         self._promoter.outcomes.abort(key)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
         self._copies.abandon(demand.pool, slot)
 
     def _end_filling(self, demand: DeviceDemand) -> None:
-        demand.filling = None
+        demand.end_filling()
         self._monitor.wake()
 
     def _admit(self, demand: DeviceDemand, slot: PoolSlot, began: float) -> None:
-        demand.ready.append(slot)
+        demand.hold(slot)
         self._counters.count_wait(time.perf_counter() - began)
 
     def repair(self, demands: Collection[DeviceDemand]) -> None:
@@ -238,9 +281,9 @@ class DeviceFill:
         for pool in self._slots.pools.values():
             pins = [0] * pool.slot_count
             loading: dict[PoolSlot, ExpertKey] = {}
-            for demand in (*demands, *([self.promotion] if self.promotion is not None else [])):
+            for demand in (*demands, *([self._promotion] if self._promotion is not None else [])):
                 if demand.pool is pool:
-                    for slot in [*demand.ready, *(demand.leased[0] if demand.leased is not None else ())]:
+                    for slot in demand.slots:
                         pins[slot] += 1
                     if demand.filling is not None:
                         loading[demand.filling[0]] = demand.filling[1]

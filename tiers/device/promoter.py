@@ -25,6 +25,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
 from moetier.tiers.source import CopySource, Lease
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
+from moetier.tiers.threads import start_thread
 
 PAUSE = 0.002  # first pause until the promoter looks again for records that are not READY, in seconds; it then doubles
 LONGEST_PAUSE = 0.1  # longest pause, in seconds
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Promoter:
-    """The promotions of one device tier. Callers of all methods except ``join`` hold the tier's lock."""
+    """The promotions of one device tier. Callers of all methods except ``close`` hold the tier's lock."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Promoter:
         counters: TierCounters,
         promote: Callable[[Lease[memoryview]], None],
         make_room: Callable[[], object],
+        yields: Callable[[], bool],
     ) -> None:
         """Prepare the promoter. Its thread starts with the first request.
 
@@ -52,20 +54,21 @@ class Promoter:
             promote: called, without the lock, with a lease of a pinned record. It copies the record if ``may_begin``
                 allows this, and returns when the lease may end.
             make_room: called, without the lock, if the device has no memory left for a promotion.
+            yields: returns whether no promotion may begin now, as demands go first. ``resume`` says that this is over.
         """
         self._source = source
         self._monitor = monitor
         self._counters = counters
         self._promote = promote
         self._make_room = make_room
+        self._yields = yields
         # a dictionary from block to its latest requests, in the order of arrival. The requests are a dictionary from
         # key to True if the promotion is yet to begin.
         self._requests: dict[int, dict[ExpertKey, bool]] = {}
         self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
-        self._missing = 0  # number of demands that lack records
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._is_over = False
+        self._is_ending = False
         self._has_failed = False  # only the first failure is logged
 
     def __contains__(self, key: ExpertKey) -> bool:
@@ -79,38 +82,31 @@ class Promoter:
 
     # -- requests and demands -----------------------------------------------------------------------------------------
 
-    def replace(self, block: int, keys: Iterable[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
-        """Replace a block's requests by ``keys``. The thread will promote those of them that are in ``lacking``.
+    def replace(self, block: int, keys: Iterable[ExpertKey], absent: Sequence[ExpertKey]) -> None:
+        """Replace a block's requests by ``keys``. The thread will promote those of them that are in ``absent``.
 
-        ``lacking`` are the keys whose records are not on the device, in the order of ``keys``.
+        ``absent`` are the keys whose records are not on the device, in the order of ``keys``.
         """
         before = self._requests.pop(block, {})
-        requests = dict.fromkeys(keys, False) | dict.fromkeys(lacking, True)
+        requests = dict.fromkeys(keys, False) | dict.fromkeys(absent, True)
         self._counters.count(cancelled=sum([waits and key not in requests for key, waits in before.items()]))
         if requests:
             self._requests[block] = requests
-        if lacking:
-            if self._thread is None or self._thread.ident is None:  # ident is None if the start was interrupted
-                self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)
-                self._thread.start()
-            if not self._missing:
-                self._bell.put(None)
-
-    def pause(self) -> None:
-        """Let no promotion begin until ``resume`` is called, because a demand lacks records. Calls can be nested."""
-        self._missing += 1
+        if absent:
+            if self._thread is None:
+                self._thread = start_thread("moetier-promoter", self._run)
+            self.resume()
 
     def resume(self) -> None:
-        """End the effect of one call of ``pause``."""
-        self._missing -= 1
-        if not self._missing and self.waiting:
+        """Wake the thread if promotions may begin now."""
+        if not self._yields() and self.waiting:
             self._bell.put(None)
 
     # -- promotions ---------------------------------------------------------------------------------------------------
 
     def may_begin(self, key: ExpertKey) -> bool:
         """Return whether the promotion of a record is yet to begin and may begin now, as no demand lacks records."""
-        return not self._missing and self._requests.get(key.block, {}).get(key, False)
+        return not self._yields() and self._requests.get(key.block, {}).get(key, False)
 
     def begin(self, key: ExpertKey) -> None:
         """Note that the promotion of a record begins."""
@@ -130,26 +126,25 @@ class Promoter:
             requests[key] = False
         return waits
 
-    def repair(self, missing: int, slot_of: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, slot_of: Callable[[ExpertKey], int | None]) -> None:
         """Make the state consistent again after an interrupted transition. All requests are dropped.
 
-        ``missing`` is the number of demands that lack records. ``slot_of`` returns the slot of a key, or None.
+        ``slot_of`` returns the slot of a key, or None.
         """
-        self._missing = missing
         self._requests.clear()
         self.outcomes.repair(lambda key: slot_of(key) is not None)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Let no promotion begin any more, and let the thread end."""
-        self._is_over = True
+        """Let no promotion begin any more, and let the thread end. ``close`` waits for it."""
+        self._is_ending = True
         self._requests.clear()
         self._bell.put(None)
 
-    def join(self) -> None:
-        """Wait until the thread has ended. The caller must not hold the tier's lock."""
-        if self._thread is not None and self._thread.ident is not None:
+    def close(self) -> None:
+        """Wait until the thread has ended, after ``stop``. The caller must not hold the tier's lock. Idempotent."""
+        if self._thread is not None:
             self._thread.join()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
@@ -172,9 +167,10 @@ class Promoter:
     @transition
     def _due(self) -> list[ExpertKey] | None:
         """Return the keys of the records that may be promoted now; None if the thread has to end."""
-        if self._is_over:
+        # a thread whose start was interrupted is not the promoter's: another one starts with the next request
+        if self._is_ending or threading.current_thread() is not self._thread:
             return None
-        return self.waiting if not self._missing else []
+        return [] if self._yields() else self.waiting
 
     @transition
     def _fail(self, key: ExpertKey) -> None:

@@ -12,10 +12,8 @@ If records are arranged on the device (see ``Copies``), this is done after the c
 counts as a use of the slot, and computations on the slot wait for its end.
 
 There is no deadlock. A caller that waits for the host tier holds no slot of this tier, so all leased slots belong to
-callers that are computing. A caller that holds a lease of the host tier and waits for a slot waits for one of these
-callers, which need nothing from it, or for one that fills a slot, which waits only for the device.
-
-If ``promotes`` is true, requested records are copied to the device in the background (see ``promoter``).
+callers that are computing. A caller may hold a lease of the host tier and wait for a slot. It then waits for
+one of these callers, which need nothing from it, or for a slot to be filled, for which only the device is needed.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ import torch
 
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, posted, transition, waiting
@@ -38,10 +37,12 @@ from moetier.tiers.source import CopySource, Lease, NoUses, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
-from .device_pool import DeviceSlots, allocate, fewer
+from .device_pool import DeviceSlots
 from .fill import DeviceDemand, DeviceFill
 from .promoter import Promoter
 from .stream import DeviceStream, StreamDevice, StreamEvent
+
+_SHRUNK = "The device has no memory left, so the device tier now has %d slots instead of %d."
 
 _log = logging.getLogger(__name__)
 
@@ -86,20 +87,26 @@ class DeviceTier:
         self._monitor = Monitor(self._repair)
         self._counters = TierCounters("device")
         self._copies = Copies(device, max(layout.record_bytes for layout in manifest.layouts.values()), arrange)
-        self._slots = DeviceSlots(manifest, allocate(device, manifest, slots), policy, self._counters)
+        with closed_on_error(self._copies):
+            self._slots = DeviceSlots(device, manifest, slots, policy, self._counters)
         self._promotes = promotes
         self._promoter = Promoter(
-            source, self._monitor, self._counters, lambda lease: self._fill.promote(lease), self.shrink
+            source,
+            self._monitor,
+            self._counters,
+            promote=lambda lease: self._fill.promote(lease),
+            make_room=self.shrink,
+            yields=lambda: self._shrinking is not None or any(demand.misses for demand in self._demands),
         )
         self._fill = DeviceFill(
             self._monitor, self._slots, self._copies, self._counters, self._promoter, self._check_open
         )
         self._demands: dict[DeviceDemand, None] = {}  # calls of ``acquire`` that have not ended
-        self._shrinking: int | None = None  # id of the thread that shrinks the tier, during which ``acquire`` waits
+        self._shrinking: int | None = None  # id of the thread that shrinks the tier; ``acquire`` waits meanwhile
         self._requested: set[int] = set()  # blocks with prefetch requests that were passed on to the source
-        self._closed = False
+        self._is_closed = False
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Their records are uint8 [record bytes] on the device.
 
         All records that are on the device are leased together (see ``Lease.more``). The caller must compute with them
@@ -112,14 +119,14 @@ class DeviceTier:
         self._manifest.check_keys(block, distinct)
         demand = DeviceDemand(self._slots.pool(block), caller=threading.get_ident())
         try:
-            hits, missing, was_requested = self._begin(demand, distinct, wanted)
+            hits, missing, was_requested = self._begin(demand, distinct, of_total)
             if hits:
                 self._source.uses.note_copies(hits)
-            if was_requested and not missing and not wanted:  # if records are missing, the source's demand cancels them
+            if was_requested and not missing and not of_total:  # else the source's demand cancels the requests
                 self._source.prefetch(block, ())
             yield from self._leases(demand)
             if missing:
-                yield from self._bring(demand, missing, wanted)
+                yield from self._bring(demand, missing, of_total)
         finally:
             self._end(demand)
 
@@ -150,11 +157,11 @@ class DeviceTier:
     @transition
     def _request(self, block: int, keys: Collection[ExpertKey]) -> list[ExpertKey]:
         self._check_open()
-        lacking = [key for key in keys if self._slots.slot_of(key) is None]
+        absent = [key for key in keys if self._slots.slot_of(key) is None]
         self._requested.add(block)
         if self._promotes:
-            self._promoter.replace(block, keys, lacking)
-        return lacking
+            self._promoter.replace(block, keys, absent)
+        return absent
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the absent keys, as ``ExpertSource`` specifies.
@@ -190,19 +197,14 @@ class DeviceTier:
         """
         caller = threading.get_ident()
         try:
-            before, less = self._begin_shrinking(caller)
-            if less == before:
+            if not self._begin_shrinking(caller):
                 return 0
             self._wait_until_idle()
-            nbytes, stats = self._use_fewer(less)
+            before, after = self._use_fewer()
         finally:
             self._complete_shrinking(caller)
-        _log.warning(
-            "The device has no memory left, so the device tier now has %d slots instead of %d.",
-            stats.slots,
-            sum(before.values()),
-        )
-        return nbytes - stats.slot_bytes
+        _log.warning(_SHRUNK, after.slots, before.slots)
+        return before.slot_bytes - after.slot_bytes
 
     def close(self) -> None:
         """Close the tier, as ``ExpertSource`` specifies. The source stays open, and leased records stay usable.
@@ -213,7 +215,7 @@ class DeviceTier:
             return
         self._stop(threading.get_ident())
         self._end_copies()
-        self._promoter.join()
+        self._promoter.close()
         self._slots.clear()
         self._copies.close()
 
@@ -221,7 +223,7 @@ class DeviceTier:
 
     @transition
     def _stop(self, caller: int) -> None:
-        self._closed = True
+        self._is_closed = True
         self._promoter.stop()
         for demand in self._demands:
             if demand.caller == caller:  # an exception has interrupted this demand, as its thread is in ``close`` now
@@ -229,20 +231,15 @@ class DeviceTier:
         self._monitor.wake()
 
     @waiting
-    def _begin_shrinking(self, caller: int) -> tuple[dict[str, int], dict[str, int]] | None:
-        """Return the present and the new numbers of slots; None while another thread shrinks the tier.
-
-        Both are dictionaries from the name of each zarr array.
-        """
+    def _begin_shrinking(self, caller: int) -> bool | None:
+        """Return whether the tier can be smaller; None while another thread shrinks it."""
         self._check_open()
         if self._shrinking is not None:
             return None
-        before = self._slots.counts
-        less = fewer(self._manifest, before)
-        if less != before:
-            self._shrinking = caller
-            self._promoter.pause()
-        return before, less
+        if self._slots.fewer_counts == self._slots.counts:
+            return False
+        self._shrinking = caller
+        return True
 
     @waiting
     def _end_copies(self) -> bool | None:
@@ -257,21 +254,18 @@ class DeviceTier:
         return None if self._demands or self._slots.is_filling else True
 
     @transition
-    def _use_fewer(self, less: dict[str, int]) -> tuple[int, TierStats]:
-        """Replace the slots by as many as ``less`` says, a dictionary from the name of each zarr array.
-
-        Returns the size of the old slots in bytes, and the statistics of the tier with the new slots.
-        """
-        nbytes = self._slots.stats().slot_bytes
+    def _use_fewer(self) -> tuple[TierStats, TierStats]:
+        """Replace the slots by fewer ones. Return the statistics of the tier before and after."""
+        before = self._slots.stats()
         for key in self._slots.drop():
             self._promoter.outcomes.evict(key)
         try:
-            self._slots.use(allocate(self._device, self._manifest, less))
+            self._slots.use(self._slots.fewer_counts)
         except Exception:  # not KeyboardInterrupt, after which the next transition repairs the state
-            self._closed = True
+            self._is_closed = True
             self._promoter.stop()
             raise
-        return nbytes, self._slots.stats()
+        return before, self._slots.stats()
 
     @transition
     def _complete_shrinking(self, caller: int) -> None:
@@ -284,21 +278,20 @@ class DeviceTier:
             self._monitor.wake()
 
     def _repair(self) -> None:
-        if self._slots.is_dropped and not self._closed:  # an exception has interrupted ``shrink``
+        if self._slots.is_dropped and not self._is_closed:  # an exception has interrupted ``shrink``
             try:
-                self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
+                self._slots.use(self._slots.counts)
             except MoetierError:  # no memory is left; all callers get ClosedError
-                self._closed = True
+                self._is_closed = True
         self._fill.repair(self._demands)
-        missing = sum(demand.misses for demand in self._demands) + (self._shrinking is not None)
-        self._promoter.repair(missing, self._slots.slot_of)
+        self._promoter.repair(self._slots.slot_of)
         self._monitor.wake()
 
     # -- a caller -----------------------------------------------------------------------------------------------------
 
     @waiting
     def _begin(
-        self, demand: DeviceDemand, keys: Sequence[ExpertKey], wanted: int
+        self, demand: DeviceDemand, keys: Sequence[ExpertKey], of_total: int
     ) -> tuple[list[ExpertKey], list[ExpertKey], bool] | None:
         """Begin a demand for distinct keys: pin the slots of those whose records are READY.
 
@@ -309,46 +302,45 @@ class DeviceTier:
         if self._shrinking is not None:
             return None
         block, hits, missing = keys[0].block, list[ExpertKey](), list[ExpertKey]()
-        demand.pool = self._slots.pool(block)
-        demand.is_scan = max(len(keys), wanted) > demand.pool.partitions.quota(block)
+        pool = self._slots.pool(block)
+        demand.begin(pool, is_scan=max(len(keys), of_total) > pool.partitions.quota(block))
         self._demands[demand] = None
         if self._promotes:
             self._promoter.replace(block, (), ())
             for key in keys:
                 self._promoter.outcomes.note_use(key)
         for key in keys:
-            slot = demand.pool.pin_ready(key)
+            slot = pool.pin_ready(key)
             if slot is None:
                 missing.append(key)
             else:
-                demand.ready.append(slot)
+                demand.hold(slot)
                 hits.append(key)
-        demand.pool.partitions.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
+        pool.partitions.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
         if missing:
-            self._promoter.pause()
-            demand.misses = True
+            demand.lack_records()
         self._counters.count(hits=len(hits), misses=len(missing))
         was_requested = block in self._requested
         self._requested.discard(block)
         return hits, missing, was_requested
 
     def _bring(
-        self, demand: DeviceDemand, missing: Sequence[ExpertKey], wanted: int
+        self, demand: DeviceDemand, missing: Sequence[ExpertKey], of_total: int
     ) -> Generator[Lease[torch.Tensor], None, None]:
         """Copy the records that the device lacks, as the source leases them, and yield leases of the copies."""
-        with closing(self._source.acquire(missing, wanted)) as leases:
+        with closing(self._source.acquire(missing, of_total)) as leases:
             began = time.perf_counter()
             for lease in leases:
-                if not self._fill.demand(demand, lease, began, wait=not demand.ready):
+                if not self._fill.copy_for(demand, lease, began, wait=not demand.ready):
                     yield from self._leases(demand)
-                    self._fill.demand(demand, lease, time.perf_counter(), wait=True)
+                    self._fill.copy_for(demand, lease, time.perf_counter(), wait=True)
                 # If the source already has the next record, lease this record only after the copy of the next is
                 # queued, so that the copy runs during the computation.
                 yield from self._leases(demand, behind=int(lease.more))
                 began = time.perf_counter()
 
     def _leases(self, demand: DeviceDemand, behind: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
-        """Yield leases, which end together, of all slots that are ready, except the last ``behind`` slots."""
+        """Yield leases of all slots that are ready, except the last ``behind`` slots. The leases end together."""
         if len(demand.ready) > behind:
             stream = self._device.current_stream()
             for lease, copied in self._lease_together(demand, stream, len(demand.ready) - behind):
@@ -364,12 +356,10 @@ class DeviceTier:
         """Return leases of the first ``count`` slots that are ready, and the end of the copy into each."""
         self._check_open()
         pool, leases = demand.pool, list[tuple[Lease[torch.Tensor], StreamEvent]]()
-        demand.leased = (demand.ready[:count], stream)
-        del demand.ready[:count]
-        for left, slot in enumerate(demand.leased[0], 1 - count):
-            demand.latest, copied = pool.key(slot), pool.copied[slot]
+        for left, slot in enumerate(demand.lease(count, stream), 1 - count):
+            copied = pool.copied[slot]
             assert copied is not None
-            leases.append((Lease(demand.latest, pool.records[slot], pool.number(slot), more=left < 0), copied))
+            leases.append((Lease(pool.key(slot), pool.records[slot], pool.number(slot), more=left < 0), copied))
         return leases
 
     @transition
@@ -382,7 +372,7 @@ class DeviceTier:
             ended = stream.record_event()
             for slot in slots:
                 demand.pool.used[slot][stream] = ended
-            demand.leased = None
+            demand.end_leases()
             for slot in slots:
                 demand.pool.unpin(slot)
             self._monitor.wake()
@@ -394,15 +384,14 @@ class DeviceTier:
     def _leave(self, demand: DeviceDemand) -> None:
         """End a demand: release its leases and all of its slots."""
         self._end_leases(demand)
-        if demand.misses:
-            demand.misses = False
-            self._promoter.resume()
         while demand.ready:
             demand.pool.unpin(demand.ready.pop())
         self._fill.leave(demand)
         self._demands.pop(demand, None)
+        if demand.end():
+            self._promoter.resume()
         self._monitor.wake()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The device tier was closed.", "Load the model again.")

@@ -62,14 +62,14 @@ class HostViews:
         self.uses = source.uses
         self._source = source
         self._views = SlotViews()
-        self._closed = False
+        self._is_closed = False
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
         """Yield leases as ``ExpertSource`` specifies. Records are uint8 [record bytes] in the source's memory."""
         self._check_open()
-        with closing(self._source.acquire(keys, wanted)) as leases:
+        with closing(self._source.acquire(keys, of_total)) as leases:
             for lease in leases:
-                if self._closed:
+                if self._is_closed:
                     self._check_open()
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
@@ -97,9 +97,9 @@ class HostViews:
 
     def close(self) -> None:
         """Release the views. The source stays open. Idempotent."""
-        self._closed = True
+        self._is_closed = True
         self._views.clear()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The tiers of the model were closed.", "Load the model again.")

@@ -26,6 +26,7 @@ from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
+from moetier.tiers.source import READERS
 from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import DirectoryStore, Pause
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
@@ -59,7 +60,7 @@ class OpenFile:
                 raise StoreFormatError(f"{path} has another header than before: it was replaced.", fix)
             self._compare(shard)
             self._unchanged = Unchanged(path, self.descriptor, fix)
-            self.direct = try_direct(self.descriptor)
+            self.is_direct = try_direct(self.descriptor)
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -81,7 +82,7 @@ class OpenFile:
     def read(self, offset: int, view: memoryview, buffers: SimpleQueue[mmap.mmap]) -> None:
         """Read the bytes from ``offset`` on into ``view``. Raises StoreReadError."""
         try:
-            if not self.direct:
+            if not self.is_direct:
                 read_at(self.path, self.descriptor, offset, view, direct=False)
                 os.posix_fadvise(self.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
                 return
@@ -181,7 +182,13 @@ class ExtentStore(DirectoryStore):
     """
 
     def __init__(
-        self, folder: Path, table: ExtentTable, paths: Mapping[str, Path], *, readers: int = 4, damaged: bool = False
+        self,
+        folder: Path,
+        table: ExtentTable,
+        paths: Mapping[str, Path],
+        *,
+        readers: int = READERS,
+        damaged: bool = False,
     ) -> None:
         """Open the shards, and compare sizes, times and headers with the table.
 
@@ -236,9 +243,9 @@ class ExtentStore(DirectoryStore):
         return self._faults
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if all shards are read with O_DIRECT."""
-        return all(file.direct for file in self._files.values())
+        return all(file.is_direct for file in self._files.values())
 
     @property
     def has_checksums(self) -> bool:

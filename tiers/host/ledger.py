@@ -1,11 +1,11 @@
 """The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
 The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
-their callers hold the host tier's lock. Its parts share a module because they change in the
-same transitions: a reader must see all of them to know that each transition leaves the state consistent.
+their callers hold the host tier's lock. Its parts (``slots``, ``loads``, ``waiting``, ``prefetch``) change in the same
+transitions, so their methods also expect the lock.
 
 A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
-``Loads.begin``, ``take``, and ``complete`` or ``fail``.
+``Loads.begin_for``, ``take``, and ``complete`` or ``fail``.
 
 No caller waits for ever, for these reasons. A caller of ``acquire`` sleeps only while it holds no READY slot, because
 READY records are yielded first. While the caller sleeps, it may have claims on LOADING slots. But a loader never waits
@@ -20,8 +20,8 @@ that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An 
 leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
 that does not return its slots can't block other callers.
 
-The tier calls some parts itself: ``slots``, ``loads`` for its loaders, ``uses``, ``waiting`` for the timekeeper, and
-``counters``.
+The tier calls some parts itself: ``slots``, ``loads`` for its loaders, the warm-up and ``page_order``, ``uses``,
+``waiting`` for the timekeeper, and ``counters``. Sessions use ``manifest`` and ``uses``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Ledger:
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
         policy: the policy of eviction, a key of ``POLICIES``.
-        loads_rest: whether all records are read, in the background, where there is room (``Loads.load_rest``).
+        loads_rest: whether all records are read, in the background, where there is room (``Loads``).
         clock: returns the time in seconds.
     """
 
@@ -74,25 +74,20 @@ class Ledger:
         self.manifest = manifest
         self.counters = TierCounters("host")
         self.slots = HostSlots(manifest, layout, policy)
-        self.prefetches = PrefetchQueue(self.counters, clock)
-        self.uses = Uses(self.slots.pool_of, self.counters, self.prefetches)
+        self._prefetches = PrefetchQueue(self.counters, clock)
+        self.uses = Uses(self.slots.pool_of, self.counters, self._prefetches)
         self.waiting = WaitingDemands(notifier, clock)
         rest = {self.slots.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
-        self.loads = Loads(directory, self.counters, self.prefetches, self.waiting, notifier, limits, rest)
+        self.loads = Loads(directory, self.counters, self._prefetches, self.waiting, notifier, limits, rest)
         self._directory = directory
         self._notifier = notifier
         self._clock = clock
         self._demands: set[Demand] = set()
         self.fault: StoreError | None = None  # the error with which the tier was condemned
 
-    @property
-    def closed_by(self) -> MoetierError | None:
-        """The error with which the ledger was closed; None while it is open."""
-        return self.loads.closed_by
-
     def check_open(self) -> None:
         """If the ledger was closed, raise the error with which it was closed."""
-        if (error := self.closed_by) is not None:
+        if (error := self.loads.closed_by) is not None:
             raise error.fresh()  # the frames of a raised error would keep slots
 
     def stats(self) -> TierStats:
@@ -101,14 +96,14 @@ class Ledger:
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
+    def new_demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
         """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
         return Demand(self.slots.pool_of[block], block, caller, number, timeout)
 
-    def begin(self, demand: Demand, keys: Sequence[ExpertKey], wanted: int = 0) -> None:
+    def begin(self, demand: Demand, keys: Sequence[ExpertKey], of_total: int = 0) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
 
-        ``wanted`` is that of ``ExpertSource.acquire``. Raises ClosedError if the tier was closed, or the StoreError
+        ``of_total`` is that of ``ExpertSource.acquire``. Raises ClosedError if the tier was closed, or the StoreError
         with which it was condemned (``HostTier.condemn``).
         """
         self.check_open()
@@ -116,11 +111,11 @@ class Ledger:
         pool, caller = demand.pool, demand.caller
         caller.register(demand)
         distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
-        demand.begin(distinct, is_scan=max(len(distinct), wanted) > pool.partitions.quota(demand.block))
-        if not wanted:
-            self.prefetches.replace(pool, demand.block, (), requester)
+        demand.begin(distinct, is_scan=max(len(distinct), of_total) > pool.partitions.quota(demand.block))
+        if not of_total:
+            self._prefetches.replace(pool, demand.block, (), requester)
         elif demand.is_scan:
-            self.prefetches.begin_scan(pool, demand.block, requester)
+            self._prefetches.begin_scan(pool, demand.block, requester)
         hits = []
         for key in distinct:
             if not caller.is_full and (slot := pool.pin_ready(key)) is not None:
@@ -192,7 +187,7 @@ class Ledger:
         """End all demands of ``caller``, and cancel its prefetch requests, if it is asynchronous."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.end(demand)
-        self.prefetches.cancel(caller)
+        self._prefetches.cancel(caller)
 
     def lease_for_copy(self, demand: Demand, key: ExpertKey) -> PoolSlot | None:
         """Lease the slot of a key to the tier above, if the slot is READY and no demand of its pool is starved.
@@ -206,12 +201,12 @@ class Ledger:
             self._demands.add(demand)
             demand.hold(key, slot)
             demand.lease(1)
-            self.prefetches.note_copy(key)
+            self._prefetches.note_copy(key)
         return slot
 
     def condemn(self, error: StoreError) -> None:
         """Close the ledger with ``error`` unless it is closed, and let readers of the directory find no record."""
-        if self.closed_by is None:
+        if self.loads.closed_by is None:
             self.fault = error
             self.close(error)
             self._directory.retire()
@@ -234,14 +229,8 @@ class Ledger:
         is already READY. Raises the same errors as ``begin``.
         """
         self.check_open()
-        if self.prefetches.replace(self.slots.pool_of[block], block, keys, caller):
+        if self._prefetches.replace(self.slots.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
-
-    def warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
-        """Queue records for the warm-up: ``hottest`` has keys for each block. Raises the same errors as ``begin``."""
-        self.check_open()
-        for pool, keys in zip(self.slots.pool_of, hottest, strict=True):
-            self.loads.warm(pool, keys)
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
@@ -299,7 +288,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
-                    self.prefetches.mark_used((key,))
+                    self._prefetches.mark_used((key,))
                 case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)
@@ -332,5 +321,5 @@ class Ledger:
         self.loads.repair(self._demands)
         self.slots.repair(self._demands, self.loads)
         self._directory.repair(self.slots.contents())
-        self.prefetches.repair(self.slots.slot_of)
+        self._prefetches.repair(self.slots.slot_of)
         self.waiting.repair(self._demands, self.slots.pools.values())

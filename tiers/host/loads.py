@@ -5,8 +5,9 @@ no record is being read for a demand, records are read for prefetch requests, an
 keys and values, which others read and write on the same disk, come between: behind demands, before prefetches; and they
 are written while nothing is read (``tiers.disk_order``).
 
-A load goes through ``begin``, ``take`` by a loader, and ``complete`` or ``fail``. It ends early in ``withdraw``, if no
-loader has taken it and no demand waits for it, and in ``may_continue``, if it is a prefetch that is no longer wanted.
+A load goes through ``begin_for``, ``take`` by a loader, and ``complete`` or ``fail``. It ends early in ``withdraw``, if
+no loader has taken it and no demand waits for it, and in ``may_continue``, if it is a prefetch that is no longer
+wanted.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Loads:
         waiting: the queues of demands.
         notifier: wakes threads that can go on.
         limits: how many loads may be in progress.
-        rest: from each pool that ``load_rest`` may read to its blocks.
+        rest: from each pool that ``_load_rest`` may read to its blocks.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Loads:
         rest: Mapping[Pool, Mapping[int, Block]],
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error with which the tier was closed; None while it is open
-        self._rest = dict(rest)  # without pools that ``load_rest`` has read
+        self._rest = dict(rest)  # without pools that ``_load_rest`` has read
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
@@ -124,7 +125,8 @@ class Loads:
         self._limits = limits
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
-        self._pages = set[object]()  # reads of pages that are in progress or wait for reads for demands
+        # reads of pages, in progress or waiting for reads for demands (``page_order``); no prefetch begins meanwhile
+        self.pages = set[object]()
 
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
@@ -135,10 +137,10 @@ class Loads:
         """Begin the load of a record for a demand, which waits for it. Return False if it may not begin one now."""
         if not self._may_begin(demand) or (slot := self._choose(demand)) is None:
             return False
-        self.begin(demand.pool, key, slot, is_scan=demand.is_scan)
+        self._begin(demand.pool, key, slot, is_scan=demand.is_scan)
         self.join(demand, key)
         self._notifier.wake_loader()
-        self.load_rest(demand.pool)
+        self._load_rest(demand.pool)
         return True
 
     def _may_begin(self, demand: Demand) -> bool:
@@ -157,7 +159,7 @@ class Loads:
         slot = choose(keep=self._prefetches.is_requested)
         return choose() if slot is None else slot
 
-    def begin(
+    def _begin(
         self,
         pool: Pool,
         key: ExpertKey,
@@ -204,7 +206,7 @@ class Loads:
         if load.state is LoadState.QUEUED:
             load.state = LoadState.CANCELLED
             self._abort(load)
-        if not self._is_for_demands:  # prefetches that yielded to the load may go on
+        if not self.is_for_demands:  # prefetches that yielded to the load may go on
             self._notifier.wake_callers()
             self.wake_loaders_for_prefetches()
 
@@ -215,7 +217,7 @@ class Loads:
         self._prefetches.queue_warmup(pool, keys)
         self.wake_loaders_for_prefetches()
 
-    def load_rest(self, pool: Pool) -> None:
+    def _load_rest(self, pool: Pool) -> None:
         """Queue all other records of a pool for the warm-up, if it has a slot for each and half of them are taken.
 
         After so many demands, the other records will soon be needed, too. So of a model that is hardly used, only what
@@ -237,7 +239,7 @@ class Loads:
         """
         if load.waiters:
             return True
-        if self.closed_by is None and (self._is_for_demands or self._pages):
+        if self.closed_by is None and (self.is_for_demands or self.pages):
             load.has_yielded = True
             return None
         if load.purpose is Purpose.WARMUP:
@@ -255,43 +257,20 @@ class Loads:
         Returns None if there is no prefetch, if a record is being read for a demand, if pages are read, or if enough
         prefetches are being read.
         """
-        if self._is_for_demands or self._pages or self._prefetching >= self._limits.prefetches:
+        if self.is_for_demands or self.pages or self._prefetching >= self._limits.prefetches:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
-        return self.begin(read.pool, read.key, read.slot, read.purpose, is_scan=read.is_scan)
+        return self._begin(read.pool, read.key, read.slot, read.purpose, is_scan=read.is_scan)
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        if (unbegun := self._prefetches.unbegun) and not (self._is_for_demands or self._pages):
+        if (unbegun := self._prefetches.unbegun) and not (self.is_for_demands or self.pages):
             for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
 
-    # -- pages of keys and values -------------------------------------------------------------------------------------
-
-    def announce_page(self, read: object) -> None:
-        """Note that a page is to be read, by a ``read`` of its own: no prefetch begins from now on."""
-        self._pages.add(read)
-
-    def may_read_page(self, *, is_urgent: bool) -> bool | None:
-        """Return True if an announced page may be read now, None while it has to wait for reads for demands.
-
-        It does not wait if it ``is_urgent``.
-        """
-        return True if is_urgent or self.closed_by is not None or not self._is_for_demands else None
-
-    def end_page(self, read: object) -> None:
-        """Note that a page was read, or will not be. Idempotent."""
-        self._pages.discard(read)
-        self._notifier.wake_callers()
-        self.wake_loaders_for_prefetches()
-
-    def may_write(self, *, is_urgent: bool) -> bool | None:
-        """Return True if a page may be written now, None while anything is read, unless it ``is_urgent``."""
-        return True if is_urgent or self.closed_by is not None or not (self._loads or self._pages) else None
-
     @property
-    def _is_for_demands(self) -> bool:
+    def is_for_demands(self) -> bool:
         """True if a load for a demand is in progress or waits for a loader."""
         return any(load.is_for_demands for load in self._loads.values())
 

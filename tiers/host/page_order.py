@@ -26,28 +26,31 @@ class PageOrder:
         """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
         read = object()
         try:
-            self._announce(read)
+            self._begin_page(read)
             self._may_read(time.monotonic() + PAGE_PATIENCE)
             yield
         finally:
-            self._end(read)
+            self._end_page(read)
 
     def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
         self._may_write(is_urgent)
 
     @transition
-    def _announce(self, read: object) -> None:
-        self._loads.announce_page(read)
+    def _begin_page(self, read: object) -> None:
+        self._loads.pages.add(read)
 
     @waiting
     def _may_read(self, late: float) -> bool | None:
-        return self._loads.may_read_page(is_urgent=time.monotonic() > late)
+        return time.monotonic() > late or self._loads.closed_by is not None or not self._loads.is_for_demands or None
 
     @posted
-    def _end(self, read: object) -> None:
-        self._loads.end_page(read)
+    def _end_page(self, read: object) -> None:
+        self._loads.pages.discard(read)
+        self._monitor.wake()
+        self._loads.wake_loaders_for_prefetches()
 
     @waiting
     def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
-        return self._loads.may_write(is_urgent=is_urgent())
+        is_idle = self._loads.closed_by is not None or not (self._loads.pages or [*self._loads])
+        return is_urgent() or is_idle or None

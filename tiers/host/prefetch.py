@@ -74,10 +74,10 @@ class PrefetchQueue:
             self._counters.count(cancelled=sum([key not in requested for key in before.unbegun]))
         if not requested:
             return False
-        lacking = deque([key for key in keys if pool.slot_of(key) is None])
+        absent = deque([key for key in keys if pool.slot_of(key) is None])
         is_scan = len(requested) > pool.partitions.quota(block) or (before is not None and before.is_scan)
-        blocks[block] = BlockRequests(pool, requested, lacking, is_scan)
-        return bool(lacking)
+        blocks[block] = BlockRequests(pool, requested, absent, is_scan)
+        return bool(absent)
 
     def begin_scan(self, pool: Pool, block: int, caller: Caller | None) -> None:
         """Let a caller's requests for a block be those of a scan, until it has none any more."""
@@ -113,10 +113,10 @@ class PrefetchQueue:
 
         Requests come before the warm-up. A requested record gets the first of these slots that exists:
 
-        1. an EMPTY slot;
+        1. an EMPTY slot, if its partition has fewer slots than its quota;
         2. the slot of a prefetched record, of any block, that was not used and is no longer requested;
-        3. in a scan, such as a long prompt: an EMPTY slot, or the slot of a scanned record of any partition. So all the
-           slots that scans use serve the next block of a prompt;
+        3. in a scan, such as a long prompt: an EMPTY slot even if its partition has used up its quota, or the slot of a
+           scanned record of any partition. So all the slots that scans use serve the next block of a prompt;
         4. the slot of a record of its own partition that is neither pinned nor requested.
 
         If there is no such slot, the request is cancelled. A record of the warm-up gets only an EMPTY slot. Nothing is

@@ -37,7 +37,7 @@ class Session(AsyncCaller):
         self._ledger = ledger
         self._manifest, self._uses = ledger.manifest, ledger.uses
         self._timeout = timeout
-        self._closed = False
+        self._is_closed = False
 
     @property
     def open_requests(self) -> int:
@@ -48,7 +48,7 @@ class Session(AsyncCaller):
         """Return the block of a request; None once the request is over."""
         return None if (demand := self.demands.get(request)) is None else demand.block
 
-    def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None, wanted: int = 0) -> None:
+    def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None, of_total: int = 0) -> None:
         """Demand the records of ``keys``.
 
         A Granted event is delivered for each key. If the request fails, a Failed event is delivered instead of those
@@ -59,7 +59,7 @@ class Session(AsyncCaller):
             keys: distinct keys of one block.
             timeout: seconds after which the request fails with ExhaustedError if during this time it holds no lease
                 and no record is read for it; None for the session's own value.
-            wanted: as in ``ExpertSource.acquire``.
+            of_total: as in ``ExpertSource.acquire``.
 
         Raises:
             MissingExpertError: the model does not have one of the experts.
@@ -69,16 +69,16 @@ class Session(AsyncCaller):
         """
         if keys:
             self._manifest.check_keys(keys[0].block, keys)
-            self._acquire(request, keys, self._timeout if timeout is None else timeout, wanted)
+            self._acquire(request, keys, self._timeout if timeout is None else timeout, of_total)
 
     @transition
-    def _acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float, wanted: int) -> None:
+    def _acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float, of_total: int) -> None:
         self._check_open()
         if request in self.demands:
             raise ProtocolError(
                 f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
-        self._ledger.begin(self._ledger.demand(keys[0].block, self, request, timeout), keys, wanted)
+        self._ledger.begin(self._ledger.new_demand(keys[0].block, self, request, timeout), keys, of_total)
 
     @transition
     def release(self, request: int, keys: Sequence[ExpertKey]) -> None:
@@ -95,20 +95,22 @@ class Session(AsyncCaller):
         if (demand := self.demands.get(request)) is not None:
             self._ledger.end(demand)
 
-    def note_uses(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses by the other process, which has found ``keys`` in the directory. Each is a hit.
+    def note_uses(self, keys: Sequence[ExpertKey]) -> int:
+        """Note uses by the other process, which has found ``keys`` in the directory. Return the number of hits.
 
-        ``keys`` are in the order of use. Raises MissingExpertError if the model does not have one of the experts.
+        Each use is a hit, unless the tier was condemned. ``keys`` are in the order of use. Raises MissingExpertError if
+        the model does not have one of the experts.
         """
         for key in keys:
             self._manifest.check_keys(key.block, (key,))
-        for at in range(0, len(keys), MAX_USES):
-            self._note_some_uses(keys[at : at + MAX_USES])
+        return sum([self._note_some_uses(keys[at : at + MAX_USES]) for at in range(0, len(keys), MAX_USES)])
 
     @transition
-    def _note_some_uses(self, keys: Sequence[ExpertKey]) -> None:
-        if self._takes_hints():
-            self._uses.note_client(keys)
+    def _note_some_uses(self, keys: Sequence[ExpertKey]) -> int:
+        if not self._takes_hints():
+            return 0
+        self._uses.note_client(keys)
+        return len(keys)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies. Only requests of the same session are replaced.
@@ -129,11 +131,11 @@ class Session(AsyncCaller):
 
         Loads that a loader has begun go on. No more events are delivered.
         """
-        self._closed = True
+        self._is_closed = True
         self._ledger.end_caller(self)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise ClosedError("The session was closed.", "Open a new session.")
         self._ledger.check_open()
 
@@ -163,7 +165,7 @@ class Timekeeper:
         self._ledger = ledger
         self._alarm = alarm
         self._run_or_condemn = run_or_condemn
-        self._closed = False
+        self._is_closed = False
         self._thread: threading.Thread | None = None
 
     @transition
@@ -179,14 +181,14 @@ class Timekeeper:
 
     def close(self) -> None:
         """End the thread. Idempotent."""
-        self._closed = True
+        self._is_closed = True
         self._alarm.put(None)
         if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
         deadline: float | None = None
-        while not self._closed:
+        while not self._is_closed:
             with contextlib.suppress(Empty):
                 self._alarm.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0.0))
             deadline = self._expire()

@@ -52,8 +52,9 @@ class HostSlots:
         """Make slots READY that hold intact records of a reclaimed arena. ``kept`` has the keys of these records."""
         for number, key in kept.items():
             pool = self.pool_of[key.block]
-            pool.begin_fill(pool.slot(number), key)
-            pool.complete_fill(pool.slot(number))
+            slot = PoolSlot(number - pool.first)
+            pool.begin_fill(slot, key)
+            pool.complete_fill(slot)
 
     def repair(self, demands: Iterable[Demand], loads: Iterable[Load]) -> None:
         """Make the slots agree with all demands that are not over and all loads, after an interrupted transition."""

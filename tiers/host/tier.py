@@ -140,7 +140,7 @@ class HostTier(Closeable):
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[memoryview], None, None]:
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[memoryview], None, None]:
         """Yield leases as ``ExpertSource`` specifies.
 
         Raises MissingExpertError if the model lacks one of the experts.
@@ -149,9 +149,9 @@ class HostTier(Closeable):
             return
         block = keys[0].block
         self.manifest.check_keys(block, keys)
-        demand = self._ledger.demand(block, ThreadCaller(threading.get_ident()))
+        demand = self._ledger.new_demand(block, ThreadCaller(threading.get_ident()))
         try:
-            at_once = self._begin(demand, keys, wanted)
+            at_once = self._begin(demand, keys, of_total)
             if at_once is not None and demand.loads:
                 time.sleep(HANDOVER)
             is_last = False
@@ -167,9 +167,9 @@ class HostTier(Closeable):
             self._end(demand)
 
     @transition
-    def _begin(self, demand: Demand, keys: Sequence[ExpertKey], wanted: int) -> Leases | None:
+    def _begin(self, demand: Demand, keys: Sequence[ExpertKey], of_total: int) -> Leases | None:
         """Begin a demand. Return the leases that are available at once; None if the caller has to wait."""
-        self._ledger.begin(demand, keys, wanted)
+        self._ledger.begin(demand, keys, of_total)
         return self._ready(demand)
 
     @waiting
@@ -204,7 +204,7 @@ class HostTier(Closeable):
         Raises MissingExpertError if the model does not have the expert.
         """
         self.manifest.check_keys(key.block, [key])
-        demand = self._ledger.demand(key.block, ThreadCaller(threading.get_ident()))
+        demand = self._ledger.new_demand(key.block, ThreadCaller(threading.get_ident()))
         try:
             yield self._lease_for_copy(demand, key)
         finally:
@@ -245,7 +245,9 @@ class HostTier(Closeable):
 
     @transition
     def _warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
-        self._ledger.warm(hottest)
+        self._ledger.check_open()
+        for pool, keys in zip(self._ledger.slots.pool_of, hottest, strict=True):
+            self._ledger.loads.warm(pool, keys)
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""

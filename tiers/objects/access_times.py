@@ -59,35 +59,51 @@ class AccessTimes:
         except BaseException:
             os.close(self._descriptor)
             raise
-        self.times = np.frombuffer(self._memory, np.uint64)
+        self._times = np.frombuffer(self._memory, np.uint64)
         experts = [block.experts for block in manifest.blocks]
         self._first = np.cumsum([0, *experts])  # number of the first record of each block
-        self.sizes = np.repeat([manifest.layout(block).slot_bytes for block in range(len(experts))], experts)
-
-    def index(self, key: ExpertKey) -> int:
-        """Return the number of a record, from 0 on, block after block."""
-        return int(self._first[key.block]) + key.expert
-
-    def key(self, index: int) -> ExpertKey:
-        """Return the key of a record from its number."""
-        block = int(np.searchsorted(self._first, index, "right")) - 1
-        return ExpertKey(block, index - int(self._first[block]))
+        self._sizes = np.repeat([manifest.layout(block).slot_bytes for block in range(len(experts))], experts)
 
     def __contains__(self, key: ExpertKey) -> bool:
-        return bool(self.times[self.index(key)])
+        return bool(self._times[self._index(key)])
 
     def set(self, key: ExpertKey) -> None:
         """Note that a record is in the cache, and was accessed now."""
-        self.times[self.index(key)] = time.time_ns()
+        self._times[self._index(key)] = time.time_ns()
 
     def clear(self, key: ExpertKey) -> None:
         """Note that a record is not in the cache."""
-        self.times[self.index(key)] = 0
+        self._times[self._index(key)] = 0
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of the records in the cache, with their checksums."""
-        return int(self.sizes[self.times != 0].sum())
+        return int(self._sizes[self._times != 0].sum())
+
+    @property
+    def is_full(self) -> bool:
+        """True if all records of the model are in the cache."""
+        return bool(self._times.all())
+
+    def least_recent(self, nbytes: int) -> list[ExpertKey]:
+        """Return the keys of the least recently used records: as few as have ``nbytes`` together, or all of them."""
+        times, keys = self._times.copy(), list[ExpertKey]()  # a copy, as readers set entries meanwhile
+        for index in map(int, np.argsort(times, kind="stable")):
+            if nbytes <= 0:
+                break
+            if times[index]:
+                keys.append(self._key(index))
+                nbytes -= int(self._sizes[index])
+        return keys
+
+    def _index(self, key: ExpertKey) -> int:
+        """Return the number of a record, from 0 on, block after block."""
+        return int(self._first[key.block]) + key.expert
+
+    def _key(self, index: int) -> ExpertKey:
+        """Return the key of a record from its number."""
+        block = int(np.searchsorted(self._first, index, "right")) - 1
+        return ExpertKey(block, index - int(self._first[block]))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -120,6 +136,6 @@ class AccessTimes:
 
     def close(self) -> None:
         """Unmap and close the file."""
-        del self.times
+        del self._times
         self._memory.close()
         os.close(self._descriptor)

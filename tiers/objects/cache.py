@@ -21,8 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from moetier.tiers.errors import ChecksumError, ClosedError, StoreError, TargetError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
@@ -105,22 +103,23 @@ class CachedStore(WrapperStore):
         # ``close`` waits for reads before it closes what they use
         self._use = UseCount(f"The store {store.folder}")
         self._objects: Objects | None = None  # opened when the first record is fetched
-        self._closed = False
-        self._lock = threading.Lock()  # guards: ``_objects``, ``_closed``, ``_fetched``, ``_from_cache``
+        self._is_closed = False
+        self._lock = threading.Lock()  # guards: ``_objects``, ``_is_closed``, ``_fetched``, ``_from_cache``
         self._fetched, self._from_cache = ShareCounts(), ShareCounts()
         self._cached = times
         self._files = contextlib.ExitStack()  # closes what each process has to close, a fork too
         self._files.callback(times.close)
         self._files.callback(store.close)
-        # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_full``. Notified when records are durable
+        # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_is_full``. Notified when records are
+        # durable
         self._keeping = threading.Condition()
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
         self._waiting = 0  # bytes of these copies
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
         self._timeout = ROOM_TIMEOUT  # 0 after a read has waited in vain
-        self._full = not self._cached.is_durable  # whether a write has failed, so that nothing is cached any more
-        if self._full and not self.is_complete:
+        self._is_full = not self._cached.is_durable  # whether a write has failed, so that nothing is cached any more
+        if self._is_full and not self.is_complete:
             _log.warning("%s can't be written: experts that it lacks are fetched at each use.", self.directory)
 
     @property
@@ -135,7 +134,7 @@ class CachedStore(WrapperStore):
         Raises ConfigError if obstore is not installed, and ClosedError once ``close`` was called.
         """
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 raise ClosedError(f"The store {self.folder} was closed.", "Open it again.")
             if self._objects is None:
                 self._objects = Objects(self.address)
@@ -251,10 +250,10 @@ class CachedStore(WrapperStore):
         """
         with self._keeping:
             room = self._keeping.wait_for(
-                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._full, self._timeout
+                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._is_full, self._timeout
             )
             self._timeout = ROOM_TIMEOUT if room else 0.0
-            if not room or self._full or key in self._arrived:
+            if not room or self._is_full or key in self._arrived:
                 return
             spare = self._buffers.setdefault(len(view), [])
             try:
@@ -304,7 +303,7 @@ class CachedStore(WrapperStore):
             _log.info("%s", error.cause)
         except OSError as error:
             with self._keeping:
-                self._full = True
+                self._is_full = True
             _log.warning(
                 "Records of %s are no longer kept in %s (%s): free some space, or set --store-cache-size.",
                 self.address,
@@ -320,7 +319,7 @@ class CachedStore(WrapperStore):
     def _write(self, block: int, records: Mapping[int, memoryview]) -> None:
         """Write records of one block, a dictionary from experts to records, into its shard, and make them durable."""
         shard = self.store.shards[block]
-        direct = os.O_DIRECT if shard.direct else 0
+        direct = os.O_DIRECT if shard.is_direct else 0
         with _opened(shard.file.path, os.O_WRONLY | direct) as descriptor:
             for expert, record in records.items():
                 write_all(descriptor, record, expert * shard.file.slot_bytes)
@@ -332,18 +331,11 @@ class CachedStore(WrapperStore):
         """Evict the least recently used records until the cache is within its limit. The caller holds ``locked``."""
         if self._limit is None or (excess := self.cached_bytes - self._limit) <= 0:
             return
-        cached, gone = self._cached, []
-        times = cached.times.copy()
-        for index in map(int, np.argsort(times, kind="stable")):
-            if excess <= 0:
-                break
-            if times[index]:
-                gone.append(cached.key(index))
-                excess -= int(cached.sizes[index])
-        for key in gone:
-            cached.clear(key)
-        cached.sync()
-        for key in gone:
+        victims = self._cached.least_recent(excess)
+        for key in victims:
+            self._cached.clear(key)
+        self._cached.sync()
+        for key in victims:
             shard, offset = self.store.locate(key)
             with _opened(shard.file.path, os.O_RDWR) as descriptor:
                 if _LIBRARY.fallocate(descriptor, _PUNCH_HOLE, offset, shard.file.slot_bytes):
@@ -353,14 +345,14 @@ class CachedStore(WrapperStore):
     def _complete(self) -> None:
         """If all records are there, make the folder an ordinary store. The caller has the lock."""
         cached = self._cached
-        if not cached.times.all():
+        if not cached.is_full:
             return
         for block, shard in self.store.shards.items():
             expected = self.manifest.checksums(block)
             for expert, (stored, right) in enumerate(zip(shard.file.stored_checksums(), expected, strict=True)):
                 if stored != right:  # a reader has set its entry just when it was evicted
                     cached.clear(ExpertKey(block, expert))
-        if cached.times.all():
+        if cached.is_full:
             cached.sync()
             (self.folder / FETCHED).rename(self.folder / METADATA)
             sync_folder(self.folder)
@@ -371,7 +363,7 @@ class CachedStore(WrapperStore):
         with self._files, contextlib.ExitStack() as ending:
             if self._fork_guard.is_owner:
                 with self._lock:
-                    self._closed = True
+                    self._is_closed = True
                 ending.callback(self._writer.shutdown)
                 ending.callback(self._use.close)
                 if self._objects is not None:

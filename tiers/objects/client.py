@@ -45,7 +45,7 @@ RETRIES = 2  # number of retries after a wrong answer, such as one of another le
 BACKOFF_SECONDS = 0.2  # longest pause before the first retry; doubled for each further one
 MAX_BACKOFF_SECONDS = 10.0
 MAX_OBJECTS = 100_000  # most objects that are listed; a model has a few for each of its layers
-LEAST_RATE = 1024  # bytes a second; an answer that is slower for STALL_SECONDS stands still
+MIN_RATE = 1024  # bytes a second; an answer that is slower for STALL_SECONDS stands still
 _DAY = timedelta(days=1)
 # in the text of errors of obstore, most of which have no types of their own
 REFUSAL = re.compile(r"status code: (401|403|405|501)\b")
@@ -186,7 +186,7 @@ class Objects(Closeable):
     def _answer(self, name: str, options: dict[str, Any], *, fresh: bool) -> Iterator[memoryview]:
         """Yield the answer's bytes as they arrive, so that ``close`` ends a slow answer.
 
-        Raises TimeoutError if they arrive more slowly than LEAST_RATE.
+        Raises TimeoutError if they arrive more slowly than MIN_RATE.
         """
         answer = self._obstore.get(self._fresh if fresh else self._store, name, options=options)
         since, count = time.monotonic(), 0
@@ -196,7 +196,7 @@ class Objects(Closeable):
             yield (view := memoryview(chunk))
             count += len(view)
             if (seconds := time.monotonic() - since) > STALL_SECONDS:
-                if count < LEAST_RATE * seconds:
+                if count < MIN_RATE * seconds:
                     raise TimeoutError(f"only {count:,} bytes have come in {seconds:.0f} s")
                 since, count = since + seconds, 0
 

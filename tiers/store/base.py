@@ -182,7 +182,7 @@ class DirectoryStore(Store, Scrubbable):
         return self.directory
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if files are read with O_DIRECT, which bypasses the page cache."""
         return False
 
@@ -241,9 +241,9 @@ class WrapperStore(DirectoryStore):
         return self.store.path(block)
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if the files of ``store`` are read with O_DIRECT."""
-        return self.store.direct
+        return self.store.is_direct
 
     @property
     def has_checksums(self) -> bool:

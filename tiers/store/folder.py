@@ -40,7 +40,7 @@ def command(name: str, *arguments: str | Path) -> str:
 
 
 def replacement_folder(folder: Path) -> Path:
-    """Return the folder in which the model is made that will replace the one in ``folder``."""
+    """Return the folder for a new model, which is made there and then replaces that in ``folder``."""
     place = folder.resolve()
     return place.parent / f"{place.name}{NEW}"
 
@@ -182,7 +182,7 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
 
 
 def resuming(target: Path, plan: Manifest) -> str:
-    """Return the command that resumes the conversion into ``target``, which the converter has saved in that folder."""
+    """Return the command that resumes the conversion into ``target``. The converter has saved it in that folder."""
     try:
         return shlex.join(word.text() for word in Fields(read_json(target / JOURNAL))["command"].items())
     except (StoreError, ValueError):

@@ -28,7 +28,7 @@ from .folder import MIRRORS, has_store, is_cache, read_json, read_manifest, stor
 from .reader import ExpertStore
 from .shard import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 
-LEAST_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
+MIN_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
 MEMORY = 1.0  # seconds of reading over which the rate of a disk is averaged
 FAILURES = 3  # number of failures in a row after which a copy is set aside
 REST = 60.0  # seconds for which a copy is set aside
@@ -205,9 +205,9 @@ class MirroredStore(WrapperStore):
     def _divide(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
         """Divide ``length`` bytes between the two copies that would finish first, so that both finish at the same time.
 
-        Returns each copy with its number of bytes. If the second copy would get less than LEAST_BYTES, the first copy
+        Returns each copy with its number of bytes. If the second copy would get less than MIN_BYTES, the first copy
         gets all bytes. A copy that was not read for STALE seconds takes the place of the second, so that its rate is
-        measured again. Such a copy gets at least LEAST_BYTES, or all bytes if ``length`` is less than that. The caller
+        measured again. Such a copy gets at least MIN_BYTES, or all bytes if ``length`` is less than that. The caller
         holds ``_lock``.
         """
         now = time.monotonic()
@@ -218,10 +218,10 @@ class MirroredStore(WrapperStore):
         if others:
             second = (stale or others)[0]
             seconds = (first.queued + second.queued + length) / (first.rate + second.rate)
-            rest = length - max(round((seconds * first.rate - first.queued) / PAGE_BYTES) * PAGE_BYTES, LEAST_BYTES)
+            rest = length - max(round((seconds * first.rate - first.queued) / PAGE_BYTES) * PAGE_BYTES, MIN_BYTES)
             if stale:
-                rest = min(max(rest, LEAST_BYTES), length)
-            if rest >= LEAST_BYTES or stale:
+                rest = min(max(rest, MIN_BYTES), length)
+            if rest >= MIN_BYTES or stale:
                 assigned = [(first, length - rest), (second, rest)]
         return [(copy, nbytes) for copy, nbytes in assigned if nbytes]
 

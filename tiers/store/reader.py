@@ -21,6 +21,7 @@ from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import READERS
 from moetier.tiers.threads import start_thread
 
 from .atomic import read_errors
@@ -70,7 +71,7 @@ class ExpertStore(DirectoryStore):
         return read_manifest(store_folder(location))
 
     @classmethod
-    def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
+    def open(cls, folder: Path, *, readers: int = READERS, damaged: bool = False) -> ExpertStore:
         """Open a store, and check everything except the bytes of the records.
 
         Args:
@@ -191,9 +192,9 @@ class ExpertStore(DirectoryStore):
         return self._faults
 
     @property
-    def direct(self) -> bool:
+    def is_direct(self) -> bool:
         """True if all shards are read with O_DIRECT."""
-        return all(shard.direct for shard in self.shards.values())
+        return all(shard.is_direct for shard in self.shards.values())
 
     @property
     def fix(self) -> str:
@@ -222,7 +223,7 @@ class ExpertStore(DirectoryStore):
             shard, offset = self.locate(key)
             view = as_bytes(buffer)
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
-            assert not shard.direct or _address(view) % PAGE_BYTES == 0, "not on a page"
+            assert not shard.is_direct or _address(view) % PAGE_BYTES == 0, "not on a page"
             try:
                 crc = read_in_pieces(view, pause, partial(self._read_part, shard, offset))
             except StoreReadError as error:

@@ -47,7 +47,7 @@ class Scrubbable:
 
     @property
     def other_files(self) -> Mapping[Path, int]:
-        """The files that ``scrub_other_files`` checks, with the number of bytes that it reads of each.
+        """The files that ``scrub_other_files`` checks, and how many bytes of each it reads.
 
         The default is the files of the trunk that the manifest lists.
         """

@@ -99,7 +99,7 @@ class OpenShard:
 
     file: ShardFile
     descriptor: int
-    direct: bool  # true with O_DIRECT: addresses, offsets and lengths of reads must be multiples of PAGE_BYTES
+    is_direct: bool  # true with O_DIRECT: addresses, offsets and lengths of reads must be multiples of PAGE_BYTES
     unchanged: Unchanged | None = None  # notices writes to the file after each read; None: records have checksums
 
     @classmethod
@@ -158,13 +158,13 @@ class OpenShard:
 
         Raises StoreReadError, and StoreFormatError if the records have no checksums and the file was written to.
         """
-        read_at(self.file.path, self.descriptor, offset, view, direct=self.direct)
+        read_at(self.file.path, self.descriptor, offset, view, direct=self.is_direct)
         if self.unchanged is not None:
             self.unchanged.check()
 
     def uncache(self, offset: int, length: int) -> None:
         """Drop a range of bytes from the page cache, since the host tier caches them. Does nothing with O_DIRECT."""
-        if not self.direct:
+        if not self.is_direct:
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:

@@ -87,7 +87,7 @@ class StoreWriter(Closeable):
         self._folder_lock = lock
         self._files = [ShardFile.of(folder, plan, block) for block in range(len(plan.blocks))]
         self._finished = {block for block, file in enumerate(self._files) if is_complete(file)}
-        self._closed = False
+        self._is_closed = False
 
     @property
     def finished_blocks(self) -> frozenset[int]:
@@ -108,7 +108,7 @@ class StoreWriter(Closeable):
         removed. Raises DiskSpaceError, before the block begins, if the disk has no room for the whole shard. Raises
         TargetError if the shard can't be written.
         """
-        assert not self._closed
+        assert not self._is_closed
         assert block not in self.finished_blocks, f"block {block} is written twice"
         file = self._files[block]
         with self._disk_errors():
@@ -164,8 +164,8 @@ class StoreWriter(Closeable):
 
     def close(self) -> None:
         """Release the lock on the folder. Finished shards stay. Idempotent."""
-        if not self._closed:
-            self._closed = True
+        if not self._is_closed:
+            self._is_closed = True
             os.close(self._folder_lock)
 
 

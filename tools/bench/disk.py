@@ -59,7 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
                 "ratio": ratio,
             }
         )
-    page_cache = "avoided (O_DIRECT)" if reads.direct else "dropped before each run; this file system has no O_DIRECT"
+    page_cache = (
+        "avoided (O_DIRECT)" if reads.is_direct else "dropped before each run; this file system has no O_DIRECT"
+    )
     notes = [f"page cache {page_cache}", *([] if fio else [NO_FIO])]
     machine = Machine.here(place=arguments.directory, fio=fio)
     report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)

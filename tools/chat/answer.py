@@ -139,7 +139,7 @@ class Answering:
         computed = min(sequence.computed, len(ids)) - sequence.cached
         return ChatReply(
             streamer.text.strip() if self._stop else streamer.text,
-            END if streamer.stopped else REASONS[sequence.finish],
+            END if streamer.is_stopped else REASONS[sequence.finish],
             len(ids),
             sequence.cached,
             Timing(computed, streamer.tokens, *streamer.seconds, min(streamer.tokens, 1)),

@@ -48,7 +48,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self._module = module
-        self._inside = False
+        self._is_inside = False
 
     def fill(self) -> None:
         """Import the command's module and declare its arguments, unless that was done before."""
@@ -69,7 +69,7 @@ class CommandParser(argparse.ArgumentParser):
         Raises SystemExit for a mistake. If no command is named, prints the help and raises SystemExit.
         """
         self.fill()
-        if self._inside:  # argparse calls this method again for its own passes
+        if self._is_inside:  # argparse calls this method again for its own passes
             return super().parse_known_args(args, namespace)
         words = sys.argv[1:] if args is None else list(args)
         if commands := parsers_of(self):
@@ -86,11 +86,11 @@ class CommandParser(argparse.ArgumentParser):
         self._check_options(words)
         if any(isinstance(action, ModelOption) for action in self._actions):
             words = with_model_first(words)
-        self._inside = True
+        self._is_inside = True
         try:
             parsed, more = self.parse_known_intermixed_args(words, namespace)
         finally:
-            self._inside = False
+            self._is_inside = False
         if more:
             if more[0].startswith("-") and " " not in more[0]:
                 self._refuse(f"{self._name('moetier')} has no option {more[0]}.")

@@ -75,7 +75,7 @@ def _to_a_terminal(line: str) -> None:
 
 
 SHOWN_CARDS = ("RTX 3060", "RTX 4090", "H100 80GB HBM3")  # of those in ``tools.plan.cards``
-LEAST_FOR_CARDS = 1 << 30  # bytes of a model on disk; overheads, which data sheets leave out, decide for smaller ones
+MIN_FOR_CARDS = 1 << 30  # bytes of a model on disk; overheads, which data sheets leave out, decide for smaller ones
 HEAD = [
     *("experts", "trunk", "on disk", "convert", "in RAM", "hits", "read"),
     *("tokens/s", "limited by", "prompt/s", "limited by"),
@@ -192,7 +192,7 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         for card in best["cards"]
         if card["card"] in SHOWN_CARDS
     ]
-    if cards and best["disk_bytes"] >= LEAST_FOR_CARDS:
+    if cards and best["disk_bytes"] >= MIN_FOR_CARDS:
         lines.append(f"On a GPU at most, in tokens/s, by data sheets and not measured: {'; '.join(cards)}.")
     return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
 

@@ -144,7 +144,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def report(rows: Sequence[Row]) -> str:
     """Return the rows as a table: perplexity of all texts, its change from the first row, rank, perplexity of each."""
-    from moetier.tools.quality.quality import LEAST_WINDOWS, PerplexityChange, ranks
+    from moetier.tools.quality.quality import MIN_WINDOWS, PerplexityChange, ranks
 
     names = list(rows[0].losses)
     places = ranks([row.loss for row in rows])
@@ -183,5 +183,5 @@ def report(rows: Sequence[Row]) -> str:
             "rank: the places that a row may have. Two rows that differ by less than two standard errors share places."
         ]
     else:
-        notes += [f"No ranks: with fewer than {LEAST_WINDOWS} windows the standard error itself is uncertain."]
+        notes += [f"No ranks: with fewer than {MIN_WINDOWS} windows the standard error itself is uncertain."]
     return "\n".join([table(lines), *notes])

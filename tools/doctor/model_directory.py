@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
 
 SLOW = 0.3e9  # bytes a second; hard disks and network disks are slower
-LEAST_MEMORY = 1536 << 20  # bytes that should be left for a model
+MIN_MEMORY = 1536 << 20  # bytes that should be left for a model
 SAMPLE_BYTES = 128 << 20  # size of the temporary file that is read if there is no store
 BLOCK_BYTES = 4 << 20  # size of a read from the temporary file
 
@@ -39,7 +39,7 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
             return
         except (MoetierError, OSError):  # the check of the store reports it
             pass
-    if left.bytes >= LEAST_MEMORY:
+    if left.bytes >= MIN_MEMORY:
         yield ok("memory", text)
     else:
         yield warn("memory", text, "Free some memory, or raise the control group's limit.")
@@ -158,7 +158,7 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
         yield warn("disk", f"{error.cause} The speed of the disk was not measured.", other)
         return
     name = place_of(place)
-    if reads.direct:
+    if reads.is_direct:
         yield ok("O_DIRECT", f"{name}: files can be read past the page cache")
     else:
         advice = "Put model directories on ext4, xfs or btrfs."

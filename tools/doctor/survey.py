@@ -68,7 +68,7 @@ def survey(store: DirectoryStore) -> dict[str, Any]:
         "trunk_records": asdict(manifest.trunk_records) if manifest.trunk_records else None,
         "trunk_matrices": matrices,
         "varying_part": _varying_part(directory, manifest),
-        "direct": store.direct,
+        "direct": store.is_direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
         "tokenizer": container_of(directory).has_vocabulary(directory),
         "mirrors": [*map(str, mirrors)],

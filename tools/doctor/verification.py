@@ -47,7 +47,7 @@ class Verification:
         return (
             f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "
             f"{trunk}, {format_bytes(self.bytes_read)} read in {self.seconds:.1f} s "
-            f"({self.bytes_read / self.seconds / 1e9:.2f} GB/s, {'O_DIRECT' if self.store.direct else 'buffered'}): "
+            f"({self.bytes_read / self.seconds / 1e9:.2f} GB/s, {'O_DIRECT' if self.store.is_direct else 'buffered'}): "
             f"{f'{len(self.bad)} bad' if self.bad else 'all good'}"
         )
 
@@ -63,7 +63,7 @@ class Verification:
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
             "tokenizer": self.tokenizer,
-            "direct": self.store.direct,
+            "direct": self.store.is_direct,
             "mirrors": [*map(str, self.mirrors)],
             "absent_mirrors": [*map(str, self.absent)],
             "bad": [asdict(problem) for problem in self.bad],

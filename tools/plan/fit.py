@@ -28,7 +28,7 @@ from .choices import Choice, ModelChoices
 # ``by_preference`` puts 8 bits first. A trunk of 8 bits has no measurable loss of quality; a trunk of 4 bits has
 # (docs/quality.md).
 BITS_ORDER, TRUNK_ORDER = (4, 3, 2, 8, 16), (8, 4, 16)
-LEAST_CONTEXT = 256  # shortest context, in tokens, that is tried if a longer one does not fit
+MIN_CONTEXT = 256  # shortest context, in tokens, that is tried if a longer one does not fit
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
             context = f" --context {tried.context}" if tried.context != config.context else ""
             return type(problem)(problem.cause, f"{nearest.choice.options}{context} works. {problem.fix}")
         tokens = tried.context or max(fit.needs.kv.context for fit in asked)
-        if tokens <= LEAST_CONTEXT:
+        if tokens <= MIN_CONTEXT:
             return type(problem)(problem.cause, f"Other bits or a shorter context would not help. {problem.fix}")
-        tried = replace(tried, context=max(tokens // 2, LEAST_CONTEXT))
+        tried = replace(tried, context=max(tokens // 2, MIN_CONTEXT))
 
 
 def memory_of(fit: Fit, resources: MachineResources) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from moetier.tools.rates.reads import DISK_SECONDS, GB, RandomReads
 from .choices import Choice, ModelChoices
 from .fit import MachineResources
 
-LEAST_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
+MIN_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
 FILE_BYTES = 256 << 20  # of the temporary file that is read if there is no other; less for a smaller model
-LEAST_TEMPORARY_BYTES = 16 << 20  # least size of that temporary file
+MIN_TEMPORARY_BYTES = 16 << 20  # least size of that temporary file
 KERNEL_SECONDS = 0.25
 ROWS = 32  # of a product with many rows
 PROBED_WEIGHTS = 1 << 22  # most weights of a measured matrix: a whole expert may take seconds
@@ -151,7 +151,7 @@ def _files_on(folder: Path, tensors: Collection[StoredTensor]) -> list[Path]:
     """Return the files of ``tensors`` that are on the disk of ``folder``, and large enough for random reads."""
     present = [file for file in sorted({tensor.file for tensor in tensors}) if file.is_file()]
     device = folder.stat().st_dev
-    return [f for f in present if f.stat().st_dev == device and f.stat().st_size >= LEAST_FILE_BYTES]
+    return [f for f in present if f.stat().st_dev == device and f.stat().st_size >= MIN_FILE_BYTES]
 
 
 def probe_bytes(model_bytes: int, free: int) -> int:
@@ -159,7 +159,7 @@ def probe_bytes(model_bytes: int, free: int) -> int:
 
     The file takes at most half of the ``free`` bytes.
     """
-    return min(FILE_BYTES, max(LEAST_TEMPORARY_BYTES, model_bytes), free // 2)
+    return min(FILE_BYTES, max(MIN_TEMPORARY_BYTES, model_bytes), free // 2)
 
 
 def _probed_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:

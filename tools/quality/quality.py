@@ -122,7 +122,7 @@ def _read_back(module: Any, expert: int, record: Tensor, layout: RecordLayout) -
 
 
 WINDOW = 512  # tokens of a window; a model reads each window without the text before it
-LEAST_WINDOWS = 8  # least number of windows for ranks; with fewer windows, standard errors are too uncertain
+MIN_WINDOWS = 8  # least number of windows for ranks; with fewer windows, standard errors are too uncertain
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +183,9 @@ def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
     """Return the best and the worst rank that each of ``losses`` may have. Rank 1 has the lowest perplexity.
 
     Losses whose difference is not clear share ranks. Return None if there are fewer than two losses, or fewer than
-    LEAST_WINDOWS windows.
+    MIN_WINDOWS windows.
     """
-    if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
+    if len(losses) < 2 or len(losses[0].windows) < MIN_WINDOWS:
         return None
     clear = [[change.log if (change := PerplexityChange.of(a, b)).is_clear else 0.0 for b in losses] for a in losses]
     return [(1 + sum(log > 0 for log in changes), len(losses) - sum(log < 0 for log in changes)) for changes in clear]

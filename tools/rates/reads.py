@@ -29,14 +29,14 @@ NO_FIO = "fio is not installed: the disk's rate is measured with a loop over pre
 class RandomReads:
     """Random reads of ``block_bytes`` each, at multiples of that size in the first ``data_bytes`` of each of ``files``.
 
-    If ``direct``, they bypass the page cache (O_DIRECT). Otherwise the files are dropped from the page cache before
+    If ``is_direct``, they bypass the page cache (O_DIRECT). Otherwise the files are dropped from the page cache before
     each run, but a block that is read twice in a run may come from the page cache.
     """
 
     files: tuple[Path, ...]
     data_bytes: int
     block_bytes: int
-    direct: bool
+    is_direct: bool
 
     @classmethod
     def of_records(cls, directory: Path) -> RandomReads:
@@ -72,7 +72,7 @@ class RandomReads:
                 f"{chosen[0]} is too small to measure reads: it has fewer than 4,096 bytes.",
                 "Give a checkpoint with weights.",
             )
-        return cls(chosen, size // block * block, block, direct=takes_direct(chosen[0]))
+        return cls(chosen, size // block * block, block, is_direct=takes_direct(chosen[0]))
 
     @classmethod
     @contextlib.contextmanager
@@ -109,7 +109,7 @@ class RandomReads:
             "file_service_type": "random",
             "rw": "randread",
             "bs": self.block_bytes,
-            "direct": int(self.direct),
+            "direct": int(self.is_direct),
             "ioengine": "psync",  # like the store: one thread for each read in flight
             "numjobs": depth,
             "runtime": f"{max(1, round(1000 * seconds))}ms",
@@ -130,7 +130,7 @@ class RandomReads:
     def _plain(self, depth: int, seconds: float) -> float:
         from moetier.tiers.store.atomic import read_errors
 
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.is_direct else 0)
         places = range(0, self.data_bytes - self.block_bytes + 1, self.block_bytes)
         with contextlib.ExitStack() as stack:
             stack.enter_context(read_errors(self.files[0]))

@@ -81,7 +81,7 @@ class Answer:
         self._tally.add(self._user, under_way=1)
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the answer has ended, with any outcome."""
         return self.job is None
 
@@ -132,7 +132,7 @@ class Answer:
         Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
         the token, the answer fails.
         """
-        if self.ended or self._is_silent:
+        if self.is_over or self._is_silent:
             return
         if self._first is None:
             self._first = time.monotonic()
@@ -158,7 +158,7 @@ class Answer:
 
     def _close(self, reason: Reason) -> None:
         """End the answer because it is complete."""
-        if self.ended:
+        if self.is_over:
             return
         try:
             if self._parser is not None:
@@ -239,7 +239,7 @@ class Answer:
     def _end(self, outcome: str) -> bool:
         """End the answer with ``outcome``, one of OUTCOMES. Return False if the answer had ended before."""
         with self._lock:
-            if self.ended:
+            if self.is_over:
                 return False
             self.job = None
         self._tally.add(self._user, under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
@@ -303,7 +303,7 @@ class AnswerService:
             if isinstance(error, EngineError):
                 raise Refusal(503, FAILED) from None
             raise
-        if answer.ended:  # before the engine's sequence was known
+        if answer.is_over:  # before the engine's sequence was known
             answer.sequence.cancel()
         if job.counts_prompt:
             self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))

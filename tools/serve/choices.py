@@ -49,7 +49,7 @@ class Choices:
 
     def say(self) -> str:
         """Return how far the computation is, for a client that waits."""
-        return next((answer for answer in self._answers if not answer.ended), self._answers[-1]).say()
+        return next((answer for answer in self._answers if not answer.is_over), self._answers[-1]).say()
 
     def cancel(self) -> None:
         """End all answers because their client no longer waits for them. No further one is submitted."""

@@ -136,7 +136,7 @@ class Top(App[None]):
 
     def action_pause(self) -> None:
         """Pause the watch, or continue it."""
-        self._watch.change(paused=not self._watch.paused)
+        self._watch.change(paused=not self._watch.is_paused)
         self._show()
 
     def action_interval(self, step: int) -> None:
@@ -189,7 +189,7 @@ class Top(App[None]):
         return bool(self.screen_stack) and self.screen_stack[0].has_class("-wide")
 
     def _head(self) -> Text:
-        state = "paused" if self._watch.paused else f"every {self._watch.interval:g} s"
+        state = "paused" if self._watch.is_paused else f"every {self._watch.interval:g} s"
         address = "" if self._address is None else plain(_name(self._address))
         parts = ("moetier top  ", "bold"), address, (f"  {state}", "bold")
         text = Text.assemble(*parts, no_wrap=True, overflow="ellipsis")

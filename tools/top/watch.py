@@ -39,14 +39,14 @@ def _look(daemon: DaemonProbe) -> DaemonReading:
 
 
 class Watch:
-    """Thread that queries a daemon every ``interval`` seconds, unless ``paused``; ``change`` sets both."""
+    """Thread that queries a daemon every ``interval`` seconds, unless ``is_paused``; ``change`` sets both."""
 
     def __init__(self, credentials: Credentials, interval: float) -> None:
         self.interval = interval
-        self.paused = False
+        self.is_paused = False
         self._credentials = credentials
-        self._changed = threading.Condition()  # guards ``interval``, ``paused`` and ``_ending``
-        self._ending = False
+        self._changed = threading.Condition()  # guards: ``interval``, ``is_paused`` and ``_is_ending``
+        self._is_ending = False
         self._thread: threading.Thread | None = None
 
     def begin(self, address: Address, tell: Callable[[DaemonReading | MoetierError], object]) -> None:
@@ -58,13 +58,13 @@ class Watch:
         """Set the interval in seconds, pause the thread, or let it continue, with immediate effect."""
         with self._changed:
             self.interval = self.interval if interval is None else interval
-            self.paused = self.paused if paused is None else paused
+            self.is_paused = self.is_paused if paused is None else paused
             self._changed.notify_all()
 
     def end(self) -> None:
         """End the thread, and wait until a query that is under way has ended. Idempotent."""
         with self._changed:
-            self._ending = True
+            self._is_ending = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -88,8 +88,8 @@ class Watch:
         A change of the interval starts the wait again.
         """
         with self._changed:
-            while not self._ending:
-                if self.paused:
+            while not self._is_ending:
+                if self.is_paused:
                     self._changed.wait()
                     seconds = 0.0  # query at once when the pause ends
                 elif self._changed.wait(seconds):

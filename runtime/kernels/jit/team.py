@@ -192,7 +192,7 @@ class Team:
         self.run, self.run_locked, self._work = compiled(this_processor())
         self._workers: list[threading.Thread] = []
         self._most = MAX_WORKERS if FUTEX is not None else 0
-        self._starting = threading.Lock()  # guards changes of ``_workers`` and ``_most``
+        self._starting = threading.Lock()  # guards: changes of ``_workers`` and ``_most``
 
     def prepare(self, workers: int) -> int:
         """Start threads until there are ``workers``, or as many as the system gives. Return how many there are."""
@@ -237,7 +237,7 @@ def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., N
 
 
 _team: Team | None = None
-_making = threading.Lock()  # guards changes of ``_team``; in a forked child ``_forget`` does not take it
+_making = threading.Lock()  # guards: changes of ``_team``; in a forked child ``_forget`` does not take it
 
 
 def the_team() -> Team:

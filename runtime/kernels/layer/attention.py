@@ -33,7 +33,7 @@ from .attention_piece import STEP
 from .eight_bits import SCALE_BYTES
 from .masks import Band, band_of, causal, causal_mask, in_order, sink_mask, written_out
 from .packing import attend_to_each, packed_step
-from .torch_attention import LEAST_TOKENS, attend_with_torch
+from .torch_attention import MIN_TOKENS, attend_with_torch
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -263,7 +263,7 @@ def _attend(
     first, window, pages = band or Band(0, NO_WINDOW)
     if (
         not same_bits
-        and query.shape[2] >= LEAST_TOKENS
+        and query.shape[2] >= MIN_TOKENS
         and key.dtype == torch.bfloat16
         and value.shape[3] <= key.shape[3]
         and prefers_torch()

@@ -150,7 +150,7 @@ def attention_module(
     has at most ROWS rows if ``has_few_rows``. Keys and values are those of ``in_codes`` if ``has_codes``.
     """
     variant = {"has_pairs": has_pairs, "has_few_rows": has_few_rows, "has_codes": has_codes}
-    return _Attention(dtype, processor, sink_dtype, **variant).finish()
+    return _AttentionEmitter(dtype, processor, sink_dtype, **variant).finish()
 
 
 class _Strip(NamedTuple):
@@ -164,7 +164,7 @@ class _Strip(NamedTuple):
     sight: Sight  # positions that any of its tokens attends to
 
 
-class _Attention(PieceEmitter):
+class _AttentionEmitter(PieceEmitter):
     _strip: _Strip  # of the present item
     _base: Value  # first position of the present piece
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from moetier.runtime.kernels.jit.emitter import F32, I8, I32, LANES, Emitter, Value, vector
 
 SCALE_BYTES = 2
-MOST = 127  # largest code
+MAX_CODE = 127  # largest code
 
 
 def in_codes(numbers: Tensor) -> Tensor:
     """Quantise rows [heads, tokens, width], with any dimensions before. Returns int8 [heads, tokens, width + 2]."""
     exact = numbers.float()
-    scale = (exact.abs().amax(-1, keepdim=True) / MOST).bfloat16()
+    scale = (exact.abs().amax(-1, keepdim=True) / MAX_CODE).bfloat16()
     scale = torch.where(scale > 0, scale, 1)  # a row of zeros
-    codes = (exact / scale.float()).round().clamp(-MOST, MOST).to(torch.int8)
+    codes = (exact / scale.float()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
     return torch.cat([codes, scale.contiguous().view(torch.int8)], -1)
 
 
@@ -38,10 +38,10 @@ def emit_codes(emit: Emitter, numbers: Callable[[Value], Value], target: Value, 
         bits = at.and_(at.bitcast(numbers(i), vector(I32, LANES)), emit.all(I32, 0x7FFFFFFF, LANES))
         at.store(emit.larger(at.bitcast(bits, vector(F32, LANES)), at.load(register)), register)
     largest = emit.spread(emit.reduce(at.load(register), emit.larger), LANES)
-    scale = emit.widen(emit.narrow(at.fdiv(largest, emit.floats(MOST)), LANES), LANES)
+    scale = emit.widen(emit.narrow(at.fdiv(largest, emit.floats(MAX_CODE)), LANES), LANES)
     scale = at.select(at.fcmp_ordered(">", scale, emit.floats(0.0)), scale, emit.floats(1.0))
     with emit.loop(n(0), count, LANES) as i:
-        shifted, _ = emit.nearest(at.fdiv(numbers(i), scale), -MOST, MOST)
+        shifted, _ = emit.nearest(at.fdiv(numbers(i), scale), -MAX_CODE, MAX_CODE)
         codes = at.trunc(at.bitcast(shifted, vector(I32, LANES)), vector(I8, LANES))
         emit.store(codes, target, i)
     emit.store(at.extract_element(emit.narrow(scale, LANES), ir.Constant(I32, 0)), target, count)

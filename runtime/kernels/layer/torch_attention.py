@@ -11,7 +11,7 @@ from moetier.runtime.libraries.torch_internals import flash_attention
 
 from .masks import causal
 
-LEAST_TOKENS = 32  # fewer are slower: torch multiplies whole tiles, and keys and values in pages are copied first
+MIN_TOKENS = 32  # fewer are slower: torch multiplies whole tiles, and keys and values in pages are copied first
 STRIP = 256  # tokens of a call: keys after a strip are left out, and its mask stays small
 
 

@@ -199,7 +199,7 @@ def test_the_table_depends_on_the_bytes(tmp_path: Path) -> None:
     assert table_of(one).manifest.digest == table.manifest.digest
     check_shards(one)
     with open_store(one) as store:
-        assert store.direct in (True, False)
+        assert store.is_direct in (True, False)
 
 
 def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def recipe(
 def test_one_expert_is_a_slice_of_the_whole(tensors: dict[str, list[SourceTensor]]) -> None:
     made = recipe(tensors, MERGE, loading.Concatenate(dim=1))
     assert made.is_separable
-    assert not made.direct
+    assert not made.is_direct
     whole = recipe(tensors, MERGE, loading.Concatenate(dim=1), shape=(EXPERTS, 2 * ROWS, COLUMNS)).make(None)
     for expert in range(EXPERTS):
         rows = [tensor.read() for tensor in (tensors[ONE][expert], tensors[OTHER][expert])]
@@ -92,7 +92,7 @@ def test_one_tensor_of_all_experts_is_read_in_slices(tmp_path: Path) -> None:
     stored = StoredTensor("all", "F32", (EXPERTS, ROWS, COLUMNS), path, 0)
     made = recipe({PARAMETER: [stored]}, shape=(1, ROWS, COLUMNS))
     assert made.is_separable
-    assert made.direct
+    assert made.is_direct
     assert torch.equal(made.make(2), weights[2])
     assert list(made.parts) == [stored]
     assert [[part.read().tolist() for part in run] for run in made.by_expert()] == [weights.tolist()]

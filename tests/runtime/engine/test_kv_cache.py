@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from toy_runner import WrittenPages, WrittenStates
 
-from moetier.runtime.engine.kv_cache import LAST_TOKENS, LEAST_TOKENS, KVCache
+from moetier.runtime.engine.kv_cache import LAST_TOKENS, MIN_TOKENS, KVCache
 from moetier.runtime.engine.sequence import Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
@@ -298,7 +298,7 @@ def test_few_tokens_of_a_turn_are_computed_again(turn: int, answer: int) -> None
         for number in range(3):
             ids += [10 + number] * turn
             sequence, places = computed_in_parts(cache, memory, ids)
-            assert shared - places[0] < LEAST_TOKENS + LAST_TOKENS
+            assert shared - places[0] < MIN_TOKENS + LAST_TOKENS
             begin = len(ids)
             for token in range(answer):
                 sequence.append(Sampled(1000 + token))

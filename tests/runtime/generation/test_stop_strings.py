@@ -17,7 +17,7 @@ def test_text_ends_where_the_first_string_begins(pieces: list[str], strings: lis
     places = [at for at in map(text.find, strings) if at >= 0]
     assert "".join(passed[:-1]) == text[: min(places, default=len(text))]
     assert passed[-1] is None
-    assert stops.ended
+    assert stops.is_over
     assert stops.feed("more") == []
 
 

@@ -27,7 +27,7 @@ def test_what_stops_it_is_not_part_of_the_text(
     ids = tokenizer(text)["input_ids"]
     streamer.take(ids)
     assert streamer.text == expected
-    assert streamer.stopped == (text != expected)
+    assert streamer.is_stopped == (text != expected)
     assert capsys.readouterr().out == expected + "\n"
     assert streamer.tokens == len(ids) if text == expected else 0 < streamer.tokens < len(ids)
 

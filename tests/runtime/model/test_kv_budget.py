@@ -19,7 +19,7 @@ from moetier.runtime.kernels.layer.paged_cache import PagedCache, PageMemory
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.budgets import kv_cache_bytes
 from moetier.runtime.model.context import has_states
-from moetier.runtime.model.kv_budget import LEAST_PAGES, WITH_STATES, KVBudget, state_bytes
+from moetier.runtime.model.kv_budget import MIN_PAGES, WITH_STATES, KVBudget, state_bytes
 
 MiB = 1 << 20
 MODEL_LENGTH = 40960
@@ -45,7 +45,7 @@ def budget(room: int = 400 * MiB, *, page_bytes: int = MiB, experts: int = 1000 
         ({"sequences": 4}, 100, 100 * PAGE_TOKENS),
         ({"ram": 300 * MiB}, 50, 50 * PAGE_TOKENS),  # half of what the experts leave
         ({"ram": "90%"}, 100, 100 * PAGE_TOKENS),  # of what keys and values leave
-        ({"ram": 4000 * MiB}, LEAST_PAGES, LEAST_PAGES * PAGE_TOKENS),
+        ({"ram": 4000 * MiB}, MIN_PAGES, MIN_PAGES * PAGE_TOKENS),
     ],
 )
 def test_options(options: dict[str, Any], pages: int, context: int) -> None:

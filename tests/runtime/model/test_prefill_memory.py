@@ -21,7 +21,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill_memory import BLOCK, LEAST, LEAST_IN_BLOCKS, Attention, Lockstep, Prefill
+from moetier.runtime.model.prefill_memory import BLOCK, MIN_TOKENS, MIN_IN_BLOCKS, Attention, Lockstep, Prefill
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -157,15 +157,15 @@ def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, sha
     found = needs.within(None if asked is None else Size.parse(asked), experts, HERE).prefill
     assert found.nbytes == pytest.approx(share * HERE.bytes, abs=40 << 20)
     assert found.nbytes + min(experts, HERE.bytes - found.nbytes) <= HERE.bytes
-    assert found.tokens % LEAST == 0
+    assert found.tokens % MIN_TOKENS == 0
     assert needs.within(None, 4 << 30, Available(1 << 34, "this machine")) == needs  # there is enough
-    assert needs.within(None, 4 << 30, Available(1, "this machine")).prefill.tokens == LEAST
+    assert needs.within(None, 4 << 30, Available(1, "this machine")).prefill.tokens == MIN_TOKENS
     assert usable(HERE.bytes) > needs.within(None, 4 << 30, HERE).reserve
 
 
 def test_prompts_in_blocks_get_what_they_need_at_least() -> None:
     """That is for 2,048 tokens, which may take half of the memory. Where a fifth is more, that is what they get."""
-    for states, tokens in ((8 << 10, 20_000), (80 << 10, LEAST_IN_BLOCKS), (1 << 20, 400)):
+    for states, tokens in ((8 << 10, 20_000), (80 << 10, MIN_IN_BLOCKS), (1 << 20, 400)):
         lockstep = Lockstep(tokens=1 << 20, states=states, fixed=0)
         prefill = Needs(prefill=Prefill(1 << 20, 1 << 20, lockstep, states=8192)).within(None, 4 << 30, HERE).prefill
         assert prefill.in_blocks == pytest.approx(tokens, rel=0.05)
@@ -175,7 +175,7 @@ def test_prompts_in_blocks_get_what_they_need_at_least() -> None:
 def test_the_experts_get_what_they_need_at_least() -> None:
     needs = Needs(prefill=Prefill(1 << 20, states=4096))
     found = needs.within(None, 4 << 30, HERE, smallest=700 << 20).prefill
-    assert found.tokens > LEAST
+    assert found.tokens > MIN_TOKENS
     assert found.nbytes <= usable(HERE.bytes) - (700 << 20)
 
 
@@ -187,7 +187,7 @@ def test_it_is_said_that_fewer_tokens_are_computed_together(
     model, _ = moetier.load(tinymix_4bit, daemon=None, prefill_chunk=2048, ram="8MiB")
     with model.tiers:
         chunk = model.tiers.prefill_chunk
-    assert LEAST <= chunk < 2048
+    assert MIN_TOKENS <= chunk < 2048
     assert f"Memory leaves room to compute {chunk:,} tokens of a prompt together, not 2,048." in caplog.text
 
 
@@ -196,8 +196,8 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
     assert asked.nbytes == 8192 * 125_000
     assert asked.within(asked.nbytes) == asked
     less = asked.within(asked.nbytes - 1)
-    assert less.tokens % LEAST == 0
-    assert less.nbytes <= asked.nbytes < replace(less, tokens=less.tokens + LEAST).nbytes
+    assert less.tokens % MIN_TOKENS == 0
+    assert less.nbytes <= asked.nbytes < replace(less, tokens=less.tokens + MIN_TOKENS).nbytes
     assert asked.later == less.tokens < 8192
 
 
@@ -254,4 +254,4 @@ def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
         ended = group.run(command, text=json.dumps(work | {"measured": 1}))
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
-    assert LEAST <= found["prefill_chunk"] < WHOLE
+    assert MIN_TOKENS <= found["prefill_chunk"] < WHOLE

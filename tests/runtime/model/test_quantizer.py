@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import moetier
 from moetier.runtime.model import budgets
-from moetier.runtime.model.prefill_memory import LEAST, Prefill
+from moetier.runtime.model.prefill_memory import MIN_TOKENS, Prefill
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS
 from moetier.testing import in_fork
 from moetier.tiers.errors import (
@@ -179,7 +179,7 @@ def test_a_misspelt_budget_is_refused(tiny: tuple[Any, Path]) -> None:
 
 def test_budgets_leave_room_for_a_prompt(tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """If even the fewest tokens have no room, there is no budget for experts."""
-    monkeypatch.setattr(budgets, "prefill_of", lambda *_: Prefill(LEAST, fixed=1 << 50))
+    monkeypatch.setattr(budgets, "prefill_of", lambda *_: Prefill(MIN_TOKENS, fixed=1 << 50))
     with pytest.raises(BudgetError, match="The rest is less than"):
         moetier.load(tiny[1])
 

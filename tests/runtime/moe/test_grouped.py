@@ -48,11 +48,11 @@ class Groups:
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         self.requested[block] = [*keys]
 
-    def acquire(self, keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Tensor], None, None]:
-        wanted = list(keys)
-        self.random.shuffle(wanted)
-        while wanted:
-            group = [wanted.pop() for _ in range(self.random.randint(1, len(wanted)))]
+    def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[Tensor], None, None]:
+        left = list(keys)
+        self.random.shuffle(left)
+        while left:
+            group = [left.pop() for _ in range(self.random.randint(1, len(left)))]
             answers: list[list[bool]] = []
             copies = []
             for number, key in enumerate(group, 1):
@@ -64,7 +64,7 @@ class Groups:
             for key, record, answer in zip(group, copies, answers, strict=True):
                 assert not answer, "each lease is proved"
                 if torch.equal(record, torch.full_like(record, 0x3C)):
-                    wanted.append(key)
+                    left.append(key)
                     self.lost += 1
                 record.fill_(0xA5)
 
@@ -140,9 +140,9 @@ def test_a_demand_in_several_groups_is_noted_once_with_all_experts_after_the_fir
     source, noted = Groups(records, Random(1)), list[tuple[int, list[int], int]]()
     acquired, acquire = list[list[int]](), source.acquire
 
-    def seen(keys: Sequence[ExpertKey], wanted: int = 0) -> Generator[Lease[Tensor], None, None]:
+    def seen(keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[Tensor], None, None]:
         acquired.append([key.expert for key in keys])
-        return acquire(keys, wanted)
+        return acquire(keys, of_total)
 
     source.acquire = seen  # type: ignore[method-assign]
     twin.tiered = TieredBlock(

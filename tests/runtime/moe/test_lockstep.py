@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from readers import PATIENCE
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,6 +20,8 @@ import moetier
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe import grouped
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.reader import ExpertStore
 
 PART, PARTS = 9, 4
 
@@ -135,6 +140,36 @@ def test_an_error_between_two_parts_ends_all_passes(model: Any, calls: int) -> N
         run_in_lockstep([Pass(partial(run, *each)) for each in enumerate(passes)], fail)
     assert sorted(ended) == [*range(min(calls, PARTS))], "those that have begun"
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_an_error_between_two_blocks_cancels_the_reads_for_the_next_one(
+    tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = moetier.load(tinymix_4bit, daemon=None, ram="3520KiB", speculate="off")
+    host, read, may_read = model.tiers.host, ExpertStore.read_into, threading.Event()
+    at_error = list[tuple[int, int]]()
+
+    def held(store: ExpertStore, key: ExpertKey, *arguments: Any) -> None:
+        if key.block == 1:
+            assert may_read.wait(PATIENCE)
+        read(store, key, *arguments)
+
+    def fail(done: int) -> None:
+        if done > PARTS:  # block 0 was computed
+            absent = host.absent([ExpertKey(1, expert) for expert in range(model.tiers.manifest.blocks[1].experts)])
+            at_error.append((len(absent), host.stats().cancelled))
+            raise ValueError("closed")
+
+    monkeypatch.setattr(ExpertStore, "read_into", held)
+    monkeypatch.setattr(grouped, "GROUP_OUTPUTS", 5)
+    monkeypatch.setattr(grouped, "NEARLY_ALL", 0.0)
+    with model.tiers, torch.no_grad(), contextlib.ExitStack() as ending:
+        ending.callback(may_read.set)
+        with pytest.raises(ValueError, match="closed"):
+            run_in_lockstep(passes_of(model, ids_of(8), DynamicCache()), fail)
+        ((absent, cancelled),) = at_error
+        assert absent > 2
+        assert host.stats().cancelled - cancelled >= absent - 1, "one is being read"
 
 
 def test_an_error_of_a_pass_is_raised(model: Any) -> None:

@@ -524,8 +524,11 @@ def test_a_device_that_is_too_full_gets_fewer_slots_and_the_same_bytes(host: Hos
 
 def test_a_device_without_room_for_one_token_is_refused(host: HostTier) -> None:
     size = PLAN.layouts["records"].slot_bytes
-    with pytest.raises(BudgetError, match=f"no room for the {2 * size:,} bytes"):
-        DeviceTier(host, PLAN, slots={"records": 12}, device=device_of(capacity=2 * size - 1))
+    device = device_of(capacity=2 * size - 1)
+    with pytest.raises(BudgetError, match=f"no room for the {2 * size:,} bytes") as caught:
+        DeviceTier(host, PLAN, slots={"records": 12}, device=device)
+    assert caught.tb is not None
+    assert not device.locked, "the buffers are released, though the error is kept"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DeviceTier(host, PLAN, slots=SMALLEST, device=device_of(capacity=2 * size)).close()

@@ -66,7 +66,7 @@ def test_records_are_those_of_a_store(name: str, direct: bool, tmp_path: Path, m
         monkeypatch.setattr(reader, "try_direct", lambda descriptor: False)
     table = write_extents(tmp_path, PLANS[name], RECORDS[name])
     with open_extents(tmp_path, table) as store:
-        assert store.direct is (direct and takes_direct(tmp_path / "model-0.safetensors"))
+        assert store.is_direct is (direct and takes_direct(tmp_path / "model-0.safetensors"))
         for key, record in RECORDS[name].items():
             slot = slot_of(store.manifest, key)
             slot[:] = b"\xff" * len(slot)

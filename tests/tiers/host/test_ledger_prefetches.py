@@ -138,7 +138,7 @@ def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> Non
     assert (ledger.stats().prefetched, ledger.stats().cancelled) == (2, 1), "two are requested still"
     caller = AsyncCaller(lambda event: None, 1)
     ledger.prefetch(3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller)
-    ledger.prefetches.cancel(caller)
+    ledger.end_caller(caller)
     assert (read_next(ledger), ledger.stats().cancelled) == (None, 3)
 
 

@@ -46,7 +46,7 @@ class Reading:
 
     def acquire(self, keys: Sequence[ExpertKey]) -> list[PoolSlot]:
         """Wait for all records, and return their slots. Raises the error of a demand that has failed."""
-        demand = self.ledger.demand(BLOCK, ThreadCaller(threading.get_ident()))
+        demand = self.ledger.new_demand(BLOCK, ThreadCaller(threading.get_ident()))
         self.monitor.run(self.ledger.begin, demand, keys)
         slots, is_last = list[PoolSlot](), False
         while not is_last:
@@ -118,6 +118,6 @@ def test_a_prefetch_may_pause_only_beside_another_loader(opened: list[Reading], 
 def test_a_loader_that_fails_itself_is_reported(opened: list[Reading], monkeypatch: pytest.MonkeyPatch) -> None:
     opened.append(reading := Reading(lambda load, pause: None, loaders=1))
     monkeypatch.setattr(reading.ledger.loads, "take", lambda: 1 / 0)
-    demand: Demand = reading.ledger.demand(BLOCK, ThreadCaller(threading.get_ident()))
+    demand: Demand = reading.ledger.new_demand(BLOCK, ThreadCaller(threading.get_ident()))
     reading.monitor.run(reading.ledger.begin, demand, [A])
     assert reading.failed.wait(PATIENCE)

@@ -51,11 +51,10 @@ class Tier:
         """A demand that waits for the loads of ``wanted``, which it begins if there are none."""
         demand = Demand(self.pool, wanted[0].block, ThreadCaller(caller))
         for key in wanted:
-            if key not in [load.key for load in self.loads]:
-                slot = self.pool.vacancy(key.block)
-                assert slot is not None
-                self.loads.begin(self.pool, key, slot)
-            self.loads.join(demand, key)
+            if key in [load.key for load in self.loads]:
+                self.loads.join(demand, key)
+            else:
+                assert self.loads.begin_for(demand, key)
         check_loads(self.loads)
         return demand
 
@@ -182,10 +181,8 @@ def test_a_pool_with_room_for_all_is_filled_once_half_was_read() -> None:
     for key in (A, B, C):
         tier.demand(key)
         tier.loads.complete(tier.take())
-        tier.loads.load_rest(tier.pool)
     assert tier.loads.take() is None
     tier.demand(D)
-    tier.loads.load_rest(tier.pool)
     tier.loads.complete(tier.take())
     for key in keys(1, 0, 1, 2, 3):
         load = tier.take()

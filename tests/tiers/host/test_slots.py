@@ -6,7 +6,7 @@ from ledgers import MANIFEST
 
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.host.slots import HostSlots
-from moetier.tiers.layout import ExpertKey, TierSlot
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 
 
 def slots_of(**counts: int) -> HostSlots:
@@ -38,7 +38,7 @@ def test_a_repair_frees_what_no_load_fills_and_no_demand_holds() -> None:
     slots = slots_of(big=3, small=4)
     key = next(ExpertKey(block, 0) for block, each in enumerate(MANIFEST.blocks) if each.array == "small")
     pool = slots.pools["small"]
-    pool.begin_fill(pool.slot(TierSlot(3)), key)
+    pool.begin_fill(PoolSlot(3 - pool.first), key)
     assert slots.contents()[3] == (key, True)
     slots.repair([], [])
     assert slots.contents() == [(None, False)] * 7

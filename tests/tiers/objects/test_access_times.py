@@ -6,6 +6,7 @@ import os
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from stores import keys, layout_of, make_plan
 from threads import Task
@@ -17,13 +18,30 @@ from moetier.tiers.objects.access_times import AccessTimes
 
 MANIFEST = make_plan(blocks=3, experts=4)
 SLOT = layout_of().slot_bytes
+EVERY = [key for block in range(3) for key in keys(block, *range(4))]
 
 
-def test_numbers_of_records_go_block_after_block(tmp_path: Path) -> None:
+def test_entries_go_block_after_block_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "uses"
+    with closing(AccessTimes(path, MANIFEST)) as times:
+        for number, key in enumerate(EVERY, 1):
+            assert not times.is_full
+            times.set(key)
+            times.sync()
+            assert np.flatnonzero(np.frombuffer(path.read_bytes(), np.uint64)).tolist() == [*range(number)]
+        assert times.is_full
+
+
+def test_the_least_recently_used_records_are_given_until_they_have_enough_bytes(tmp_path: Path) -> None:
     with closing(AccessTimes(tmp_path / "uses", MANIFEST)) as times:
-        every = [key for block in range(3) for key in keys(block, *range(4))]
-        assert [times.index(key) for key in every] == list(range(12))
-        assert [times.key(number) for number in range(12)] == every
+        used = [EVERY[number] for number in (7, 2, 11, 0)]
+        for key in (used[2], *used):
+            times.set(key)
+        assert times.least_recent(0) == []
+        assert times.least_recent(1) == used[:1]
+        assert times.least_recent(2 * SLOT) == used[:2]
+        assert times.least_recent(2 * SLOT + 1) == used[:3]
+        assert times.least_recent(100 * SLOT) == used
 
 
 def test_what_is_noted_is_in_the_file_and_seen_by_others(tmp_path: Path) -> None:

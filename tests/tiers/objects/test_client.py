@@ -139,7 +139,7 @@ def test_closing_ends_an_answer_that_is_slow(tmp_path: Path) -> None:
 def test_an_answer_that_trickles_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(client, "LEAST_RATE", 100_000)
+    monkeypatch.setattr(client, "MIN_RATE", 100_000)
     (tmp_path / "some").write_bytes(bytes(1000))
     with served_folder(tmp_path) as server, Objects(server.address) as objects:
         server.fault, server.seconds = lambda name: "trickle", 0.05

@@ -24,7 +24,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey, RecordLayout
 from moetier.tiers.store import mirror
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
-from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore
+from moetier.tiers.store.mirror import MIN_BYTES, MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import OpenShard, ShardFile
 from moetier.tools.convert.mirror_writer import make_mirror
@@ -115,7 +115,7 @@ def test_both_disks_read_a_record_and_a_small_one_is_read_from_one(
         read(store, KEY)
         assert sum(reads.bytes.values()) == MIDDLE.slot_bytes
         assert min(reads.bytes.values()) > MIDDLE.slot_bytes // 2 - 2 * PAGE_BYTES
-        assert MIDDLE.slot_bytes > 2 * LEAST_BYTES
+        assert MIDDLE.slot_bytes > 2 * MIN_BYTES
     with open_both(tmp_path / "small") as store:
         reads.bytes = {"a": 0, "b": 0}
         read(store, KEY)
@@ -166,7 +166,7 @@ def test_a_disk_that_was_slow_for_a_while_is_read_again(tmp_path: Path, monkeypa
         reads.seconds["b"] = 0.005
         time.sleep(0.3)
         read(store, KEY)
-        assert reads.bytes["b"] == before + LEAST_BYTES
+        assert reads.bytes["b"] == before + MIN_BYTES
         for _ in range(20):
             time.sleep(0.21)
             read(store, KEY)
@@ -237,9 +237,9 @@ def test_a_copy_that_fails_is_set_aside_and_tried_again(
         before = reads.bytes[bad]
         for _ in range(100):  # a read that other work has slowed down makes the next ones smaller
             assert read(store, KEY) == records[KEY]
-            if reads.bytes[bad] > before + 2 * LEAST_BYTES:
+            if reads.bytes[bad] > before + 2 * MIN_BYTES:
                 break
-        assert reads.bytes[bad] > before + 2 * LEAST_BYTES
+        assert reads.bytes[bad] > before + 2 * MIN_BYTES
         assert len(recovered) == mirror.FAILURES + 1
 
 

@@ -182,7 +182,7 @@ def test_other_file_systems(tmp_path: Path, kind: str) -> None:
         with ExpertStore.open(folder) as store:
             assert read_records(store) == records
             if kind == "ramfs":
-                assert not store.direct
+                assert not store.is_direct
             flip_bit(shard(folder).path, 0)
             with pytest.raises(ChecksumError):
                 read_record(store, ExpertKey(0, 0))
@@ -200,7 +200,7 @@ def test_reads_bypass_the_page_cache(tmp_path: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         with ExpertStore.open(tmp_path) as store:
-            assert store.direct
+            assert store.is_direct
             read_records(store)
     assert cached_part(path) < 0.1
 

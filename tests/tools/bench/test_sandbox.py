@@ -97,7 +97,7 @@ def test_both_ways_read_a_file_whose_name_fio_would_take_apart(tmp_path: Path, m
     path = tmp_path / "a:b"
     path.write_bytes(os.urandom(64 * 4096))
     os.sync()
-    reads = RandomReads((path,), 64 * 4096, 4 * 4096, direct=False)
+    reads = RandomReads((path,), 64 * 4096, 4 * 4096, is_direct=False)
     assert reads.rate(2, 0.05) > 0
     monkeypatch.setenv("PATH", "")
     assert (reads.by, reads.rate(2, 0.05) > 0) == ("preadv", True)

@@ -47,7 +47,7 @@ def test_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = json.loads(capsys.readouterr().out)
     weights = 6 * (128 * 256 + 256 * 64 + 256)
     with ExpertStore.open(tmp_path) as store:
-        assert found["direct"] == store.direct
+        assert found["direct"] == store.is_direct
     shards = sum(ShardFile.of(tmp_path / GROUP, plan, block).data_bytes for block in range(2))
     assert found["expert_bytes"] == shards == manifest.stored_bytes
     assert found["expert_weights"] == weights

@@ -1,10 +1,10 @@
 // Markdown of answers as DOM nodes. HTML in the text stays text; links lead only to http and https. The time grows with
-// the length of the text, whatever is in it, and lists and quotes have a depth of at most MOST_DEPTH.
+// the length of the text, whatever is in it, and lists and quotes have a depth of at most MAX_DEPTH.
 
 import { button, element } from "./elements.js";
 import { highlighted } from "./highlight.js";
 
-const MOST_DEPTH = 8;
+const MAX_DEPTH = 8;
 const FENCE = /^ {0,3}(`{3,}|~{3,})/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+|$)/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
@@ -52,12 +52,12 @@ function blockAt(lines, at, depth) {
   const heading = HEADING.exec(line);
   if (heading) return [at + 1, () => headingOf(heading[1].length, line.slice(heading[0].length))];
   if (RULE.test(line)) return [at + 1, () => element("hr")];
-  if (depth < MOST_DEPTH && QUOTE.test(line)) {
+  if (depth < MAX_DEPTH && QUOTE.test(line)) {
     const end = endOf(lines, at + 1, (each) => QUOTE.test(each));
     const inner = lines.slice(at, end).map((each) => each.replace(QUOTE, ""));
     return [end, () => element("blockquote", {}, ...built(inner, depth + 1))];
   }
-  if (depth < MOST_DEPTH && ITEM.test(line)) return listAt(lines, at, depth);
+  if (depth < MAX_DEPTH && ITEM.test(line)) return listAt(lines, at, depth);
   if (line.includes("|") && isDelimiterRow(lines[at + 1])) return tableAt(lines, at);
   const end = endOf(lines, at + 1, (each) => each.trim() && !interrupts(each, depth));
   return [end, () => paragraph(lines.slice(at, end))];
@@ -71,9 +71,9 @@ function endOf(lines, from, goesOn) {
 
 /** Return whether a line ends the paragraph before it. */
 function interrupts(line, depth) {
-  const item = depth < MOST_DEPTH && ITEM.exec(line);
+  const item = depth < MAX_DEPTH && ITEM.exec(line);
   return (
-    fenceOf(line) || HEADING.test(line) || RULE.test(line) || (depth < MOST_DEPTH && QUOTE.test(line)) ||
+    fenceOf(line) || HEADING.test(line) || RULE.test(line) || (depth < MAX_DEPTH && QUOTE.test(line)) ||
     (item && item[3] !== "" && (!/\d/.test(item[2]) || parseInt(item[2], 10) === 1))
   );
 }
@@ -270,11 +270,11 @@ function inlineAt(text, at, missing, depth) {
     const match = LINK.exec(text);
     if (!match || !/^https?:\/\//i.test(match[2])) return null;
     const link = linkTo(match[2]);
-    if (depth < MOST_DEPTH) addInline(link, match[1], depth + 1);
+    if (depth < MAX_DEPTH) addInline(link, match[1], depth + 1);
     else link.append(match[1]);
     return [link, at + match[0].length];
   }
-  return depth < MOST_DEPTH ? emphasis(text, at, missing, depth) : null;
+  return depth < MAX_DEPTH ? emphasis(text, at, missing, depth) : null;
 }
 
 function runLength(text, at) {

@@ -15,7 +15,7 @@ from moetier.runtime.kernels.layer.attention import causal_attention
 from moetier.runtime.kernels.layer.attention_code import NO_WINDOW
 from moetier.runtime.kernels.layer.masks import Band, band_mask
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS, KeyPages
-from moetier.runtime.kernels.layer.torch_attention import LEAST_TOKENS, STRIP, attend_with_torch
+from moetier.runtime.kernels.layer.torch_attention import MIN_TOKENS, STRIP, attend_with_torch
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 32
 
@@ -48,11 +48,11 @@ def test_prompts_use_it_unless_a_token_must_have_the_same_bits(same_bits: bool) 
     module = nn.Module()
     module.same_bits = same_bits
     length = 5 * PAGE_TOKENS
-    query, key, value = (tensor.bfloat16() for tensor in numbers(1, LEAST_TOKENS, length, WIDTH))
+    query, key, value = (tensor.bfloat16() for tensor in numbers(1, MIN_TOKENS, length, WIDTH))
     pages = KeyPages(array("q", [3, 1, 4, 0, 2]))
     places = pages.places(torch.arange(length))
     in_pages = [torch.empty_like(tensor).index_copy_(2, places, tensor) for tensor in (key, value)]
-    mask = band_mask(LEAST_TOKENS, length, Band(0, NO_WINDOW, pages), query.device)
+    mask = band_mask(MIN_TOKENS, length, Band(0, NO_WINDOW, pages), query.device)
     with torch.inference_mode():
         computed, _ = causal_attention(module, query, *in_pages, mask)
         expected = (
