@@ -88,7 +88,7 @@ class MatrixRecord:
     def peak_bytes(self) -> int:
         """Approximate memory to make the record, in bytes: record, workers, and the matrix if it is read as a whole."""
         (p,) = self.layout.projections
-        whole = 0 if self._recipe.direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
+        whole = 0 if self._recipe.is_direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
         return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
 
     def make(self) -> tuple[Bytes, WeightDeviation]:
@@ -99,7 +99,7 @@ class MatrixRecord:
         (p,) = self.layout.projections
         record = torch.zeros(self.layout.payload_bytes, dtype=torch.uint8)
         views = sections(record, self.layout)
-        whole = None if self._recipe.direct else self._recipe.make(None)
+        whole = None if self._recipe.is_direct else self._recipe.make(None)
         most = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
 
         def fill(start: int) -> WeightDeviation:

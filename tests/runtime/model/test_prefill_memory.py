@@ -21,7 +21,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill_memory import BLOCK, MIN_TOKENS, MIN_IN_BLOCKS, Attention, Lockstep, Prefill
+from moetier.runtime.model.prefill_memory import BLOCK, MIN_IN_BLOCKS, MIN_TOKENS, Attention, Lockstep, Prefill
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {
