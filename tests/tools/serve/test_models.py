@@ -189,6 +189,7 @@ def test_a_client_that_reads_nothing_holds_no_model_up(pair: list[Path], stream:
 
 def test_an_unload_leaves_nothing(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # models are frozen, and no more
+
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
