@@ -7,7 +7,7 @@ consistent. All data of a thread must be in local variables of its frames, becau
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
 from itertools import combinations
 from types import GeneratorType
 from typing import Any, NamedTuple
@@ -153,10 +153,8 @@ def _frozen(value: Any) -> Hashable:
     return value if isinstance(value, int | str | None) else id(value)
 
 
-class _State(NamedTuple):
-    memory: tuple[int, ...]
-    threads: tuple[int, ...]  # states of their automata
-    asleep: frozenset[int]
+_State = tuple[int, ...]  # number of what memory holds; threads that sleep, as bits; states of the threads' automata
+_THREADS = 2  # where they begin in a state
 
 
 def explore(begin: Sequence[Callable[[], Thread]], memory: Memory, servants: Collection[int] = ()) -> list[Memory]:
@@ -165,105 +163,138 @@ def explore(begin: Sequence[Callable[[], Thread]], memory: Memory, servants: Col
     At an end all threads have ended; ``servants`` need not. Raises AssertionError with a schedule if a thread does so,
     or if no end can be reached any more.
     """
-    system = _System(begin, [*memory])
-    first = _State(tuple(memory.values()), (0,) * len(begin), frozenset())
-    origins: dict[_State, _State | None] = {first: None}
-    before: dict[_State, list[_State]] = {first: []}  # all states that lead to a state
-    left, ends = deque([first]), []
-    while left:  # breadth first, for short schedules
-        state = left.popleft()
+    system = _System(begin, memory)
+    first = (0, 0, *[0] * len(begin))
+    states, numbers = [first], {first: 0}  # as they are found: breadth first, for short schedules
+    origins: list[int | None] = [None]
+    before: list[list[int]] = [[]]  # by state: the others that lead to it
+    ends = []
+    for this, state in enumerate(states):  # which grows
         operations = system.operations(state)
         if all(each is None or n in servants for n, each in enumerate(operations)):
-            ends.append(state)
+            ends.append(this)
         for number, operation in enumerate(operations):
-            if operation is None or number in state.asleep:
+            if operation is None or state[1] >> number & 1:
                 continue
             try:
-                following = [*system.steps(state, number, operation)]
+                following = system.steps(state, number, operation)
             except AssertionError as error:
-                raise AssertionError(f"{error}\n{_schedule(system, state, origins)}\n{number}: {operation}") from error
+                schedule = _schedule(system, states, origins, this)
+                raise AssertionError(f"{error}\n{schedule}\n{number}: {operation}") from error
             for after in following:
-                if after not in origins:
-                    origins[after], before[after] = state, []
-                    left.append(after)
-                before[after].append(state)
+                if (found := numbers.setdefault(after, len(states))) == len(states):
+                    states.append(after)
+                    origins.append(this)
+                    before.append([])
+                if found != this:
+                    before[found].append(this)
     can_end, left = set(ends), deque(ends)
     while left:
         new = {state for state in before[left.pop()] if state not in can_end}
         can_end |= new
         left += new
-    stuck = next((state for state in origins if state not in can_end), None)
-    assert stuck is None, f"the threads can't end any more\n{_schedule(system, stuck, origins)}"
-    return [dict(zip(memory, state.memory, strict=True)) for state in ends]
+    stuck = next((number for number in range(len(states)) if number not in can_end), None)
+    assert stuck is None, f"the threads can't end any more\n{_schedule(system, states, origins, stuck or 0)}"
+    return [system.memory(states[end]) for end in ends]
 
 
 class _System:
-    def __init__(self, begin: Sequence[Callable[[], Thread]], places: list[Hashable]) -> None:
-        self._index = {place: index for index, place in enumerate(places)}
+    """The threads' automata, and all that memory may hold. What an operation does to it is found out once."""
+
+    def __init__(self, begin: Sequence[Callable[[], Thread]], memory: Memory) -> None:
+        self._index = {place: index for index, place in enumerate(memory)}
+        self._memories = [tuple(memory.values())]
+        self._numbers = {self._memories[0]: 0}
         shared = {each: _Automaton(each) for each in begin}
         self._automata = [shared[each] for each in begin]
         self._alike = [n for n, each in enumerate(begin) if begin.count(each) > 1]
+        self._done: dict[tuple[int, int, int], tuple[int, list[int]]] = {}
+
+    def memory(self, state: _State) -> Memory:
+        return dict(zip(self._index, self._memories[state[0]], strict=True))
 
     def operations(self, state: _State) -> list[Operation | None]:
         """Return the operation that each thread does next; None if it has ended."""
-        return [own.operations[number] for own, number in zip(self._automata, state.threads, strict=True)]
+        return [own.operations[number] for own, number in zip(self._automata, state[_THREADS:], strict=True)]
 
-    def steps(self, state: _State, number: int, operation: Operation) -> Iterator[_State]:
-        """Yield the states that a thread's operation can lead to."""
-        results, woken, asleep = [0], [()], state.asleep
-        memory = list(state.memory)
+    def steps(self, state: _State, number: int, operation: Operation) -> list[_State]:
+        """Return the states that a thread's operation can lead to."""
+        index = _THREADS + number
+        key = (state[0], number, state[index])
+        if key not in self._done:
+            self._done[key] = self._do(*key)
+        memory, own = self._done[key]
+        if not own:
+            return [self._ordered(memory, state[1] | 1 << number, state[_THREADS:])]
+        if not (state[1] and isinstance(operation, Wake)):
+            return [
+                self._ordered(memory, state[1], (*state[_THREADS:index], each, *state[index + 1 :])) for each in own
+            ]
+        following = []
+        waiting = [
+            n
+            for n, each in enumerate(self.operations(state))
+            if each is not None and state[1] >> n & 1 and each[0] == operation.place
+        ]
+        for chosen in combinations(waiting, min(operation.count, len(waiting))):
+            threads, asleep = list(state[_THREADS:]), state[1]
+            threads[number] = own[0]
+            for n in chosen:
+                threads[n] = self._automata[n].next(threads[n], 0)
+                asleep ^= 1 << n
+            following.append(self._ordered(memory, asleep, threads))
+        return following
+
+    def _do(self, memory: int, number: int, state: int) -> tuple[int, list[int]]:
+        """Return the memory after a thread's operation, and the states it can lead to; none if it sleeps."""
+        automaton, results, values = self._automata[number], [0], list(self._memories[memory])
+        operation = automaton.operations[state]
         index = self._index[operation[0]] if operation else 0
-        now = memory[index]
+        now = values[index]
         match operation:
             case Load():
                 results = [now]
             case Store(_, value):
-                memory[index] = value
+                values[index] = value
             case Add(_, value):
-                results, memory[index] = [now], now + value
+                results, values[index] = [now], now + value
             case And(_, value):
-                results, memory[index] = [now], now & value
+                results, values[index] = [now], now & value
             case Swap(_, old, new):
                 results = [int(now == old)]
                 if now == old:
-                    memory[index] = new
-            case Wait(_, value):
-                if now == value:
-                    yield self._ordered(memory, state.threads, asleep | {number})
-                    return
-            case Wake(place, count):
-                waiting = [n for n in asleep if self.operations(state)[n][0] == place]  # type: ignore[index]
-                woken = [*combinations(waiting, min(count, len(waiting)))]
+                    values[index] = new
+            case Wait(_, value) if now == value:
+                return memory, []
             case Clock():
                 results = [0, LATE]
-        for result in results:
-            for chosen in woken:
-                threads = list(state.threads)
-                for n, own in ((number, result), *((n, 0) for n in chosen)):
-                    threads[n] = self._automata[n].next(threads[n], own)
-                yield self._ordered(memory, threads, asleep.difference(chosen))
+        after = tuple(values)
+        if (found := self._numbers.setdefault(after, len(self._memories))) == len(self._memories):
+            self._memories.append(after)
+        return found, [automaton.next(state, result) for result in results]
 
-    def _ordered(self, memory: Sequence[int], threads: Sequence[int], asleep: frozenset[int]) -> _State:
+    def _ordered(self, memory: int, asleep: int, threads: Sequence[int]) -> _State:
         """Return a state. Of those that differ only in the order of threads that are alike, it is always the same."""
         if self._alike:
-            threads, sorted_ = list(threads), sorted((threads[n], n in asleep) for n in self._alike)
-            for n, (own, _) in zip(self._alike, sorted_, strict=True):
-                threads[n] = own
-            asleep = asleep.difference(self._alike).union(
-                n for n, (_, sleeps) in zip(self._alike, sorted_, strict=True) if sleeps
-            )
-        return _State(tuple(memory), tuple(threads), asleep)
+            own, sorted_ = list(threads), sorted((threads[n], asleep >> n & 1) for n in self._alike)
+            for n, (each, sleeps) in zip(self._alike, sorted_, strict=True):
+                own[n] = each
+                asleep = asleep & ~(1 << n) | sleeps << n
+            threads = own
+        return (memory, asleep, *threads)
 
 
-def _schedule(system: _System, state: _State, origins: Mapping[_State, _State | None]) -> str:
+def _schedule(system: _System, states: Sequence[_State], origins: Sequence[int | None], last: int) -> str:
     """Return the operations that lead to a state, one a line, with the number of the thread."""
     lines = []
-    while (origin := origins[state]) is not None:
-        number = next(
-            n
-            for n, operation in enumerate(system.operations(origin))
-            if operation is not None and state in system.steps(origin, n, operation)
+    while (origin := origins[last]) is not None:
+        number, operation = next(
+            (n, operation)
+            for n, operation in enumerate(system.operations(states[origin]))
+            if operation is not None
+            and not states[origin][1] >> n & 1
+            and states[last] in system.steps(states[origin], n, operation)
         )
-        lines.append(f"{number}: {system.operations(origin)[number]}")
-        state = origin
+        lines.append(f"{number}: {operation}")
+        last = origin
     return "\n".join(reversed(lines))

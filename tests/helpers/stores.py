@@ -71,7 +71,8 @@ def make_records(plan: Manifest, seed: int = 0) -> dict[ExpertKey, bytes]:
         layout = plan.layout(block)
         padding = bytes(layout.record_bytes - layout.payload_bytes)
         for expert in range(entry.experts):
-            records[ExpertKey(block, expert)] = random.bytes(layout.payload_bytes) + padding
+            words = random.integers(0, 1 << 64, -(-layout.payload_bytes // 8), np.uint64)  # quicker than bytes
+            records[ExpertKey(block, expert)] = words.tobytes()[: layout.payload_bytes] + padding
     mark = bytes.fromhex(SOURCE_DIGEST)[:8]
     records[ExpertKey(0, 0)] = mark + records[ExpertKey(0, 0)][len(mark) :]
     return records

@@ -351,8 +351,9 @@ class Models(Closeable):
                 raise
             except BaseException as error:  # also a panic in a library that is written in Rust
                 log_failure(f"Unloading {entry.name}", error)
-            gc.collect()
-            return_freed_memory()
+            if not self._is_closed:  # else the process ends, and its memory with it
+                gc.collect()
+                return_freed_memory()
             if self._others(entry):
                 gc.freeze()  # again, as ``Loader.loaded`` does
             if disk is not None:

@@ -28,7 +28,9 @@ from moetier.runtime.engine.model_runner import ModelRunner
 from moetier.runtime.engine.packed_runner import PackedRunner, can_pack
 from moetier.runtime.engine.sequence import Finish, Request, TokenSequence
 
-MODELS = [(kind, trunk_bits) for kind in ("qwen3_moe", "mixtral", "gpt_oss") for trunk_bits in (4, 16)]
+# each kind, and each trunk; the rest with the slow tests
+MODELS = [("qwen3_moe", 4), ("mixtral", 16), ("gpt_oss", 16)]
+MORE_MODELS = [("qwen3_moe", 16), ("mixtral", 4), ("gpt_oss", 4)]
 QUICK, SCHEDULES = 1, 34  # of each model
 CONTEXT = 400
 DECODING: list[dict[str, Any]] = [
@@ -78,7 +80,11 @@ class Model:
     daemon: Path
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda model: f"{model[0]}-{model[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[*MODELS, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_MODELS)],
+    ids=lambda model: f"{model[0]}-{model[1]}",
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     kind, trunk_bits = request.param
     folder = tmp_path_factory.mktemp("schedules")

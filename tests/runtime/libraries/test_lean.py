@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from architectures import FURTHER, REQUIRED, model_class, tiny_config
+from architectures import TYPES, model_class, tiny_config
 from places import HELPERS
 
 import moetier
@@ -111,8 +111,11 @@ class Lean(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def lean() -> Lean:
-    names, _, rest = run(MADE, *sorted(REQUIRED | FURTHER)).partition("END OF NAMES\n")
+def lean(request: pytest.FixtureRequest) -> Lean:
+    """With models of the types that are to be tested."""
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    types = [test.callspec.params["model_type"] for test in tests if test.originalname == "test_models_are_made_alike"]
+    names, _, rest = run(MADE, *sorted(types)).partition("END OF NAMES\n")
     return Lean(names.splitlines(), json.loads(rest))
 
 
@@ -129,7 +132,7 @@ def test_with_it_off_a_command_works_and_transformers_has_the_same_names(tinymix
     assert names.splitlines() == lean.names
 
 
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+@pytest.mark.parametrize("model_type", TYPES)
 def test_models_are_made_alike(model_type: str, lean: Lean) -> None:
     of = model_class(model_type)
     with torch.device("meta"):
