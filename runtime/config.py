@@ -307,7 +307,7 @@ class TierConfig(HostTierConfig):
 
     @property
     def remote(self) -> bool:
-        """True if a daemon is named by HOST:PORT."""
+        """Whether a daemon is named by HOST:PORT."""
         return any(address.target for address in self.daemon.addresses)
 
 

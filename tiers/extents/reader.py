@@ -237,12 +237,12 @@ class ExtentStore(DirectoryStore):
 
     @property
     def direct(self) -> bool:
-        """True if all shards are read with O_DIRECT."""
+        """Whether all shards are read with O_DIRECT."""
         return all(file.direct for file in self._files.values())
 
     @property
     def has_checksums(self) -> bool:
-        """True if ``moetier link`` has made checksums of the records."""
+        """Whether ``moetier link`` has made checksums of the records."""
         return self.table.is_linked
 
     @property

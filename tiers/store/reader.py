@@ -192,7 +192,7 @@ class ExpertStore(DirectoryStore):
 
     @property
     def direct(self) -> bool:
-        """True if all shards are read with O_DIRECT."""
+        """Whether all shards are read with O_DIRECT."""
         return all(shard.direct for shard in self.shards.values())
 
     @property

@@ -175,7 +175,7 @@ class PerplexityChange:
 
     @property
     def is_clear(self) -> bool:
-        """True if the change is more than two standard errors."""
+        """Whether the change is more than two standard errors."""
         return self.log_error is not None and abs(self.log) > 2 * self.log_error
 
 
