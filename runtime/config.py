@@ -181,8 +181,8 @@ class TierConfig(HostTierConfig):
     prefill_chunk: int | None = option(
         None,
         "number of prompt tokens to compute in one forward pass, for which budgets leave room (default: 4096, in at "
-        "most a fifth of the memory if not all experts fit). Most models compute prompts in blocks: there is room for "
-        "three times as many tokens, of one prompt or of several that wait; they share each expert that is read",
+        "most a fifth of the memory if not all experts fit). Most models compute prompts in lockstep: there is room "
+        "for three times as many tokens, of one prompt or of several that wait; they share each expert that is read",
         group="generation",
         metavar="N",
         numbers=COUNT,

@@ -102,13 +102,13 @@ class Recipe:
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
 
-    def make(self, expert: int | None, turn: threading.Lock | None = None) -> torch.Tensor:
+    def make(self, expert: int | None, merging: threading.Lock | None = None) -> torch.Tensor:
         """Return the slice of one expert, or, with None, the whole parameter [experts, ...].
 
-        ``turn`` is held while what was read is merged, which takes a second copy of it.
+        ``merging`` is held while what was read is merged, which takes a second copy of it.
         """
         read = {pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()}
-        with turn or nullcontext():
+        with merging or nullcontext():
             parameter = self._convert(read)
         self._check_shape(parameter.shape)
         return (parameter if expert is None else parameter[0]).detach()

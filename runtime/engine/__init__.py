@@ -4,7 +4,7 @@
 - ``prefix_tree``: keys and values of earlier tokens in pages, and snapshots of other states, found by their token ids.
 - ``kv_cache``: the pages of each running sequence, within a budget; ``free_pages``: those that hold nothing.
 - ``saved_pages``: pages and snapshots on disk; ``page_reader``: read before a sequence begins; ``page_writer``: written
-  after a turn; ``page_folder``: their names, and which are removed; ``page_file``: one of them; ``page_binding``: what
+  after it ends; ``page_folder``: their names, and which are removed; ``page_file``: one of them; ``page_binding``: what
   keys and values depend on.
 - ``scheduler``: chooses what the next step computes.
 - ``runner``: the interface of what computes a step; ``model_runner``: one sequence at a time, for any architecture;

@@ -35,7 +35,7 @@ from .scheduler import Scheduler, StepLimits
 from .sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
 from .stream import Stream
 
-PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
+PROMPT_SHARE = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
 LONGEST_SLICE = 0.3  # seconds after which others are computed, unless their step takes longer itself
 SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
 _log = logging.getLogger(__name__)
@@ -92,13 +92,13 @@ class Engine(Closeable):
         self.context = min(context, PAGE_TOKENS * pages)
         self.saved = saved
         self._runner = runner
-        block, whole = runner.prefill_block, context  # a model that can't resume computes whole prompts
+        pass_tokens, whole = runner.pass_tokens, context  # a model that can't resume computes whole prompts
         limits = StepLimits(
             max_sequences,
-            first_chunk=max(chunk, block or 1) if runner.can_resume else whole,
+            first_chunk=max(chunk, pass_tokens or 1) if runner.can_resume else whole,
             later_chunk=min(chunk, later or chunk) if runner.can_resume else whole,
-            scored_chunk=min(SCORED, block or chunk) if runner.can_resume else whole,
-            block=block,
+            scored_chunk=min(SCORED, pass_tokens or chunk) if runner.can_resume else whole,
+            pass_tokens=pass_tokens,
         )
         self._scheduler = Scheduler(KVCache(pages, runner, keeps=runner.can_resume, saved=saved), limits)
         self._beside: set[TokenSequence] = set()  # sequences of the long tasks that are being computed
@@ -146,8 +146,8 @@ class Engine(Closeable):
         prefill = model.tiers.prefill
         check_bits(model, kv.bits)
         chunk, later, runner = prefill.tokens, prefill.later, ModelRunner(model, pages, bits=kv.bits)
-        if prefill.in_blocks is not None and may_pack(model):
-            chunk, later = prefill.in_blocks, None
+        if prefill.in_lockstep is not None and may_pack(model):
+            chunk, later = prefill.in_lockstep, None
             runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
         saved = None if disk is None else _saved(model, runner, disk, keys)
         with contextlib.nullcontext() if saved is None else closed_on_error(saved):
@@ -263,10 +263,10 @@ class Engine(Closeable):
         return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
 
     def _is_long(self, task: Task) -> bool:
-        return self._runner.prefill_block is not None and task.tokens > self._runner.prefill_block
+        return self._runner.pass_tokens is not None and task.tokens > self._runner.pass_tokens
 
     def _between(self, tasks: list[Task], done: float) -> None:
-        """Compute a step of other sequences if it is their turn. ``done``: fraction of long ``tasks`` that is computed.
+        """Compute a step of other sequences if that is due. ``done``: fraction of long ``tasks`` that is computed.
 
         Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
         """
@@ -282,7 +282,7 @@ class Engine(Closeable):
         short, _ = self._schedule()
         self._run(short)
         now = time.monotonic()
-        self._next_slice = now + max(min(PROMPT_TURNS * (now - began), LONGEST_SLICE), now - began)
+        self._next_slice = now + max(min(PROMPT_SHARE * (now - began), LONGEST_SLICE), now - began)
 
     def _has_sampler(self, sequence: TokenSequence) -> bool:
         """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""

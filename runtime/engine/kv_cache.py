@@ -93,8 +93,8 @@ class KVCache:
 
     If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
     SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
-    an earlier one. So of a turn that another one continues, fewer than LEAST_TOKENS + LAST_TOKENS tokens are computed
-    again: those that the later prompt has, too.
+    an earlier one. So if a sequence continues another one, it computes fewer than LEAST_TOKENS + LAST_TOKENS tokens of
+    that one again.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class Runner(ABC):
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
     # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
-    prefill_block: int | None = None
+    pass_tokens: int | None = None
 
     @abstractmethod
     def sampler(self, sequence: TokenSequence) -> Sampler:

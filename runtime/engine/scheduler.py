@@ -11,7 +11,7 @@ from .runner import Task
 from .sequence import TokenSequence
 
 FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one runs; then it may have been cancelled
-BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
+PASSES_BESIDE = 4  # most passes of a prompt that is computed beside long ones, a pass at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,15 @@ class StepLimits:
         later_chunk: most tokens of a prompt behind earlier ones of it, or beside other sequences, if prompts are
             computed one by one. Attention to earlier tokens takes memory.
         scored_chunk: most tokens of a prompt that is scored, as each has logits for the whole vocabulary.
-        block: tokens of a short prompt, at most. Longer prompts are computed together, and short ones beside them.
-            None: prompts are computed one by one.
+        pass_tokens: a prompt with more tokens than this is long. Long prompts are computed together; between their
+            parts, short ones are computed. None: prompts are computed one by one.
     """
 
     max_sequences: int
     first_chunk: int
     later_chunk: int
     scored_chunk: int
-    block: int | None = None
+    pass_tokens: int | None = None
 
 
 class Scheduler:
@@ -82,7 +82,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.begin()
         self.running.append(sequence)
-        return self._limits.block is not None
+        return self._limits.pass_tokens is not None
 
     def schedule(self, beside: Collection[TokenSequence] = ()) -> tuple[list[Task], list[TokenSequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
@@ -94,7 +94,7 @@ class Scheduler:
 
         Args:
             beside: sequences of a step that is still being computed. They keep their pages, and of another prompt a
-                block is computed, unless it is long itself.
+                pass is computed, unless it is long itself.
         """
         self._step += 1
         chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
@@ -118,21 +118,21 @@ class Scheduler:
     def _tokens(self, running: list[TokenSequence], *, is_beside: bool) -> dict[TokenSequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
-        if self._limits.block is None:
+        if self._limits.pass_tokens is None:
             is_alone = len(self.running) == 1 and not self.running[0].computed
             left, chosen = self._limits.first_chunk if is_alone else self._limits.later_chunk, prompts[:1]
         else:
-            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._limits.block]
+            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._limits.pass_tokens]
             short = [sequence for sequence in prompts if sequence not in long]
             left, chosen = self._limits.first_chunk, short[:1] + long
             if is_beside:
-                # a block of a prompt that is not very long; the others wait for a step of their own
-                left = self._limits.block
-                chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= BLOCKS_BESIDE * left][:1]
+                # a pass of a prompt that is not very long; the others wait for a step of their own
+                left = self._limits.pass_tokens
+                chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= PASSES_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
             if left >= min(
-                self._max_tokens(sequence), self._limits.block or 1
+                self._max_tokens(sequence), self._limits.pass_tokens or 1
             ):  # few tokens would need as many experts as many do
                 sequence.note_part(self._step)
                 tokens[sequence] = min(self._max_tokens(sequence), left)
