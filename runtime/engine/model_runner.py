@@ -43,8 +43,8 @@ class ModelRunner(Runner):
         self._inputs: dict[TokenSequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
         self._caches: dict[TokenSequence, PagedCache] = {}  # if the model can resume
 
-    def sampler(self, sequence: TokenSequence) -> Sampler:
-        """Return a sampler that chooses tokens as the model's ``generate()`` would."""
+    def begin(self, sequence: TokenSequence) -> Sampler:
+        """Prepare the inputs of a sequence. Return a sampler that chooses tokens as the model's ``generate()`` does."""
         self._inputs[sequence], sampler = prepared(self._model, sequence)
         return sampler
 

@@ -20,7 +20,9 @@ class Task:
     sequence: TokenSequence
     begin: int
     tokens: int
-    pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
+    pages: tuple[
+        int, ...
+    ]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
 
     @property
     def end(self) -> int:
@@ -62,8 +64,11 @@ class Runner(ABC):
     pass_tokens: int | None = None
 
     @abstractmethod
-    def sampler(self, sequence: TokenSequence) -> Sampler:
-        """Return the sampler of a sequence that begins. Raises ValueError for options that the model refuses."""
+    def begin(self, sequence: TokenSequence) -> Sampler:
+        """Prepare for a sequence that begins, until ``end``, and return its sampler.
+
+        Raises ValueError for options that the model refuses.
+        """
 
     @abstractmethod
     def run(
@@ -90,7 +95,7 @@ class Runner(ABC):
 
     @abstractmethod
     def end(self, sequence: TokenSequence) -> None:
-        """Forget what is kept of a sequence besides its pages. Nothing may be kept."""
+        """Forget what is kept of a sequence besides its pages, if anything is."""
 
     @abstractmethod
     def copy_page(self, source: int, target: int, tokens: int) -> None:

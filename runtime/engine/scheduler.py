@@ -7,10 +7,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .kv_cache import KVCache
-from .runner import Task
+from .runner import Runner, Task
 from .sequence import TokenSequence
 
 FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one runs; then it may have been cancelled
+SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
 PASSES_BESIDE = 4  # most passes of a prompt that is computed beside long ones, a pass at a time
 
 
@@ -34,6 +35,15 @@ class StepLimits:
     later_chunk: int
     scored_chunk: int
     pass_tokens: int | None = None
+
+    @classmethod
+    def of(cls, runner: Runner, *, max_sequences: int, chunk: int, later_chunk: int, context: int) -> StepLimits:
+        """Return the limits of a runner. One that can't resume computes whole prompts, of up to ``context`` tokens."""
+        if not runner.can_resume:
+            return cls(max_sequences, context, context, context, runner.pass_tokens)
+        least = runner.pass_tokens or 1
+        scored = min(SCORED, runner.pass_tokens or chunk)
+        return cls(max_sequences, max(chunk, least), min(chunk, later_chunk), scored, runner.pass_tokens)
 
 
 class Scheduler:
@@ -112,7 +122,7 @@ class Scheduler:
                 if last is sequence:
                     break
             else:
-                tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
+                tasks.append(Task(sequence, sequence.computed, tokens, tuple(self._cache.pages_of(sequence))))
         return tasks, stopped
 
     def _tokens(self, running: list[TokenSequence], *, is_beside: bool) -> dict[TokenSequence, int]:
@@ -131,9 +141,8 @@ class Scheduler:
                 chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= PASSES_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
-            if left >= min(
-                self._max_tokens(sequence), self._limits.pass_tokens or 1
-            ):  # few tokens would need as many experts as many do
+            # a few tokens use nearly as many experts as a full pass, so they are not worth one
+            if left >= min(self._max_tokens(sequence), self._limits.pass_tokens or 1):
                 sequence.note_part(self._step)
                 tokens[sequence] = min(self._max_tokens(sequence), left)
                 left -= tokens[sequence]

@@ -116,6 +116,10 @@ class Finish(enum.Enum):
     FAILED = "failed"
 
 
+class EngineError(MoetierError):
+    """The engine can't compute any more."""
+
+
 class DeadlineError(MoetierError):
     """The deadline of a request has passed before its answer was complete."""
 

@@ -106,7 +106,7 @@ class ToyRunner(WrittenPages, Runner):
         self.computed = 0  # tokens
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
-    def sampler(self, sequence: engine.Sequence) -> Sampler:
+    def begin(self, sequence: engine.Sequence) -> Sampler:
         logprobs = sequence.request.logprobs
         return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]), logprobs=logprobs)
 

@@ -18,11 +18,12 @@ from threads import run_all, wait_until
 from torch import Tensor
 from toy_runner import ToyRunner, answer_alone, next_token
 
-from moetier.runtime.engine.engine import SCORED, Engine, EngineError
+from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
+from moetier.runtime.engine.scheduler import SCORED
+from moetier.runtime.engine.sequence import DeadlineError, EngineError, Finish, Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -203,7 +204,7 @@ def test_no_tokens_are_refused(most: int) -> None:
 def test_a_thread_that_fails_fails_all_and_refuses_further_requests() -> None:
     runner = ToyRunner()
     with Engine(runner, pages=20, max_sequences=3, chunk=64, context=1000) as engine:
-        runner.sampler = lambda _: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
+        runner.begin = lambda _: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
         with pytest.raises(SystemExit):
             tokens_of(engine, [1])
         wait_until(lambda: not engine.is_alive)
@@ -318,7 +319,7 @@ class Endless(ToyRunner):
         super().__init__(pass_tokens=8)
         self.events = list[str]()
 
-    def sampler(self, sequence: TokenSequence) -> Sampler:
+    def begin(self, sequence: TokenSequence) -> Sampler:
         return Sampler(sequence.ids, lambda _, scores: scores)
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:

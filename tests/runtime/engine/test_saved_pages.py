@@ -25,7 +25,7 @@ from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
 from moetier.runtime.client.miss_order import MissOrder
-from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
+from moetier.runtime.engine import kv_cache, page_fetch, page_folder, page_writer, saved_pages
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
 from moetier.runtime.engine.page_file import ALIGNMENT, Payload
@@ -344,7 +344,7 @@ def test_others_are_computed_while_pages_are_read(tmp_path: Path) -> None:
 def test_a_disk_that_hangs_stops_neither_requests_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_with(tmp_path) as engine:
         answer(engine, LONG)
-    monkeypatch.setattr(kv_cache, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(page_fetch, "READ_SECONDS", 0.2)
     monkeypatch.setattr(saved_pages, "CLOSING", 0.2)
     order = Waiting()
     order.may_write.set()
