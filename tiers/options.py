@@ -1,9 +1,8 @@
 """Options, each declared once: its name, types, default, range and help.
 
 The command line, the settings file, the environment and the checks of values all read the declaration. ``TierConfig``,
-``Credentials``, ``DaemonConfig``, ``ServeConfig`` and ``convert``'s ``Options`` are frozen dataclasses whose fields
-``option`` declares;
-``named`` declares options that belong to no class.
+``Credentials``, ``DaemonConfig``, ``ServeConfig`` and ``convert``'s ``Options`` are frozen dataclasses. ``option``
+declares their fields, and ``named`` options that belong to no class.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Number:
 
     @property
     def fix(self) -> str:
-        """The advice about a number out of range."""
+        """The fix for a number out of range: a sentence that says what to give."""
         most = "2^31 - 1" if self.most == MAX_COUNT else f"{self.most:,}"
         least = "a number greater than 0 and at most" if self.least == TINY else f"{self.least:,} to"
         return self.hint or f"Give {least} {most}."

@@ -1,6 +1,6 @@
 """The engine: computes the answers of many requests with one model, step by step.
 
-- ``sequence``: a request, and the sequence of tokens that answers it.
+- ``sequence``: a *request*: one prompt, and how it is to be continued; and the sequence of tokens that answers it.
 - ``prefix_tree``: keys and values of earlier tokens in pages, and snapshots of other states, found by their token ids.
 - ``kv_cache``: the pages of each running sequence, within a budget; ``free_pages``: those that hold nothing;
   ``page_fetch``: brings those on disk for the sequence that waits first.

@@ -122,7 +122,7 @@ class Scheduler:
                 if last is sequence:
                     break
             else:
-                tasks.append(Task(sequence, sequence.computed, tokens, tuple(self._cache.pages_of(sequence))))
+                tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
         return tasks, stopped
 
     def _tokens(self, running: list[TokenSequence], *, is_beside: bool) -> dict[TokenSequence, int]:

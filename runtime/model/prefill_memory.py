@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import TierConfig
+from moetier.runtime.config import PREFILL_TOKENS, TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import FLOATS, Kernels
@@ -28,7 +28,6 @@ from moetier.tiers.manifest import Block, Manifest
 from .context import SNAPSHOT_TOKENS, can_resume, has_index, has_states
 from .kv_budget import KVBudget
 
-DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
 PASS_TOKENS = 256  # tokens of a forward pass, if a prompt is computed in lockstep
 TIMES_IN_LOCKSTEP = 3  # times as many tokens are computed together in lockstep, which takes a third of the memory
 LEAST_IN_LOCKSTEP = 2048  # tokens that are computed together in lockstep even if they take more than the default share
@@ -100,7 +99,7 @@ class Prefill:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes with which prompts read experts rarely enough: for LEAST_IN_LOCKSTEP tokens, or fewer if all are."""
+        """Bytes that let a prompt reuse each expert often: room for LEAST_IN_LOCKSTEP tokens, or for all if fewer."""
         if self.lockstep is None or self.lockstep.tokens <= PASS_TOKENS:
             return 0
         return self._lockstep_bytes(min(self.lockstep.tokens, LEAST_IN_LOCKSTEP))
@@ -173,7 +172,7 @@ NO_PREFILL = Prefill(0)
 def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels, kv: KVBudget) -> Prefill:
     """Return the memory for a prompt's tokens that are computed together.
 
-    ``config`` says how many: ``prefill_chunk``, or DEFAULT_TOKENS, but no more than a context has. In lockstep they are
+    ``config`` says how many: ``prefill_chunk``, or PREFILL_TOKENS, but no more than a context has. In lockstep they are
     TIMES_IN_LOCKSTEP times as many, of one prompt or several, but no more than all sequences have. ``model`` may be on
     the meta device, ``kernels`` are those that it will be computed with, and ``kv`` has the context.
     """
@@ -203,7 +202,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
             for number, block in enumerate(manifest.blocks)
         )
     )
-    chunk = config.prefill_chunk or DEFAULT_TOKENS
+    chunk = config.prefill_chunk or PREFILL_TOKENS
     tokens, of_all = min(chunk, kv.context), min(config.sequences * kv.context, PAGE_TOKENS * kv.pages)
     lockstep = Lockstep(
         tokens=min(TIMES_IN_LOCKSTEP * chunk, of_all) if tokens > PASS_TOKENS else 0,

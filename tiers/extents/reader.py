@@ -247,7 +247,7 @@ class ExtentStore(DirectoryStore):
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files, as a sentence for users."""
+        """The fix for damaged files, as a sentence for users."""
         return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
 
     @property

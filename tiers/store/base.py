@@ -193,7 +193,7 @@ class DirectoryStore(Store, Scrubbable):
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files, as a sentence for users."""
+        """The fix for damaged files, as a sentence for users."""
         return "Restore the files named."
 
 
@@ -252,7 +252,7 @@ class WrapperStore(DirectoryStore):
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files of ``store``."""
+        """The fix for damaged files of ``store``."""
         return self.store.fix
 
     def check_digest(self) -> None:

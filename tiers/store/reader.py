@@ -197,7 +197,7 @@ class ExpertStore(DirectoryStore):
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files. Those of a cache are fetched again."""
+        """The fix for damaged files. Those of a cache are fetched again."""
         if (self.directory / CACHE).exists():
             return (
                 f"Remove {self.directory}, and give the address again. If that does not help, push the original there "

@@ -21,7 +21,7 @@ OUTCOMES = ("answered", "cancelled", "failed")
 METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
     "under_way": (GaugeMetricFamily, "requests_under_way", "Requests that are being computed or wait."),
     "prompt_tokens": (CounterMetricFamily, "prompt_tokens", "Tokens of prompts."),
-    "kept_tokens": (
+    "cached_tokens": (
         CounterMetricFamily,
         "kept_tokens",
         "Tokens of prompts that were cached from an earlier request.",

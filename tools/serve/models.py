@@ -83,12 +83,12 @@ class Models(Closeable):
         self._keep_alive = keep_alive
         self._available = available
         self._whole = Available(0, "this machine")  # memory that was free when no model was loaded
-        # guards: ``_entries``, ``_wanted``, ``_thread``, ``_is_ending``, ``_is_closed``, ``_traffic``
+        # guards: ``_entries``, ``_wanted``, ``_thread``, ``_is_ending``, ``_closed``, ``_traffic``
         self._changed = threading.Condition()
         self._entries = {name: self._entry_of(name) for name in catalogue.models()}
         self._wanted: list[PinnedModel] = []  # for which requests wait, in the order of the first of them
         self._thread: threading.Thread | None = None
-        self._is_ending = self._is_closed = False
+        self._is_ending = self._closed = False
         self._traffic: Traffic | None = None  # of keys and values on disk, of the models that were unloaded
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Models(Closeable):
     def _next(self) -> Callable[[], None] | None:
         """Wait until a model is wanted, or was not used for long. Return what is to be done then; None at the end."""
         with self._changed:
-            while not self._is_closed:
+            while not self._closed:
                 self._wanted = [entry for entry in self._wanted if entry.waiting]
                 if self._wanted:
                     return partial(self._provide, self._wanted[0])
@@ -330,7 +330,7 @@ class Models(Closeable):
         """
         with self._changed:
             entry.drains = True
-            self._changed.wait_for(lambda: not (entry.users and wanted.waiting) or self._is_closed)
+            self._changed.wait_for(lambda: not (entry.users and wanted.waiting) or self._closed)
             entry.drains = False
             if entry.users or not wanted.waiting:
                 raise _UnwantedError
@@ -380,7 +380,7 @@ class Models(Closeable):
         """Unload all models, and end the thread once it has loaded or unloaded the model with which it is busy."""
         self.cut()
         with self._changed:
-            self._is_closed = True
+            self._closed = True
             thread = self._thread
             self._changed.notify_all()
         if thread is not None:
