@@ -290,28 +290,6 @@ def test_tokens_come_in_an_event_loop() -> None:
         wait_until(lambda: not engine.sequences)
 
 
-def test_progress_tells_tokens_and_time() -> None:
-    entered, may = threading.Event(), threading.Event()
-
-    class Slow(ToyRunner):
-        def run(self, *given: object) -> object:  # type: ignore[override]
-            if self.computed:
-                entered.set()
-                may.wait(PATIENCE)
-            return super().run(*given)  # type: ignore[arg-type]
-
-    with Engine(Slow(), pages=20, max_sequences=1, chunk=64, context=1000) as engine:
-        stream = engine.stream(Request((5,) * 192, 1))
-        assert entered.wait(PATIENCE)
-        progress = stream.sequence.progress
-        assert (progress.done, progress.total) == (64, 192)
-        assert progress.seconds_left is not None
-        assert str(progress).startswith("64 of 192 prompt tokens, ")
-        may.set()
-        assert len([*stream]) == 1
-        assert stream.sequence.progress.done == 192
-
-
 class Endless(ToyRunner):
     """Notes when a part of a long prompt is computed. No token ends a sequence."""
 
