@@ -20,9 +20,7 @@ class Task:
     sequence: TokenSequence
     begin: int
     tokens: int
-    pages: tuple[
-        int, ...
-    ]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
+    pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
 
     @property
     def end(self) -> int:
