@@ -142,7 +142,7 @@ class KVCache:
         return match, match.tokens
 
     def _begin_after(self, sequence: TokenSequence, match: Match) -> bool:
-        """Let a sequence continue after a prefix. Returns False if its state is of no use, as a page is missing."""
+        """Let a sequence continue after a prefix. Return whether it can: without all pages its state is of no use."""
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         held = _Held(node, [node.page for node in match.nodes])
         partial, shared = match.partial, match.shared
@@ -186,7 +186,7 @@ class KVCache:
         return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
     def reserve(self, sequence: TokenSequence, tokens: int) -> bool:
-        """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
+        """Take pages for the next ``tokens`` tokens of a sequence. Return whether there were enough; else take none."""
         held = self._held[sequence]
         missing = -(-(sequence.computed + tokens) // PAGE_TOKENS) - len(held.shared) - len(held.own)
         if missing > 0:

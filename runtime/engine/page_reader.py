@@ -206,7 +206,7 @@ class PageReader:
         return Reading(files, lambda file: self._readers.submit(partial(self._read, file)))
 
     def pages_of_state(self, contents: FileContents) -> int:
-        """Return how many pages a state takes that was read."""
+        """Return how many pages the state in ``contents`` takes."""
         return -(
             -len(contents.payload.data) // max(PAGE_TOKENS * sum(part.token_bytes for part in self._memory.layout), 1)
         )

@@ -69,7 +69,7 @@ class AnswerGrammar:
         *,
         one_call: bool = False,
     ) -> Grammar:
-        """Return the grammar of answers that have reasoning, if any, and then calls of ``functions``, or ``answer``."""
+        """Return the grammar of an answer: reasoning, if any; then calls of ``functions``, or ``answer``."""
         bodies = list[str]()
         if syntax is not None and functions:
             call = f"{self._sequence(syntax.open[:1])} {self._called(syntax, functions)}"

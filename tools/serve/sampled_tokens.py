@@ -183,10 +183,15 @@ def _restored(messages: Sequence[Message], answers: Mapping[int, SampledAnswer])
 
 
 def _wrong(parts: Sequence[str | array[int]], text: str, places: Sequence[int]) -> list[int]:
-    """Return the place of the first answer behind which a prompt is not as in ``text``, as the template renders it.
+    """Return the place of the first answer after which the prompt differs from ``text``, the template's own rendering.
 
-    A template may render results of tools by the calls before them, which the answer's mark has not. ``parts`` are
-    those of ``_split``, and ``places`` those of the answers in them. Returns nothing if all is right.
+    Returns [] if none does. A template may render results of tools by the calls before them, which are not in an
+    answer's mark.
+
+    Args:
+        parts: the prompt, as ``_split`` returns it.
+        text: the same messages, as the template renders them.
+        places: the places of the answers in ``parts``.
     """
     at = 0
     for number, part in enumerate(parts[::2]):  # texts, between which the answers are
@@ -200,7 +205,10 @@ def _wrong(parts: Sequence[str | array[int]], text: str, places: Sequence[int]) 
 
 
 def _start(head: str, answer: SampledAnswer, reasoning: str) -> int | None:
-    """Return where an answer starts in ``head``, the text before its content; None if it does not start as it did."""
+    """Return where an answer starts in ``head``, the text before its content.
+
+    None if the template now begins the answer in another way than when it was given.
+    """
     if not answer.opening:
         return None
     if not answer.reasoning:
