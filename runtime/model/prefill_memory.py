@@ -51,7 +51,7 @@ SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionMemory:
     """Bytes that one variant of attention takes besides its own modules' outputs, which ``Prefill`` counts."""
 
     window: int = 0  # most tokens that a token attends to, including itself; 0: all
@@ -87,7 +87,7 @@ class Prefill:
     of_attention: int = 0  # bytes for each token while attention is computed
     of_block: int = 0  # bytes for each token while experts are computed
     fixed: int = 0  # bytes for any number of tokens
-    attentions: tuple[Attention, ...] = ()
+    attentions: tuple[AttentionMemory, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -265,7 +265,7 @@ def _state(module: Any) -> int:
     return int(CHUNK_SCANS * 4 * module.A_log.numel() * (width + module.chunk_size)) if width else 0
 
 
-def _attentions(text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quick: bool) -> Iterator[Attention]:
+def _attentions(text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quick: bool) -> Iterator[AttentionMemory]:
     """Yield the attention of each layer of a model with the configuration ``text``, whose numbers have ``size`` bytes.
 
     ``is_eager``: whether scores of all tokens are computed. ``has_mask``: whether there is a mask for each prompt.
@@ -288,7 +288,7 @@ def _attentions(text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quic
         kept = (getattr(layer, "num_key_value_heads", None) or heads) * (keys + values) * size
         shares = not is_eager and keys <= 256 and (keys == values or (is_quick and keys > values))
         holds_scores = is_eager or (not is_quick and keys != values)
-        plain = Attention(
+        plain = AttentionMemory(
             always=2 * expanded if sizes["kv_lora_rank"] else expanded * is_shared * (not shares),
             masked=expanded * is_shared * shares * (not is_quick or bool(getattr(layer, "attention_chunk_size", None))),
             kept=0 if sizes["kv_lora_rank"] else kept,

@@ -114,7 +114,7 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
             ModelRunner(client, pages)
             if pass_tokens is None
             else PackedRunner(client, pages, chunk=chunk, pass_tokens=pass_tokens),
-            **{"pages": pages, "max_sequences": most, "chunk": chunk, "context": CONTEXT, "later": later},
+            **{"pages": pages, "max_sequences": most, "chunk": chunk, "context": CONTEXT, "later_chunk": later},
         ) as engine,
     ):
         run(engine, arrivals)

@@ -21,7 +21,14 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill_memory import LEAST, LEAST_IN_LOCKSTEP, PASS_TOKENS, Attention, Lockstep, Prefill
+from moetier.runtime.model.prefill_memory import (
+    LEAST,
+    LEAST_IN_LOCKSTEP,
+    PASS_TOKENS,
+    AttentionMemory,
+    Lockstep,
+    Prefill,
+)
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -192,7 +199,7 @@ def test_it_is_said_that_fewer_tokens_are_computed_together(
 
 
 def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
-    asked = Prefill(8192, context=8192, states=100_000, attentions=(Attention(masked=16_000, mask=3),))
+    asked = Prefill(8192, context=8192, states=100_000, attentions=(AttentionMemory(masked=16_000, mask=3),))
     assert asked.nbytes == 8192 * 125_000
     assert asked.within(asked.nbytes) == asked
     less = asked.within(asked.nbytes - 1)
@@ -219,8 +226,8 @@ def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tiny
 
 
 def test_a_window_limits_the_mask() -> None:
-    wide = Prefill(256, context=8192, attentions=(Attention(mask=4),)).nbytes
-    assert Prefill(256, context=8192, attentions=(Attention(mask=4, window=128),)).nbytes * 20 < wide
+    wide = Prefill(256, context=8192, attentions=(AttentionMemory(mask=4),)).nbytes
+    assert Prefill(256, context=8192, attentions=(AttentionMemory(mask=4, window=128),)).nbytes * 20 < wide
 
 
 @pytest.mark.parametrize("free", [60 << 20, pytest.param(90 << 20, marks=pytest.mark.slow)])
