@@ -105,12 +105,12 @@ def pages_for_users() -> list[Path]:
 
 
 FOR_USERS = pages_for_users()
-MOST_WORDS = 25_000  # in all pages for users, tables and commands included
+MAX_WORDS = 25_000  # in all pages for users, tables and commands included
 
 
 def test_what_a_user_has_to_read_is_short() -> None:
     counts = {name_of(page): len(page.read_text().split()) for page in FOR_USERS}
-    assert sum(counts.values()) <= MOST_WORDS, counts
+    assert sum(counts.values()) <= MAX_WORDS, counts
     assert len(counts) <= 14, "README, index, nine pages, and two for those who operate it"
 
 

@@ -1,7 +1,7 @@
 """Tests mirror the code: those of tiers/store/shard.py are in tests/tiers/store/test_shard.py.
 
-A module of up to MOST_STATEMENTS may be tested by the tests of its users; one whose objects change, only up to
-MOST_WITH_STATE. A larger one has a file of its own, or is in TESTED_BY with the file that tests it and the reason.
+A module of up to MAX_STATEMENTS may be tested by the tests of its users; one whose objects change, only up to
+MAX_WITH_STATE. A larger one has a file of its own, or is in TESTED_BY with the file that tests it and the reason.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import ast
 
 from places import ROOT, TESTS
 
-MOST_STATEMENTS = 60
-MOST_WITH_STATE = 50
+MAX_STATEMENTS = 60
+MAX_WITH_STATE = 50
 
 CODE = "it writes compiled code, which is compared with torch as a whole"
 PARTS = "a part of the module whose tests these are, and used by it alone"
@@ -102,7 +102,7 @@ def test_every_module_has_tests_of_its_name_or_says_which_test_it() -> None:
         for folder in ("tiers", "runtime", "tools")
         for path in (ROOT / folder).rglob("*.py")
         if not (TESTS / path.relative_to(ROOT).with_name(f"test_{path.name}")).exists()
-        if statements(source := path.read_text()) > (MOST_WITH_STATE if has_state(source) else MOST_STATEMENTS)
+        if statements(source := path.read_text()) > (MAX_WITH_STATE if has_state(source) else MAX_STATEMENTS)
     }
     assert without - TESTED_BY.keys() == set(), "add a test file of the same name in the same folder below tests/"
     assert TESTED_BY.keys() - without == set(), "these have tests of their name now, or are small or gone"

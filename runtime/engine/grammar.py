@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Limits of grammars, which may come from clients. What they allow is compiled or refused in about a tenth of a second.
-MOST_PATTERN_LETTERS = 1 << 16  # of a regular expression
-MOST_REGEX_LETTERS = 10_000  # of a Lark grammar with %regex, of which each letter may be many states
-MOST_LETTERS = 1 << 20  # of a grammar with its parts
-MOST_OBJECTS = 5_000  # of a schema
-MOST_RULES = 5_000  # of a Lark grammar, counted as colons and opening brackets
-MOST_SYMBOLS = 10_000  # of a compiled grammar: the slowest mask takes about 10 ms
-MOST_REMAINDERS = 10_000  # llguidance makes a state for each remainder of a division by `multipleOf`
-MOST_ITEMS = 5_000  # of the parser at a place: a schema with 1,000 optional properties has 4,000
+MAX_PATTERN_LETTERS = 1 << 16  # of a regular expression
+MAX_REGEX_LETTERS = 10_000  # of a Lark grammar with %regex, of which each letter may be many states
+MAX_LETTERS = 1 << 20  # of a grammar with its parts
+MAX_OBJECTS = 5_000  # of a schema
+MAX_RULES = 5_000  # of a Lark grammar, counted as colons and opening brackets
+MAX_SYMBOLS = 10_000  # of a compiled grammar: the slowest mask takes about 10 ms
+MAX_REMAINDERS = 10_000  # llguidance makes a state for each remainder of a division by `multipleOf`
+MAX_ITEMS = 5_000  # of the parser at a place: a schema with 1,000 optional properties has 4,000
 STACK_BYTES = 256 << 20  # llguidance compiles chains of references recursively, in about 8 KiB each
 
 # white space between two tokens of JSON: models may otherwise write it without an end
@@ -86,8 +86,8 @@ class Grammar:
 
         Raises ConfigError if llguidance is not installed, and GrammarError if the expression is too long.
         """
-        if len(pattern) > MOST_PATTERN_LETTERS:
-            raise _too_large(f"a regular expression of more than {MOST_PATTERN_LETTERS:,} letters")
+        if len(pattern) > MAX_PATTERN_LETTERS:
+            raise _too_large(f"a regular expression of more than {MAX_PATTERN_LETTERS:,} letters")
         return cls.lark(f"start: /{_llguidance().regex_to_lark(pattern, '')}/")
 
     @classmethod
@@ -96,8 +96,8 @@ class Grammar:
 
         Raises GrammarError if it is too long.
         """
-        if len(text) > MOST_LETTERS:
-            raise _too_large(f"more than {MOST_LETTERS:,} letters")
+        if len(text) > MAX_LETTERS:
+            raise _too_large(f"more than {MAX_LETTERS:,} letters")
         assert not any(part.parts for part in (parts or {}).values())
         named = tuple((name, part.definition) for name, part in (parts or {}).items())
         return cls(json.dumps({"lark_grammar": _LITERALS.sub(_without_percent, text)}), named)
@@ -136,7 +136,7 @@ class GrammarCompiler:
         _check_size(grammar)
         tokenizer, end = self._tokenizer()
         limits = _llguidance().LLParserLimits(
-            max_grammar_size=MOST_SYMBOLS, max_items_in_row=MOST_ITEMS, verbose_errors=False
+            max_grammar_size=MAX_SYMBOLS, max_items_in_row=MAX_ITEMS, verbose_errors=False
         )
         found = _on_large_stack(lambda: _llguidance().LLMatcher(tokenizer, text, log_level=0, limits=limits))
         own_end = self._source.eos_token_id
@@ -312,31 +312,31 @@ def _on_large_stack(compiled: Callable[[], LLMatcher]) -> LLMatcher:
 
 def _check_size(grammar: Grammar) -> None:
     """Raise GrammarError for a grammar that would take too long to compile."""
-    if len(grammar.text) > MOST_LETTERS:
-        raise _too_large(f"more than {MOST_LETTERS:,} letters")
+    if len(grammar.text) > MAX_LETTERS:
+        raise _too_large(f"more than {MAX_LETTERS:,} letters")
     for definition in (grammar.definition, *(part for _, part in grammar.parts)):
         found = json.loads(definition)
         if "json_schema" in found:
             _check_schema(found["json_schema"])
-        elif sum(map(found["lark_grammar"].count, ":([{")) > MOST_RULES:
-            raise _too_large(f"more than {MOST_RULES:,} rules")
-        elif "%regex" in found["lark_grammar"] and len(found["lark_grammar"]) > MOST_REGEX_LETTERS:
-            raise _too_large(f"more than {MOST_REGEX_LETTERS:,} letters beside %regex")
+        elif sum(map(found["lark_grammar"].count, ":([{")) > MAX_RULES:
+            raise _too_large(f"more than {MAX_RULES:,} rules")
+        elif "%regex" in found["lark_grammar"] and len(found["lark_grammar"]) > MAX_REGEX_LETTERS:
+            raise _too_large(f"more than {MAX_REGEX_LETTERS:,} letters beside %regex")
         elif "%json" in found["lark_grammar"]:  # which has no limits
             raise GrammarError("A Lark grammar has %json.", "Give the schema as a part of the grammar, or alone.")
 
 
 def _check_schema(schema: Mapping[str, Any]) -> None:
     objects = [*_objects(schema)]
-    if len(objects) > MOST_OBJECTS:
-        raise _too_large(f"more than {MOST_OBJECTS:,} JSON objects")
+    if len(objects) > MAX_OBJECTS:
+        raise _too_large(f"more than {MAX_OBJECTS:,} JSON objects")
     divisors = [value for each in objects if _is_divisor(value := each.get("multipleOf"))]
     states = [_remainders([divisor]) for divisor in divisors]
     # keywords that are side by side hold together
     if any("allOf" in each or len(each.keys() & {"multipleOf", "anyOf", "oneOf", "$ref"}) > 1 for each in objects):
         states.append(_remainders(divisors))
-    if max(states, default=0) > MOST_REMAINDERS:
-        raise _too_large(f"more than {MOST_REMAINDERS:,} remainders of multipleOf")
+    if max(states, default=0) > MAX_REMAINDERS:
+        raise _too_large(f"more than {MAX_REMAINDERS:,} remainders of multipleOf")
 
 
 def _objects(schema: Any) -> Iterator[Mapping[str, Any]]:

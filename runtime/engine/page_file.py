@@ -30,7 +30,7 @@ ALIGNMENT = 4096  # bytes; O_DIRECT reads and writes multiples of it, at multipl
 NAME_BYTES = 32
 PIECE = 1 << 20  # most bytes of one write
 LARGEST_KEPT = 16 << 20  # bytes of memory that is used again; a state takes more, but is seldom read or written
-MOST_BYTES = 1 << 30  # of a file; a longer one is no page
+MAX_BYTES = 1 << 30  # of a file; a longer one is no page
 # magic, version, bytes of the JSON, bytes of the data, CRC-32C of the data, name, CRC-32C of all this and the JSON
 HEAD = struct.Struct("<8sIIQI32sI")
 MAGIC, VERSION = b"moetierP", 1
@@ -152,7 +152,7 @@ def read_file(path: Path, name: bytes, buffers: Buffers) -> FileContents:
         if status.st_uid != os.geteuid():
             raise DamagedFileError("a file of another user")
         size = status.st_size
-        if size % ALIGNMENT or not 0 < size <= MOST_BYTES:
+        if size % ALIGNMENT or not 0 < size <= MAX_BYTES:
             raise DamagedFileError(f"{size:,} bytes")
         memory = buffers.take(size)
         try:

@@ -33,7 +33,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.ownership import access_fault
 from moetier.tiers.store.atomic import PARTIAL, make_folders
 
-from .page_file import MOST_BYTES, Buffers, DamagedFileError, FileContents, Payload, file_bytes, read_file, write_file
+from .page_file import MAX_BYTES, Buffers, DamagedFileError, FileContents, Payload, file_bytes, read_file, write_file
 
 PAGE = ".page"  # suffix of pages
 # names of folders and files; other ones are of other programs
@@ -298,7 +298,7 @@ class PageFolder:
 
     def fits(self, layout: Any, size: int) -> bool:
         """Return whether a file with ``size`` bytes of data may be kept: it is no larger than all pages may be."""
-        return file_bytes(layout, size) <= min(self.options.size, MOST_BYTES)
+        return file_bytes(layout, size) <= min(self.options.size, MAX_BYTES)
 
     def touch(self, name: bytes, depth: int) -> None:
         """Note that a page was used. ``depth`` is its number in its sequence."""

@@ -27,8 +27,8 @@ from .page_folder import STATE, PageFolder
 from .prefix_tree import Node, StateSnapshot
 
 RATE = 8 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
-MOST_WAIT = 1.0  # seconds that a piece waits if reads never pause: so at most a MiB a second is written
-MOST_WAITING = 256  # sequences that wait to be written; further ones replace the oldest
+MAX_WAIT = 1.0  # seconds that a piece waits if reads never pause: so at most a MiB a second is written
+MAX_QUEUE = 256  # sequences that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
 SWEEP_SECONDS = 3600.0  # pages that are too old are looked for so often
 
@@ -65,7 +65,7 @@ class PageWriter:
         self._writes_from = 0.0  # time from which the next piece may be written
         self._sweeps_at = time.monotonic()  # time of the next sweep
         self._changed = threading.Condition()  # guards: ``_waiting``, ``_closes_at``, ``_is_busy``
-        self._waiting = deque[_Ended](maxlen=MOST_WAITING)
+        self._waiting = deque[_Ended](maxlen=MAX_QUEUE)
         self._closes_at: float | None = None  # time at which the writer ends even if some wait
         self._is_busy = False  # whether a sequence is being written
         self._thread = start_thread("moetier-page-writer", self._write_all)
@@ -175,11 +175,11 @@ class PageWriter:
     def _wait_to_write(self, size: int) -> None:
         """Wait until ``size`` bytes may be written: so long that no more than RATE are, and nothing is read.
 
-        A disk that is always read delays each piece by MOST_WAIT only: else no page would ever be written.
+        A disk that is always read delays each piece by MAX_WAIT only: else no page would ever be written.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closes_at, max(self._writes_from - time.monotonic(), 0))
-        late = time.monotonic() + MOST_WAIT
+        late = time.monotonic() + MAX_WAIT
         self._order.wait_to_write(lambda: self._closes_at is not None or time.monotonic() >= late)
         self._writes_from = time.monotonic() + size / RATE
 

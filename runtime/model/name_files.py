@@ -17,7 +17,7 @@ from pathlib import Path
 from moetier.tiers.errors import ConfigError
 
 NAME = re.compile(r"\w[\w.-]*")
-MOST_NAMES = 1000  # numbers that are tried for models whose folders have one name
+MAX_NAMES = 1000  # numbers that are tried for models whose folders have one name
 
 
 def data_folder() -> Path:
@@ -59,7 +59,7 @@ def register_name(model: Path) -> str | None:
             names = registered()
             if (earlier := next((name for name, other in names.items() if other == path), None)) is not None:
                 return earlier
-            for number in range(1, MOST_NAMES):
+            for number in range(1, MAX_NAMES):
                 name = stem if number == 1 else f"{stem}-{number}"
                 if name in names and _is_removed(names[name]):
                     _remove(name)

@@ -27,7 +27,7 @@ from .gates import Observer
 from .layer_forms import LayerForm, find_form, key_of, parts_of
 from .quick import is_row_like, one_token
 from .routers import quick_class, tensors_of
-from .snapshot import MOST_TRIALS, Snapshot, has_global_hooks, hooks_of
+from .snapshot import MAX_TRIALS, Snapshot, has_global_hooks, hooks_of
 
 
 class QuickLayer:
@@ -98,7 +98,7 @@ class OneTokenLayer:
         with without_subclasses():
             key = (*kind, *key_of(layer))
         form = None
-        if key in self._keys or len(self._keys) < MOST_TRIALS:
+        if key in self._keys or len(self._keys) < MAX_TRIALS:
             self._keys.add(key)
             if key not in self._known:
                 with CPU:

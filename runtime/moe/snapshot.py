@@ -19,7 +19,7 @@ from moetier.runtime.libraries.torch_internals import (
 
 # Most trials of one module with different numbers. A number may change at every call, such as a counter in a user's own
 # class, and trials take long. So a module keeps its own code once it would be tried again.
-MOST_TRIALS = 4
+MAX_TRIALS = 4
 
 Result = TypeVar("Result")
 
@@ -110,11 +110,11 @@ class Trials(Generic[Result]):
     def result(self, module: Any, trial: Callable[[], Result | None]) -> Result | None:
         """Return the result of ``trial`` with the module's present numbers. It is called if there is none yet.
 
-        After MOST_TRIALS trials, returns None for any other numbers, and from then on.
+        After MAX_TRIALS trials, returns None for any other numbers, and from then on.
         """
         if (last := self._last) is None or not has_numbers(module, last[0]):
             numbers = frozenset(numbers_of(module).items())
-            if numbers in self._results or len(self._results) < MOST_TRIALS:
+            if numbers in self._results or len(self._results) < MAX_TRIALS:
                 if numbers not in self._results:
                     self._results[numbers] = trial()
                 last = numbers_of(module), self._results[numbers]  # a trial may count calls, too

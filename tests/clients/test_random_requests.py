@@ -24,7 +24,7 @@ REQUESTS = 10_000  # at least
 EXAMPLES = 1200  # for each route; the phases of coverage and of examples make others
 CLIENTS = 4
 TIMEOUT = 900.0  # seconds: a busy machine answers late, and a request that hangs is found all the same
-MOST_GROWN = 64 << 20  # bytes of memory, of which the server keeps some for each answer
+MAX_GROWN = 64 << 20  # bytes of memory, of which the server keeps some for each answer
 
 
 @pytest.fixture(scope="module")
@@ -73,5 +73,5 @@ def test_random_requests(model: Path, tmp_path: Path, request: pytest.FixtureReq
     assert len(answered) >= REQUESTS
     assert not [status for status in answered if status >= "500"]
     assert "Traceback" not in server.log
-    assert after[0] - before[0] < MOST_GROWN
+    assert after[0] - before[0] < MAX_GROWN
     assert after[1] <= before[1] + 4  # connections of the client that are being closed

@@ -27,7 +27,7 @@ PATIENCE = 300.0  # seconds within which an answer must be there
 PIECES = 10  # in which a slow client sends its body
 PAUSE = 0.1  # seconds between what a slow client sends, and what it reads
 SAMPLES = 10  # of memory, descriptors and threads
-MOST_GROWN = 64 << 20  # bytes of memory between the middle and the end
+MAX_GROWN = 64 << 20  # bytes of memory between the middle and the end
 WORDS = ["la", "mattina", "seguente", "don", "Rodrigo", "signore", "sposi", "curato", "Lucia", "pane", "Milano"]
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     faults = [outcome for outcome in crowd.outcomes if outcome not in ("200", "401", "429", "left")]
     before, *half = usages[: len(usages) // 2 + 1]
     after = usages[-1]
-    grown = after[0] - half[-1][0] > MOST_GROWN or after[1] > before[1] or after[2] > max(usage[2] for usage in half)
+    grown = after[0] - half[-1][0] > MAX_GROWN or after[1] > before[1] or after[2] > max(usage[2] for usage in half)
     if faults or grown:
         sys.exit("an answer was lost" if faults else "the server has grown")
 

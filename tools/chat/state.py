@@ -17,9 +17,9 @@ from typing import Any
 from moetier.runtime.generation.conversation import Message
 from moetier.tiers.errors import ConfigError
 
-MOST_LINES = 1000  # the file of lines is cut to these when it has twice as many
-MOST_CONVERSATIONS = 20
-MOST_BYTES = 16 << 20  # of a file that is read
+MAX_LINES = 1000  # the file of lines is cut to these when it has twice as many
+MAX_CONVERSATIONS = 20
+MAX_BYTES = 16 << 20  # of a file that is read
 _FOLD = str.maketrans("\n", "\r")  # a pasted text of several lines is one line of the file
 _UNFOLD = str.maketrans("\r", "\n")
 
@@ -50,11 +50,11 @@ class LineHistory:
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with os.fdopen(_open_private(self._path, os.O_RDWR), errors="replace", newline="\n") as stream:
-                stream.seek(max(0, stream.seek(0, os.SEEK_END) - MOST_BYTES))
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - MAX_BYTES))
                 lines = stream.read().split("\n")[:-1]
-            self.lines = [line.translate(_UNFOLD) for line in lines[-MOST_LINES:]]
-            if len(lines) > 2 * MOST_LINES:
-                _replace_private(self._path, "".join(f"{line}\n" for line in lines[-MOST_LINES:]))
+            self.lines = [line.translate(_UNFOLD) for line in lines[-MAX_LINES:]]
+            if len(lines) > 2 * MAX_LINES:
+                _replace_private(self._path, "".join(f"{line}\n" for line in lines[-MAX_LINES:]))
 
     def add(self, line: str) -> None:
         """Append a line."""
@@ -79,7 +79,7 @@ class KeptConversation:
         with contextlib.suppress(OSError):
             if not self._path.exists():
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for old in _conversations(self._path.parent)[: 1 - MOST_CONVERSATIONS]:
+                for old in _conversations(self._path.parent)[: 1 - MAX_CONVERSATIONS]:
                     old.unlink(missing_ok=True)
             _replace_private(self._path, messages_text(messages))
 
@@ -104,7 +104,7 @@ def read_messages(path: Path) -> list[Message]:
     fix = "Name a file that /save has written: a JSON list of messages, each with role and content."
     try:
         with path.open("rb") as stream:
-            found: Any = json.loads(stream.read(MOST_BYTES))
+            found: Any = json.loads(stream.read(MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{path} can't be read ({error.strerror}).", fix) from None
     except (ValueError, RecursionError):

@@ -18,7 +18,7 @@ CARD = "README.md"
 LIBRARY = "moetier"  # the card's and config.json's library_name
 # of the cards that moetier writes and may replace: without this line, the file is the user's
 MARK = "<!-- moetier convert wrote this file, and replaces it. Remove this line to keep it as it is. -->"
-MOST_BYTES = 1 << 16  # of a file that is looked at for MARK
+MAX_BYTES = 1 << 16  # of a file that is looked at for MARK
 METHODS = {
     "hqq": "quantised by HQQ",
     "rounding": "rounded to the nearest value",
@@ -100,7 +100,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 def is_card(path: Path) -> bool:
     """Return whether moetier wrote the file ``path``, and may replace it."""
     with contextlib.suppress(OSError), path.open("rb") as stream:
-        return MARK.encode() in stream.read(MOST_BYTES)
+        return MARK.encode() in stream.read(MAX_BYTES)
     return False
 
 

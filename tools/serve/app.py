@@ -19,7 +19,7 @@ from moetier.runtime.daemon.metrics import registry_of
 from .endpoint import ALIVE_SECONDS, BodyEndpoint, Endpoint
 from .keys import Keys, RateLimits
 from .metrics import ServeCollector
-from .middleware import HEALTH, MOST_BYTES, AccessControl, App, RequestLimits, most_bytes
+from .middleware import HEALTH, MAX_BYTES, AccessControl, App, RequestLimits, most_bytes
 from .models import Models
 from .openapi import description_of
 from .page import page_routes
@@ -63,7 +63,7 @@ def _most_bytes(models: Models) -> int:
         with models.seen() as ((_, _, served),):
             if served is not None:
                 return most_bytes(served.service.context)
-    return MOST_BYTES
+    return MAX_BYTES
 
 
 def _post_routes(models: Models, unknown: UnknownFields, alive_seconds: float) -> Iterator[Route]:

@@ -15,7 +15,7 @@ from .call_syntax import syntax_of
 from .protocols.query import AnswerFormat, ChatPrompt
 from .protocols.refusal import Refusal
 
-MOST_TRIED = 128  # functions whose schemas are compiled one by one, in up to a tenth of a second each
+MAX_TRIED = 128  # functions whose schemas are compiled one by one, in up to a tenth of a second each
 _log = logging.getLogger(__name__)
 
 
@@ -94,11 +94,11 @@ class Constraints:
         Of very many functions, only strict ones keep their schemas. Raises Refusal if a strict one can't, or if there
         are very many.
         """
-        if len(functions) <= MOST_TRIED:
+        if len(functions) <= MAX_TRIED:
             return [self._known_one(function) for function in functions]
-        if sum(1 for function in functions if function.get("strict")) > MOST_TRIED:
+        if sum(1 for function in functions if function.get("strict")) > MAX_TRIED:
             message = (
-                f"tools: more than {MOST_TRIED} functions are strict, and can't be compiled together: {error.cause}"
+                f"tools: more than {MAX_TRIED} functions are strict, and can't be compiled together: {error.cause}"
             )
             raise Refusal(400, message, param="tools")
         return [

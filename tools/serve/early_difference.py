@@ -15,7 +15,7 @@ LEAST = 512  # tokens of prompts that are compared; less is computed soon
 EARLY = 0.25  # share of a prompt that is its beginning
 WINDOW = 256  # tokens after the difference in which the prompts must become alike again
 ALIKE = 64  # so many tokens must be alike then
-MOST_USERS = 64  # of which prompts are kept
+MAX_USERS = 64  # of which prompts are kept
 KEPT = 4  # prompts of each: a client may have several conversations at a time
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class EarlyDifference:
         with self._lock:
             earlier = self._prompts.setdefault(user, deque(maxlen=KEPT))
             self._prompts.move_to_end(user)
-            if len(self._prompts) > MOST_USERS:
+            if len(self._prompts) > MAX_USERS:
                 self._prompts.popitem(last=False)
             places = [place for other in earlier if (place := difference(other, ids)) is not None]
             is_new = all(_common(other, ids) < EARLY * len(ids) for other in earlier)

@@ -29,7 +29,7 @@ from .waiting import ended, kept_alive, on_thread, read_ahead
 
 ALIVE_SECONDS = 10.0  # longest silence of a stream
 # log probabilities of an answer in one piece: more would take 100 MB, and stop other threads for a fifth of a second
-MOST_SCORES = 1 << 17
+MAX_SCORES = 1 << 17
 Submission = asyncio.Future[tuple[Reply, Choices]]  # done once all answers of a request are submitted, or it is refused
 
 
@@ -148,7 +148,7 @@ def _id_headers(answer: str) -> dict[str, str]:
 
 
 def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
-    """Raise Refusal if answers could have more than MOST_SCORES log probabilities.
+    """Raise Refusal if answers could have more than MAX_SCORES log probabilities.
 
     Those of new tokens count only if they ``are_kept`` until the end of the answer; most streams keep them, as text,
     only until they are sent.
@@ -158,9 +158,9 @@ def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
         (1 + (each.logprobs or 0)) * (len(each.ids) * each.scores_prompt + (each.max_new_tokens if are_kept else 0))
         for each in scored
     )
-    if scores > MOST_SCORES:
+    if scores > MAX_SCORES:
         message = (
-            f"logprobs: the answers could have {scores:,} log probabilities, and {MOST_SCORES:,} are possible. Ask for "
+            f"logprobs: the answers could have {scores:,} log probabilities, and {MAX_SCORES:,} are possible. Ask for "
             "fewer answers, tokens or likely tokens. A stream of chat or text completions may have more."
         )
         raise Refusal(400, message, param="logprobs")

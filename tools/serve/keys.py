@@ -18,7 +18,7 @@ from moetier.tiers.errors import ConfigError
 
 KEY = "MOETIER_API_KEY"  # environment variable that may hold the only key
 MAKE_KEY = "Make a key: openssl rand -hex 32"
-MOST_NAME = 64  # letters of a key's name
+MAX_NAME = 64  # letters of a key's name
 MINUTE = 60.0
 
 
@@ -112,8 +112,8 @@ def _parsed(path: Path, content: bytes) -> dict[str, Key]:
     keys = dict[str, Key]()
     for name, table in tables.items():
         where = f"The key {name!r} in {path}"
-        if not isinstance(table, dict) or not name.isprintable() or not 0 < len(name) <= MOST_NAME:
-            raise ConfigError(f"{where} is not a table with a printable name of at most {MOST_NAME} letters.", form)
+        if not isinstance(table, dict) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            raise ConfigError(f"{where} is not a table with a printable name of at most {MAX_NAME} letters.", form)
         limits = [table.get("requests_a_minute"), table.get("tokens_a_minute")]
         if unknown := table.keys() - {"key", "requests_a_minute", "tokens_a_minute"}:
             raise ConfigError(f"{where} has the unknown field {min(unknown)!r}.", form)

@@ -24,7 +24,7 @@ USER = "moetier.user"  # field of a scope: the name of the API key that the requ
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
-MOST_BYTES = 16 << 20  # maximum size of a request's body, however long the context is
+MAX_BYTES = 16 << 20  # maximum size of a request's body, however long the context is
 BYTES_WITHOUT_PROMPT = 1 << 20  # size of a body's part that needs no room in the context
 BYTES_OF_TOKEN = 64  # bytes of a body for each token of the context; JSON takes up to 6 for a character
 BODY_SECONDS = 60.0  # longest time until a whole body has arrived
@@ -33,7 +33,7 @@ RETRY_SECONDS = 5  # time after which a client that was refused may try again
 
 def most_bytes(context: int) -> int:
     """Return the maximum size of a body in bytes, for a context of ``context`` tokens."""
-    return min(BYTES_WITHOUT_PROMPT + BYTES_OF_TOKEN * context, MOST_BYTES)
+    return min(BYTES_WITHOUT_PROMPT + BYTES_OF_TOKEN * context, MAX_BYTES)
 
 
 class AccessControl:

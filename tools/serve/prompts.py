@@ -24,7 +24,7 @@ from .protocols.query import ChatPrompt, Prompt, Query
 from .protocols.refusal import TOO_LONG, Refusal
 from .sampled_tokens import SampledTokens
 
-MOST_ANSWERS = 1024  # maximum number of answers that one request may ask for
+MAX_ANSWERS = 1024  # maximum number of answers that one request may ask for
 NEW_TOKENS = 1024  # limit of an answer's tokens if the request has none; generation_config.json may raise it
 SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates turn reasoning on and off
 
@@ -70,8 +70,8 @@ class Prompts:
 
         Raises Refusal, which names ``field``, if a prompt is empty, exceeds the context, or the model can't read it.
         """
-        if len(query.prompts) * query.choices > MOST_ANSWERS:
-            raise Refusal(400, f"{field}: a request may have at most {MOST_ANSWERS} answers.", param=field)
+        if len(query.prompts) * query.choices > MAX_ANSWERS:
+            raise Refusal(400, f"{field}: a request may have at most {MAX_ANSWERS} answers.", param=field)
         if (unknown := max(query.biases, default=0)) >= self._vocabulary:
             raise Refusal(400, f"logit_bias: the model has no token {unknown}.", param="logit_bias")
         is_chat = isinstance(query.prompts[0], ChatPrompt)

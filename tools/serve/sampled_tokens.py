@@ -21,7 +21,7 @@ from moetier.runtime.model.context import first_ids
 from .protocols.events import Answered
 
 ANSWER_TOKENS = 256  # a kept answer takes as much memory besides its tokens as so many of them
-MOST_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept longest ago are forgotten first
+MAX_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept longest ago are forgotten first
 TRIALS = 3  # a template may drop some of the answers: so often others are tried
 MARK_LETTERS = 64  # most letters of the mark between the beginning of an answer and its reasoning
 
@@ -95,7 +95,7 @@ class SampledTokens:
             self._forget(key)
             self._sampled[key] = answer
             self._tokens += len(answer.ids) + ANSWER_TOKENS
-            while self._tokens > MOST_TOKENS:
+            while self._tokens > MAX_TOKENS:
                 self._forget(next(iter(self._sampled)))
 
     def continued(

@@ -330,7 +330,7 @@ def chain(links: int, **more: Any) -> dict[str, Any]:
         (Grammar.json_schema({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}), "remainders"),
         (Grammar.json_schema({"multipleOf": 997, "anyOf": [{"multipleOf": 991}]}), "remainders"),
         (Grammar.json_schema({"multipleOf": float("inf")}), "."),
-        (Grammar.json_schema({"enum": ["x" * grammars.MOST_LETTERS]}), "letters"),
+        (Grammar.json_schema({"enum": ["x" * grammars.MAX_LETTERS]}), "letters"),
         (Grammar.regex("(" * 5000 + ")" * 5000), "."),
         (Grammar.regex("(a"), "regex"),
         (Grammar.lark("start: " + "(" * 400 + '"a"' + ")" * 400), "nested"),

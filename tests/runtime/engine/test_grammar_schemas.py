@@ -25,7 +25,7 @@ from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarError
 from moetier.runtime.engine.sequence import Finish, Request
 
-MOST_TOKENS = 512
+MAX_TOKENS = 512
 TOGETHER = 16  # answers at a time
 CLOSING = {"}": 9.0, "]": 9.0, '"': 5.0}  # added to the scores of tokens that begin so: the answers must end
 GOES_ON = -9.0  # added to those that are blank
@@ -76,7 +76,7 @@ def check_answers(model: Any, tokenizer: Any) -> None:
     ended, invalid = 0, list[str]()
     with Engine.of(model, max_sequences=TOGETHER) as engine:
         streams = [
-            (schema, grammar, engine.stream(Request(ids, MOST_TOKENS, decoding, seed=number, grammar=grammar)))
+            (schema, grammar, engine.stream(Request(ids, MAX_TOKENS, decoding, seed=number, grammar=grammar)))
             for number, (schema, grammar) in enumerate(pairs)
         ]
         for schema, grammar, stream in streams:
@@ -111,5 +111,5 @@ def fault(schema: Any, text: str) -> str | None:
         return str(error)
     schema = json.loads(json.dumps(schema), parse_float=exact)
     validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
-    with localcontext(prec=MOST_TOKENS * 30):
+    with localcontext(prec=MAX_TOKENS * 30):
         return next((error.message[:200] for error in validator.iter_errors(value)), None)

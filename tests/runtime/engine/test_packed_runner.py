@@ -28,7 +28,7 @@ from moetier.runtime.model.prefill_memory import PASS_TOKENS
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.errors import UnsupportedModelError
 
-PAGES, MOST_PROMPT = 14, 150
+PAGES, MAX_PROMPT = 14, 150
 QUICK, SCHEDULES = 2, 70  # of each model
 
 
@@ -58,7 +58,7 @@ class Recorded(PackedRunner):
 def requests(seed: int) -> list[Request]:
     """Prompts that begin alike in part, with samplers and penalties of all kinds."""
     random_ = random.Random(seed)
-    text = [random_.randrange(2, 250) for _ in range(MOST_PROMPT)]
+    text = [random_.randrange(2, 250) for _ in range(MAX_PROMPT)]
     found = []
     for number in range(random_.randrange(2, 6)):
         ids = text[: random_.randrange(1, 90)] + [random_.randrange(2, 250) for _ in range(random_.randrange(1, 60))]

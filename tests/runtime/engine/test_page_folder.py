@@ -445,7 +445,7 @@ def test_a_file_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pytes
     folder = opened(tmp_path, 3 * FILE)
     assert write(folder, name(0), bytes(3 * FILE)) == 0
     assert write(folder, name(1), bytes(ALIGNMENT)) == FILE
-    monkeypatch.setattr(page_folder, "MOST_BYTES", FILE)
+    monkeypatch.setattr(page_folder, "MAX_BYTES", FILE)
     assert write(folder, name(2), bytes(ALIGNMENT + 1)) == 0
     assert [folder.has(name(number)) for number in range(3)] == [False, True, False]
 

@@ -40,7 +40,7 @@ def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest
 
 
 def test_pages_are_written_though_reads_never_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_writer, "MOST_WAIT", 0.05)
+    monkeypatch.setattr(page_writer, "MAX_WAIT", 0.05)
     order = MissOrder()
     with engine_with(tmp_path, order=order) as engine, order.waiting_for_records():
         answer(engine, LONG)

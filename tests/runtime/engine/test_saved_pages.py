@@ -133,7 +133,7 @@ def test_a_damaged_state_is_computed_again(tmp_path: Path) -> None:
 def test_a_state_that_is_too_large_stops_no_other_turn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_folder, "MOST_BYTES", 2 * ALIGNMENT)
+    monkeypatch.setattr(page_folder, "MAX_BYTES", 2 * ALIGNMENT)
     with engine_with(tmp_path, runner=ToyStateRunner(size=4), pages=60) as engine:
         for number in range(3):
             written(engine, [number, *LONG])

@@ -14,7 +14,7 @@ from torch import Tensor
 from moetier.runtime.model.load import load
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.routers import QuickRouter, RowRouter, argument_names, use_quick_routers
-from moetier.runtime.moe.snapshot import MOST_TRIALS
+from moetier.runtime.moe.snapshot import MAX_TRIALS
 
 # types whose routers are not computed so: they have more parts, or other functions
 OTHERS = {
@@ -163,12 +163,12 @@ def test_a_router_whose_numbers_keep_changing_is_tried_no_more() -> None:
     router, known = routers(model)[0], dict[Any, Any]()
     quick = RowRouter(known)
     for count in range(100):
-        router.count = count % MOST_TRIALS
+        router.count = count % MAX_TRIALS
         assert quick.routing(router, torch.float32) is not None
     for count in range(100):
-        router.count = count + MOST_TRIALS
+        router.count = count + MAX_TRIALS
         assert quick.routing(router, torch.float32) is None
-    assert len(known) == MOST_TRIALS
+    assert len(known) == MAX_TRIALS
     router.count = 0
     assert quick.routing(router, torch.float32) is None
 

@@ -7,8 +7,8 @@ import pytest
 
 from moetier.tiers.errors import ConfigError
 from moetier.tools.chat.state import (
-    MOST_CONVERSATIONS,
-    MOST_LINES,
+    MAX_CONVERSATIONS,
+    MAX_LINES,
     KeptConversation,
     LineHistory,
     last_conversation,
@@ -47,19 +47,19 @@ def test_lines_are_there_at_once_and_in_order(tmp_path: Path) -> None:
 
 def test_lines_are_kept_though_another_chat_cuts_the_file(tmp_path: Path) -> None:
     first = LineHistory(tmp_path)
-    for number in range(2 * MOST_LINES + 1):
+    for number in range(2 * MAX_LINES + 1):
         first.add(str(number))
     LineHistory(tmp_path)  # cuts the file
     first.add("last")
-    assert LineHistory(tmp_path).lines[-2:] == [str(2 * MOST_LINES), "last"]
+    assert LineHistory(tmp_path).lines[-2:] == [str(2 * MAX_LINES), "last"]
 
 
 def test_old_lines_go_when_there_are_many(tmp_path: Path) -> None:
-    (tmp_path / "lines").write_text("".join(f"{number}\n" for number in range(3 * MOST_LINES)) + "cut by a crash")
+    (tmp_path / "lines").write_text("".join(f"{number}\n" for number in range(3 * MAX_LINES)) + "cut by a crash")
     (tmp_path / "lines").chmod(0o644)
     history = LineHistory(tmp_path)
     history.add("new")
-    assert history.lines == [str(number) for number in range(2 * MOST_LINES, 3 * MOST_LINES)]
+    assert history.lines == [str(number) for number in range(2 * MAX_LINES, 3 * MAX_LINES)]
     again = LineHistory(tmp_path)
     assert again.lines == [*history.lines[1:], "new"]
     assert mode(tmp_path / "lines") == 0o600
@@ -90,9 +90,9 @@ def test_the_chat_that_began_last_is_resumed(tmp_path: Path) -> None:
     assert last_conversation(tmp_path) == [*SAID] * 3
     (file, _) = (tmp_path / "conversations").iterdir()
     assert mode(file) == 0o600
-    for _ in range(MOST_CONVERSATIONS + 3):
+    for _ in range(MAX_CONVERSATIONS + 3):
         KeptConversation(tmp_path).save(SAID)
-    assert len([*(tmp_path / "conversations").iterdir()]) == MOST_CONVERSATIONS
+    assert len([*(tmp_path / "conversations").iterdir()]) == MAX_CONVERSATIONS
 
 
 def test_there_may_be_none_to_resume(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_tools_whose_schema_is_not_known(ask: Ask) -> None:
 
 @of_one_kind
 def test_of_very_many_tools_schemas_are_not_tried_one_by_one(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constraints, "MOST_TRIED", 2)
+    monkeypatch.setattr(constraints, "MAX_TRIED", 2)
     bad = tool("bad", {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}})
     nothing = [tool(name, NOTHING) for name in "fgh"]
     strict = [tool(name, NOTHING, strict=True) for name in "fgh"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moetier.tools.serve.early_difference import MOST_USERS, EarlyDifference
+from moetier.tools.serve.early_difference import MAX_USERS, EarlyDifference
 
 TOOLS = [*range(1000, 4000)]
 
@@ -40,5 +40,5 @@ def test_other_prompts_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_no_more_clients_are_remembered_than_a_few(caplog: pytest.LogCaptureFixture) -> None:
-    others = [(f"user {number}", prompt([number])) for number in range(MOST_USERS)]
+    others = [(f"user {number}", prompt([number])) for number in range(MAX_USERS)]
     assert noted(caplog, ("", prompt([7])), *others, ("", prompt([8]))) == 0

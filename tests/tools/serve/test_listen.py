@@ -23,7 +23,7 @@ from threads import wait_until
 
 from moetier.tools.serve.keys import Key, Keys, RateLimits, digest_of
 from moetier.tools.serve.listen import LingeringTransport, Server, bind
-from moetier.tools.serve.middleware import MOST_BYTES, AccessControl, RequestLimits
+from moetier.tools.serve.middleware import MAX_BYTES, AccessControl, RequestLimits
 
 MOST, CONNECTIONS = 3, 8
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -80,7 +80,7 @@ def serving(
 ) -> Iterator[tuple[str, int]]:
     ready = threading.Event()
     app = AccessControl(
-        RequestLimits(application, MOST, MOST_BYTES, body_seconds=body_seconds),
+        RequestLimits(application, MOST, MAX_BYTES, body_seconds=body_seconds),
         keys,
         RateLimits(lambda _: 0),
     )
@@ -142,7 +142,7 @@ def test_the_bytes_that_arrive_are_counted(address: tuple[str, int], application
             found.sendall(b"0\r\n\r\n")
         status, body, headers = answer(found)
     assert (status, headers["connection"]) == (413, "close")
-    assert f"{MOST_BYTES:,} bytes" in error_of(body)["message"]
+    assert f"{MAX_BYTES:,} bytes" in error_of(body)["message"]
     with connection(address, POST + b"Content-Length: 16777217\r\n\r\n") as found:
         assert answer(found)[0] == 413
     assert not application.bodies

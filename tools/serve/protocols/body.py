@@ -21,9 +21,9 @@ from .bounded_json import BoundedJson, BoundsError
 from .query import Query
 from .refusal import Refusal
 
-MOST_TOKENS = 1 << 31
-MOST_NAMES = 100  # unknown fields that a server logs; clients choose the names
-MOST_LETTERS = 64  # of such a name
+MAX_TOKENS = 1 << 31
+MAX_NAMES = 100  # unknown fields that a server logs; clients choose the names
+MAX_LETTERS = 64  # of such a name
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ NEVER_EMPTY = {
 }
 
 NotEmpty = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 def as_list(given: Any) -> Any:
@@ -213,7 +213,7 @@ def unknown_fields(body: dict[str, Any], kind: type[Body]) -> list[str]:
 
 
 class UnknownFields:
-    """Log of unknown fields of requests to a server: a line for each name, MOST_NAMES at most. Thread-safe."""
+    """Log of unknown fields of requests to a server: a line for each name, MAX_NAMES at most. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards ``_names``
@@ -232,9 +232,9 @@ class UnknownFields:
     def note(self, names: Iterable[str]) -> None:
         """Log those of ``names`` that are new. They come from clients, so only their first letters are logged."""
         for name in names:
-            shown = ascii(name[:MOST_LETTERS])
+            shown = ascii(name[:MAX_LETTERS])
             with self._lock:
-                if shown in self._names or len(self._names) >= MOST_NAMES:
+                if shown in self._names or len(self._names) >= MAX_NAMES:
                     continue
                 self._names.add(shown)
             _log.warning("requests have the unknown field %s, which is ignored", shown)

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-MOST_VALUES = 1 << 16  # maximum number of commas, colons and opening brackets: a limit on the number of values
-MOST_DEPTH = 100  # maximum number of arrays and objects inside each other
-MOST_DIGITS = 400  # maximum number of digits of an integer; a float has fewer than 400 before its point
+MAX_VALUES = 1 << 16  # maximum number of commas, colons and opening brackets: a limit on the number of values
+MAX_DEPTH = 100  # maximum number of arrays and objects inside each other
+MAX_DIGITS = 400  # maximum number of digits of an integer; a float has fewer than 400 before its point
 PIECE = 1 << 18  # bytes that are scanned at a time; between two pieces, other threads may run
 
 STRUCTURE = b"[]{},:"
@@ -22,7 +22,7 @@ NO_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
 class BoundedJson:
     """Parse texts that have at most ``most`` values together."""
 
-    def __init__(self, most: int = MOST_VALUES) -> None:
+    def __init__(self, most: int = MAX_VALUES) -> None:
         self._most = self._left = most
 
     def parse(self, content: bytes) -> Any:
@@ -40,8 +40,8 @@ class BoundedJson:
                 depth += (byte in b"[{") - (byte in b"]}")
                 if depth < 0:
                     raise ValueError("it closes more than it opens")
-                if depth > MOST_DEPTH:
-                    raise BoundsError(f"it is nested more than {MOST_DEPTH} levels deep")
+                if depth > MAX_DEPTH:
+                    raise BoundsError(f"it is nested more than {MAX_DEPTH} levels deep")
         return json.loads(content.decode("utf-8-sig"), parse_int=_integer)
 
 
@@ -67,6 +67,6 @@ def _structure(content: bytes, most: int) -> Iterator[bytes]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise BoundsError(f"it has an integer of more than {MOST_DIGITS} digits")
+    if len(digits) > MAX_DIGITS:
+        raise BoundsError(f"it has an integer of more than {MAX_DIGITS} digits")
     return int(digits)

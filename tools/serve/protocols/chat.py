@@ -13,10 +13,10 @@ from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .body import MOST_TOKENS, Open, arguments_of
+from .body import MAX_TOKENS, Open, arguments_of
 from .bounded_json import BoundedJson
 from .events import Answered, Call, End, Events, ScoredToken, Text
-from .openai_body import MOST_TOP, OpenAIBody
+from .openai_body import MAX_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, logprobs_of, object_of, total, usage_of
 from .protocol import Protocol, Reply
 from .query import ChatPrompt, Query, must_call
@@ -145,12 +145,12 @@ class ChatBody(OpenAIBody):
     neutral: ClassVar[dict[str, Any]] = OpenAIBody.neutral | {"echo": False}
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     tools: Annotated[list[Tool] | None, FailFast()] = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     reasoning_effort: Effort | None = None
     reasoning: ReasoningOptions | None = None
     thinking: Switch | None = None

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, FailFast, Field
 from pydantic_core import PydanticCustomError
 
-from .body import MOST_TOKENS
+from .body import MAX_TOKENS
 from .events import Answered, End, Events, ScoredToken, Text
-from .openai_body import MOST_TOP, OpenAIBody
+from .openai_body import MAX_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
 from .protocol import Protocol, Reply
 from .query import Query
@@ -27,7 +27,7 @@ def _prompts(given: Any) -> Any:
 
 
 def _are_ids(given: Any) -> bool:
-    return isinstance(given, list) and all(type(each) is int and 0 <= each < MOST_TOKENS for each in given)
+    return isinstance(given, list) and all(type(each) is int and 0 <= each < MAX_TOKENS for each in given)
 
 
 def _number(given: Any) -> Any:
@@ -46,9 +46,9 @@ class CompletionsBody(OpenAIBody):
         Field(min_length=1),
         BeforeValidator(_prompts, json_schema_input_type=str | list[int] | list[str | list[int]]),
     ]
-    max_tokens: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     echo: bool | None = None
-    logprobs: Annotated[int | None, BeforeValidator(_number)] = Field(None, ge=0, le=MOST_TOP)
+    logprobs: Annotated[int | None, BeforeValidator(_number)] = Field(None, ge=0, le=MAX_TOP)
 
     def query(self) -> Query:
         """Return what the request asks for. Raises Refusal if it asks for nothing."""

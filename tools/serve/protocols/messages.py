@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 
-from .body import MOST_TOKENS, Body, NotEmpty, Open, QueryBody
+from .body import MAX_TOKENS, Body, NotEmpty, Open, QueryBody
 from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
 from .protocol import Protocol, Reply, event
 from .query import AnswerFormat, ChatPrompt, Query, must_call
@@ -192,7 +192,7 @@ class MessagesBody(CountBody, QueryBody):
 
     prompt_field = "messages"
 
-    max_tokens: int = Field(ge=1, le=MOST_TOKENS)
+    max_tokens: int = Field(ge=1, le=MAX_TOKENS)
     stop_sequences: Annotated[list[NotEmpty], Field(max_length=64)] | None = None
 
     def query(self) -> Query:

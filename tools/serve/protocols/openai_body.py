@@ -8,14 +8,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from .answer_formats import ResponseFormat, StructuredOutputs, format_of
-from .body import MOST_TOKENS, NotEmpty, Open, QueryBody, as_list
+from .body import MAX_TOKENS, NotEmpty, Open, QueryBody, as_list
 from .query import Prompt, Query
 
-MOST_CHOICES = 128  # answers to a prompt
-MOST_BIASES = 1024  # tokens in logit_bias
-MOST_TOP = 20  # most likely tokens whose log probabilities are given
+MAX_CHOICES = 128  # answers to a prompt
+MAX_BIASES = 1024  # tokens in logit_bias
+MAX_TOP = 20  # most likely tokens whose log probabilities are given
 
-TokenId = Annotated[int, Field(ge=0, lt=MOST_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -42,9 +42,9 @@ class OpenAIBody(QueryBody):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES)] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
     stream_options: StreamOptions | None = None
     stop: (
         Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(as_list, json_schema_input_type=str | list[str])]

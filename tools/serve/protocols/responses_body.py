@@ -12,9 +12,9 @@ from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag, model
 from pydantic import ValidationInfo as Info
 from pydantic_core import PydanticCustomError
 
-from .body import MOST_TOKENS, Open, QueryBody, arguments_of
+from .body import MAX_TOKENS, Open, QueryBody, arguments_of
 from .bounded_json import BoundedJson
-from .openai_body import MOST_TOP
+from .openai_body import MAX_TOP
 from .query import AnswerFormat, ChatPrompt, Query, must_call
 from .refusal import Refusal
 
@@ -187,14 +187,14 @@ class ResponsesBody(QueryBody):
         list[Item], Field(min_length=1), FailFast(), BeforeValidator(_as_items, json_schema_input_type=str | list[Item])
     ]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     tools: Annotated[list[Tool] | None, FailFast(), BeforeValidator(_without_hosted)] = None
     tool_choice: Literal["auto", "none", "required"] | ResponsesFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
     include: list[str] | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     store: bool | None = None
     previous_response_id: str | None = None
     conversation: Any = None
@@ -222,8 +222,7 @@ class ResponsesBody(QueryBody):
         )
         return Query(
             prompts=[chat],
-            max_tokens=self.max_output_tokens
-            or MOST_TOKENS,  # agents give no limit, and take a cut answer for an error
+            max_tokens=self.max_output_tokens or MAX_TOKENS,  # agents give no limit, and take a cut answer for an error
             sampling=self.sampling_options,
             seed=self.seed,
             one_call=self.parallel_tool_calls is False or named is not None,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 from moetier.tools.serve.protocols import bounded_json
-from moetier.tools.serve.protocols.bounded_json import MOST_DEPTH, MOST_DIGITS, MOST_VALUES, BoundedJson, BoundsError
+from moetier.tools.serve.protocols.bounded_json import MAX_DEPTH, MAX_DIGITS, MAX_VALUES, BoundedJson, BoundsError
 
 HARD = st.text(alphabet='\\"[]{},:a\u0122\U0001f600\n', max_size=30)
 VALUES = st.recursive(
@@ -51,16 +51,16 @@ def test_what_is_no_json_is_an_error(content: bytes) -> None:
 
 def test_limits_are_exact() -> None:
     for content in (
-        b"[" * MOST_DEPTH + b"]" * MOST_DEPTH,
-        b"1" * MOST_DIGITS,
-        b"[" + b"1," * (MOST_VALUES - 1) + b"1]",
+        b"[" * MAX_DEPTH + b"]" * MAX_DEPTH,
+        b"1" * MAX_DIGITS,
+        b"[" + b"1," * (MAX_VALUES - 1) + b"1]",
     ):
         assert BoundedJson().parse(content)
     for content, why in (
-        (b"[" * (MOST_DEPTH + 1), "levels"),
-        (b"1" * (MOST_DIGITS + 1), "digits"),
-        (b"[" + b"1," * MOST_VALUES + b"1]", "values"),
-        (b'"a"' * (MOST_VALUES + 3), "strings"),
+        (b"[" * (MAX_DEPTH + 1), "levels"),
+        (b"1" * (MAX_DIGITS + 1), "digits"),
+        (b"[" + b"1," * MAX_VALUES + b"1]", "values"),
+        (b'"a"' * (MAX_VALUES + 3), "strings"),
     ):
         with pytest.raises(BoundsError, match=why):
             BoundedJson().parse(content)

@@ -243,7 +243,7 @@ def test_log_probabilities_are_those_of_each_token(service: Any) -> None:
 
 
 def test_a_stream_keeps_no_more_log_probabilities_than_an_answer(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MOST_SCORES", 14)
+    monkeypatch.setattr(endpoint, "MAX_SCORES", 14)
     with scripted_client(service, scripted.LOOP) as client:
         for path, most, status in (
             ("/v1/responses", 5, 400),
