@@ -100,7 +100,7 @@ class KVCache:
         return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self._obtainable(node.page for node in nodes)
 
     def fetch(self, sequence: TokenSequence, seconds: float = 0.0) -> bool:
-        """Read pages on disk that have the first tokens of a sequence for which there is room, and that are not here.
+        """Read the missing first pages of a sequence from the disk. There must be room for the sequence.
 
         Returns True once there are no more, and the sequence is to begin at once; False if they are not there after
         ``seconds``.

@@ -148,7 +148,7 @@ def cache_of(model: Any, tokens: int, *, bits: int) -> PagedCache:
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Return, for each layer of a model that can resume, most tokens that a token attends to; None: all."""
+    """Return the window of each layer, in tokens; None: a token attends to all. The model must be able to resume."""
     return [getattr(layer, "sliding_window", None) for layer in cache_layers(model)]
 
 

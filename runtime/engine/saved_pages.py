@@ -18,7 +18,7 @@ CLOSING = 5.0  # seconds in which pages are still written when the engine closes
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that were read and written, pages that were read and used, and files that were damaged."""
+    """Bytes read and written, pages read and used, and damaged files."""
 
     read_bytes: int = 0
     written_bytes: int = 0

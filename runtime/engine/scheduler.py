@@ -97,14 +97,14 @@ class Scheduler:
     def schedule(self, beside: Collection[TokenSequence] = ()) -> tuple[list[Task], list[TokenSequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
 
-        Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
-        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one. If
-        prompts are computed together, all long ones take part in it, as far as they fit into a chunk. If there is no
-        page, the sequence that began last waits again.
+        Each sequence whose prompt is computed has a task. Of the others, one has a task with a part of its prompt: the
+        one that has waited longest since its last part, so that a short prompt does not wait for the end of a long
+        one. If prompts are computed together, all long ones have tasks, as far as they fit into a chunk. If there is
+        no page, the sequence that began last waits again.
 
         Args:
-            beside: sequences of a step that is still being computed. They keep their pages, and of another prompt a
-                pass is computed, unless it is long itself.
+            beside: sequences of a step that is still being computed. They keep their pages. Of the other prompts, one
+                of at most PASSES_BESIDE passes has a task, with one pass.
         """
         self._step += 1
         chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))

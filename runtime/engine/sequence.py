@@ -176,7 +176,7 @@ class TokenSequence:
         self.last_step = step
 
     def note_underway(self, tokens: float) -> None:
-        """Note that a part of the prompt has had ``tokens`` tokens' worth of computing, of which none is kept yet."""
+        """Note how far a part of the prompt is: as if ``tokens`` of its tokens were computed. None is kept yet."""
         self.underway = tokens
 
     def score(self, position: int, scores: Sequence[Sampled]) -> None:

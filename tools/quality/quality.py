@@ -97,7 +97,7 @@ class RoundTrip:
 
     @torch.no_grad()
     def store_trunk(self, trunk_records: TrunkRecords | None, *, fast: bool) -> None:
-        """Encode each trunk matrix that a conversion would quantise, and replace it by what is read from the record.
+        """Replace each trunk matrix that a conversion would quantise by its values after encoding and decoding.
 
         If ``trunk_records`` is None, restore all matrices. With ``fast``, weights are rounded to the nearest
         value instead of using HQQ.

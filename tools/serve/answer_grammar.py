@@ -100,7 +100,7 @@ class AnswerGrammar:
     # -- marks ---------------------------------------------------------------------------------------------------------
 
     def _text(self, text: str) -> str:
-        """Return what matches a text, in which added tokens are either tokens or letters."""
+        """Return an expression for a text, in which added tokens are either tokens or letters."""
         found, place = list[str](), 0
         for token in self._split.finditer(text):
             found += [_quoted(text[place : token.start()]), f"(<[{self._added[token[0]]}]> | {_quoted(token[0])})"]
@@ -108,12 +108,12 @@ class AnswerGrammar:
         return " ".join(filter(None, [*found, _quoted(text[place:])]))
 
     def _sequence(self, parts: Iterable[str], values: Mapping[str, str] | None = None) -> str:
-        """Return what matches parts of a pattern; ``values`` has what matches those that are neither text nor BLANK."""
+        """Return an expression for the parts of a pattern. ``values``: those for parts other than text and BLANK."""
         known = {BLANK: "BLANK?", **(values or {})}
         return " ".join(known[part] if part.startswith("\0") else self._text(part) for part in parts)
 
     def _until(self, parts: Parts) -> str:
-        """Return what matches any text up to and with ``parts``, of which the first is a text."""
+        """Return an expression for any text up to and with ``parts``. The first of these is a text."""
         first, rest = parts[0], self._sequence(parts[1:])
         lazy = self._rule(rf"/(.|\n)*{_escaped(first)}/", "[lazy]")
         token = self._split.match(first)
@@ -123,17 +123,17 @@ class AnswerGrammar:
         return f"(TEXT <[{self._added[token[0]]}]> {after} | {lazy}) {rest}"
 
     def _token_without(self, marks: str) -> str:
-        """Return what matches a text and an added token that is not in ``marks``; nothing if there is no such token."""
+        """Return an expression for a text and an added token not in ``marks``; "" if there is no such token."""
         others = [str(number) for token, number in self._added.items() if token not in marks]
         return f"TEXT <[{','.join(others)}]>" if others else ""
 
     def _thoughts(self, end: Parts) -> str:
-        """Return what matches texts and added tokens, one after the other, in a region that ends with ``end``."""
+        """Return an expression for texts and added tokens in turn, in a region that ends with ``end``."""
         other = self._token_without(end[0])
         return f"({other})*" if other else ""
 
     def _inside(self, end: Parts) -> str:
-        """Return what matches the rest of a region that ends with ``end``."""
+        """Return an expression for the rest of a region that ends with ``end``."""
         return self._rule(f"{self._thoughts(end)} {self._until(end)}")
 
     # -- calls ---------------------------------------------------------------------------------------------------------

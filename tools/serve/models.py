@@ -392,7 +392,7 @@ class Models(Closeable):
 
 
 def _refusal(name: str, error: BaseException) -> Refusal:
-    """Return what requests for a model are told that can't be loaded. What has no place in it goes to the log."""
+    """Return the refusal of requests for a model that can't be loaded. The log gets the rest of ``error``."""
     log_failure(f"Loading {name}", error)
     if isinstance(error, BudgetError):
         return Refusal(507, f"The model {name} does not fit into memory. {error.cause}", code=TOO_LARGE)

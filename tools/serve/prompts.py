@@ -130,7 +130,7 @@ class Prompts:
         ]
 
     def _grammar(self, query: Query, chat: ChatPrompt, opening: str) -> CompiledGrammar | None:
-        """Return what an answer must be that begins with ``opening``. Raises Refusal if that can't be compiled."""
+        """Return the grammar of an answer that begins with ``opening``. Raises Refusal if it can't be compiled."""
         parser = self._parser(chat, opening, is_formed=False)
         region = None if parser is None else parser.region
         return self._constraints.of_dialogue(chat, query.form, one_call=query.one_call, region=region)
