@@ -139,7 +139,7 @@ class AnswerGrammar:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _called(self, syntax: CallSyntax, functions: Iterable[Mapping[str, Any]]) -> str:
-        """Return what matches a call behind the first part of what opens it."""
+        """Return an expression for a call, without the first part of its opening mark."""
         return self._rule(" | ".join(self._call(syntax, function) for function in functions))
 
     def _call(self, syntax: CallSyntax, function: Mapping[str, Any]) -> str:
@@ -156,7 +156,7 @@ class AnswerGrammar:
         return f'{begin} BLANK? {_quoted(head)} {schema} "}}" BLANK? {end}'
 
     def _arguments(self, argument: Parts, function: Mapping[str, Any]) -> Iterable[str]:
-        """Yield what matches each argument of a function, in the order of its schema."""
+        """Yield an expression for each argument of a function, in the order of its schema."""
         schema = function.get("parameters") or {}
         properties, required = schema.get("properties"), schema.get("required")
         properties = properties if isinstance(properties, Mapping) else {}
@@ -169,7 +169,7 @@ class AnswerGrammar:
             yield rest if name in required else f"({rest})?"
 
     def _value(self, value: Any, schema: Mapping[str, Any], end: Parts) -> str:
-        """Return what matches the value of an argument, and what closes it."""
+        """Return an expression for the value of an argument and its closing mark."""
         close = self._sequence(end)
         known = value if isinstance(value, Mapping) else {}
         types = known.get("type")
