@@ -72,7 +72,7 @@ build/transformers/.ready: pyproject.toml tests/helpers/environments.py .venv/.r
 	$(RUN) tests/helpers/environments.py build/transformers 'transformers==5.23.*'
 	@touch build/transformers/.ready
 
-OF_TRANSFORMERS := tests/runtime/model/test_quantizer.py tests/runtime/model/test_generation.py tests/runtime/model/test_budgets.py \
+OF_TRANSFORMERS := tests/runtime/model/test_quantizer.py tests/runtime/model/test_load_generation.py tests/runtime/model/test_budgets.py \
 	tests/runtime/kernels/layer/test_growing_cache.py tests/runtime/kernels/layer/test_paged_cache.py tests/runtime/engine tests/tools/serve/test_app.py tests/runtime/generation/test_decoding.py \
 	$(foreach test,required required_in_fp32 no_type_is_skipped,tests/runtime/test_architectures.py::test_$(test))
 test-transformers: build/transformers/.ready  ## with the older of the two minor versions of transformers, what it touches most

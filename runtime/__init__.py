@@ -102,7 +102,7 @@ are taken, and the rule for the fields.
     commands
         Merging._merging        the merging of parameters, by one thread at a time (``checkpoint.recipe``)
         Engine._changed         the engine's sequences (``engine.engine``)
-        PageWriter._changed     turns to be written (``engine.page_writer``)
+        PageWriter._changed     sequences to be written (``engine.page_writer``)
         PageFolder._counting    the number of damaged files (``engine.page_folder``)
         GrammarCompiler._making the making of llguidance's tokenizer (``engine.grammar``)
         grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)

@@ -21,6 +21,8 @@ from moetier.tiers.source import LOADERS
 
 DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs and a longer context need the rest
 GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
+KV_SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values
+PREFILL_TOKENS = 4096  # most tokens of a prompt that are computed together
 REMOTE_COMPUTE = ("auto", "off")
 NO_DAEMON = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
@@ -167,8 +169,8 @@ class TierConfig(HostTierConfig):
     )
     kv_cache: Size | None = _memory_option(
         'memory for keys and values, of all sequences and of earlier prompts: a size such as "2GiB", or a share such '
-        'as "50%" of what the trunk leaves (default: 25%, or less if --ram leaves less, but enough for --context if '
-        "that is given)",
+        f'as "50%" of what the trunk leaves (default: {float(KV_SHARE):.0%}, or less if --ram leaves less, but enough '
+        "for --context if that is given)",
     )
     kv_bits: int = option(
         16,
@@ -180,9 +182,10 @@ class TierConfig(HostTierConfig):
     )
     prefill_chunk: int | None = option(
         None,
-        "number of prompt tokens to compute in one forward pass, for which budgets leave room (default: 4096, in at "
-        "most a fifth of the memory if not all experts fit). Most models compute prompts in blocks: there is room for "
-        "three times as many tokens, of one prompt or of several that wait; they share each expert that is read",
+        "number of prompt tokens to compute in one forward pass, for which budgets leave room (default: "
+        f"{PREFILL_TOKENS}, in at most a fifth of the memory if not all experts fit). Most models compute prompts in "
+        "lockstep: there is room for three times as many tokens, of one prompt or of several that wait; "
+        "they share each expert that is read",
         group="generation",
         metavar="N",
         numbers=COUNT,
@@ -307,7 +310,7 @@ class TierConfig(HostTierConfig):
 
     @property
     def remote(self) -> bool:
-        """True if a daemon is named by HOST:PORT."""
+        """Whether a daemon is named by HOST:PORT."""
         return any(address.target for address in self.daemon.addresses)
 
 

@@ -28,7 +28,7 @@ def public(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[
 
 
 def takes_tensors(node: Definition) -> bool:
-    """Whether a tensor is in the signature of a function."""
+    """Return whether a tensor is in the signature of a function."""
     if isinstance(node, ast.ClassDef):
         return False
     annotations = [each.annotation for each in node.args.args + node.args.kwonlyargs] + [node.returns]
@@ -53,7 +53,7 @@ def test_public_names_are_documented(package: Path) -> None:
 
 
 def is_setter(node: Definition) -> bool:
-    """Whether the property's getter has the docstring."""
+    """Return whether the property's getter has the docstring."""
     return any(ast.unparse(each).endswith(".setter") for each in node.decorator_list)
 
 

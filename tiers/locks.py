@@ -68,7 +68,7 @@ class ForkGuard:
 
     @property
     def is_owner(self) -> bool:
-        """True if this process made the guard. The answer is right even before a child's fork hooks have run."""
+        """Whether this process made the guard. The answer is right even before a child's fork hooks have run."""
         return self._process == os.getpid()
 
     def check(self) -> None:

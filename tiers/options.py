@@ -43,7 +43,7 @@ class Number:
 
     @property
     def fix(self) -> str:
-        """The advice about a number out of range."""
+        """The fix for a number out of range: a sentence that says what to give."""
         most = "2^31 - 1" if self.most == MAX_COUNT else f"{self.most:,}"
         least = "a number greater than 0 and at most" if self.least == TINY else f"{self.least:,} to"
         return self.hint or f"Give {least} {most}."

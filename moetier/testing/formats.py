@@ -77,10 +77,10 @@ class FormatTests:
     """The quantization_config in config.json."""
 
     is_used_as_it_is: ClassVar[bool] = False
-    """True if ``moetier.load`` and ``--bits native`` take experts as the checkpoint stores them."""
+    """Whether ``moetier.load`` and ``--bits native`` take experts as the checkpoint stores them."""
 
     is_native: ClassVar[bool] = False
-    """True if ``--bits native`` keeps their codes, scales and zero points, though ``moetier.load`` refuses them."""
+    """Whether ``--bits native`` keeps their codes, scales and zero points, though ``moetier.load`` refuses them."""
 
     needed: ClassVar[Collection[str] | None] = None
     """Names of the tensors without which a module is refused; None: all that ``quantise`` returns."""

@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def is_separable(self) -> bool:
-        """True if the parameter can be made for one expert at a time, from rows of its sources."""
+        """Whether the parameter can be made for one expert at a time, from rows of its sources."""
         operations = self.converter.operations if self.converter else []
         return all(map(_keeps_experts_apart, operations)) and all(
             len(tensors) == self.experts or (len(tensors) == 1 and tensors[0].shape[:1] == (self.experts,))
@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def is_direct(self) -> bool:
-        """True if the parameter is one unchanged tensor of the checkpoint, whose rows can be read a few at a time."""
+        """Whether the parameter is one unchanged tensor of the checkpoint, whose rows can be read a few at a time."""
         return self.converter is None and len(self.tensors) == 1 and self.tensors[0].reads_rows
 
     @property
@@ -102,13 +102,13 @@ class Recipe:
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
 
-    def make(self, expert: int | None, turn: threading.Lock | None = None) -> torch.Tensor:
+    def make(self, expert: int | None, merging: threading.Lock | None = None) -> torch.Tensor:
         """Return the slice of one expert, or, with None, the whole parameter [experts, ...].
 
-        ``turn`` is held while what was read is merged, which takes a second copy of it.
+        ``merging`` is held while what was read is merged, which takes a second copy of it.
         """
         read = {pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()}
-        with turn or nullcontext():
+        with merging or nullcontext():
             parameter = self._convert(read)
         self._check_shape(parameter.shape)
         return (parameter if expert is None else parameter[0]).detach()
@@ -196,7 +196,7 @@ class BlockBlueprint:
 
     @property
     def is_separable(self) -> bool:
-        """True if its experts can be made one at a time; otherwise the block is read whole, once."""
+        """Whether its experts can be made one at a time; otherwise the block is read whole, once."""
         return all(recipe.is_separable for recipe in self.recipes.values())
 
     @property

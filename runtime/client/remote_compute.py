@@ -75,7 +75,7 @@ class RemoteCompute:
 
     @property
     def is_possible(self) -> bool:
-        """True if a daemon serves computations now."""
+        """Whether a daemon serves computations now."""
         return any(peer.away is None and peer.store.computes for peer in self.store.peers)
 
     def note_local(self, block: int, experts: Iterable[int]) -> None:
@@ -164,7 +164,7 @@ class _PeerCall:
 
     @property
     def is_late(self) -> bool:
-        """True if the call has so little time left that it may end although the daemon has answered."""
+        """Whether the call has so little time left that it may end although the daemon has answered."""
         return not isinstance(self.rpc, MoetierError) and self.rpc.time_remaining() < self.peer.store.timeout / 2
 
 

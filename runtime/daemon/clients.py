@@ -87,7 +87,7 @@ class SessionCall:
 
     @property
     def is_idle(self) -> bool:
-        """True if no request is open: nothing is awaited, and no lease is held."""
+        """Whether no request is open: nothing is awaited, and no lease is held."""
         return not self._session.open_requests
 
     @property
@@ -265,7 +265,7 @@ class Clients:
 
     @property
     def is_serving(self) -> bool:
-        """True if the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
+        """Whether the daemon serves: it is not ending, and at least one model is not condemned (``HostedModel``)."""
         return not self._is_ending and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The loop of steps, on a thread of its own."""
+"""The engine: takes requests on any thread, and computes them step by step on a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-
-from torch import Tensor
 
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
@@ -22,7 +18,7 @@ from moetier.runtime.libraries.model_building import BUILDING
 from moetier.runtime.model.context import longest_context
 from moetier.runtime.model.names import listed_name
 from moetier.tiers.closeable import Closeable, closed_on_error
-from moetier.tiers.errors import ConfigError, MoetierError, UnsupportedModelError
+from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.threads import start_thread
 
 from .kv_cache import KVCache
@@ -30,21 +26,15 @@ from .model_runner import ModelRunner
 from .packed_runner import PackedRunner, check_bits, may_pack
 from .page_binding import binding_of
 from .page_folder import PageFolder, PageOptions
-from .runner import Runner, Stopped, Task
-from .sampling import Sampler, generates_itself, scored
+from .runner import Runner
+from .sampling import generates_itself
 from .saved_pages import SavedPages
-from .scheduler import Scheduler, StepLimits
-from .sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
+from .scheduler import SCORED, Scheduler, StepLimits
+from .sequence import EngineError, Finish, Request, Sampled, TokenSequence
+from .steps import Steps
 from .stream import Stream
 
-PROMPT_TURNS = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
-LONGEST_SLICE = 0.3  # seconds after which others are computed, unless their step takes longer itself
-SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
 _log = logging.getLogger(__name__)
-
-
-class EngineError(MoetierError):
-    """The engine can't compute any more."""
 
 
 def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str, bytes] | None) -> SavedPages | None:
@@ -61,7 +51,8 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
     name = listed_name(Path(model.name_or_path)) or manifest.model
     folder = PageFolder(disk, name, binding_of(model, manifest))
     has_states = runner.state_memory is not None
-    return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=has_states)
+    with closed_on_error(folder):
+        return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=has_states)
 
 
 class Engine(Closeable):
@@ -78,7 +69,7 @@ class Engine(Closeable):
         max_sequences: int,
         chunk: int,
         context: int,
-        later: int | None = None,
+        later_chunk: int | None = None,
         saved: SavedPages | None = None,
     ) -> None:
         """Start the engine's thread.
@@ -89,28 +80,29 @@ class Engine(Closeable):
             max_sequences: most sequences that run at a time.
             chunk: most tokens of a prompt that are computed together.
             context: most tokens of a sequence.
-            later: the same as ``chunk`` for tokens behind others, or beside other sequences; None: ``chunk``.
+            later_chunk: ``chunk`` for a part of a prompt that is not its first, or that is computed beside other
+                sequences; None: the same.
             saved: pages on disk, which ``close`` closes.
         """
         self.context = min(context, PAGE_TOKENS * pages)
         self.saved = saved
         self._runner = runner
-        block, whole = runner.prefill_block, context  # a model that can't resume computes whole prompts
-        limits = StepLimits(
-            max_sequences,
-            first_chunk=max(chunk, block or 1) if runner.can_resume else whole,
-            later_chunk=min(chunk, later or chunk) if runner.can_resume else whole,
-            scored_chunk=min(SCORED, block or chunk) if runner.can_resume else whole,
-            block=block,
+        limits = StepLimits.of(
+            runner, max_sequences=max_sequences, chunk=chunk, later_chunk=later_chunk or chunk, context=context
         )
         self._scheduler = Scheduler(KVCache(pages, runner, keeps=runner.can_resume, saved=saved), limits)
-        self._beside: set[TokenSequence] = set()  # sequences of the long tasks that are being computed
-        self._next_slice = 0.0  # time at which other sequences are computed beside them
-        self._samplers: dict[TokenSequence, Sampler] = {}
         self._masks = ThreadPoolExecutor(1, "moetier-masks")
         self._changed = threading.Condition()  # guards: ``_arrived``, ``_is_closed``, ``_failure``
         self._arrived: list[TokenSequence] = []
         self._is_closed = False
+        self._steps = Steps(
+            runner,
+            self._scheduler,
+            self.context,
+            add_arrived=self._add_arrived,
+            is_closed=lambda: self._is_closed,
+            masks=self._masks,
+        )
         self._failure: BaseException | None = None  # what has ended the thread
         self._thread = start_thread("moetier-engine", self._work)
 
@@ -148,20 +140,26 @@ class Engine(Closeable):
         pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
         check_bits(model, kv.bits)
-        chunk, later, runner = prefill.tokens, prefill.later, ModelRunner(model, pages, bits=kv.bits)
-        if prefill.in_blocks is not None and may_pack(model):
-            chunk, later = prefill.in_blocks, None
+        chunk, later_chunk, runner = prefill.tokens, prefill.later, ModelRunner(model, pages, bits=kv.bits)
+        if prefill.in_lockstep is not None and may_pack(model):
+            chunk, later_chunk = prefill.in_lockstep, None
             runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
         saved = None if disk is None else _saved(model, runner, disk, keys)
         with contextlib.nullcontext() if saved is None else closed_on_error(saved):
             return cls(
-                runner, pages=pages, max_sequences=max_sequences, chunk=chunk, context=context, later=later, saved=saved
+                runner,
+                pages=pages,
+                max_sequences=max_sequences,
+                chunk=chunk,
+                context=context,
+                later_chunk=later_chunk,
+                saved=saved,
             )
 
     @property
     def sequences(self) -> list[TokenSequence]:
         """Sequences that run or wait."""
-        return [*self._scheduler.running, *self._scheduler.waiting]
+        return self._steps.sequences
 
     @property
     def is_alive(self) -> bool:
@@ -237,164 +235,11 @@ class Engine(Closeable):
         if self.saved is not None:
             self.saved.close()
 
-    def step(self) -> None:
-        """Compute one step: choose tasks, run them, and append a token to each sequence that is complete."""
-        short, long = self._schedule()
-        self._run(short)
-        self._beside = {task.sequence for task in long}
-        try:
-            self._run(long)
-        finally:
-            self._beside = set()
-
-    def _schedule(self) -> tuple[list[Task], list[Task]]:
-        """Return the tasks of the next step: short ones, whose tokens must not wait, and long ones."""
-        for sequence in self.sequences:
-            if sequence.is_over and sequence not in self._beside:
-                self._end_early(sequence)
-        try:
-            while self._scheduler.begin_next():
-                pass
-        except Exception as error:
-            self._fail(self._scheduler.waiting[0], error)
-        tasks, stopped = self._scheduler.schedule(self._beside)
-        for sequence in stopped:
-            self._runner.end(sequence)
-        if stopped and not self._scheduler.running:  # the last one ran alone: it would begin and stop for ever
-            self._fail(stopped[-1], EngineError("Pages for keys and values are missing.", "Load the model again."))
-        tasks = [task for task in tasks if self._has_sampler(task.sequence)]
-        return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
-
-    def _is_long(self, task: Task) -> bool:
-        return self._runner.prefill_block is not None and task.tokens > self._runner.prefill_block
-
-    def _between(self, tasks: list[Task], done: float) -> None:
-        """Compute a step of other sequences if it is their turn. ``done``: fraction of long ``tasks`` that is computed.
-
-        Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
-        """
-        for task in tasks:
-            task.sequence.note_underway(done * task.tokens)
-        if self._is_closed or all(task.sequence.is_over for task in tasks):
-            raise Stopped
-        BUILDING.let_build()
-        began = time.monotonic()
-        if began < self._next_slice:
-            return
-        self._add_arrived()
-        short, _ = self._schedule()
-        self._run(short)
-        now = time.monotonic()
-        self._next_slice = now + max(min(PROMPT_TURNS * (now - began), LONGEST_SLICE), now - began)
-
-    def _has_sampler(self, sequence: TokenSequence) -> bool:
-        """Return whether a sequence has a sampler, and make it one. A sequence that can't have one ends."""
-        if sequence not in self._samplers:
-            try:
-                sampler = self._samplers[sequence] = self._runner.sampler(sequence)
-                sampler.begin(self._masks)
-            except Exception as error:
-                self._fail(sequence, error)
-                return False
-        return True
-
-    def _run(self, tasks: list[Task]) -> None:
-        """Run tasks, together if the runner can.
-
-        If that fails, run each alone: an error of one sequence does not end others.
-        """
-        if len(tasks) > 1 and not self._runner.computes_together:
-            for task in tasks:
-                self._run([task])
-            return
-        if not tasks:
-            return
-        try:
-            outputs = self._compute(tasks)
-        except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
-            self._run([task for task in tasks if task.tokens == 1 and not (self._is_closed or task.sequence.is_over)])
-        except Exception as error:
-            if len(tasks) == 1:
-                self._fail(tasks[0].sequence, error)
-            else:
-                for task in tasks:
-                    self._run([task])
-        else:
-            for task, output in zip(tasks, outputs, strict=True):
-                if not (self._is_long(task) and task.sequence.is_over):  # it may not have been computed
-                    self._advance(task, output)
-
-    def _compute(self, tasks: list[Task]) -> list[Tensor | None]:
-        """Return what the runner computes, which stops if a prompt among ``tasks`` is over."""
-        prompts = [task.sequence for task in tasks if task.tokens > 1]
-        try:
-            return self._runner.run(
-                tasks,
-                lambda: self._is_closed or any(sequence.is_over for sequence in prompts),
-                partial(self._between, tasks),
-            )
-        finally:
-            for sequence in prompts:
-                sequence.note_underway(0.0)
-
-    def _advance(self, task: Task, output: Tensor | None) -> None:
-        """Let a sequence go on after a computed task. ``output``: its logits, as ``Runner.run`` returns them."""
-        scores, is_complete = task.scores, task.is_complete
-        self._scheduler.computed(task)
-        if output is None:
-            return
-        try:
-            if scores:
-                self._score(task.sequence, task.begin, output)
-            if is_complete:
-                self._sample(task.sequence, output[-1] if scores else output)
-        except Exception as error:
-            self._fail(task.sequence, error)
-
-    def _score(self, sequence: TokenSequence, begin: int, logits: Tensor) -> None:
-        """Note the log probabilities of the prompt's tokens after those from position ``begin`` on."""
-        tokens = sequence.ids[begin + 1 : min(begin + 1 + len(logits), len(sequence.request.ids))]
-        scores = scored(logits[: len(tokens)], tokens, sequence.request.logprobs or 0)
-        sequence.score(begin + 1, scores)
-
-    def _sample(self, sequence: TokenSequence, logits: Tensor) -> None:
-        sampler = self._samplers[sequence]
-        sampled = sampler(logits)
-        sequence.append(sampled)
-        if sampler.is_last(sampled.token):
-            self._end(sequence, Finish.END)
-        elif sequence.new_tokens == sequence.request.max_new_tokens or len(sequence.ids) == self.context:
-            self._end(sequence, Finish.LENGTH)
-
-    def _end_early(self, sequence: TokenSequence) -> None:
-        """End a sequence that ``is_over``."""
-        if sequence.is_cancelled:
-            self._end(sequence, Finish.CANCELLED)
-            return
-        done = f"{sequence.new_tokens:,} of at most {sequence.request.max_new_tokens:,} tokens"
-        error = DeadlineError(
-            f"The deadline of a request has passed after {done} of its answer.",
-            "Ask for fewer tokens, send fewer requests at a time, or give it a later deadline.",
-        )
-        self._end(sequence, Finish.DEADLINE, error)
-
-    def _fail(self, sequence: TokenSequence, error: Exception) -> None:
-        self._end(sequence, Finish.FAILED, error)
-
-    def _end(self, sequence: TokenSequence, finish: Finish, error: BaseException | None = None) -> None:
-        self._scheduler.remove(sequence, is_answered=finish is not Finish.FAILED and sequence.new_tokens > 0)
-        self._runner.end(sequence)
-        self._samplers.pop(sequence, None)
-        try:
-            sequence.end(finish, error)
-        except Exception as failure:  # of the caller's function; the sequences that are computed need not end
-            _log.error("A function that was to be called at the end of a sequence has failed: %s", failure)
-
     def _work(self) -> None:
         try:
-            while self._take():
+            while self._take_work():
                 with BUILDING.computing():
-                    self.step()
+                    self._steps.step()
         except BaseException as error:  # an error of one sequence ends only that sequence
             with self._changed:
                 self._failure = error
@@ -404,17 +249,14 @@ class Engine(Closeable):
         finish = Finish.CANCELLED if self._failure is None else Finish.FAILED
         for sequence in (*arrived, *self.sequences):
             try:
-                self._end(sequence, finish, self._failure)
+                self._steps.end(sequence, finish, self._failure)
             except Exception as error:  # the others must end nevertheless
                 _log.error("The end of a sequence has failed: %s", error)
                 with contextlib.suppress(Exception):
                     sequence.end(finish, self._failure)
 
-    def _take(self) -> bool:
-        """Wait until there is work, and let the scheduler have the sequences that have arrived.
-
-        Returns False if the engine is to end.
-        """
+    def _take_work(self) -> bool:
+        """Wait until there is work, and let the scheduler have it. Return whether the engine goes on."""
         with self._changed:
             self._changed.wait_for(lambda: self._arrived or self._is_closed or self._scheduler.has_work)
             if self._is_closed:

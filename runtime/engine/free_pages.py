@@ -50,7 +50,7 @@ class FreePages:
             self._count += 1
 
     def _begin(self) -> int:
-        """Return the page at which to begin: in the middle of most free pages next to one another.
+        """Return the page at which to begin: in the middle of the longest run of free pages.
 
         The sequence before these may continue in the first half of them.
         """

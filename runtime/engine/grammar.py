@@ -356,7 +356,7 @@ def _is_divisor(value: Any) -> TypeGuard[float]:
 
 
 def _remainders(divisors: Collection[float]) -> int:
-    """Return how many remainders numbers have that are divided by all of ``divisors``."""
+    """Return the number of states that a check for divisibility by all of ``divisors`` needs: one per remainder."""
     written = [Decimal(repr(divisor)).as_tuple() for divisor in divisors]
     digits = [int("".join(map(str, each.digits))) for each in written]
     if len(divisors) == 1:  # zeros at the end need no state

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
 from .free_pages import FreePages
-from .page_file import FileContents
-from .page_reader import PageReader, Reading, SavedFile
+from .page_fetch import PageFetch
 from .prefix_tree import Match, Node, PrefixTree
 from .saved_pages import SavedPages
 from .sequence import TokenSequence
@@ -25,7 +21,6 @@ MIN_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather t
 # A prompt's last tokens, which a later one may not have: chat templates end a prompt with the beginning of an answer,
 # and leave out its thoughts later. The snapshot of a prompt is before them, so that it serves the same prompt, too.
 LAST_TOKENS = 8
-READ_SECONDS = 5.0  # time in which the next page is read, or those that are left are computed: a disk may hang
 NOTHING = Match((), None, 0)
 _log = logging.getLogger(__name__)
 
@@ -62,7 +57,7 @@ class _Held:
     shared: list[int]
     own: list[int] = field(default_factory=list)
     snapshot: int = 0  # tokens behind which the last snapshot is
-    branch: int = 0  # the tree has full pages of so many tokens, with no snapshot behind them; 0: it has not
+    branch: int = 0  # tokens in full pages of the tree that have no snapshot after them; 0 if there are none
 
     @property
     def pages(self) -> list[int]:
@@ -70,31 +65,13 @@ class _Held:
         return self.shared + self.own
 
 
-@dataclass(slots=True)
-class _Fetch:
-    """Pages that are being looked for or read: those up to ``node`` are in the tree."""
-
-    sequence: TokenSequence
-    node: Node
-    finding: Future[list[SavedFile]]
-    since: float  # time since which it waits for the result, or for the next page
-    reading: Reading | None = None  # once they were found
-    left: deque[SavedFile] = field(default_factory=deque[SavedFile])
-    pages: list[int] = field(default_factory=list[int])  # for those that are left
-
-    @property
-    def next(self) -> Future[Any]:
-        """The future that it waits for."""
-        return self.finding if self.reading is None else self.reading.next
-
-
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
 
     If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
     SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
-    an earlier one. So of a turn that another one continues, fewer than MIN_TOKENS + LAST_TOKENS tokens are computed
-    again: those that the later prompt has, too.
+    an earlier one. So if a sequence continues another one, it computes fewer than MIN_TOKENS + LAST_TOKENS tokens of
+    that one again.
     """
 
     def __init__(
@@ -112,9 +89,10 @@ class KVCache:
         self._free = FreePages(pages)
         self._tree = PrefixTree()
         self._held: dict[TokenSequence, _Held] = {}
-        self._saved = saved if keeps else None
-        self._fetch: _Fetch | None = None  # what is being read for the sequence that waits first
-        self._hung: Future[Any] | None = None  # a read that took too long: until its end, nothing is read
+        self._writer = saved.writer if saved is not None and keeps else None
+        self._fetch = None
+        if saved is not None and keeps:
+            self._fetch = PageFetch(saved.reader, self._tree, self._free, self._take)
 
     def has_pages_for(self, sequence: TokenSequence) -> bool:
         """Return whether there are pages for all tokens of a sequence that has not begun, and for its next token."""
@@ -122,107 +100,21 @@ class KVCache:
         return -(-(len(sequence.ids) + 1) // PAGE_TOKENS) - len(nodes) <= self._obtainable(node.page for node in nodes)
 
     def fetch(self, sequence: TokenSequence, seconds: float = 0.0) -> bool:
-        """Read pages on disk that have the first tokens of a sequence for which there is room, and that are not here.
+        """Read the missing first pages of a sequence from the disk. There must be room for the sequence.
 
-        Returns True once there are no more, or none comes for READ_SECONDS, and the sequence is to begin at once; False
-        if they are not there after ``seconds``. Pages are read for one sequence at a time. They may be taken from it,
-        as they hold nothing yet.
+        Returns True once there are no more, and the sequence is to begin at once; False if they are not there after
+        ``seconds``.
         """
-        if self._saved is None or (self._hung is not None and not self._hung.done()):
+        if self._fetch is None or self._fetch.hangs:
             return True
-        if self._fetch is None or self._fetch.sequence is not sequence:
-            self._begin_fetch(self._saved.reader, sequence)
-        deadline = time.monotonic() + seconds
-        try:
-            while self._go_on(self._saved.reader, max(deadline - time.monotonic(), 0.0)):
-                pass
-        except TimeoutError:
-            assert self._fetch is not None
-            if time.monotonic() - self._fetch.since < READ_SECONDS:
-                return False
-            _log.warning("Keys and values are computed, as none were read from the disk for %g s.", READ_SECONDS)
-            self._hung = self._fetch.next
-        except BaseException:
-            self.cancel_fetch()
-            raise
-        self.cancel_fetch()
-        return True
+        if not self._fetch.is_for(sequence):
+            self._fetch.begin(sequence, _reusable(sequence), self._match(sequence)[0].tokens)
+        return self._fetch.proceed(seconds)
 
-    def _begin_fetch(self, reader: PageReader, sequence: TokenSequence) -> None:
-        self.cancel_fetch()
-        user, ids = sequence.request.user, _reusable(sequence)
-        match = self._tree.match(user, ids)
-        state = self._match(sequence)[0].tokens
-        node = match.nodes[-1] if match.nodes else self._tree.root(user)
-        self._fetch = _Fetch(sequence, node, reader.find(user, ids, match.tokens, state), time.monotonic())
-        self._tree.pin(node)
-
-    def _go_on(self, reader: PageReader, seconds: float) -> bool:
-        """Let the next page that is read be found in the tree. Returns False if there is none.
-
-        Raises TimeoutError if it is not there after ``seconds``.
-        """
-        if (fetch := self._fetch) is None:  # its pages were taken from it
-            return False
-        if fetch.reading is None:
-            fetch.left = deque(fetch.finding.result(seconds))
-            count = sum(not file.is_state for file in fetch.left)
-            pages = self._take(count, [node.page for node in fetch.node.path])
-            if self._fetch is not fetch:  # its node was unpinned for them
-                self._free.release(pages)
-                return False
-            fetch.pages = pages
-            fetch.reading = reader.read([*fetch.left])
-            return bool(fetch.left) and len(pages) == count
-        contents, file = fetch.reading.take(seconds), fetch.left.popleft()
-        fetch.since = time.monotonic()
-        if contents is None:
-            return False
-        if file.is_state:
-            self._restore_state(reader, fetch.sequence, file, contents)
-        elif not reader.restore(file, contents, fetch.pages[:1]):
-            return False
-        else:
-            node, unneeded = self._tree.add(fetch.node, file.tokens, fetch.pages.pop(0))
-            self._free.release(unneeded)
-            self._tree.pin(node)
-            self._tree.unpin(fetch.node)
-            fetch.node = node
-        return bool(fetch.left)
-
-    def _restore_state(
-        self, reader: PageReader, sequence: TokenSequence, state: SavedFile, contents: FileContents
-    ) -> None:
-        """Insert a state from the disk into the tree, unless that has it by now, lacks its tokens or has no room."""
-        match, tokens = self._tree.match(sequence.request.user, sequence.ids[: state.end]), len(state.tokens)
-        count, pages = reader.pages_of_state(contents), list[int]()
-        if match.tokens == state.end and tokens not in (node := match.partial or match.nodes[-1]).snapshots:
-            self._tree.pin(node)
-            self._free.release(self._tree.evict(count - len(self._free)))
-            self._tree.unpin(node)
-            if len(self._free) >= count:
-                pages = self._free.take_last(count)
-        if not pages:
-            reader.release(contents)
-            return
-        with ExitStack() as undo:
-            undo.callback(self._free.release, pages)
-            if reader.restore(state, contents, pages):
-                self._tree.add_snapshot(node, tokens, pages)
-                undo.pop_all()
-
-    def cancel_fetch(self, sequence: TokenSequence | None = None) -> None:
-        """Read no more pages for a sequence, None: for any, and release those that hold nothing."""
-        if (
-            (fetch := self._fetch) is not None
-            and self._saved is not None
-            and (sequence is None or sequence is fetch.sequence)
-        ):
-            self._fetch = None
-            if fetch.reading is not None:
-                self._saved.reader.cancel(fetch.reading)
-            self._tree.unpin(fetch.node)
-            self._free.release(fetch.pages)
+    def cancel_fetch(self, sequence: TokenSequence) -> None:
+        """Read no more pages for a sequence."""
+        if self._fetch is not None and self._fetch.is_for(sequence):
+            self._fetch.cancel()
 
     def begin(self, sequence: TokenSequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
@@ -250,7 +142,7 @@ class KVCache:
         return match, match.tokens
 
     def _begin_after(self, sequence: TokenSequence, match: Match) -> bool:
-        """Let a sequence continue after a prefix. Returns False if its state is of no use, as a page is missing."""
+        """Let a sequence continue after a prefix. Return whether it can: without all pages its state is of no use."""
         node = match.nodes[-1] if match.nodes else self._tree.root(sequence.request.user)
         held = _Held(node, [node.page for node in match.nodes])
         partial, shared = match.partial, match.shared
@@ -294,7 +186,7 @@ class KVCache:
         return min(stop for stop in stops if stop > sequence.computed) - sequence.computed
 
     def reserve(self, sequence: TokenSequence, tokens: int) -> bool:
-        """Take pages for the next ``tokens`` tokens of a sequence. Returns False, and takes none, if there are none."""
+        """Take pages for the next ``tokens`` tokens of a sequence. Return whether there were enough; else take none."""
         held = self._held[sequence]
         missing = -(-(sequence.computed + tokens) // PAGE_TOKENS) - len(held.shared) - len(held.own)
         if missing > 0:
@@ -334,8 +226,8 @@ class KVCache:
         if rest > 0 and self._keeps:
             self._add(sequence, held, rest, pins=False)
         self._free.release(held.own)
-        if is_answered and self._saved is not None:
-            self._saved.writer.save(sequence.request.user, held.node.path)
+        if is_answered and self._writer is not None:
+            self._writer.save(sequence.request.user, held.node.path)
 
     def free_pages(self) -> int:
         """Return the number of pages that hold nothing."""
@@ -394,11 +286,10 @@ class KVCache:
         return self._free.take(count, before[-1] if before else None) if self._evict_for(count) else []
 
     def _evict_for(self, count: int) -> bool:
-        """Evict pages if fewer than ``count`` are free. Returns whether there are so many then."""
+        """Evict pages if fewer than ``count`` are free. Return whether there are so many then."""
         if len(self._free) < count:
             self._free.release(self._tree.evict(count - len(self._free)))
-        if len(self._free) < count and self._fetch is not None:
-            self.cancel_fetch()
+        if len(self._free) < count and self._fetch is not None and self._fetch.cancel():
             return self._evict_for(count)
         return len(self._free) >= count
 

@@ -43,8 +43,8 @@ class ModelRunner(Runner):
         self._inputs: dict[TokenSequence, dict[str, Any]] = {}  # arguments of forward; the own cache among them, if any
         self._caches: dict[TokenSequence, PagedCache] = {}  # if the model can resume
 
-    def sampler(self, sequence: TokenSequence) -> Sampler:
-        """Return a sampler that chooses tokens as the model's ``generate()`` would."""
+    def begin(self, sequence: TokenSequence) -> Sampler:
+        """Prepare the inputs of a sequence. Return a sampler that chooses tokens as the model's ``generate()`` does."""
         self._inputs[sequence], sampler = prepared(self._model, sequence)
         return sampler
 
@@ -148,7 +148,7 @@ def cache_of(model: Any, tokens: int, *, bits: int) -> PagedCache:
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Return, for each layer of a model that can resume, most tokens that a token attends to; None: all."""
+    """Return the window of each layer, in tokens; None: a token attends to all. The model must be able to resume."""
     return [getattr(layer, "sliding_window", None) for layer in cache_layers(model)]
 
 

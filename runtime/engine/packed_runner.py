@@ -2,7 +2,7 @@
 
 The tokens of all tasks are one row of transformers' forward, as if they were one sequence. All modules but attention
 compute each token by itself. Attention is computed sequence by sequence, with keys and values in pages. Long prompts
-are computed in blocks of tokens, layer by layer (``moe/lockstep.py``).
+are computed in several passes in lockstep, layer by layer (``moe/lockstep.py``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.kernels.layer.pages import KeyPages
 from moetier.runtime.libraries.transformers_internals import attention_of
 from moetier.runtime.model.context import can_resume, has_index, has_states
-from moetier.runtime.model.prefill_memory import BLOCK
+from moetier.runtime.model.prefill_memory import PASS_TOKENS
 from moetier.runtime.moe.experts import experts_modules, without_experts
 from moetier.runtime.moe.layer_inputs import LayerInputs
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
@@ -43,7 +43,7 @@ OWN_ANGLES = ("dynamic", "longrope")  # rope types whose angles depend on the le
 
 
 class PackedRunner(ModelRunner):
-    """Computes all tasks of a step together, where that is faster than by turns, and long ones in blocks."""
+    """Computes all tasks of a step together, where that is faster than one by one, and long ones in lockstep."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class PackedRunner(ModelRunner):
         *,
         chunk: int,
         packs: bool | None = None,
-        prefill_block: int = BLOCK,
+        pass_tokens: int = PASS_TOKENS,
         bits: int = 16,
     ) -> None:
-        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in blocks of ``prefill_block`` tokens.
+        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in passes of ``pass_tokens``.
 
-        ``packs``: whether the model ``can_pack``, in blocks too; None: try it when several sequences or a long prompt
+        ``packs``: whether the model ``can_pack``, in lockstep too; None: try it when several sequences or a long prompt
         come. ``bits``: those of keys and values.
         """
         super().__init__(model, pages, bits=bits)
         self.computes_together = True
-        self.prefill_block: int = prefill_block
+        self.pass_tokens: int = pass_tokens
         self._chunk = chunk
-        self._packs = self._packs_blocks = packs
+        self._packs = self._packs_in_lockstep = packs
         self._ways = FasterWay()
         self.windows = windows_of(model)
         self.layer_inputs = LayerInputs(model)
@@ -75,27 +75,27 @@ class PackedRunner(ModelRunner):
         should_stop: Callable[[], bool],
         between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
-        """Compute tasks in one forward pass, by turns, or in blocks. Return logits [vocabulary] as Runner says."""
-        is_long = any(task.tokens > self.prefill_block for task in tasks)
+        """Compute tasks in one forward pass, one by one, or in lockstep. Return logits [vocabulary] as Runner says."""
+        is_long = any(task.tokens > self.pass_tokens for task in tasks)
         if len(tasks) == 1 and not is_long:
             return super().run(tasks, should_stop)
         if self._packs is None:
             self._packs = can_pack(self._model)
         if is_long:
-            if self._packs_blocks is None:
-                self._packs_blocks = self._packs and can_pack(self._model, in_blocks=True)
-            return self._in_blocks(tasks, between) if self._packs_blocks else self._in_chunks(tasks, between)
+            if self._packs_in_lockstep is None:
+                self._packs_in_lockstep = self._packs and can_pack(self._model, in_lockstep=True)
+            return self._in_lockstep(tasks, between) if self._packs_in_lockstep else self._in_chunks(tasks, between)
         if not self._packs:
-            return self._by_turns(tasks, should_stop)
+            return self._one_by_one(tasks, should_stop)
         if any(task.tokens > 1 for task in tasks):
             return self.run_together(tasks, should_stop)
         return self._ways.run(
             len(tasks),
             lambda: self.run_together(tasks, should_stop),
-            lambda: self._by_turns(tasks, should_stop),
+            lambda: self._one_by_one(tasks, should_stop),
         )
 
-    def _by_turns(self, tasks: list[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
+    def _one_by_one(self, tasks: list[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
         chunks = [task.parts(self._chunk) for task in tasks]
         outputs = [[super(PackedRunner, self).run([part], should_stop)[0] for part in parts] for parts in chunks]
         return [
@@ -104,7 +104,7 @@ class PackedRunner(ModelRunner):
         ]
 
     def _in_chunks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
-        """Compute long tasks of a model that can't compute them in blocks, one after the other."""
+        """Compute long tasks of a model that can't compute them in lockstep, one after the other."""
         results: list[Tensor | None] = [None] * len(tasks)
         chunks = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self._chunk)]
         for done, (number, part) in enumerate(chunks):
@@ -114,14 +114,14 @@ class PackedRunner(ModelRunner):
                     (results[number],) = super().run([part], partial(_is_over, part.sequence))
         return results
 
-    def _in_blocks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
-        """Compute tasks in blocks of tokens, and each layer's experts for all of them together."""
-        blocks = [part for task in tasks for part in task.parts(self.prefill_block)]
-        passes = [Pass(partial(self.run_together, [part], None), partial(_goes_on, part.sequence)) for part in blocks]
-        work = (len(experts_modules(self._model)) + 1) * len(blocks)
+    def _in_lockstep(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
+        """Compute tasks in passes of ``pass_tokens`` tokens, and each layer's experts for all of them together."""
+        parts = [part for task in tasks for part in task.parts(self.pass_tokens)]
+        passes = [Pass(partial(self.run_together, [part], None), partial(_goes_on, part.sequence)) for part in parts]
+        work = (len(experts_modules(self._model)) + 1) * len(parts)
         with torch.no_grad():
             results = run_in_lockstep(passes, lambda done: between(done / work), self.layer_inputs.freed)
-        last = {block.sequence: result for block, result in zip(blocks, results, strict=True)}
+        last = {part.sequence: result for part, result in zip(parts, results, strict=True)}
         return [None if (result := last[task.sequence]) is None else result[0] for task in tasks]
 
     def run_together(self, tasks: list[Task], should_stop: Callable[[], bool] | None) -> list[Tensor | None]:
@@ -205,22 +205,22 @@ class _PackedCache(Cache):
 # -- which models ------------------------------------------------------------------------------------------------------
 
 
-def can_pack(model: Any, *, near: float = 0.0, in_blocks: bool = False) -> bool:
+def can_pack(model: Any, *, near: float = 0.0, in_lockstep: bool = False) -> bool:
     """Return whether a model computes tokens of several sequences together as it computes each by itself.
 
     It must be one that ``may_pack``, and a trial with a few tokens must give the logits of the model's own forward: the
     same bits, so that a request has the same answer in any company, or, with ``near``, nearly the same. The trial uses
     no experts, which would be read for it.
 
-    ``near`` is the largest difference of logits, as a share of the largest logit. ``in_blocks``: whether the inputs of
-    layers are freed, as they are in blocks.
+    ``near`` is the largest difference of logits, as a share of the largest logit. ``in_lockstep``: whether the
+    inputs of layers are freed, as they are then.
     """
     if not may_pack(model):
         return False
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     try:
         with without_experts(model), torch.no_grad():
-            return all(_is_near(*pair, near) for pair in _trial(model, vocabulary, in_blocks=in_blocks))
+            return all(_is_near(*pair, near) for pair in _trial(model, vocabulary, in_lockstep=in_lockstep))
     except Exception:  # the architecture needs or gives something else
         return False
 
@@ -267,14 +267,16 @@ def _reads_codes(model: Any) -> bool:
     return True
 
 
-def _trial(model: Any, vocabulary: int, *, bits: int = 16, in_blocks: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def _trial(
+    model: Any, vocabulary: int, *, bits: int = 16, in_lockstep: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits that must be equal: those after two prompts computed in parts, and those of the model's forward."""
     prompts = [[(7 * number + 3) % vocabulary for number in range(begin, begin + 5)] for begin in (0, 40)]
     runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True, bits=bits)
     sequences = [TokenSequence(Request(tuple(prompt), 1)) for prompt in prompts]
     # the first prompt but for its last token; then that token, and the whole other prompt
     runner.run_together([Task(sequences[0], 0, 4, [1])], None)
-    with runner.layer_inputs.freed() if in_blocks else contextlib.nullcontext():
+    with runner.layer_inputs.freed() if in_lockstep else contextlib.nullcontext():
         together = runner.run_together([Task(sequences[0], 4, 1, [1]), Task(sequences[1], 0, 5, [0])], None)
     for prompt, logits in zip(prompts, together, strict=True):
         assert logits is not None

@@ -248,7 +248,10 @@ class PageFolder:
 
     @staticmethod
     def follow(name: bytes, tokens: Sequence[int]) -> bytes:
-        """Return the name of the page with ``tokens`` after the page ``name``; that of the state there for STATE."""
+        """Return the name of the page that follows the page ``name`` and has ``tokens``.
+
+        If ``tokens`` is STATE, it is the name of the state behind the page ``name``.
+        """
         return hashlib.sha256(name + array("q", tokens).tobytes()).digest()
 
     # -- pages --------------------------------------------------------------------------------------------------------
@@ -260,10 +263,8 @@ class PageFolder:
     def read(self, name: bytes, depth: int) -> FileContents | None:
         """Read a page, and note that it was used. Return None if there is none.
 
-        One that is damaged or can't be read is removed, so that it is written again.
-
-        The memory that is returned with it is given back by ``release``. ``depth`` is the page's number in its
-        sequence.
+        A page that is damaged or can't be read is removed, so that it is written again. Give the memory of the result
+        back with ``release``. ``depth`` is the page's number in its sequence.
         """
         path = self._path(name)
         try:

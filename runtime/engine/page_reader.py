@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
@@ -84,7 +85,12 @@ class Readers:
     def __init__(self) -> None:
         self._calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()  # None ends a thread
         self._is_closed = False
-        self._threads = [start_thread("moetier-pages", self._run) for _ in range(READERS)]
+        self._threads = list[Thread]()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close, 0.0)
+            for _ in range(READERS):
+                self._threads.append(start_thread("moetier-pages", self._run))
+            undo.pop_all()
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
         """Return the future of a call that raises no errors. Once the threads end, it is cancelled."""
@@ -108,11 +114,11 @@ class Readers:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        while self._make_next_call():  # which keeps no result
+        while self._make_next_call():  # a method of its own, so that no local variable keeps the last result alive
             pass
 
     def _make_next_call(self) -> bool:
-        """Make the next call, or return False if the thread is to end."""
+        """Make the next call. Return whether the thread goes on."""
         if (waiting := self._calls.get()) is None:
             return False
         future, call = waiting
@@ -200,7 +206,7 @@ class PageReader:
         return Reading(files, lambda file: self._readers.submit(partial(self._read, file)))
 
     def pages_of_state(self, contents: FileContents) -> int:
-        """Return how many pages a state takes that was read."""
+        """Return how many pages the state in ``contents`` takes."""
         return -(
             -len(contents.payload.data) // max(PAGE_TOKENS * sum(part.token_bytes for part in self._memory.layout), 1)
         )

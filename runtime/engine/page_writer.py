@@ -1,10 +1,10 @@
-"""Writes pages and states of turns that have ended to the disk.
+"""Writes pages and states of sequences that have ended to the disk.
 
 The writer's thread copies a page of the tree while the engine goes on, and then looks whether the tree still has it: a
 page that was evicted meanwhile is not written. It writes at a limited rate, and never waits for anything that waits for
 it. It raises no error: a page that can't be written is lost.
 
-Of the states of a turn, those behind full pages are written, and the last two of the others: near the end of its
+Of the states of a sequence, those behind full pages are written, and the last two of the others: near the end of its
 prompt, and behind its answer. A later prompt may not have the answer as it was computed.
 """
 
@@ -28,15 +28,15 @@ from .prefix_tree import Node, StateSnapshot
 
 RATE = 8 << 20  # bytes a second that are written, unless the engine closes: each MiB takes about 1 ms of a processor
 MAX_WAIT = 1.0  # seconds that a piece waits if reads never pause: so at most a MiB a second is written
-MAX_TURNS = 256  # turns that wait to be written; further ones replace the oldest
+MAX_QUEUE = 256  # sequences that wait to be written; further ones replace the oldest
 PAUSE = 60.0  # seconds after a failed write in which nothing is written
 SWEEP_SECONDS = 3600.0  # pages that are too old are looked for so often
 
 _log = logging.getLogger(__name__)
 
 
-class _Turn(NamedTuple):
-    """Pages of a turn that has ended, which are to be written."""
+class _Ended(NamedTuple):
+    """Pages of a sequence that has ended, which are to be written."""
 
     user: str
     nodes: list[Node]  # from the first page on
@@ -64,14 +64,14 @@ class PageWriter:
         self._root_of = root_of
         self._writes_from = 0.0  # time from which the next piece may be written
         self._sweeps_at = time.monotonic()  # time of the next sweep
-        self._changed = threading.Condition()  # guards: ``_turns``, ``_closes_at``, ``_is_busy``
-        self._turns = deque[_Turn](maxlen=MAX_TURNS)
-        self._closes_at: float | None = None  # time at which the writer ends even if turns are left
-        self._is_busy = False  # whether a turn is being written
-        self._thread = start_thread("moetier-page-writer", self._write_turns)
+        self._changed = threading.Condition()  # guards: ``_waiting``, ``_closes_at``, ``_is_busy``
+        self._waiting = deque[_Ended](maxlen=MAX_QUEUE)
+        self._closes_at: float | None = None  # time at which the writer ends even if some wait
+        self._is_busy = False  # whether a sequence is being written
+        self._thread = start_thread("moetier-page-writer", self._write_all)
 
     def save(self, user: str, nodes: list[Node]) -> None:
-        """Let the pages of a turn that has ended be written: ``nodes`` of the tree, from the first page on."""
+        """Let the pages of a sequence that has ended be written: ``nodes`` of the tree, from the first page on."""
         states = [
             (depth, count, state)
             for depth, node in enumerate(nodes)
@@ -80,31 +80,31 @@ class PageWriter:
         full = [state for state in states if state[1] == PAGE_TOKENS]
         states = full + [state for state in states if state[1] < PAGE_TOKENS][-2:]
         with self._changed:
-            self._turns.append(_Turn(user, nodes, states))
+            self._waiting.append(_Ended(user, nodes, states))
             self._changed.notify()
 
-    def _write_turns(self) -> None:
+    def _write_all(self) -> None:
         while True:
             self._sweep_if_due()
             with self._changed:
                 self._is_busy = False
                 if self._is_late():
-                    self._turns.clear()
+                    self._waiting.clear()
                 seconds = max(self._sweeps_at - time.monotonic(), 0)
-                self._changed.wait_for(lambda: self._turns or self._closes_at, seconds)
-                if not self._turns and self._closes_at:
+                self._changed.wait_for(lambda: self._waiting or self._closes_at, seconds)
+                if not self._waiting and self._closes_at:
                     return
-                turn = self._turns.popleft() if self._turns else None
-                self._is_busy = turn is not None
-            if turn is not None and not self._try(
-                partial(self._write_turn, turn), "Keys and values are not kept for a minute"
+                ended = self._waiting.popleft() if self._waiting else None
+                self._is_busy = ended is not None
+            if ended is not None and not self._try(
+                partial(self._write_pages, ended), "Keys and values are not kept for a minute"
             ):
                 with self._changed:
                     self._changed.wait_for(lambda: self._closes_at, PAUSE)
-                    self._turns.clear()
+                    self._waiting.clear()
 
     def _sweep_if_due(self) -> None:
-        """Remove what is too old, though turns wait or are being written: a server may always be busy."""
+        """Remove what is too old, though sequences wait or are being written: a server may always be busy."""
         if time.monotonic() >= self._sweeps_at:
             self._try(self._folder.sweep, "Old keys and values are not removed")
             self._sweeps_at = time.monotonic() + SWEEP_SECONDS
@@ -119,16 +119,16 @@ class PageWriter:
             return False
         return True
 
-    def _write_turn(self, turn: _Turn) -> None:
-        names = [self._root_of(turn.user)]  # of the pages before each page, and of the last one
-        for node in turn.nodes:
+    def _write_pages(self, ended: _Ended) -> None:
+        names = [self._root_of(ended.user)]  # of the pages before each page, and of the last one
+        for node in ended.nodes:
             names.append(self._folder.follow(names[-1], node.tokens))
         files = [  # for each the number of its page, the name before it, its own one, and what is in it
             (depth, names[depth], names[depth + 1], len(node.tokens), partial(_pages_of, node))
-            for depth, node in enumerate(turn.nodes)
+            for depth, node in enumerate(ended.nodes)
         ]
-        for depth, count, state in turn.states:
-            node = turn.nodes[depth]
+        for depth, count, state in ended.states:
+            node = ended.nodes[depth]
             name = self._folder.follow(names[depth], node.tokens[:count])
             if count < len(node.tokens):  # without the page's last tokens, too
                 files.append((depth, names[depth], name, count, partial(_pages_of, node)))
@@ -185,9 +185,9 @@ class PageWriter:
 
     @property
     def is_writing(self) -> bool:
-        """Whether turns are being written, or wait to be."""
+        """Whether sequences are being written, or wait to be."""
         with self._changed:
-            return bool(self._turns) or self._is_busy
+            return bool(self._waiting) or self._is_busy
 
     def close(self, seconds: float) -> bool:
         """Write what is left, for so many seconds. Return whether the thread has ended after twice as many."""

@@ -59,11 +59,14 @@ class Runner(ABC):
     can_resume: bool  # whether a sequence can be computed in several parts, and continue after pages of another one
     computes_together: bool  # whether ``run`` takes several tasks
     # a task with more tokens takes long, and ``run`` calls ``between``; None: it never does
-    prefill_block: int | None = None
+    pass_tokens: int | None = None
 
     @abstractmethod
-    def sampler(self, sequence: TokenSequence) -> Sampler:
-        """Return the sampler of a sequence that begins. Raises ValueError for options that the model refuses."""
+    def begin(self, sequence: TokenSequence) -> Sampler:
+        """Prepare for a sequence that begins, until ``end``, and return its sampler.
+
+        Raises ValueError for options that the model refuses.
+        """
 
     @abstractmethod
     def run(
@@ -90,7 +93,7 @@ class Runner(ABC):
 
     @abstractmethod
     def end(self, sequence: TokenSequence) -> None:
-        """Forget what is kept of a sequence besides its pages. Nothing may be kept."""
+        """Forget what is kept of a sequence besides its pages, if anything is."""
 
     @abstractmethod
     def copy_page(self, source: int, target: int, tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 
 from moetier.tiers.disk_order import DiskOrder
@@ -17,7 +18,7 @@ CLOSING = 5.0  # seconds in which pages are still written when the engine closes
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that were read and written, pages that were read and used, and files that were damaged."""
+    """Bytes read and written, pages read and used, and damaged files."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -40,7 +41,7 @@ class SavedPages:
         *,
         has_states: bool = False,
     ) -> None:
-        """Start the writer.
+        """Start the threads of reader and writer.
 
         Args:
             folder: has the files.
@@ -53,7 +54,10 @@ class SavedPages:
         self._folder = folder
         self._keys = keys or {}
         self.reader = PageReader(folder, memory, order, self._root_of, has_states=has_states)
-        self.writer = PageWriter(folder, memory, order, self._root_of)
+        with ExitStack() as undo:
+            undo.callback(self.reader.close, CLOSING)
+            self.writer = PageWriter(folder, memory, order, self._root_of)
+            undo.pop_all()
 
     def _root_of(self, user: str) -> bytes:
         return self._folder.root(self._keys.get(user, user.encode()))

@@ -7,11 +7,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .kv_cache import KVCache
-from .runner import Task
+from .runner import Runner, Task
 from .sequence import TokenSequence
 
 FETCH_SECONDS = 0.05  # time to wait for pages of a sequence while no other one runs; then it may have been cancelled
-BLOCKS_BESIDE = 4  # most blocks of a prompt that is computed beside long ones, a block at a time
+SCORED = 128  # most tokens of a prompt that are scored together: each has logits for the whole vocabulary
+PASSES_BESIDE = 4  # most passes of a prompt that is computed beside long ones, a pass at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +26,24 @@ class StepLimits:
         later_chunk: most tokens of a prompt behind earlier ones of it, or beside other sequences, if prompts are
             computed one by one. Attention to earlier tokens takes memory.
         scored_chunk: most tokens of a prompt that is scored, as each has logits for the whole vocabulary.
-        block: tokens of a short prompt, at most. Longer prompts are computed together, and short ones beside them.
-            None: prompts are computed one by one.
+        pass_tokens: a prompt with more tokens than this is long. Long prompts are computed together; between their
+            parts, short ones are computed. None: prompts are computed one by one.
     """
 
     max_sequences: int
     first_chunk: int
     later_chunk: int
     scored_chunk: int
-    block: int | None = None
+    pass_tokens: int | None = None
+
+    @classmethod
+    def of(cls, runner: Runner, *, max_sequences: int, chunk: int, later_chunk: int, context: int) -> StepLimits:
+        """Return the limits of a runner. One that can't resume computes whole prompts, of up to ``context`` tokens."""
+        if not runner.can_resume:
+            return cls(max_sequences, context, context, context, runner.pass_tokens)
+        least = runner.pass_tokens or 1
+        scored = min(SCORED, runner.pass_tokens or chunk)
+        return cls(max_sequences, max(chunk, least), min(chunk, later_chunk), scored, runner.pass_tokens)
 
 
 class Scheduler:
@@ -82,19 +92,19 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.begin()
         self.running.append(sequence)
-        return self._limits.block is not None
+        return self._limits.pass_tokens is not None
 
     def schedule(self, beside: Collection[TokenSequence] = ()) -> tuple[list[Task], list[TokenSequence]]:
         """Return the tasks of the next step, and running sequences that now wait again because there is no page.
 
-        Every sequence whose prompt is computed takes part. Of the others, one computes a part of its prompt: that
-        whose last part, if any, is longest ago, so that a short prompt does not wait for the end of a long one. If
-        prompts are computed together, all long ones take part in it, as far as they fit into a chunk. If there is no
-        page, the sequence that began last waits again.
+        Each sequence whose prompt is computed has a task. Of the others, one has a task with a part of its prompt: the
+        one that has waited longest since its last part, so that a short prompt does not wait for the end of a long
+        one. If prompts are computed together, all long ones have tasks, as far as they fit into a chunk. If there is
+        no page, the sequence that began last waits again.
 
         Args:
-            beside: sequences of a step that is still being computed. They keep their pages, and of another prompt a
-                block is computed, unless it is long itself.
+            beside: sequences of a step that is still being computed. They keep their pages. Of the other prompts, one
+                of at most PASSES_BESIDE passes has a task, with one pass.
         """
         self._step += 1
         chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
@@ -118,22 +128,21 @@ class Scheduler:
     def _tokens(self, running: list[TokenSequence], *, is_beside: bool) -> dict[TokenSequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
-        if self._limits.block is None:
+        if self._limits.pass_tokens is None:
             is_alone = len(self.running) == 1 and not self.running[0].computed
             left, chosen = self._limits.first_chunk if is_alone else self._limits.later_chunk, prompts[:1]
         else:
-            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._limits.block]
+            long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._limits.pass_tokens]
             short = [sequence for sequence in prompts if sequence not in long]
             left, chosen = self._limits.first_chunk, short[:1] + long
             if is_beside:
-                # a block of a prompt that is not very long; the others wait for a step of their own
-                left = self._limits.block
-                chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= BLOCKS_BESIDE * left][:1]
+                # a pass of a prompt that is not very long; the others wait for a step of their own
+                left = self._limits.pass_tokens
+                chosen = [sequence for sequence in prompts if self._max_tokens(sequence) <= PASSES_BESIDE * left][:1]
         tokens = {sequence: 1 for sequence in running if sequence.remaining == 1}
         for sequence in chosen:
-            if left >= min(
-                self._max_tokens(sequence), self._limits.block or 1
-            ):  # few tokens would need as many experts as many do
+            # a few tokens use nearly as many experts as a full pass, so they are not worth one
+            if left >= min(self._max_tokens(sequence), self._limits.pass_tokens or 1):
                 sequence.note_part(self._step)
                 tokens[sequence] = min(self._max_tokens(sequence), left)
                 left -= tokens[sequence]

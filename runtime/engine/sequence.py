@@ -116,6 +116,10 @@ class Finish(enum.Enum):
     FAILED = "failed"
 
 
+class EngineError(MoetierError):
+    """The engine can't compute any more."""
+
+
 class DeadlineError(MoetierError):
     """The deadline of a request has passed before its answer was complete."""
 
@@ -172,7 +176,7 @@ class TokenSequence:
         self.last_step = step
 
     def note_underway(self, tokens: float) -> None:
-        """Note that a part of the prompt has had ``tokens`` tokens' worth of computing, of which none is kept yet."""
+        """Note how far a part of the prompt is: as if ``tokens`` of its tokens were computed. None is kept yet."""
         self.underway = tokens
 
     def score(self, position: int, scores: Sequence[Sampled]) -> None:

@@ -110,12 +110,12 @@ class SourceTensor(ABC):
 
     @property
     def alternate(self) -> bool:
-        """True if row 0 of run 0 is followed by row 0 of run 1, as in interleaved gate and up."""
+        """Whether row 0 of run 0 is followed by row 0 of run 1, as in interleaved gate and up."""
         return False
 
     @property
     def transposed(self) -> bool:
-        """True if what ``by_expert`` returns as rows are the columns of the parameter."""
+        """Whether what ``by_expert`` returns as rows are the columns of the parameter."""
         return False
 
     # records that hold the weights of experts as they are stored

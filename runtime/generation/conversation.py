@@ -24,6 +24,8 @@ PLAIN_STOP = "\n\nUser:"  # where a model with this template begins to write the
 class Conversation:
     """Messages of a system, a user and an assistant, as transformers' chat templates take them.
 
+    A *turn* is a message of the user and the answer to it.
+
     A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``answer_tokens`` tokens for
     an answer, its oldest turns are left out until half of the context is free. So turns are seldom left out. At all
     other times, a prompt begins with the previous prompt and its answer, whose keys and values are kept. The system
@@ -35,8 +37,8 @@ class Conversation:
         self.context = context
         self.answer_tokens = answer_tokens
         self._system = _system_messages(system)
-        self._turns: list[Message] = []  # of the user and the assistant alternately
-        self._out = 0  # number of turns, from the first on, that prompts leave out
+        self._said: list[Message] = []  # of the user and the assistant alternately
+        self._out = 0  # number of messages, from the first on, that prompts leave out
         self._last = "", 0  # text and number of tokens of the last prompt
         # text and tokens of a prompt and its answer: the same text may have other tokens than the model has sampled
         self._computed: tuple[str, list[int]] | None = None
@@ -46,11 +48,11 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """All messages so far, the system prompt first."""
-        return [*self._system, *self._turns]
+        return [*self._system, *self._said]
 
     @property
     def left_out(self) -> int:
-        """Number of exchanges that the last prompt left out."""
+        """Number of turns that the last prompt left out."""
         return self._out // 2
 
     def prompt(self, text: str) -> list[int]:
@@ -59,12 +61,12 @@ class Conversation:
         The text becomes a part of the conversation only if ``add`` is called with it and the answer. Raises ConfigError
         if the text does not fit into the context, or if the chat template refuses it.
         """
-        said: Message = {"role": "user", "content": text}
-        out, ids = self._out, self._encode([*self._turns[self._out :], said])
+        question: Message = {"role": "user", "content": text}
+        out, ids = self._out, self._encode([*self._said[self._out :], question])
         if len(ids) + self.answer_tokens > self.context:
-            while len(ids) > self.context // 2 and out < len(self._turns):
+            while len(ids) > self.context // 2 and out < len(self._said):
                 out += 2
-                ids = self._encode([*self._turns[out:], said])
+                ids = self._encode([*self._said[out:], question])
         if len(ids) >= self.context:
             raise ConfigError(
                 f"The prompt takes {counted(len(ids), self.context)} tokens, "
@@ -72,7 +74,7 @@ class Conversation:
                 "Shorten the message, or give a longer --context, if the model supports it.",
             )
         self._out = out
-        self._last = self._render([*self._turns[out:], said]), len(ids)
+        self._last = self._render([*self._said[out:], question]), len(ids)
         return ids
 
     def add(self, text: str, answer: str, ids: Sequence[int] = ()) -> None:
@@ -82,19 +84,18 @@ class Conversation:
         ConfigError, and appends nothing, if the chat template refuses the answer: it would refuse every later prompt,
         too.
         """
-        said: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        turn: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         try:
-            self._render([*self._turns[self._out :], *said, {"role": "user", "content": "."}])
+            self._render([*self._said[self._out :], *turn, {"role": "user", "content": "."}])
         except ConfigError as error:
             raise ConfigError(
                 f"This turn is left out of the conversation, because of the answer. {error.cause}",
                 "Ask again, in other words.",
             ) from error
-        self._turns += said
+        self._said += turn
         tokens = [*ids]
-        while tokens and tokens[-1] in getattr(
-            self._tokenizer, "all_special_ids", ()
-        ):  # the end, which the template writes
+        ends = getattr(self._tokenizer, "all_special_ids", ())
+        while tokens and tokens[-1] in ends:  # the end, which the template writes
             tokens.pop()
         prompt, count = self._last
         is_same = len(tokens) > count and self._tokenizer.decode(tokens[count:]) == answer
@@ -102,7 +103,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Remove all messages but the system prompt."""
-        self._turns, self._out, self._computed = [], 0, None
+        self._said, self._out, self._computed = [], 0, None
 
     @property
     def system(self) -> str | None:
@@ -111,7 +112,7 @@ class Conversation:
 
     def set_system(self, system: str | None) -> None:
         """Replace the system prompt. Raises ConfigError, and changes nothing, if the chat template refuses it."""
-        self._replace(_system_messages(system), self._turns)
+        self._replace(_system_messages(system), self._said)
 
     def load(self, messages: Sequence[Message]) -> None:
         """Replace all messages. A system prompt stays if ``messages`` have none.
@@ -120,46 +121,46 @@ class Conversation:
         prompt or none, or if the chat template refuses them.
         """
         system = [message for message in messages[:1] if message["role"] == "system"]
-        turns = [*messages[len(system) :]]
-        if [message["role"] for message in turns] != ["user", "assistant"] * (len(turns) // 2):
+        said = [*messages[len(system) :]]
+        if [message["role"] for message in said] != ["user", "assistant"] * (len(said) // 2):
             raise ConfigError(
                 "The messages are not questions of the user and answers of the assistant alternately.",
                 "Give a conversation that ends with an answer.",
             )
-        self._replace(system or self._system, turns)
+        self._replace(system or self._system, said)
         self._out, self._computed = 0, None
 
     def take_back(self) -> list[Message]:
-        """Remove the last question and its answer, and return both. Return nothing if there is none."""
-        taken = self._turns[-2:]
-        self._turns = self._turns[:-2]
-        self._out = min(self._out, len(self._turns))
+        """Remove the last turn, and return its two messages; none if there is no turn."""
+        taken = self._said[-2:]
+        self._said = self._said[:-2]
+        self._out = min(self._out, len(self._said))
         return taken
 
     def put_back(self, taken: Sequence[Message]) -> None:
         """Add what ``take_back`` has returned."""
-        self._turns += taken
+        self._said += taken
 
-    def _replace(self, system: list[Message], turns: list[Message]) -> None:
-        before = self._system, self._turns
-        self._system, self._turns = system, turns
+    def _replace(self, system: list[Message], said: list[Message]) -> None:
+        before = self._system, self._said
+        self._system, self._said = system, said
         try:
-            self._render([*turns, {"role": "user", "content": "."}])
+            self._render([*said, {"role": "user", "content": "."}])
         except ConfigError:
-            self._system, self._turns = before
+            self._system, self._said = before
             raise
 
-    def _encode(self, turns: Sequence[Message]) -> list[int]:
-        text = self._render(turns)
+    def _encode(self, said: Sequence[Message]) -> list[int]:
+        text = self._render(said)
         if self._computed is not None and text.startswith(self._computed[0]):
             rest = text.removeprefix(self._computed[0])
             return [*self._computed[1], *first_ids(self._tokenizer, rest, self.context, add_special_tokens=False)]
         return first_ids(self._tokenizer, text, self.context, add_special_tokens=self.is_plain)
 
-    def _render(self, turns: Sequence[Message]) -> str:
+    def _render(self, said: Sequence[Message]) -> str:
         import jinja2
 
-        messages = [*self._system, *turns]
+        messages = [*self._system, *said]
         template = PLAIN_TEMPLATE if self.is_plain else None
         try:
             text: str = self._tokenizer.apply_chat_template(

@@ -159,7 +159,7 @@ def _speculate(
 
 
 def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> SpeculationMode:
-    """Return when to speculate. A prefetch is a whole record, which a daemon that computes need not send.
+    """Return when to speculate: by default not if a daemon computes, as it need not send records then.
 
     ``modules`` is as in ``_speculate``.
     """

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from moetier.runtime.config import Size, TierConfig
+from moetier.runtime.config import KV_SHARE, Size, TierConfig
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.tiers.text import format_bytes
 
 from .context import longest_context
 
-SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values by default
 MIN_PAGES = 4  # so many there are by default, however little memory there is
 WITH_STATES = 4  # times as many as sequences need, if copies of other states than keys and values lie in pages too
 NUMBER_BYTES = 4  # of recurrent states, and of some convolutions' inputs
@@ -43,8 +41,8 @@ class KVBudget:
     ) -> KVBudget:
         """Return the budget that the options ask for.
 
-        By default that is SHARE of ``room``, but enough for the option ``context``, and no more than the sequences that
-        are computed at a time can need, or WITH_STATES times as much.
+        By default that is KV_SHARE of ``room``, but enough for the option ``context``, and no more than the sequences
+        that are computed at a time can need, or WITH_STATES times as much.
 
         Args:
             config: the model's config in transformers.
@@ -84,9 +82,9 @@ class KVBudget:
 def _default_bytes(ram: Size | None, room: int, experts: int) -> int:
     """Return the bytes for keys and values if no option gives them. ``ram``: the option for experts."""
     if ram is None or ram.bytes is None:
-        return int(SHARE * room)
+        return int(KV_SHARE * room)
     # what the experts leave is also for the tokens of a prompt that are computed together
-    return min(int(SHARE * room), max(room - min(ram.bytes, experts), 0) // 2)
+    return min(int(KV_SHARE * room), max(room - min(ram.bytes, experts), 0) // 2)
 
 
 NO_KV = KVBudget()

@@ -309,9 +309,9 @@ def _misfit(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _report_held_back() -> Iterator[None]:
-    """Let transformers' report about the weights of a model be logged at the end, and not at all after an exception.
+    """Log transformers' report about the weights of a model at the end of the context, unless it raises an exception.
 
-    The exception says the same more clearly. Reports of other threads are logged at once: they are about other models.
+    An exception says the same more clearly. Reports of other threads are logged at once: they are about other models.
     """
     held: list[logging.LogRecord] = []
     own = threading.get_ident()

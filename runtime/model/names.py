@@ -87,7 +87,7 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     if not may_be_name(text) or folder.exists():
         return folder
     if (named := _named(text)) is None:
-        raise NotFoundError(f"There is no folder {folder.absolute()}, and no model called {text}.", _advice(text))
+        raise NotFoundError(f"There is no folder {folder.absolute()}, and no model called {text}.", _fix(text))
     if not os.path.exists(named[1]):  # noqa: PTH110 - Path.exists may raise
         raise NotFoundError(
             f"{text} is the model in {named[1]}, which is gone.",
@@ -192,7 +192,7 @@ def name_of(folder: Path) -> str:
     return listed_name(folder) or real_path(folder).name
 
 
-def _advice(name: str) -> str:
+def _fix(name: str) -> str:
     names = list(all_named())
     ids = dict.fromkeys(tagged.rpartition(":")[0] for tagged in names if ":" in tagged)
     near = difflib.get_close_matches(name, [*names, *ids], n=3)

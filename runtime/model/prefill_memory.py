@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moetier.runtime.config import TierConfig
+from moetier.runtime.config import PREFILL_TOKENS, TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.kernels.products.api import FLOATS, Kernels
@@ -31,10 +31,9 @@ from moetier.tiers.manifest import Block, Manifest
 from .context import SNAPSHOT_TOKENS, can_resume, has_index, has_states
 from .kv_budget import KVBudget
 
-DEFAULT_TOKENS = 4096  # most tokens that are computed together if no option says how many
-BLOCK = 256  # tokens of a forward pass, if a prompt is computed in blocks
-IN_BLOCKS = 3  # times as many tokens are computed together in blocks, which take a third of the memory
-MIN_IN_BLOCKS = 2048  # tokens that are computed together in blocks even if they take more than the default share
+PASS_TOKENS = 256  # tokens of a forward pass, if a prompt is computed in lockstep
+TIMES_IN_LOCKSTEP = 3  # times as many tokens are computed together in lockstep, which takes a third of the memory
+MIN_IN_LOCKSTEP = 2048  # tokens that are computed together in lockstep even if they take more than the default share
 PASS_BYTES = 320 << 10  # of a forward pass that waits: its stack, and small tensors
 MIN_TOKENS = 32  # least number of tokens that are computed together; a smaller chunk is a multiple of it
 STATES = 4  # tensors [tokens, hidden] of a layer: residual, normed, output and their sum; some in fp32 too if not quick
@@ -56,7 +55,7 @@ SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionMemory:
     """Bytes that one variant of attention takes besides its own modules' outputs, which ``Prefill`` counts."""
 
     window: int = 0  # most tokens that a token attends to, including itself; 0: all
@@ -71,12 +70,12 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Lockstep:
-    """Memory for computing prompts in blocks of BLOCK tokens, whose experts are computed together.
+    """Memory for computing prompts in passes of PASS_TOKENS tokens, whose experts are computed together.
 
     ``moe/lockstep.py`` does so.
     """
 
-    tokens: int  # of all prompts that are computed together; at most BLOCK: no memory is reserved for them
+    tokens: int  # of all prompts that are computed together; at most PASS_TOKENS: no memory is reserved for them
     states: int  # bytes for each token while experts are computed
     fixed: int  # bytes for any number of tokens
     mask: int = 0  # bytes of the mask for each pair of a new token and a token that it attends to
@@ -88,28 +87,28 @@ class Prefill:
 
     tokens: int
     context: int = 0
-    lockstep: Lockstep | None = None  # None: prompts can't be computed in blocks
+    lockstep: Lockstep | None = None  # None: prompts can't be computed in lockstep
     resumes: bool = True  # whether a prompt can be divided; otherwise it is computed as a whole
     states: int = 0  # bytes for each token: hidden states, which a layer holds all the time
     of_attention: int = 0  # bytes for each token while attention is computed
     of_block: int = 0  # bytes for each token while experts are computed
     fixed: int = 0  # bytes for any number of tokens
-    attentions: tuple[Attention, ...] = ()
+    attentions: tuple[AttentionMemory, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """The larger of: bytes for one forward pass; bytes for a prompt in blocks."""
+        """The larger of: bytes for one forward pass; bytes for a prompt in lockstep."""
         nbytes = self._together_bytes(self.tokens)
-        if self.lockstep is not None and self.lockstep.tokens > BLOCK:
-            nbytes = max(nbytes, self._in_blocks_bytes(self.lockstep.tokens))
+        if self.lockstep is not None and self.lockstep.tokens > PASS_TOKENS:
+            nbytes = max(nbytes, self._lockstep_bytes(self.lockstep.tokens))
         return nbytes
 
     @property
     def least_bytes(self) -> int:
-        """Bytes with which prompts read experts rarely enough: for MIN_IN_BLOCKS tokens, or fewer if all are."""
-        if self.lockstep is None or self.lockstep.tokens <= BLOCK:
+        """Bytes that let a prompt reuse each expert often: room for MIN_IN_LOCKSTEP tokens, or for all if fewer."""
+        if self.lockstep is None or self.lockstep.tokens <= PASS_TOKENS:
             return 0
-        return self._in_blocks_bytes(min(self.lockstep.tokens, MIN_IN_BLOCKS))
+        return self._lockstep_bytes(min(self.lockstep.tokens, MIN_IN_LOCKSTEP))
 
     @property
     def later(self) -> int:
@@ -117,27 +116,26 @@ class Prefill:
         return self._most(self.nbytes, self.tokens)
 
     @property
-    def in_blocks(self) -> int | None:
-        """Most tokens of prompts that fit into the same bytes in blocks; None if they can't be computed so."""
+    def in_lockstep(self) -> int | None:
+        """Most tokens of prompts that fit into the same bytes in lockstep; None if they can't be computed so."""
         if self.lockstep is None:
             return None
-        if self.context <= min(BLOCK, self.tokens):
-            return self.tokens  # each prompt is a single block
-        tokens = self._most_in_blocks(self.nbytes)
-        return tokens if tokens >= BLOCK else None
+        if self.context <= min(PASS_TOKENS, self.tokens):
+            return self.tokens  # each prompt is a single pass
+        tokens = self._most_in_lockstep(self.nbytes)
+        return tokens if tokens >= PASS_TOKENS else None
 
-    def _most_in_blocks(self, room: int) -> int:
-        """Return how many tokens of prompts fit into ``room`` bytes in blocks."""
+    def _most_in_lockstep(self, room: int) -> int:
+        """Return how many tokens of prompts fit into ``room`` bytes in lockstep."""
         assert self.lockstep is not None
-        return max(int((room - self._in_blocks_bytes(0)) / (SPARE * self.lockstep.states)), 0)
+        return max(int((room - self._lockstep_bytes(0)) / (SPARE * self.lockstep.states)), 0)
 
-    def _in_blocks_bytes(self, tokens: int) -> int:
-        """Return the bytes for computing ``tokens`` of prompts in blocks."""
+    def _lockstep_bytes(self, tokens: int) -> int:
+        """Return the bytes for computing ``tokens`` of prompts in lockstep."""
         assert self.lockstep is not None
         attentions = tuple(replace(attention, mask=self.lockstep.mask) for attention in self.attentions)
-        block = replace(self, attentions=attentions)
-        of_block = block.bytes_of(BLOCK, is_whole=False)
-        return self.lockstep.fixed + of_block + math.ceil(SPARE * self.lockstep.states * tokens)
+        nbytes = replace(self, attentions=attentions).bytes_of(PASS_TOKENS, is_whole=False)
+        return self.lockstep.fixed + nbytes + math.ceil(SPARE * self.lockstep.states * tokens)
 
     def bytes_of(self, tokens: int, *, is_whole: bool) -> int:
         """Return the bytes for computing ``tokens`` together: a whole prompt, or the last tokens of the context."""
@@ -161,7 +159,7 @@ class Prefill:
         """Return a copy with as many of the tokens as fit into ``room`` bytes, but at least MIN_TOKENS of them."""
         fits, lockstep = self._together_bytes(self.tokens) <= room, self.lockstep
         if lockstep is not None:
-            lockstep = replace(lockstep, tokens=min(lockstep.tokens, self._most_in_blocks(room)))
+            lockstep = replace(lockstep, tokens=min(lockstep.tokens, self._most_in_lockstep(room)))
         return replace(self, tokens=self.tokens if fits else self._most(room, self.tokens - 1), lockstep=lockstep)
 
     def longest(self, room: int) -> int:
@@ -181,9 +179,9 @@ NO_PREFILL = Prefill(0)
 def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kernels, kv: KVBudget) -> Prefill:
     """Return the memory for a prompt's tokens that are computed together.
 
-    ``config`` says how many: ``prefill_chunk``, or DEFAULT_TOKENS, but no more than a context has. In blocks they are
-    IN_BLOCKS times as many, of one prompt or several, but no more than all sequences have. ``model`` may be on the meta
-    device, ``kernels`` are those that it will be computed with, and ``kv`` has the context.
+    ``config`` says how many: ``prefill_chunk``, or PREFILL_TOKENS, but no more than a context has. In lockstep they are
+    TIMES_IN_LOCKSTEP times as many, of one prompt or several, but no more than all sequences have. ``model`` may be on
+    the meta device, ``kernels`` are those that it will be computed with, and ``kv`` has the context.
     """
     size, resumes = model.dtype.itemsize, can_resume(model)
     text = model.config.get_text_config(decoder=True)
@@ -200,7 +198,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         for layer in text.per_layer_config
     )
-    in_blocks = (
+    in_lockstep = (
         resumes
         and not (has_states(model) or has_index(model))
         and model.dtype in FLOATS  # compiled attention takes no others
@@ -212,22 +210,22 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         )
     )
     by_torch = is_quick and model.dtype == torch.bfloat16 and prefers_torch() and not config.same_bits
-    chunk = config.prefill_chunk or DEFAULT_TOKENS
+    chunk = config.prefill_chunk or PREFILL_TOKENS
     tokens, of_all = min(chunk, kv.context), min(config.sequences * kv.context, PAGE_TOKENS * kv.pages)
     lockstep = Lockstep(
-        tokens=min(IN_BLOCKS * chunk, of_all) if tokens > BLOCK else 0,
+        tokens=min(TIMES_IN_LOCKSTEP * chunk, of_all) if tokens > PASS_TOKENS else 0,
         # two tensors (residual and normed state), the angles, and the experts' sums
         states=text.hidden_size * (2 * size + 4)
         + 2 * angles * size
         + max(map(_choices, manifest.blocks))
-        + PASS_BYTES // BLOCK,
+        + PASS_BYTES // PASS_TOKENS,
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
         mask=MASK if by_torch else 0,
     )
     return Prefill(
         tokens=min(tokens, SNAPSHOT_TOKENS) if resumes and has_states(model) else tokens,
         context=kv.context,
-        lockstep=lockstep if in_blocks else None,
+        lockstep=lockstep if in_lockstep else None,
         resumes=resumes,
         states=STATES * (size if is_quick else size + 4) * text.hidden_size,
         of_attention=_outputs(model),
@@ -287,7 +285,7 @@ def _state(module: Any) -> int:
 
 def _attentions(
     text: Any, size: int, *, is_eager: bool, has_mask: bool, is_quick: bool, by_torch: bool
-) -> Iterator[Attention]:
+) -> Iterator[AttentionMemory]:
     """Yield the attention of each layer of a model with the configuration ``text``, whose numbers have ``size`` bytes.
 
     ``is_eager``: whether scores of all tokens are computed. ``has_mask``: whether there is a mask for each prompt.
@@ -310,7 +308,7 @@ def _attentions(
         kept = (getattr(layer, "num_key_value_heads", None) or heads) * (keys + values) * size
         shares = not is_eager and keys <= 256 and (keys == values or (is_quick and keys > values))
         holds_scores = is_eager or (not is_quick and keys != values)
-        plain = Attention(
+        plain = AttentionMemory(
             always=2 * expanded if sizes["kv_lora_rank"] else expanded * is_shared * (not shares),
             masked=expanded * is_shared * shares * (not is_quick or bool(getattr(layer, "attention_chunk_size", None))),
             kept=0 if sizes["kv_lora_rank"] else kept,

@@ -33,7 +33,7 @@ class TrunkFiles:
 
         Raises StoreReadError, and StoreFormatError if a file is missing.
         """
-        advice = (
+        fix = (
             "If it was changed on purpose, load the model again. Otherwise restore the file: "
             f"{command('verify', location)} says what differs."
         )
@@ -41,9 +41,9 @@ class TrunkFiles:
         self.close = weakref.finalize(self, _close, self._files)  # can be repeated
         for path in paths:
             try:
-                self._files.append(Unchanged.open(path, advice))
+                self._files.append(Unchanged.open(path, fix))
             except FileNotFoundError:
-                raise StoreFormatError(f"{path}, a file of the trunk, is missing.", advice) from None
+                raise StoreFormatError(f"{path}, a file of the trunk, is missing.", fix) from None
 
     def check(self) -> None:
         """Raise StoreFormatError if a file was written to since it was opened. Do nothing once they are closed."""

@@ -108,7 +108,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """True if packets to this TCP address stay on this host."""
+        """Whether packets to this TCP address stay on this host."""
         return _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     def __str__(self) -> str:

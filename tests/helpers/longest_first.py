@@ -13,7 +13,7 @@ GUESS = 0.05  # seconds of a test, where the file is not known
 LONG = {
     "tests/tools/serve/test_models.py": 50,
     "tests/runtime/client/test_remote_compute.py": 40,
-    "tests/runtime/model/test_generation.py": 25,
+    "tests/runtime/model/test_load_generation.py": 25,
     "tests/scenarios/test_client_faults.py": 25,
     "tests/test_documentation.py": 25,
     "tests/runtime/model/test_same_bits.py": 20,
@@ -27,9 +27,9 @@ LONG = {
     "tests/test_wheel.py": 15,
     "tests/tiers/store/test_mirror.py": 15,
     "tests/tools/convert/test_replacement.py": 15,
-    "tests/tools/serve/test_agent_sessions.py": 12,
+    "tests/tools/serve/test_sampled_tokens_agents.py": 12,
     "tests/scenarios/test_foreign_shards.py": 12,
-    "tests/runtime/engine/test_schedules.py": 10,
+    "tests/runtime/engine/test_engine_schedules.py": 10,
     "tests/scenarios/test_soak.py": 10,
 }
 

@@ -100,13 +100,13 @@ class ToyRunner(WrittenPages, Runner):
 
     can_resume = computes_together = True
 
-    def __init__(self, *, fails_after: int = 1 << 30, prefill_block: int | None = None) -> None:
+    def __init__(self, *, fails_after: int = 1 << 30, pass_tokens: int | None = None) -> None:
         super().__init__()
-        self.prefill_block = prefill_block
+        self.pass_tokens = pass_tokens
         self.computed = 0  # tokens
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
-    def sampler(self, sequence: engine.Sequence) -> Sampler:
+    def begin(self, sequence: engine.Sequence) -> Sampler:
         logprobs = sequence.request.logprobs
         return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]), logprobs=logprobs)
 
@@ -116,14 +116,14 @@ class ToyRunner(WrittenPages, Runner):
         should_stop: Callable[[], bool],
         between: Callable[[float], object] = lambda done: None,
     ) -> list[Tensor | None]:
-        if self.prefill_block is None or all(task.tokens <= self.prefill_block for task in tasks):
+        if self.pass_tokens is None or all(task.tokens <= self.pass_tokens for task in tasks):
             return [self.compute(task, should_stop) for task in tasks]
-        blocks = [(number, block) for number, task in enumerate(tasks) for block in task.parts(self.prefill_block)]
+        parts = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self.pass_tokens)]
         logits: list[Tensor | None] = [None] * len(tasks)
-        for done, (number, block) in enumerate(blocks):
-            between(done / len(blocks))
-            if not block.sequence.is_over:
-                logits[number] = self.compute(block, lambda: False)
+        for done, (number, part) in enumerate(parts):
+            between(done / len(parts))
+            if not part.sequence.is_over:
+                logits[number] = self.compute(part, lambda: False)
         return logits
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:

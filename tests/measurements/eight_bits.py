@@ -42,7 +42,7 @@ def filled(model: Any, tokens: int, bits: int) -> tuple[PackedRunner, list[int]]
 def seconds(runner: PackedRunner, pages: list[int], ids: tuple[int, ...]) -> tuple[float, float]:
     """Return the seconds that a token takes, and those of the processor."""
     sequence, walls, works = TokenSequence(Request(ids, ANSWER)), list[float](), list[float]()
-    runner.sampler(sequence)
+    runner.begin(sequence)
     sequence.computed = len(ids) - 1
     for _ in range(ANSWER):
         wall, work = time.perf_counter(), time.process_time()

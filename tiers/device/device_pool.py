@@ -79,7 +79,7 @@ class DeviceSlots:
 
     @property
     def is_filling(self) -> bool:
-        """True while a slot is LOADING."""
+        """Whether a slot is LOADING."""
         return any(pool.loading for pool in self.pools.values())
 
     @property
@@ -94,7 +94,7 @@ class DeviceSlots:
 
     @property
     def is_dropped(self) -> bool:
-        """True after ``drop`` or ``clear``, until ``use``: the slots have no memory."""
+        """Whether the slots have no memory: so it is after ``drop`` or ``clear``, until ``use``."""
         return not all(pool.records for pool in self.pools.values())
 
     def wait_for_copies(self) -> None:

@@ -244,17 +244,17 @@ class ExtentStore(DirectoryStore):
 
     @property
     def is_direct(self) -> bool:
-        """True if all shards are read with O_DIRECT."""
+        """Whether all shards are read with O_DIRECT."""
         return all(file.is_direct for file in self._files.values())
 
     @property
     def has_checksums(self) -> bool:
-        """True if ``moetier link`` has made checksums of the records."""
+        """Whether ``moetier link`` has made checksums of the records."""
         return self.table.is_linked
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files, as a sentence for users."""
+        """The fix for damaged files, as a sentence for users."""
         return "Get the checkpoint's own files again. If they were changed on purpose, run moetier link again."
 
     @property

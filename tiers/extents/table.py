@@ -110,7 +110,7 @@ class ExtentTable:
 
     @property
     def is_linked(self) -> bool:
-        """True if the table has the checksums of all records, with which reads are compared."""
+        """Whether the table has the checksums of all records, with which reads are compared."""
         return bool(self.manifest.record_checksums)
 
     def extents(self, key: ExpertKey) -> list[Extent]:

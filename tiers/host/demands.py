@@ -59,12 +59,12 @@ class Load:
 
     @property
     def is_prefetch(self) -> bool:
-        """True if the load was begun for a prefetch request or for the warm-up, not for a demand."""
+        """Whether the load was begun for a prefetch request or for the warm-up, not for a demand."""
         return self.purpose is not Purpose.DEMAND
 
     @property
     def is_for_demands(self) -> bool:
-        """True if the load was begun for a demand, or a demand waits for it."""
+        """Whether the load was begun for a demand, or a demand waits for it."""
         return bool(self.waiters) or not self.is_prefetch
 
 
@@ -98,7 +98,7 @@ class Caller:
 
     @property
     def is_full(self) -> bool:
-        """True if the caller's demands may not take more slots."""
+        """Whether the caller's demands may not take more slots."""
         return False
 
     def was_full(self, released: int) -> bool:
@@ -145,7 +145,7 @@ class AsyncCaller(Caller):
 
     @property
     def is_full(self) -> bool:
-        """True if the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
+        """Whether the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
         return self.outstanding >= self.leases
 
     def was_full(self, released: int) -> bool:
@@ -191,12 +191,12 @@ class Demand:
 
     @property
     def is_idle(self) -> bool:
-        """True if the demand neither holds nor claims a slot."""
+        """Whether the demand neither holds nor claims a slot."""
         return not self.ready and not self.loads and not self.leased
 
     @property
     def is_over(self) -> bool:
-        """True if the demand neither holds nor claims a slot, and needs none any more."""
+        """Whether the demand neither holds nor claims a slot, and needs none any more."""
         return not self.pending and self.is_idle
 
     @property

@@ -271,7 +271,7 @@ class Loads:
 
     @property
     def is_for_demands(self) -> bool:
-        """True if a load for a demand is in progress or waits for a loader."""
+        """Whether a load for a demand is in progress or waits for a loader."""
         return any(load.is_for_demands for load in self._loads.values())
 
     @property

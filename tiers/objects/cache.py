@@ -194,7 +194,7 @@ class CachedStore(WrapperStore):
 
     @property
     def is_complete(self) -> bool:
-        """True if all records are in the cache, so that it is an ordinary store."""
+        """Whether all records are in the cache, so that it is an ordinary store."""
         return not is_cache(self.folder)
 
     def _fetch(self, key: ExpertKey, view: memoryview, pause: Pause | None) -> None:

@@ -93,7 +93,7 @@ class Store(Closeable):
 
     @property
     def is_local(self) -> bool:
-        """True if no read needs a request. A host tier with room for all records then reads them all."""
+        """Whether no read needs a request. A host tier with room for all records then reads them all."""
         return not self.where
 
     def shares(self) -> list[Share]:
@@ -183,17 +183,17 @@ class DirectoryStore(Store, Scrubbable):
 
     @property
     def is_direct(self) -> bool:
-        """True if files are read with O_DIRECT, which bypasses the page cache."""
+        """Whether files are read with O_DIRECT, which bypasses the page cache."""
         return False
 
     @property
     def has_checksums(self) -> bool:
-        """True if each read is compared with a checksum that was made when the record was written."""
+        """Whether each read is compared with a checksum that was made when the record was written."""
         return True
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files, as a sentence for users."""
+        """The fix for damaged files, as a sentence for users."""
         return "Restore the files named."
 
 
@@ -242,17 +242,17 @@ class WrapperStore(DirectoryStore):
 
     @property
     def is_direct(self) -> bool:
-        """True if the files of ``store`` are read with O_DIRECT."""
+        """Whether the files of ``store`` are read with O_DIRECT."""
         return self.store.is_direct
 
     @property
     def has_checksums(self) -> bool:
-        """True if each read of ``store`` is compared with a checksum."""
+        """Whether each read of ``store`` is compared with a checksum."""
         return self.store.has_checksums
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files of ``store``."""
+        """The fix for damaged files of ``store``."""
         return self.store.fix
 
     def check_digest(self) -> None:

@@ -193,12 +193,12 @@ class ExpertStore(DirectoryStore):
 
     @property
     def is_direct(self) -> bool:
-        """True if all shards are read with O_DIRECT."""
+        """Whether all shards are read with O_DIRECT."""
         return all(shard.is_direct for shard in self.shards.values())
 
     @property
     def fix(self) -> str:
-        """The advice about damaged files. Those of a cache are fetched again."""
+        """The fix for damaged files. Those of a cache are fetched again."""
         if (self.directory / CACHE).exists():
             return (
                 f"Remove {self.directory}, and give the address again. If that does not help, push the original there "

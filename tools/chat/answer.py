@@ -57,7 +57,7 @@ class ChatReply:
     text: str
     finish_reason: str  # END, CUT (the limit of tokens was reached) or INTERRUPTED
     prompt_tokens: int
-    kept_tokens: int  # prompt tokens whose keys and values were kept
+    cached_tokens: int  # prompt tokens whose keys and values were kept
     timing: Timing  # its prompt tokens are those computed or, after an interruption, those added to the cache
     hits: int  # demands that found their record in the fastest tier
     misses: int  # all other demands
@@ -76,7 +76,7 @@ class ChatReply:
             "finish_reason": self.finish_reason,
             **self.timing.to_json(),
             "prompt_tokens": self.prompt_tokens,
-            "kept_tokens": self.kept_tokens,
+            "kept_tokens": self.cached_tokens,
             "computed_tokens": self.timing.prompt_tokens,
             "hit_ratio": self.hit_ratio,
         }
@@ -86,7 +86,7 @@ class ChatReply:
         timing = self.timing
         why = {END: "", CUT: ", cut short", INTERRUPTED: ", interrupted"}[self.finish_reason]
         if not timing.new_tokens:
-            done = self.kept_tokens + timing.prompt_tokens
+            done = self.cached_tokens + timing.prompt_tokens
             return (
                 f"[no tokens{why} after {timing.total:.2f} s: {done} of {self.prompt_tokens} prompt tokens are kept, "
                 f"{timing.prompt_tokens} of them new; hits {self.hit_ratio:.1%}]"

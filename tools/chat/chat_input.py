@@ -64,7 +64,7 @@ class ChatInput:
         return command + block.rstrip().removesuffix(QUOTES).strip("\n"), bool(command)
 
     def was_empty(self) -> bool:
-        """True if the line that Ctrl-C interrupted was empty, and not in a block."""
+        """Return whether the line that Ctrl-C interrupted was empty, and not in a block."""
         return not self._in_block and not self._buffer()
 
     def _line(self, prompt: str) -> str:

@@ -109,14 +109,14 @@ class Dialogue:
             taken = self.conversation.take_back() if in_place_of_last else []
             is_added = False
             try:
-                is_added = self._turn(text, is_interrupted)
+                is_added = self._add_turn(text, is_interrupted)
             finally:
                 if not is_added:
                     self.conversation.put_back(taken)
         self._kept.save(self.conversation.messages)
 
-    def _turn(self, text: str, is_interrupted: Callable[[], bool]) -> bool:
-        """Answer a message. Return whether it was added to the conversation with its answer."""
+    def _add_turn(self, text: str, is_interrupted: Callable[[], bool]) -> bool:
+        """Answer a message. Return whether it and its answer were added to the conversation."""
         conversation, most = self.conversation, self.options.max_new_tokens
         before = conversation.left_out
         conversation.answer_tokens = min(most, conversation.context // ROOM)

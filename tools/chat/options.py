@@ -48,7 +48,7 @@ class AnswerOptions:
         return next(self._seeds)
 
     def set(self, name: str, text: str) -> None:
-        """Set the option ``name`` to the value that ``text`` has; to that of the command line if it is empty.
+        """Parse ``text`` as the value of the option ``name``. An empty text restores the value of the command line.
 
         Raises ConfigError if there is no such option, or it can't have this value.
         """

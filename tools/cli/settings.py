@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def is_default(self) -> bool:
-        """True if neither the file nor the environment sets the value."""
+        """Whether neither the file nor the environment sets the value."""
         return self.source == "default"
 
 

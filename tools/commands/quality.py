@@ -18,6 +18,7 @@ from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_bits, add_resource_arguments, asked, numbers, resources_of
 from moetier.tools.cli.parser import UsageError, add_json, checked, source
 from moetier.tools.cli.report import table
+from moetier.tools.convert.options import CONVERT_OPTIONS
 
 if TYPE_CHECKING:
     from moetier.tools.quality.quality import Row
@@ -58,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=numbers,
         metavar="N,...",
-        help="number of weights that share a scale (default: depends on --bits)",
+        help=CONVERT_OPTIONS["group_size"].help,
     )
+    parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help=CONVERT_OPTIONS["pairs"].help)
     parser.add_argument(
-        "--pairs", type=_names, metavar="TYPE,...", help="formats of the scales (default: depends on --bits)"
+        "--method", type=_methods, metavar="NAME,...", help=f"{', '.join(METHODS)}, or both (default: {METHODS[0]})"
     )
-    parser.add_argument("--method", type=_methods, metavar="NAME,...", help="hqq, rounding, or both (default: hqq)")
     parser.add_argument("--fast", action="store_true", help="the same as --method rounding, as in moetier convert")
     add_json(parser)
     add_resource_arguments(parser)

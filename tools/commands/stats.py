@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
     from moetier.runtime.wire.address import Address
 
+SECONDS = 1.0  # interval of --watch without a value
 INTERVAL = Number(float, 0.01, 86_400, "Give 0.01 to 86,400 seconds.")
 EXAMPLES = ("moetier stats", "moetier stats work --watch 5", "moetier stats host:7070 --token-file token --json")
 
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch",
         type=INTERVAL,
         nargs="?",
-        const=1.0,
+        const=SECONDS,
         metavar="SECONDS",
-        help="print the changes every SECONDS (default: 1), until Ctrl-C",
+        help=f"print the changes every SECONDS (default: {SECONDS:g}), until Ctrl-C",
     )
     add_credentials(parser)
 

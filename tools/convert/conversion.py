@@ -39,7 +39,7 @@ from .target import Target, small_files
 from .trunk_writer import MatrixRecord
 
 USUAL_ERRORS = {8: 0.005, 4: 0.09, 3: 0.19, 2: 0.39}  # relative errors by bits, of normally distributed weights
-MOST_OF_USUAL = 1.3  # an error is usual up to this many times the figure
+MAX_OF_USUAL = 1.3  # an error is usual up to this many times the figure
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _error_text(errors: list[float], bits: int) -> str:
     text, usual = f"{min(errors):.4f} to {max(errors):.4f}", USUAL_ERRORS.get(bits)
     if usual is None:
         return text
-    if max(errors) <= MOST_OF_USUAL * usual:
+    if max(errors) <= MAX_OF_USUAL * usual:
         return f"{text}: usual at {bits} bits"
     return f"{text}: the usual at {bits} bits is {usual}; moetier quality measures what it costs"
 

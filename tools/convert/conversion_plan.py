@@ -124,12 +124,12 @@ class ConversionPlan:
 
     @property
     def has_few_bits(self) -> bool:
-        """True if records can hold weights as the checkpoint has quantised them, and some have fewer than 8 bits."""
+        """Whether records can hold weights as the checkpoint has quantised them, and some have fewer than 8 bits."""
         return any(p.bits < 8 for p in self.kept)
 
     @property
     def has_only_values(self) -> bool:
-        """True if experts are quantised in a way that no record format holds: only `--bits 16` keeps their values."""
+        """Whether experts are quantised in a way that no record format holds: only `--bits 16` keeps their values."""
         return not self.kept and any(not tensor.is_plain for tensor in self._of_experts)
 
     @property

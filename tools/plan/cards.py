@@ -44,7 +44,7 @@ CARDS = (
 
 
 def card_in(text: str) -> Card | None:
-    """Return the card whose name ends a part of ``text`` before a comma, and whose memory is the total in it, or None.
+    """Return the card that a device's description names, with the same memory; None if it is not in CARDS.
 
     Mobile cards have longer names, and cards of one name with less memory are slower.
     """

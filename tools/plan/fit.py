@@ -68,7 +68,7 @@ class Fit:
 
     @property
     def works(self) -> bool:
-        """True if the choice works on this machine."""
+        """Whether the choice works on this machine."""
         return self.problem is None
 
     @property
@@ -78,12 +78,12 @@ class Fit:
 
     @property
     def all_resident(self) -> bool:
-        """True if the host tier has a slot for every expert."""
+        """Whether the host tier has a slot for every expert."""
         return self.works and self.slot_count == self.choice.manifest.record_count
 
     @property
     def streams(self) -> bool:
-        """True if the experts of one token, over all blocks, do not fit into the slots."""
+        """Whether the experts of one token, over all blocks, do not fit into the slots."""
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 

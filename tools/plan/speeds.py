@@ -64,7 +64,7 @@ class MachineRates:
     operation: float  # seconds of an operation of torch on a few numbers
 
     def seconds(self, nbytes: float, bits: Bits, rows: float) -> float:
-        """Return the seconds that it takes to multiply ``rows`` tokens with ``nbytes`` of weights of ``bits`` bits."""
+        """Return the seconds for a product of ``rows`` tokens with ``nbytes`` of weights of ``bits`` bits."""
         return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
 
     @classmethod

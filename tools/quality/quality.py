@@ -34,7 +34,7 @@ from moetier.tiers.store.folder import read_manifest
 from moetier.tools.convert.conversion_plan import choose_matrices, trunk_records_of
 
 
-class Trial:
+class RoundTrip:
     """A checkpoint that transformers loads as a whole. Its weights are stored and read back in several ways.
 
     ``model`` computes in fp32 with transformers' eager experts, so only the weights differ between the ways.
@@ -97,7 +97,7 @@ class Trial:
 
     @torch.no_grad()
     def store_trunk(self, trunk_records: TrunkRecords | None, *, fast: bool) -> None:
-        """Encode each trunk matrix that a conversion would quantise, and replace it by what is read from the record.
+        """Replace each trunk matrix that a conversion would quantise by its values after encoding and decoding.
 
         If ``trunk_records`` is None, restore all matrices. With ``fast``, weights are rounded to the nearest
         value instead of using HQQ.
@@ -175,7 +175,7 @@ class PerplexityChange:
 
     @property
     def is_clear(self) -> bool:
-        """True if the change is more than two standard errors."""
+        """Whether the change is more than two standard errors."""
         return self.log_error is not None and abs(self.log) > 2 * self.log_error
 
 
@@ -345,15 +345,15 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     _check_tokenizer(checkpoint.folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     ids = tokenize(tokenizer, texts, tokens)
-    trial = Trial(checkpoint)
-    check_tokenizer(trial.model, tokenizer, checkpoint.folder)
-    _check_ids(trial.model, tokenizer, ids)
-    losses = {name: loss(trial.model, ids[name]) for name in ids}
+    round_trip = RoundTrip(checkpoint)
+    check_tokenizer(round_trip.model, tokenizer, checkpoint.folder)
+    _check_ids(round_trip.model, tokenizer, ids)
+    losses = {name: loss(round_trip.model, ids[name]) for name in ids}
     yield Row(None, "", "", "", None, None, None, 16, losses)
     for bits, group, pairs, trunk_bits, method in ways:
-        blocks, error = trial.store(bits, group, pairs, fast=method == "rounding")
-        trial.store_trunk(trunk_records_of(trunk_bits), fast=method == "rounding")
-        losses = {name: loss(trial.model, ids[name]) for name in ids}
+        blocks, error = round_trip.store(bits, group, pairs, fast=method == "rounding")
+        round_trip.store_trunk(trunk_records_of(trunk_bits), fast=method == "rounding")
+        losses = {name: loss(round_trip.model, ids[name]) for name in ids}
         yield _row(blocks, trunk_bits, method, error.relative, losses)
 
 

@@ -59,9 +59,9 @@ class RandomReads:
 
     @classmethod
     def of_files(cls, files: Sequence[Path], block_bytes: int = FILE_BLOCK_BYTES) -> RandomReads:
-        """Choose reads of those of ``files`` that are as large as the largest, in blocks of ``block_bytes`` at most.
+        """Choose reads of at most ``block_bytes`` each, in the largest of ``files`` and those of the same size.
 
-        Raises CheckpointError if that is smaller than a page.
+        Raises CheckpointError if these are smaller than a page.
         """
         sizes = {path: path.stat().st_size for path in files}
         size = max(sizes.values())

@@ -73,5 +73,5 @@ def deploy(application: Any, host: str, port: int, *, keys: Keys | None) -> Addr
 
 
 def cause_in(message: str) -> str:
-    """Return what the last exception says in ``message``, which holds several tracebacks, in one line."""
+    """Return the text of the last exception in ``message``, a series of tracebacks, as one line."""
     return " ".join(re.split(r"^[\w.]+(?:Error|Exception)(?:\(\w+\))?: ", message, flags=re.MULTILINE)[-1].split())

@@ -1,5 +1,8 @@
 """An HTTP server that speaks APIs of OpenAI and Anthropic.
 
+In this package a *request* is an HTTP request. Each answer to it is a *job*, which has the engine's ``Request``: one
+prompt, and how it is to be continued.
+
 A request passes through ``listen``, ``middleware``, ``app`` and ``endpoint``. Its protocol (``protocols``) checks the
 body, and says what it asks for. ``models`` loads the model that it names (``catalogue``), with all that ``serving``
 makes for it, and unloads others if their memory is needed (``reservation``). ``prompts`` renders and tokenises the

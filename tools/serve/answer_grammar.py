@@ -69,7 +69,7 @@ class AnswerGrammar:
         *,
         one_call: bool = False,
     ) -> Grammar:
-        """Return the grammar of answers that have reasoning, if any, and then calls of ``functions``, or ``answer``."""
+        """Return the grammar of an answer: reasoning, if any; then calls of ``functions``, or ``answer``."""
         bodies = list[str]()
         if syntax is not None and functions:
             call = f"{self._sequence(syntax.open[:1])} {self._called(syntax, functions)}"
@@ -100,7 +100,7 @@ class AnswerGrammar:
     # -- marks ---------------------------------------------------------------------------------------------------------
 
     def _text(self, text: str) -> str:
-        """Return what matches a text, in which added tokens are either tokens or letters."""
+        """Return an expression for a text, in which added tokens are either tokens or letters."""
         found, place = list[str](), 0
         for token in self._split.finditer(text):
             found += [_quoted(text[place : token.start()]), f"(<[{self._added[token[0]]}]> | {_quoted(token[0])})"]
@@ -108,12 +108,12 @@ class AnswerGrammar:
         return " ".join(filter(None, [*found, _quoted(text[place:])]))
 
     def _sequence(self, parts: Iterable[str], values: Mapping[str, str] | None = None) -> str:
-        """Return what matches parts of a pattern; ``values`` has what matches those that are neither text nor BLANK."""
+        """Return an expression for the parts of a pattern. ``values``: those for parts other than text and BLANK."""
         known = {BLANK: "BLANK?", **(values or {})}
         return " ".join(known[part] if part.startswith("\0") else self._text(part) for part in parts)
 
     def _until(self, parts: Parts) -> str:
-        """Return what matches any text up to and with ``parts``, of which the first is a text."""
+        """Return an expression for any text up to and with ``parts``. The first of these is a text."""
         first, rest = parts[0], self._sequence(parts[1:])
         lazy = self._rule(rf"/(.|\n)*{_escaped(first)}/", "[lazy]")
         token = self._split.match(first)
@@ -123,23 +123,23 @@ class AnswerGrammar:
         return f"(TEXT <[{self._added[token[0]]}]> {after} | {lazy}) {rest}"
 
     def _token_without(self, marks: str) -> str:
-        """Return what matches a text and an added token that is not in ``marks``; nothing if there is no such token."""
+        """Return an expression for a text and an added token not in ``marks``; "" if there is no such token."""
         others = [str(number) for token, number in self._added.items() if token not in marks]
         return f"TEXT <[{','.join(others)}]>" if others else ""
 
     def _thoughts(self, end: Parts) -> str:
-        """Return what matches texts and added tokens, one after the other, in a region that ends with ``end``."""
+        """Return an expression for texts and added tokens in turn, in a region that ends with ``end``."""
         other = self._token_without(end[0])
         return f"({other})*" if other else ""
 
     def _inside(self, end: Parts) -> str:
-        """Return what matches the rest of a region that ends with ``end``."""
+        """Return an expression for the rest of a region that ends with ``end``."""
         return self._rule(f"{self._thoughts(end)} {self._until(end)}")
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _called(self, syntax: CallSyntax, functions: Iterable[Mapping[str, Any]]) -> str:
-        """Return what matches a call behind the first part of what opens it."""
+        """Return an expression for a call, without the first part of its opening mark."""
         return self._rule(" | ".join(self._call(syntax, function) for function in functions))
 
     def _call(self, syntax: CallSyntax, function: Mapping[str, Any]) -> str:
@@ -156,7 +156,7 @@ class AnswerGrammar:
         return f'{begin} BLANK? {_quoted(head)} {schema} "}}" BLANK? {end}'
 
     def _arguments(self, argument: Parts, function: Mapping[str, Any]) -> Iterable[str]:
-        """Yield what matches each argument of a function, in the order of its schema."""
+        """Yield an expression for each argument of a function, in the order of its schema."""
         schema = function.get("parameters") or {}
         properties, required = schema.get("properties"), schema.get("required")
         properties = properties if isinstance(properties, Mapping) else {}
@@ -169,7 +169,7 @@ class AnswerGrammar:
             yield rest if name in required else f"({rest})?"
 
     def _value(self, value: Any, schema: Mapping[str, Any], end: Parts) -> str:
-        """Return what matches the value of an argument, and what closes it."""
+        """Return an expression for the value of an argument and its closing mark."""
         close = self._sequence(end)
         known = value if isinstance(value, Mapping) else {}
         types = known.get("type")

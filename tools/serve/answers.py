@@ -14,9 +14,9 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
-from moetier.runtime.engine.engine import Engine, EngineError
+from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.saved_pages import SavedPages
-from moetier.runtime.engine.sequence import Finish, Request, Sampled, TokenSequence
+from moetier.runtime.engine.sequence import EngineError, Finish, Request, Sampled, TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
 from .metrics import Tally
@@ -31,9 +31,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request for an engine, and how the text of its answer is taken apart."""
+    """What the engine is to compute for an answer, and how the text of the answer is taken apart."""
 
-    request: Request
+    engine_request: Request
     stop: Sequence[str] = ()  # strings that end the answer
     ends: Sequence[str] = ()  # strings by which the model ends an answer
     parser: AnswerParser | None = None  # of reasoning and tool calls; None if all of the answer is text
@@ -41,7 +41,7 @@ class Job:
     chat: ChatPrompt | None = None  # the messages of the prompt; None if it has none
     opening: str = ""  # what the chat template has added to them, which begins the answer
     echo: str | None = None  # text of the prompt, if the answer begins with it
-    is_silent: bool = False  # whether the token that must be generated is no part of the answer
+    is_silent: bool = False  # whether no token is wanted: the engine must generate one, and it is left out
     counts_prompt: bool = True  # whether its prompt is counted; of several answers to one prompt, the first one's is
 
 
@@ -56,9 +56,9 @@ class Answer:
     def __init__(self, job: Job, service: AnswerService) -> None:
         self.id = str(uuid.uuid4())
         self.job: Job | None = job  # None after the end: this frees the prompt while a queue still holds the answer
-        self.new_tokens = 0
+        self.new_tokens = 0  # the first token may come before ``sequence`` is set, so that has no count of them
         self.sequence: TokenSequence | None = None  # None until the engine has it
-        self._prompt_tokens = len(job.request.ids) if job.counts_prompt else 0
+        self._prompt_tokens = len(job.engine_request.ids) if job.counts_prompt else 0
         self._counts_prompt = job.counts_prompt
         self._service = service
         self._decoder = DecodeStream([], skip_special_tokens=job.parser is None)
@@ -74,7 +74,7 @@ class Answer:
         self._queue: asyncio.Queue[Event | Refusal] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # guards: ``job``, so that the answer ends only once
-        self._user = job.request.user
+        self._user = job.engine_request.user
         self._submitted = time.monotonic()
         self._first: float | None = None  # time of the first new token
         self._tally = service.tally
@@ -115,7 +115,7 @@ class Answer:
         return Text(prompt, tokens=(first, *(self._service.token(scores[at]) for at in range(1, len(request.ids)))))
 
     @property
-    def kept_tokens(self) -> int:
+    def cached_tokens(self) -> int:
         """Counted prompt tokens whose keys and values were there already."""
         return self.sequence.cached if self.sequence is not None and self._counts_prompt else 0
 
@@ -126,7 +126,7 @@ class Answer:
         progress = self.sequence.progress
         return f"computing: {progress if progress.done < progress.total else f'{self.new_tokens:,} new tokens'}"
 
-    def add(self, sampled: Sampled) -> None:
+    def on_token(self, sampled: Sampled) -> None:
         """Add a new token, and pass on its text. End the answer if its text contains a stop string.
 
         Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
@@ -145,27 +145,23 @@ class Answer:
         except Exception as error:
             self.fail(error)
 
-    def finish(self, sequence: TokenSequence) -> None:
+    def on_end(self, sequence: TokenSequence) -> None:
         """End the answer as its sequence has ended."""
+        if self.is_over:
+            return
         match sequence.finish:
             case Finish.FAILED | Finish.DEADLINE:
                 assert sequence.error is not None
                 self.fail(sequence.error)
-            case Finish.CANCELLED:  # by the engine, as an answer that its client has left has ended
+            case Finish.CANCELLED:  # by the engine: if the client leaves, the answer has ended before
                 self.cut()
             case finish:
-                self._close(Reason.LENGTH if finish is Finish.LENGTH else Reason.END)
-
-    def _close(self, reason: Reason) -> None:
-        """End the answer because it is complete."""
-        if self.is_over:
-            return
-        try:
-            if self._parser is not None:
-                self._pass_on(self._parser.finish())
-            self._pass_on([None], reason)
-        except Exception as error:
-            self.fail(error)
+                try:
+                    if self._parser is not None:
+                        self._pass_on(self._parser.finish())
+                    self._pass_on([None], Reason.LENGTH if finish is Finish.LENGTH else Reason.END)
+                except Exception as error:
+                    self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """End the answer because its computation failed with ``error``."""
@@ -195,7 +191,7 @@ class Answer:
             is_last = self._one_call and isinstance(piece, ToolCall)
             for passed in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):
                 if passed is None:
-                    self._complete(reason)
+                    self._send_end(reason)
                 elif passed:
                     self._send(self._event(passed))
 
@@ -209,12 +205,13 @@ class Answer:
         tokens, self._tokens = tuple(self._tokens), []
         return Text(str(piece), isinstance(piece, ReasoningText), tokens)
 
-    def _complete(self, reason: Reason) -> None:
+    def _send_end(self, reason: Reason) -> None:
+        """Send what is left of the answer, which is complete, and its end."""
         if self._tokens and reason is not Reason.STOP:  # those whose text is empty, and the end
             self._send(Text("", tokens=tuple(self._tokens)))
         if reason is Reason.STOP and self._stops.found in self._ends:
             reason = Reason.END
-        usage = Usage(self._prompt_tokens, self.kept_tokens, self.new_tokens, self._reasoning_tokens)
+        usage = Usage(self._prompt_tokens, self.cached_tokens, self.new_tokens, self._reasoning_tokens)
         if self._end("answered"):
             stop = self._stops.found if reason is Reason.STOP else None
             self._send(End(Reason.CALLS if self._calls else reason, usage, stop))
@@ -227,7 +224,7 @@ class Answer:
 
     def _measured(self) -> dict[str, float]:
         """Return values for the HISTOGRAMS: those of tokens, and those of times that are known."""
-        values: dict[str, float] = {"prompt": self._prompt_tokens, "cached": self.kept_tokens, "new": self.new_tokens}
+        values: dict[str, float] = {"prompt": self._prompt_tokens, "cached": self.cached_tokens, "new": self.new_tokens}
         if self.sequence is not None and self.sequence.began is not None:
             values["queue"] = max(0.0, self.sequence.began - self._submitted)
         if self._first is not None:
@@ -242,13 +239,13 @@ class Answer:
             if self.is_over:
                 return False
             self.job = None
-        self._tally.add(self._user, under_way=-1, kept_tokens=self.kept_tokens, **{outcome: 1})
+        self._tally.add(self._user, under_way=-1, cached_tokens=self.cached_tokens, **{outcome: 1})
         self._tally.observe(self._user, **self._measured())
         _log.info(
             "%s: %d prompt tokens (%d of them cached), %d new tokens",
             outcome,
             self._prompt_tokens,
-            self.kept_tokens,
+            self.cached_tokens,
             self.new_tokens,
         )
         try:
@@ -297,7 +294,7 @@ class AnswerService:
         answer = Answer(job, self)
         self._answers.add(answer)
         try:
-            answer.sequence = self._engine.submit(job.request, answer.add, answer.finish)
+            answer.sequence = self._engine.submit(job.engine_request, answer.on_token, answer.on_end)
         except BaseException as error:
             answer.cancel()
             if isinstance(error, EngineError):
@@ -306,7 +303,7 @@ class AnswerService:
         if answer.is_over:  # before the engine's sequence was known
             answer.sequence.cancel()
         if job.counts_prompt:
-            self.tally.add(job.request.user, prompt_tokens=len(job.request.ids))
+            self.tally.add(job.engine_request.user, prompt_tokens=len(job.engine_request.ids))
         return answer
 
     @property

@@ -45,7 +45,7 @@ class Choices:
     @property
     def prompt_tokens(self) -> int:
         """Number of tokens of all prompts."""
-        return sum(len(jobs[0].request.ids) for jobs in self._jobs)
+        return sum(len(jobs[0].engine_request.ids) for jobs in self._jobs)
 
     def say(self) -> str:
         """Return how far the computation is, for a client that waits."""

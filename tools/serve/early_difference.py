@@ -16,7 +16,7 @@ EARLY = 0.25  # share of a prompt that is its beginning
 WINDOW = 256  # tokens after the difference in which the prompts must become alike again
 ALIKE = 64  # so many tokens must be alike then
 MAX_USERS = 64  # of which prompts are kept
-KEPT = 4  # prompts of each: a client may have several conversations by turns
+KEPT = 4  # prompts of each: a client may have several conversations at a time
 
 _log = logging.getLogger(__name__)
 

@@ -153,11 +153,10 @@ def check_scores(jobs: Sequence[Sequence[Job]], *, are_kept: bool) -> None:
     Those of new tokens count only if they ``are_kept`` until the end of the answer; most streams keep them, as text,
     only until they are sent.
     """
-    requests = [job.request for each in jobs for job in each if job.request.logprobs is not None]
+    scored = [job.engine_request for each in jobs for job in each if job.engine_request.logprobs is not None]
     scores = sum(
-        (1 + (request.logprobs or 0))
-        * (len(request.ids) * request.scores_prompt + (request.max_new_tokens if are_kept else 0))
-        for request in requests
+        (1 + (each.logprobs or 0)) * (len(each.ids) * each.scores_prompt + (each.max_new_tokens if are_kept else 0))
+        for each in scored
     )
     if scores > MAX_SCORES:
         message = (

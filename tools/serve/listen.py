@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(bound: socket.socket) -> bool:
-    """Whether a socket's address is reachable from this machine only."""
+    """Return whether a socket's address is reachable from this machine only."""
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
@@ -76,7 +76,7 @@ class LingeringTransport:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Whether the connection is closed or being closed."""
+        """Return whether the connection is closed or being closed."""
         return self._lingers or self._transport.is_closing()
 
     def close(self) -> None:

@@ -19,9 +19,9 @@ from moetier.runtime.daemon.metrics import tier_metrics
 OUTCOMES = ("answered", "cancelled", "failed")
 # name of a count -> (kind of metric, name of the metric without its prefix, help text)
 METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
-    "under_way": (GaugeMetricFamily, "requests_under_way", "Requests that are being computed or wait for their turn."),
+    "under_way": (GaugeMetricFamily, "requests_under_way", "Requests that are being computed or wait."),
     "prompt_tokens": (CounterMetricFamily, "prompt_tokens", "Tokens of prompts."),
-    "kept_tokens": (
+    "cached_tokens": (
         CounterMetricFamily,
         "kept_tokens",
         "Tokens of prompts that were cached from an earlier request.",

@@ -114,7 +114,7 @@ class AccessControl:
 class RequestLimits:
     """Pass on a POST request once its whole body has arrived, and cancel it if its client disconnects.
 
-    Up to ``most`` POST requests are accepted at a time, including those that wait for their turn. Further requests are
+    Up to ``most`` POST requests are accepted at a time, including those that wait. Further requests are
     refused with status 429. A request whose client has disconnected counts until the application has ended its work.
     A body of more than ``most_bytes`` is refused with 413, whatever its Content-Length says, and a body that does not
     arrive within ``body_seconds`` with 408. Other requests than POST are passed on unchanged.

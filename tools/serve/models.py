@@ -133,7 +133,7 @@ class Models(Closeable):
         assert entry.served is not None
         for pin in pins:
             if pin.future.set_running_or_notify_cancel():
-                entry.users += 1
+                entry.pin()
                 pin.future.set_result(entry.served)
 
     def _release(self, pin: Pin) -> None:
@@ -142,7 +142,7 @@ class Models(Closeable):
             if pin in entry.waiting:
                 entry.waiting.remove(pin)
             elif not pin.future.cancelled() and pin.future.exception() is None:
-                entry.users -= 1
+                entry.unpin()
                 entry.used = time.monotonic()
             self._changed.notify_all()
 
@@ -156,7 +156,7 @@ class Models(Closeable):
             entries = [self._entries.setdefault(name, self._entry_of(name)) for name in names]
             loaded = [entry for entry in entries if entry.served is not None]
             for entry in loaded:
-                entry.users += 1
+                entry.pin()
             seen = [(entry.name, entry.tally, entry.served) for entry in entries]
         try:
             yield seen
@@ -164,7 +164,7 @@ class Models(Closeable):
             seen.clear()
             with self._changed:
                 for entry in loaded:
-                    entry.users -= 1
+                    entry.unpin()
                 self._changed.notify_all()
 
     def used_tokens(self, key: str) -> int:
@@ -223,7 +223,7 @@ class Models(Closeable):
                     return partial(self._provide, self._wanted[0])
                 seconds = None
                 if self._keep_alive is not None:
-                    idle = [entry for entry in self._entries.values() if entry.served is not None and not entry.users]
+                    idle = [entry for entry in self._entries.values() if entry.served is not None and not entry.pins]
                     if (oldest := min(idle, key=lambda entry: entry.used, default=None)) is not None:
                         seconds = oldest.used + self._keep_alive - time.monotonic()
                         if seconds <= 0:
@@ -317,7 +317,7 @@ class Models(Closeable):
 
     def _first_to_go(self, entry: PinnedModel) -> PinnedModel:
         """Return the model that was not used for longest, of those without a request if there is one."""
-        return min(self._others(entry), key=lambda other: (other.users > 0, other.used))
+        return min(self._others(entry), key=lambda other: (other.pins > 0, other.used))
 
     def _taken(self) -> int:
         with self._changed:
@@ -330,9 +330,9 @@ class Models(Closeable):
         """
         with self._changed:
             entry.drains = True
-            self._changed.wait_for(lambda: not (entry.users and wanted.waiting) or self._is_closed)
+            self._changed.wait_for(lambda: not (entry.pins and wanted.waiting) or self._is_closed)
             entry.drains = False
-            if entry.users or not wanted.waiting:
+            if entry.pins or not wanted.waiting:
                 raise _UnwantedError
             unload = self._take_out(entry)
         unload()
@@ -393,7 +393,7 @@ class Models(Closeable):
 
 
 def _refusal(name: str, error: BaseException) -> Refusal:
-    """Return what requests for a model are told that can't be loaded. What has no place in it goes to the log."""
+    """Return the refusal of requests for a model that can't be loaded. The log gets the rest of ``error``."""
     log_failure(f"Loading {name}", error)
     if isinstance(error, BudgetError):
         return Refusal(507, f"The model {name} does not fit into memory. {error.cause}", code=TOO_LARGE)

@@ -18,17 +18,25 @@ if TYPE_CHECKING:  # transformers is imported when a model is loaded
 
 @dataclass(eq=False)
 class PinnedModel:
-    """State of a model."""
+    """State of a model. All but ``name`` and ``tally`` is read and set under the lock of ``Models``."""
 
     name: str
     tally: Tally
     served: Served | None = None  # None: it is not loaded
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # unloads it
-    users: int = 0  # requests that use it
+    pins: int = 0  # requests that use it, and those that read its counts
     waiting: list[Pin] = field(default_factory=list)  # requests that wait until it is loaded
     used: float = 0.0  # time of the end of its last request
     drains: bool = False  # whether it is unloaded as soon as no request uses it
     is_loading: bool = False
+
+    def pin(self) -> None:
+        """Keep the model loaded until ``unpin``."""
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """End the effect of one ``pin``."""
+        self.pins -= 1
 
     @property
     def is_ready(self) -> bool:

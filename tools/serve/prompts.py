@@ -66,7 +66,7 @@ class Prompts:
         return self._read(prompt, user)[1]
 
     def jobs(self, query: Query, field: str, user: str = "") -> list[list[Job]]:
-        """Return, for each prompt of a query, a job for each answer to it. ``user`` is whose request it is.
+        """Return, for each prompt of a query, a job for each answer to it. ``user`` is the name of its API key.
 
         Raises Refusal, which names ``field``, if a prompt is empty, exceeds the context, or the model can't read it.
         """
@@ -86,9 +86,9 @@ class Prompts:
         is_last_call = job.one_call and answered.calls
         if end.stop is not None or not (is_last_call or sequence.finish in (Finish.END, Finish.LENGTH)):
             return  # the client has not got all that was sampled
-        ids = sequence.ids[len(job.request.ids) :]
+        ids = sequence.ids[len(job.engine_request.ids) :]
         mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
-        self._sampled.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.request.user)
+        self._sampled.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.engine_request.user)
 
     def _jobs_of(
         self, query: Query, prompt: Prompt, field: str, user: str, of_text: CompiledGrammar | None
@@ -104,7 +104,7 @@ class Prompts:
             message = f"{field}: this model can give log probabilities for a prompt of {self._most_scored} tokens."
             raise Refusal(400, message, param=field)
         biases = {BIASES: dict(query.biases)} if query.biases else {}
-        request = Request(
+        engine_request = Request(
             tuple(ids),
             max(1, min(self._most_new if query.max_tokens is None else query.max_tokens, self._context - len(ids))),
             {**sampling_of(query.sampling), **penalties_of(query.sampling), **biases},
@@ -115,7 +115,7 @@ class Prompts:
         )
         return [
             Job(
-                request if query.seed is None else replace(request, seed=query.seed + number),
+                engine_request if query.seed is None else replace(engine_request, seed=query.seed + number),
                 stop=query.stop,
                 ends=(PLAIN_STOP,) if chat and self._is_plain else (),
                 parser=self._parser(chat, opening, is_formed=query.form is not None),
@@ -130,7 +130,7 @@ class Prompts:
         ]
 
     def _grammar(self, query: Query, chat: ChatPrompt, opening: str) -> CompiledGrammar | None:
-        """Return what an answer must be that begins with ``opening``. Raises Refusal if that can't be compiled."""
+        """Return the grammar of an answer that begins with ``opening``. Raises Refusal if it can't be compiled."""
         parser = self._parser(chat, opening, is_formed=False)
         region = None if parser is None else parser.region
         return self._constraints.of_dialogue(chat, query.form, one_call=query.one_call, region=region)

@@ -20,7 +20,7 @@ from moetier.runtime.model.context import first_ids
 
 from .protocols.events import Answered
 
-TURN_TOKENS = 256  # a kept answer takes as much memory besides its tokens as so many of them
+ANSWER_TOKENS = 256  # a kept answer takes as much memory besides its tokens as so many of them
 MAX_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept longest ago are forgotten first
 TRIALS = 3  # a template may drop some of the answers: so often others are tried
 MARK_LETTERS = 64  # most letters of the mark between the beginning of an answer and its reasoning
@@ -30,7 +30,7 @@ Render = Callable[[Sequence[Message]], str]  # renders messages, and the beginni
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SampledAnswer:
     """A complete answer.
 
     Attributes:
@@ -65,7 +65,7 @@ class SampledTokens:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards: ``_sampled``, ``_tokens``
-        self._sampled = OrderedDict[bytes, Turn]()
+        self._sampled = OrderedDict[bytes, SampledAnswer]()
         self._tokens = 0
 
     def note(
@@ -88,13 +88,13 @@ class SampledTokens:
             end: text of the last token, if that ended the answer.
         """
         calls = tuple((call.name, _parsed(call.arguments)) for call in answered.calls)
-        turn = Turn(array("i", ids), answered.text, answered.reasoning, calls, opening, end)
+        answer = SampledAnswer(array("i", ids), answered.text, answered.reasoning, calls, opening, end)
         *_, history = _histories(messages, user)
         key = _key(user, history, answered.text, [call.id for call in answered.calls])
         with self._lock:
             self._forget(key)
-            self._sampled[key] = turn
-            self._tokens += len(turn.ids) + TURN_TOKENS
+            self._sampled[key] = answer
+            self._tokens += len(answer.ids) + ANSWER_TOKENS
             while self._tokens > MAX_TOKENS:
                 self._forget(next(iter(self._sampled)))
 
@@ -114,79 +114,84 @@ class SampledTokens:
         a prompt with far more than ``most`` tokens, only a prefix is returned. ``options``: keyword arguments of the
         tokenizer for the beginning of the prompt.
         """
-        turns = self._kept(messages, user)
+        answers = self._kept(messages, user)
         for trial in range(TRIALS):
-            if not turns:
+            if not answers:
                 break
-            parts, dropped = _split(messages, render, turns)
-            dropped = dropped or _wrong(parts, render(_restored(messages, turns)), [*turns])
+            parts, dropped = _split(messages, render, answers)
+            dropped = dropped or _wrong(parts, render(_restored(messages, answers)), [*answers])
             if not dropped:
                 return _joined(parts, tokenizer, most, options)
             if trial == TRIALS - 2:  # what is left is a prefix, which is what matters: earlier answers may be right
-                dropped = [place for place in turns if place >= min(dropped)]
-            turns = {place: turn for place, turn in turns.items() if place not in dropped}
+                dropped = [place for place in answers if place >= min(dropped)]
+            answers = {place: answer for place, answer in answers.items() if place not in dropped}
         return []
 
-    def _kept(self, messages: Sequence[Message], user: str) -> dict[int, Turn]:
+    def _kept(self, messages: Sequence[Message], user: str) -> dict[int, SampledAnswer]:
         """Return the kept answers that are said by messages, by their places."""
-        turns = dict[int, Turn]()
+        answers = dict[int, SampledAnswer]()
         for place, (message, history) in enumerate(zip(messages, _histories(messages, user), strict=False)):
             if message["role"] != "assistant":
                 continue
             calls = [call.get("id") or "" for call in message.get("tool_calls") or ()]
             key = _key(user, history, message.get("content") or "", calls)
             with self._lock:
-                turn = self._sampled.get(key)
-                if turn is not None and turn.is_said_by(message):
+                answer = self._sampled.get(key)
+                if answer is not None and answer.is_said_by(message):
                     self._sampled.move_to_end(key)
-                    turns[place] = turn
-        return turns
+                    answers[place] = answer
+        return answers
 
     def _forget(self, key: bytes) -> None:
         """Forget an answer. The caller holds ``_lock``."""
-        turn = self._sampled.pop(key, None)
-        self._tokens -= 0 if turn is None else len(turn.ids) + TURN_TOKENS
+        answer = self._sampled.pop(key, None)
+        self._tokens -= 0 if answer is None else len(answer.ids) + ANSWER_TOKENS
 
 
 def _split(
-    messages: Sequence[Message], render: Render, turns: Mapping[int, Turn]
+    messages: Sequence[Message], render: Render, answers: Mapping[int, SampledAnswer]
 ) -> tuple[list[str | array[int]], list[int]]:
-    """Render messages, and return the text between the answers ``turns``, with their tokens in their places.
+    """Render messages, and return the text between the ``answers``, with their tokens in their places.
 
     Returns, too, the places of answers that can't be replayed, because the template does not keep all of them.
     """
     nonce = secrets.token_hex(8)  # no message contains the marks that stand for answers
     replaced, dropped = [*messages], list[int]()
     parts: list[str | array[int]] = []
-    for place, turn in turns.items():
-        reasoning = {"reasoning_content": f"reasoning-{nonce}-{place}."} if turn.reasoning else {}
+    for place, answer in answers.items():
+        reasoning = {"reasoning_content": f"reasoning-{nonce}-{place}."} if answer.reasoning else {}
         replaced[place] = {"role": "assistant", "content": f"answer-{nonce}-{place}.", **reasoning}
     rest = render(replaced)
-    for place, turn in turns.items():
+    for place, answer in answers.items():
         head, _, tail = rest.partition(f"answer-{nonce}-{place}.")
-        start = _start(head, turn, f"reasoning-{nonce}-{place}.")
-        if start is None or not tail.startswith(turn.end):
+        start = _start(head, answer, f"reasoning-{nonce}-{place}.")
+        if start is None or not tail.startswith(answer.end):
             dropped.append(place)
         else:
-            parts += [head[:start], turn.ids]
-            rest = tail.removeprefix(turn.end)
+            parts += [head[:start], answer.ids]
+            rest = tail.removeprefix(answer.end)
     return [*parts, rest], dropped
 
 
-def _restored(messages: Sequence[Message], turns: Mapping[int, Turn]) -> list[Message]:
-    """Return messages with the text and the reasoning that clients have left out of the answers ``turns``."""
+def _restored(messages: Sequence[Message], answers: Mapping[int, SampledAnswer]) -> list[Message]:
+    """Return messages with the text and the reasoning that clients have left out of the ``answers``."""
     restored = [*messages]
-    for place, turn in turns.items():
-        reasoning = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
-        restored[place] = {**messages[place], "content": turn.content, **reasoning}
+    for place, answer in answers.items():
+        reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+        restored[place] = {**messages[place], "content": answer.content, **reasoning}
     return restored
 
 
 def _wrong(parts: Sequence[str | array[int]], text: str, places: Sequence[int]) -> list[int]:
-    """Return the place of the first answer behind which a prompt is not as in ``text``, as the template renders it.
+    """Return the place of the first answer after which the prompt differs from ``text``, the template's own rendering.
 
-    A template may render results of tools by the calls before them, which the answer's mark has not. ``parts`` are
-    those of ``_split``, and ``places`` those of the answers in them. Returns nothing if all is right.
+    Returns [] if none does. A template may render results of tools by the calls before them, which are not in an
+    answer's mark.
+
+    Args:
+        parts: the prompt, as ``_split`` returns it.
+        text: the same messages, as the template renders them.
+        places: the places of the answers in ``parts``.
     """
     at = 0
     for number, part in enumerate(parts[::2]):  # texts, between which the answers are
@@ -199,14 +204,17 @@ def _wrong(parts: Sequence[str | array[int]], text: str, places: Sequence[int]) 
     return []
 
 
-def _start(head: str, turn: Turn, reasoning: str) -> int | None:
-    """Return where an answer starts in ``head``, the text before its content; None if it does not start as it did."""
-    if not turn.opening:
+def _start(head: str, answer: SampledAnswer, reasoning: str) -> int | None:
+    """Return where an answer starts in ``head``, the text before its content.
+
+    None if the template now begins the answer in another way than when it was given.
+    """
+    if not answer.opening:
         return None
-    if not turn.reasoning:
-        return len(head) if head.endswith(turn.opening) else None
-    place = head.rfind(turn.opening)
-    start = place + len(turn.opening)
+    if not answer.reasoning:
+        return len(head) if head.endswith(answer.opening) else None
+    place = head.rfind(answer.opening)
+    start = place + len(answer.opening)
     return start if place >= 0 and reasoning in head[start : start + MARK_LETTERS + len(reasoning)] else None
 
 

@@ -36,7 +36,7 @@ class Dot(Enum):
 
     @property
     def takes_bytes(self) -> bool:
-        """True if codes of 8 bits are multiplied whole; otherwise in halves, as sums of 16 bits would overflow."""
+        """Whether codes of 8 bits are multiplied whole; otherwise in halves, as sums of 16 bits would overflow."""
         return self in (Dot.AVX512_VNNI, Dot.AVX_VNNI, Dot.I8MM)
 
 

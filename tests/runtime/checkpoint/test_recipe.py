@@ -115,9 +115,9 @@ def test_a_parameter_that_is_made_whole_is_made_once_for_all_threads(
     made = recipe({ONE: tensors[ONE]}, MERGE, loading.Transpose(0, 1), shape=(ROWS, EXPERTS, COLUMNS))
     calls, make = [], Recipe.make
 
-    def noted(self: Recipe, expert: int | None, turn: threading.Lock | None = None) -> torch.Tensor:
+    def noted(self: Recipe, expert: int | None, merging: threading.Lock | None = None) -> torch.Tensor:
         calls.append(expert)
-        return make(self, expert, turn)
+        return make(self, expert, merging)
 
     monkeypatch.setattr(Recipe, "make", noted)
     merging = Merging()

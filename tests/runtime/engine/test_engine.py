@@ -18,11 +18,12 @@ from threads import run_all, wait_until
 from torch import Tensor
 from toy_runner import ToyRunner, answer_alone, next_token
 
-from moetier.runtime.engine.engine import SCORED, Engine, EngineError
+from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sampling import Sampler
-from moetier.runtime.engine.sequence import DeadlineError, Finish, Request, Sampled, TokenSequence
+from moetier.runtime.engine.scheduler import SCORED
+from moetier.runtime.engine.sequence import DeadlineError, EngineError, Finish, Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -42,13 +43,13 @@ def tokens_of(engine: Engine, ids: list[int], most: int = 20, **options: object)
     pages=st.integers(4, 12),
     most=st.integers(1, 5),
     chunk=st.sampled_from([1, 7, 64, 200]),
-    block=st.sampled_from([None, 1, 16]),
+    pass_tokens=st.sampled_from([None, 1, 16]),
 )
 @settings(max_examples=60, deadline=None)
 def test_company_changes_no_answer(
-    requests: list[tuple[list[int], int, int | None]], pages: int, most: int, chunk: int, block: int | None
+    requests: list[tuple[list[int], int, int | None]], pages: int, most: int, chunk: int, pass_tokens: int | None
 ) -> None:
-    runner = ToyRunner(prefill_block=block)
+    runner = ToyRunner(pass_tokens=pass_tokens)
     with Engine(runner, pages=pages, max_sequences=most, chunk=chunk, context=1000) as engine:
         streams = [engine.stream(Request(tuple(ids), tokens)) for ids, tokens, _ in requests]
         for stream, (ids, tokens, cancelled_after) in zip(streams, requests, strict=True):
@@ -203,7 +204,7 @@ def test_no_tokens_are_refused(most: int) -> None:
 def test_a_thread_that_fails_fails_all_and_refuses_further_requests() -> None:
     runner = ToyRunner()
     with Engine(runner, pages=20, max_sequences=3, chunk=64, context=1000) as engine:
-        runner.sampler = lambda _: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
+        runner.begin = lambda _: (_ for _ in ()).throw(SystemExit)  # type: ignore[method-assign]
         with pytest.raises(SystemExit):
             tokens_of(engine, [1])
         wait_until(lambda: not engine.is_alive)
@@ -289,41 +290,19 @@ def test_tokens_come_in_an_event_loop() -> None:
         wait_until(lambda: not engine.sequences)
 
 
-def test_progress_tells_tokens_and_time() -> None:
-    entered, may = threading.Event(), threading.Event()
-
-    class Slow(ToyRunner):
-        def run(self, *given: object) -> object:  # type: ignore[override]
-            if self.computed:
-                entered.set()
-                may.wait(PATIENCE)
-            return super().run(*given)  # type: ignore[arg-type]
-
-    with Engine(Slow(), pages=20, max_sequences=1, chunk=64, context=1000) as engine:
-        stream = engine.stream(Request((5,) * 192, 1))
-        assert entered.wait(PATIENCE)
-        progress = stream.sequence.progress
-        assert (progress.done, progress.total) == (64, 192)
-        assert progress.seconds_left is not None
-        assert str(progress).startswith("64 of 192 prompt tokens, ")
-        may.set()
-        assert len([*stream]) == 1
-        assert stream.sequence.progress.done == 192
-
-
 class Endless(ToyRunner):
-    """Notes when a block of a long prompt is computed. No token ends a sequence."""
+    """Notes when a part of a long prompt is computed. No token ends a sequence."""
 
     def __init__(self) -> None:
-        super().__init__(prefill_block=8)
+        super().__init__(pass_tokens=8)
         self.events = list[str]()
 
-    def sampler(self, sequence: TokenSequence) -> Sampler:
+    def begin(self, sequence: TokenSequence) -> Sampler:
         return Sampler(sequence.ids, lambda _, scores: scores)
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
         if len(task.sequence.request.ids) > 500:
-            self.events.append(f"block of {task.sequence.request.ids[0]}")
+            self.events.append(f"part of {task.sequence.request.ids[0]}")
             time.sleep(0.001)
         return super().compute(task, should_stop)
 
@@ -333,22 +312,22 @@ def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
     with Engine(runner, pages=40, max_sequences=4, chunk=2000, context=2000) as engine:
         engine.submit(Request((5,), 1500), lambda _: runner.events.append("token"), lambda _: None)
         long = engine.submit(Request((1,) * 800, 1), lambda _: None, lambda _: None)
-        wait_until(lambda: "block of 1" in runner.events)
+        wait_until(lambda: "part of 1" in runner.events)
         assert long.progress.done < 800
         assert len(tokens_of(engine, [7] * 5, 3)) == 3
         runner.events.append("short")
         wait_until(lambda: long.finish is not None)
-    begin = runner.events.index("block of 1")
-    end = len(runner.events) - runner.events[::-1].index("block of 1")
+    begin = runner.events.index("part of 1")
+    end = len(runner.events) - runner.events[::-1].index("part of 1")
     assert runner.events[begin:end].count("token") > 3
     assert "short" in runner.events[begin:end]
 
 
-def test_a_prompt_of_some_blocks_does_not_wait_for_a_long_one() -> None:
+def test_a_prompt_of_some_passes_does_not_wait_for_a_long_one() -> None:
     runner = Endless()
     with Engine(runner, pages=60, max_sequences=4, chunk=2000, context=2000) as engine:
         long = engine.submit(Request((1,) * 1500, 1), lambda _: None, lambda _: None)
-        wait_until(lambda: "block of 1" in runner.events)
+        wait_until(lambda: "part of 1" in runner.events)
         assert len(tokens_of(engine, [7] * 30, 3)) == 3
         assert long.finish is None
         long.cancel()
@@ -360,24 +339,24 @@ def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() ->
     with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=2000) as engine:
         blocker = engine.submit(Request((5,), 1500), lambda _: time.sleep(0.002), lambda _: None)
         long = [engine.submit(Request((n,) * 700, 1), lambda _: None, lambda _: None) for n in (1, 2, 3)]
-        wait_until(lambda: "block of 2" in runner.events)
+        wait_until(lambda: "part of 2" in runner.events)
         long[1].cancel()
         wait_until(lambda: all(sequence.finish is not None for sequence in long))
         blocker.cancel()
     assert [sequence.finish for sequence in long] == [Finish.LENGTH, Finish.CANCELLED, Finish.LENGTH]
-    blocks = [event for event in runner.events if event.startswith("block")]
-    assert (blocks.count("block of 1"), blocks.count("block of 3")) == (88, 88), "each is computed once"
-    assert blocks.count("block of 2") < 88
+    parts = [event for event in runner.events if event.startswith("part")]
+    assert (parts.count("part of 1"), parts.count("part of 3")) == (88, 88), "each is computed once"
+    assert parts.count("part of 2") < 88
 
 
 def test_an_engine_is_closed_while_a_long_prompt_is_computed() -> None:
     runner, ended = Endless(), threading.Event()
     with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=4000) as engine:
         long = engine.submit(Request((1,) * 3000, 1), lambda _: None, lambda _: ended.set())
-        wait_until(lambda: "block of 1" in runner.events)
+        wait_until(lambda: "part of 1" in runner.events)
     assert ended.is_set()
     assert long.finish is Finish.CANCELLED
-    assert runner.events.count("block of 1") < 375
+    assert runner.events.count("part of 1") < 375
 
 
 @pytest.fixture
@@ -417,7 +396,7 @@ def test_an_answer_ends_at_its_deadline_and_others_go_on(clock: list[float]) -> 
 
 
 def test_a_long_prompt_stops_at_its_deadline(clock: list[float]) -> None:
-    """Between two blocks; in an event loop the error is raised, too."""
+    """Between two passes; in an event loop the error is raised, too."""
     runner = Endless()
 
     async def ask(engine: Engine) -> None:
@@ -428,9 +407,9 @@ def test_a_long_prompt_stops_at_its_deadline(clock: list[float]) -> None:
     with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=4000) as engine:
         thread = threading.Thread(target=lambda: asyncio.run(ask(engine)))
         thread.start()
-        wait_until(lambda: "block of 1" in runner.events)
+        wait_until(lambda: "part of 1" in runner.events)
         clock[0] = 1001.0
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert not engine.sequences
-    assert runner.events.count("block of 1") < 375
+    assert runner.events.count("part of 1") < 375

@@ -24,7 +24,7 @@ from moetier.runtime.engine.packed_runner import PackedRunner, can_pack, check_b
 from moetier.runtime.engine.runner import Task
 from moetier.runtime.engine.sequence import Finish, Request, Sampled, TokenSequence
 from moetier.runtime.kernels.layer.attention import use_causal_attention
-from moetier.runtime.model.prefill_memory import BLOCK
+from moetier.runtime.model.prefill_memory import PASS_TOKENS
 from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.errors import UnsupportedModelError
 
@@ -43,8 +43,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 class Recorded(PackedRunner):
     """Notes the logits of each sequence's tokens."""
 
-    def __init__(self, model: Any, block: int) -> None:
-        super().__init__(model, PAGES, chunk=1000, packs=True, prefill_block=block)
+    def __init__(self, model: Any, pass_tokens: int) -> None:
+        super().__init__(model, PAGES, chunk=1000, packs=True, pass_tokens=pass_tokens)
         self.logits: dict[TokenSequence, list[Tensor]] = {}
 
     def run(self, tasks: Any, *more: Any) -> list[Tensor | None]:  # type: ignore[override]
@@ -102,7 +102,7 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
         assert not engine.sequences
 
 
-@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, chunk=64, packs=True, prefill_block=10)])
+@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, chunk=64, packs=True, pass_tokens=10)])
 def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_of: Callable[..., ModelRunner]) -> None:
     """In company, in chunks, and after another request with the same prompt; biases and samplers change no score."""
     prompts = [[*range(3, 3 + length)] for length in (150, 140, 1)]
@@ -132,15 +132,15 @@ def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_o
             )
 
 
-def test_a_model_that_uses_the_inputs_of_layers_to_their_end_is_packed_but_not_in_blocks() -> None:
-    """In blocks, these inputs are freed once their experts are reached. cohere2_moe adds them up at the end."""
+def test_a_model_that_uses_the_inputs_of_layers_to_their_end_is_packed_but_not_in_lockstep() -> None:
+    """In lockstep, these inputs are freed once their experts are reached. cohere2_moe adds them up at the end."""
     model = tiny_model("cohere2_moe", torch.float32)
     use_causal_attention(model)
     assert can_pack(model, near=0.01)
-    assert not can_pack(model, near=0.01, in_blocks=True)
+    assert not can_pack(model, near=0.01, in_lockstep=True)
     qwen3 = tiny_model("qwen3_moe", torch.float32)
     use_causal_attention(qwen3)
-    assert can_pack(qwen3, near=0.01, in_blocks=True)
+    assert can_pack(qwen3, near=0.01, in_lockstep=True)
 
 
 def note(end: threading.Event, _: TokenSequence) -> None:
@@ -176,14 +176,12 @@ def test_one_sequence_is_decoded_by_compiled_layers(tinymix_4bit: Path, computed
         assert all(computed[blocks:]), "the first token finds out how layers can be computed"
 
 
-def test_a_first_prompt_whose_last_block_is_one_token_refuses_no_layer(
-    tinymix_4bit: Path, computed: list[bool]
-) -> None:
-    """That block is computed in a packed step, in which no trial of a layer can succeed."""
+def test_a_first_prompt_whose_last_pass_is_one_token_refuses_no_layer(tinymix_4bit: Path, computed: list[bool]) -> None:
+    """That pass is computed in a packed step, in which no trial of a layer can succeed."""
     model, _ = moetier.load(tinymix_4bit, daemon=None)
     with model.tiers, Engine.of(model, max_sequences=2) as engine:
         blocks, prompt = len(model.tiers.manifest.blocks), (5, 6, 7) * 171
-        assert len(prompt) % BLOCK == 1
+        assert len(prompt) % PASS_TOKENS == 1
         assert len([*engine.stream(Request(prompt, 9, {"do_sample": False}))]) == 9
         assert all(computed[-7 * blocks :])  # the first token but one finds out how layers can be computed
 
@@ -230,7 +228,7 @@ def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatc
 
 def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: Any) -> None:
     """They are computed in chunks, and one that is cancelled stops no other."""
-    runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, prefill_block=20), list[float]()
+    runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, pass_tokens=20), list[float]()
     long, other = (TokenSequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))
     tasks = [Task(long, 0, 55, [*range(1)]), Task(other, 0, 55, [1])]
 

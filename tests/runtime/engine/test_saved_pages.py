@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,64 +12,19 @@ import pytest
 from faults import flip_bit, mounted, remounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orders import NO_ORDER
-from readers import PATIENCE
+from saved_engines import FULL, LONG, Waiting, answer, engine_with, files, written
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
-from moetier.runtime.client.miss_order import MissOrder
-from moetier.runtime.engine import kv_cache, page_folder, page_writer, saved_pages
-from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine import kv_cache, page_folder
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
 from moetier.runtime.engine.page_file import ALIGNMENT, Payload
-from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
-from moetier.runtime.engine.saved_pages import SavedPages
+from moetier.runtime.engine.page_folder import PageFolder
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
-from moetier.tiers.disk_order import DiskOrder
 
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
-LONG = [at % 49 + 1 for at in range(400)]
 CHATTY = [32, 45, *LONG[:88]]  # a prompt with a long answer
-FULL = len(LONG) // PAGE_TOKENS * PAGE_TOKENS  # tokens in full pages: the last one has tokens of the answer, too
-
-
-@contextlib.contextmanager
-def engine_with(
-    place: Path,
-    *,
-    pages: int = 20,
-    binding: bytes = b"b" * 32,
-    size: int = 1 << 30,
-    keys: dict[str, bytes] | None = None,
-    order: DiskOrder = NO_ORDER,
-    runner: ToyRunner | None = None,
-    most: int = 3,
-) -> Iterator[Engine]:
-    runner = runner or ToyRunner()
-    folder = PageFolder(PageOptions(place, size, 1000.0), "toy", binding)
-    saved = SavedPages(folder, runner, order, keys, has_states=runner.state_memory is not None)
-    with Engine(runner, pages=pages, max_sequences=most, chunk=64, context=1000, saved=saved) as engine:
-        yield engine
-
-
-def answer(engine: Engine, ids: Sequence[int], most: int = 20, **options: object) -> tuple[list[int], int]:
-    """The new tokens, and how many tokens of the prompt were there."""
-    stream = engine.stream(Request(tuple(ids), most, **options))  # type: ignore[arg-type]
-    tokens = [*stream]
-    assert tokens == answer_alone([*ids], most, engine.context)
-    return tokens, stream.sequence.cached
-
-
-def written(engine: Engine, ids: Sequence[int], most: int = 20) -> list[int]:
-    """The new tokens, once all pages are on the disk."""
-    tokens, _ = answer(engine, ids, most)
-    wait_until(lambda: not engine.saved.writer.is_writing)  # type: ignore[union-attr]
-    return tokens
-
-
-def files(place: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in entries(place))
 
 
 def test_a_turn_after_a_restart_computes_only_what_is_new(tmp_path: Path) -> None:
@@ -194,28 +142,6 @@ def test_a_state_that_is_too_large_stops_no_other_turn(
     assert "not kept" not in caplog.text
 
 
-def test_a_state_that_has_left_memory_is_read_for_pages_that_are_there(tmp_path: Path) -> None:
-    runner = ToyStateRunner(size=8)
-    with engine_with(tmp_path, runner=runner, pages=30, most=1) as engine:
-        tokens = written(engine, LONG)
-        for number in range(1, 4):
-            written(engine, [number] * 200)
-        before = runner.computed
-        assert answer(engine, [*LONG, *tokens, 5], 1)[1] >= len(LONG) - LAST_TOKENS
-        assert runner.computed - before < 2 * PAGE_TOKENS
-
-
-def test_a_state_that_has_no_room_is_not_read(tmp_path: Path) -> None:
-    with engine_with(tmp_path, runner=ToyStateRunner(size=8), pages=60) as engine:
-        tokens = written(engine, LONG)
-    with engine_with(tmp_path, runner=ToyStateRunner(size=8), pages=9) as engine:
-        assert answer(engine, [*LONG, *tokens, 5], 1)[1] == 0
-        answer(engine, [3] * (9 * PAGE_TOKENS - 5), 3)  # no page is lost
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def test_memory_that_holds_one_conversation_serves_many(tmp_path: Path) -> None:
     with engine_with(tmp_path, pages=8, most=1) as engine:
         prompts = [[number, *LONG] for number in range(1, 7)]
@@ -240,18 +166,6 @@ def test_pages_of_another_model_are_not_found(tmp_path: Path) -> None:
         answer(engine, LONG)
     with engine_with(tmp_path, binding=b"c" * 32) as engine:
         assert answer(engine, LONG)[1] == 0
-
-
-def test_what_is_cut_short_by_a_damaged_page_is_computed(tmp_path: Path) -> None:
-    with engine_with(tmp_path) as engine:
-        answer(engine, LONG)
-    by_time = sorted(files(tmp_path), key=lambda path: -path.stat().st_mtime_ns)  # the first page is the latest
-    flip_bit(by_time[3], 5000)
-    with engine_with(tmp_path) as engine:
-        assert answer(engine, LONG)[1] == 3 * PAGE_TOKENS
-        assert engine.saved.traffic().damaged == 1  # type: ignore[union-attr]
-    with engine_with(tmp_path) as engine:
-        assert answer(engine, LONG)[1] == FULL, "it was written again"
 
 
 def test_only_turns_that_have_got_an_answer_are_written(tmp_path: Path) -> None:
@@ -305,194 +219,6 @@ def test_no_restart_and_no_fault_changes_an_answer(
                 flip_bit(path, damage % path.stat().st_size)
     finally:
         shutil.rmtree(place)
-
-
-class Waiting:
-    """An order in which no page is read before ``may_read`` is set, and none written before ``may_write``."""
-
-    def __init__(self) -> None:
-        self.may_read, self.may_write, self.asked = threading.Event(), threading.Event(), threading.Event()
-
-    @contextlib.contextmanager
-    def reading_page(self) -> Iterator[None]:
-        self.asked.set()
-        assert self.may_read.wait(PATIENCE)
-        yield
-
-    def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
-        assert self.may_write.wait(PATIENCE)
-
-
-def test_others_are_computed_while_pages_are_read(tmp_path: Path) -> None:
-    with engine_with(tmp_path) as engine:
-        answer(engine, LONG)
-    order = Waiting()
-    order.may_write.set()
-    with engine_with(tmp_path, order=order) as engine:
-        first = iter(engine.stream(Request((5, 6, 7), 900)))
-        next(first)
-        slow = engine.stream(Request(tuple(LONG), 3))
-        assert order.asked.wait(PATIENCE)
-        begun = [next(first) for _ in range(20)]
-        assert slow.sequence.began is None
-        order.may_read.set()
-        assert [*slow] == answer_alone(LONG, 3, 1000)
-        assert slow.sequence.cached == FULL
-        assert [*begun, *first] == answer_alone([5, 6, 7], 900, 1000)[1:]
-
-
-def test_a_disk_that_hangs_stops_neither_requests_nor_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with engine_with(tmp_path) as engine:
-        answer(engine, LONG)
-    monkeypatch.setattr(kv_cache, "READ_SECONDS", 0.2)
-    monkeypatch.setattr(saved_pages, "CLOSING", 0.2)
-    order = Waiting()
-    order.may_write.set()
-    try:
-        begin = time.monotonic()
-        with engine_with(tmp_path, order=order) as engine:
-            assert answer(engine, LONG)[1] == 0
-        assert time.monotonic() - begin < PATIENCE / 2, "each read waits for twice as long"
-    finally:
-        order.may_read.set()
-
-
-def test_reads_that_can_not_begin_keep_no_page(tmp_path: Path) -> None:
-    with engine_with(tmp_path) as engine:
-        answer(engine, LONG)
-    with engine_with(tmp_path, pages=8) as engine:
-        assert answer(engine, LONG[:100])[1]
-        with pytest.MonkeyPatch.context() as broken:
-            broken.setattr(engine.saved.reader, "read", lambda _: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                answer(engine, LONG)
-        answer(engine, [3] * (8 * PAGE_TOKENS - 5), 3)  # it needs all pages
-
-
-@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "cancelled"])
-def test_reading_ends_if_nothing_wants_it(tmp_path: Path, is_closed: bool) -> None:
-    with engine_with(tmp_path) as engine:
-        answer(engine, LONG)
-    order = Waiting()
-    order.may_write.set()
-    with engine_with(tmp_path, order=order) as engine:
-        ended = threading.Event()
-        sequence = engine.submit(Request(tuple(LONG), 3), lambda _: None, lambda _: ended.set())
-        assert order.asked.wait(PATIENCE)
-        if is_closed:
-            threading.Timer(0.2, order.may_read.set).start()
-        else:
-            sequence.cancel()
-            assert ended.wait(PATIENCE)
-            order.may_read.set()
-            assert answer(engine, LONG)[1] == FULL
-    assert sequence.finish is Finish.CANCELLED
-
-
-def test_a_page_that_is_evicted_before_it_is_written_is_lost(tmp_path: Path) -> None:
-    order = Waiting()
-    order.may_read.set()
-    with engine_with(tmp_path, pages=8, order=order, most=1) as engine:
-        for number in range(1, 5):
-            answer(engine, [number, *LONG])
-        order.may_write.set()
-    with engine_with(tmp_path) as engine:
-        found = [answer(engine, [number, *LONG])[1] for number in range(1, 5)]
-        assert found[3] == FULL, "the last one was still there"
-        assert found[1] < PAGE_TOKENS
-
-
-def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_writer, "RATE", 7 * 8192)
-    with engine_with(tmp_path) as engine:
-        begin = time.monotonic()
-        answer(engine, LONG)
-        wait_until(lambda: len(files(tmp_path)) == 7)
-        assert time.monotonic() - begin > 0.8, "they take a second, but for the pause after the last one"
-
-
-def test_pages_are_written_though_reads_never_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_writer, "MAX_WAIT", 0.05)
-    order = MissOrder()
-    with engine_with(tmp_path, order=order) as engine, order.waiting_for_records():
-        answer(engine, LONG)
-        wait_until(lambda: len([path for path in files(tmp_path) if path.suffix == ".page"]) == 7)
-
-
-def test_pages_that_are_too_old_are_removed_though_the_server_is_never_idle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page_writer, "SWEEP_SECONDS", 0.05)
-    with engine_with(tmp_path) as engine:
-        written(engine, [8, *LONG])
-        for path in (old := files(tmp_path)):
-            os.utime(path, (0, 0))
-        while any(path.exists() for path in old):
-            answer(engine, LONG, 2)
-
-
-def test_pages_that_are_too_old_are_removed_while_a_turn_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page_writer, "SWEEP_SECONDS", 0.0)
-    order, before = Waiting(), list[list[Path]]()
-    order.may_read.set()
-
-    def wait_to_write(_: object) -> None:
-        before.append([path for path in files(tmp_path) if path.suffix == ".page"])
-        if len(before) == 2:
-            os.utime(before[1][0], (0, 0))
-
-    monkeypatch.setattr(order, "wait_to_write", wait_to_write)
-    with engine_with(tmp_path, order=order) as engine:
-        written(engine, LONG)
-    assert [len(paths) for paths in before[:3]] == [0, 1, 1]
-    assert before[2] != before[1]
-
-
-def test_a_failed_sweep_is_logged_as_such(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: PageFolder) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(PageFolder, "sweep", fail)
-    with engine_with(tmp_path):
-        wait_until(lambda: bool(caplog.messages))
-    assert caplog.messages == [f"Old keys and values are not removed in {tmp_path}: Input/output error."]
-
-
-def test_a_process_ends_though_a_disk_hangs() -> None:
-    """Threads that Python waits for would keep it."""
-    script = """
-import sys, threading
-from moetier.runtime.engine.page_reader import Readers
-begun, readers = threading.Event(), Readers()
-for _ in range(5):
-    last = readers.submit(lambda: begun.set() or threading.Event().wait())
-assert begun.wait(20)
-assert not readers.close(0.1)
-assert last.cancelled()
-assert readers.submit(print).cancelled()
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
-
-
-def test_closing_ends_in_time_though_many_turns_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_pages, "CLOSING", 0.5)
-    folders = [tmp_path / str(number) for number in range(5)]
-    for folder in folders:  # a busy machine may need longer by itself
-        order = Waiting()
-        order.may_read.set()
-        with engine_with(folder, pages=200, order=order) as engine:
-            for number in range(1, 21):
-                answer(engine, [number, *LONG], 2)
-            monkeypatch.setattr(order, "wait_to_write", lambda _: time.sleep(0.4))  # a slow disk
-            order.may_write.set()
-            begin = time.monotonic()
-        if time.monotonic() - begin < 4 and files(folder):
-            return
-    pytest.fail("a page of each turn takes 8 seconds")
 
 
 def test_pages_that_do_not_fit_are_computed_and_written_again(tmp_path: Path) -> None:

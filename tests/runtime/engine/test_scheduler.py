@@ -19,11 +19,9 @@ def scheduler_of(
     max_sequences: int = 8,
     chunk: int = 4 * PAGE_TOKENS,
     later: int | None = None,
-    prefill_block: int | None = None,
+    pass_tokens: int | None = None,
 ) -> Scheduler:
-    limits = StepLimits(
-        max_sequences, max(chunk, prefill_block or 1), later or chunk, prefill_block or chunk, prefill_block
-    )
+    limits = StepLimits(max_sequences, max(chunk, pass_tokens or 1), later or chunk, pass_tokens or chunk, pass_tokens)
     return Scheduler(KVCache(pages, WrittenPages()), limits)
 
 
@@ -66,7 +64,7 @@ def test_prompts_are_computed_in_turn_and_in_chunks() -> None:
 
 
 def test_long_prompts_are_computed_together_and_a_short_one_beside_them() -> None:
-    scheduler = scheduler_of(20, chunk=150, prefill_block=10)
+    scheduler = scheduler_of(20, chunk=150, pass_tokens=10)
     running = added(scheduler, 5)
     step(scheduler)
     long, short, longest = added(scheduler, 60), added(scheduler, 7), added(scheduler, 200)
@@ -83,7 +81,7 @@ def test_long_prompts_are_computed_together_and_a_short_one_beside_them() -> Non
 
 
 def test_a_few_tokens_are_not_the_rest_of_a_chunk() -> None:
-    scheduler = scheduler_of(20, chunk=100, prefill_block=10)
+    scheduler = scheduler_of(20, chunk=100, pass_tokens=10)
     first, second = added(scheduler, 95), added(scheduler, 50)
     while scheduler.begin_next():
         pass
@@ -92,7 +90,7 @@ def test_a_few_tokens_are_not_the_rest_of_a_chunk() -> None:
 
 
 def test_sequences_that_are_computed_keep_their_pages() -> None:
-    scheduler = scheduler_of(3, prefill_block=10)
+    scheduler = scheduler_of(3, pass_tokens=10)
     first = added(scheduler, PAGE_TOKENS - 1)
     step(scheduler)
     second = added(scheduler, 2 * PAGE_TOKENS - 5)

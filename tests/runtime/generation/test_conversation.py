@@ -135,3 +135,30 @@ def test_a_message_of_any_size_is_refused_at_once(tokenizer: Any) -> None:
         conversation.prompt("To be, or not to be: " * 600_000)
     assert time.process_time() - began < 2
     assert conversation.left_out == 0
+
+
+def test_what_a_template_refuses_replaces_nothing(tokenizer: Any) -> None:
+    tokenizer.chat_template = NO_SYSTEM
+    talk = conversation(tokenizer, system=None)
+    said = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    talk.load(said)
+    with pytest.raises(ConfigError, match="No system role"):
+        talk.set_system("Be brief.")
+    with pytest.raises(ConfigError, match="No system role"):
+        talk.load([{"role": "system", "content": "Be brief."}])
+    with pytest.raises(ConfigError, match="alternately"):
+        talk.load(said[:1])
+    assert (talk.system, talk.messages) == (None, said)
+
+
+def test_a_turn_that_is_taken_back_can_be_put_back(tokenizer: Any) -> None:
+    talk = conversation(tokenizer)
+    talk.add("Hello?", "Yes.")
+    talk.add("Who?", "I.")
+    taken = talk.take_back()
+    assert [message["content"] for message in taken] == ["Who?", "I."]
+    assert [message["content"] for message in talk.messages] == ["Be brief.", "Hello?", "Yes."]
+    talk.put_back(taken)
+    assert talk.messages[-1]["content"] == "I."
+    talk.set_system("Be long.")
+    assert [message["content"] for message in talk.messages][:2] == ["Be long.", "Hello?"]

@@ -14,6 +14,7 @@ from threads import wait_until
 import moetier
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.sequence import Request
+from moetier.runtime.engine.steps import Steps
 from moetier.runtime.libraries.model_building import ModelBuilding
 
 
@@ -56,15 +57,15 @@ def test_an_engine_never_sees_the_type_of_a_model_that_is_built(
     """transformers changes torch's default type for all threads of the process while it builds one."""
     model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
     assert tokenizer is not None
-    seen, step = set[torch.dtype](), Engine.step
+    seen, step = set[torch.dtype](), Steps.step
 
-    def noted(engine: Engine) -> None:
-        step(engine)
+    def noted(steps: Steps) -> None:
+        step(steps)
         for _ in range(10):
             time.sleep(0.0005)
             seen.add(torch.get_default_dtype())
 
-    monkeypatch.setattr(Engine, "step", noted)
+    monkeypatch.setattr(Steps, "step", noted)
     ids = tuple(tokenizer("La mattina")["input_ids"])
     with model.tiers, Engine.of(model, tokens=400) as engine:
         tokens = iter(engine.stream(Request(ids, 300, {"do_sample": False})))

@@ -21,7 +21,14 @@ from moetier.runtime.engine.packed_runner import PackedRunner
 from moetier.runtime.generation.decoding import encode, longest_prompt
 from moetier.runtime.machine.memory import Available, usable
 from moetier.runtime.model.budgets import Needs
-from moetier.runtime.model.prefill_memory import BLOCK, MIN_IN_BLOCKS, MIN_TOKENS, Attention, Lockstep, Prefill
+from moetier.runtime.model.prefill_memory import (
+    MIN_IN_LOCKSTEP,
+    MIN_TOKENS,
+    PASS_TOKENS,
+    AttentionMemory,
+    Lockstep,
+    Prefill,
+)
 from moetier.tiers.errors import BudgetError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,7 +66,7 @@ def own(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-folder, chunk, tokens, exact, in_blocks = json.loads(sys.argv[1])
+folder, chunk, tokens, exact, in_lockstep = json.loads(sys.argv[1])
 needs, find = [], budgets.prefill_of
 budgets.prefill_of = lambda *given: needs.append(find(*given)) or needs[-1]
 model, _ = moetier.load(folder, daemon=None, context=tokens, prefill_chunk=chunk, exact=exact)
@@ -70,18 +77,18 @@ with model.tiers, torch.inference_mode():
     ctypes.CDLL(None).malloc_trim(0)
     before = {name: own(name) for name in ("VmRSS", "RssFile", "RssShmem")}
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory begins anew
-    if in_blocks:  # ``chunk`` tokens are the whole prompt
+    if in_lockstep:  # ``chunk`` tokens are the whole prompt
         runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), chunk=chunk, packs=True)
         pages = [*range(-(-tokens // PAGE_TOKENS))]
         runner.run([Task(TokenSequence(Request((*ids[0].tolist(),), 1)), 0, tokens, pages)], lambda: False)
     cache = None
-    for part in () if in_blocks else ids.split(chunk, 1):
+    for part in () if in_lockstep else ids.split(chunk, 1):
         cache = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1).past_key_values
     after = {name: own(name) for name in ("VmHWM", "VmRSS", "RssFile", "RssShmem")}
     print(before, after)  # pytest shows it if the test fails
     grown = sum(max(0, after[name] - before[name]) for name in ("RssFile", "RssShmem"))  # the kernel may take some back
     taken = after["VmHWM"] - before["VmRSS"] - grown - kv_cache_bytes(model.config, tokens, dtype=model.dtype)
-reserved = needs[0]._in_blocks_bytes(tokens) if in_blocks else needs[0]._together_bytes(chunk)
+reserved = needs[0]._lockstep_bytes(tokens) if in_lockstep else needs[0]._together_bytes(chunk)
 print(json.dumps([taken, reserved, model.tiers.prefill_chunk]))
 """
 
@@ -130,7 +137,7 @@ def test_what_is_reserved_covers_what_is_taken(
 
 
 @pytest.mark.parametrize("tokens", [6000, pytest.param(16000, marks=pytest.mark.slow)])
-def test_what_is_reserved_for_blocks_covers_what_they_take(tokens: int, tmp_path: Path, scripts: Prepared) -> None:
+def test_what_is_reserved_for_lockstep_covers_what_it_takes(tokens: int, tmp_path: Path, scripts: Prepared) -> None:
     """A wide model, whose hidden states of all tokens take most of the memory."""
     sizes = {"hidden_size": 2048, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
     sizes |= {"num_hidden_layers": 2, "max_position_embeddings": tokens, "moe_intermediate_size": 64}
@@ -163,12 +170,12 @@ def test_fewer_tokens_where_memory_is_short(asked: str | None, experts: int, sha
     assert usable(HERE.bytes) > needs.within(None, 4 << 30, HERE).reserve
 
 
-def test_prompts_in_blocks_get_what_they_need_at_least() -> None:
+def test_prompts_in_lockstep_get_what_they_need_at_least() -> None:
     """That is for 2,048 tokens, which may take half of the memory. Where a fifth is more, that is what they get."""
-    for states, tokens in ((8 << 10, 20_000), (80 << 10, MIN_IN_BLOCKS), (1 << 20, 400)):
+    for states, tokens in ((8 << 10, 20_000), (80 << 10, MIN_IN_LOCKSTEP), (1 << 20, 400)):
         lockstep = Lockstep(tokens=1 << 20, states=states, fixed=0)
         prefill = Needs(prefill=Prefill(1 << 20, 1 << 20, lockstep, states=8192)).within(None, 4 << 30, HERE).prefill
-        assert prefill.in_blocks == pytest.approx(tokens, rel=0.05)
+        assert prefill.in_lockstep == pytest.approx(tokens, rel=0.05)
         assert prefill.nbytes <= 0.5 * HERE.bytes
 
 
@@ -192,7 +199,7 @@ def test_it_is_said_that_fewer_tokens_are_computed_together(
 
 
 def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
-    asked = Prefill(8192, context=8192, states=100_000, attentions=(Attention(masked=16_000, mask=3),))
+    asked = Prefill(8192, context=8192, states=100_000, attentions=(AttentionMemory(masked=16_000, mask=3),))
     assert asked.nbytes == 8192 * 125_000
     assert asked.within(asked.nbytes) == asked
     less = asked.within(asked.nbytes - 1)
@@ -203,7 +210,7 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
 
 @pytest.mark.parametrize("context", [96, 300])
 def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tinymix_4bit: Path) -> None:
-    """There is memory to compute the prompts of all sequences in blocks, or each is a single block.
+    """There is memory to compute the prompts of all sequences in lockstep, or each is a single pass.
 
     The engine packs only such models.
     """
@@ -211,16 +218,16 @@ def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tiny
     with model.tiers, Engine.of(model, max_sequences=4) as engine:
         assert isinstance(engine._runner, PackedRunner)
         prefill = model.tiers.prefill
-        assert prefill.in_blocks is not None
-        assert prefill.in_blocks >= (context if context < BLOCK else 4 * context)
+        assert prefill.in_lockstep is not None
+        assert prefill.in_lockstep >= (context if context < PASS_TOKENS else 4 * context)
     short = replace(prefill, context=300, tokens=300)
     less = short.within(short.nbytes - 1)
     assert (less.tokens, less.nbytes) < (300, short.nbytes)
 
 
 def test_a_window_limits_the_mask() -> None:
-    wide = Prefill(256, context=8192, attentions=(Attention(mask=4),)).nbytes
-    assert Prefill(256, context=8192, attentions=(Attention(mask=4, window=128),)).nbytes * 20 < wide
+    wide = Prefill(256, context=8192, attentions=(AttentionMemory(mask=4),)).nbytes
+    assert Prefill(256, context=8192, attentions=(AttentionMemory(mask=4, window=128),)).nbytes * 20 < wide
 
 
 @pytest.mark.parametrize("free", [60 << 20, pytest.param(90 << 20, marks=pytest.mark.slow)])

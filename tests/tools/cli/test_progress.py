@@ -97,7 +97,7 @@ def test_a_bar_does_not_change_how_a_prompt_is_computed(
     assert ways[1] == ways[2]
 
 
-def test_the_bar_of_a_prompt_in_blocks_reaches_its_end_with_the_last_block(
+def test_the_bar_of_a_prompt_in_lockstep_reaches_its_end_with_the_last_block(
     tinymix_4bit: Path, tty: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updates = list[float]()
@@ -108,5 +108,5 @@ def test_the_bar_of_a_prompt_in_blocks_reaches_its_end_with_the_last_block(
         stream = engine.stream(Request(tuple(range(3, 603)), 1))
         with prompt_bar(model, stream.sequence):
             assert len([*stream]) == 1
-    assert 600 <= sum(updates) < 700, "the trial whether prompts can be computed in blocks has a few tokens, too"
+    assert 600 <= sum(updates) < 700, "the trial whether prompts can be computed in lockstep has a few tokens, too"
     assert max(updates) == 256 / len(model.tiers.manifest.blocks)

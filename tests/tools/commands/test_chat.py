@@ -201,7 +201,7 @@ def test_ctrl_c_stops_between_layers_of_a_prefill_and_between_tokens_of_an_answe
         nothing = answer_with_signal(2)
         assert (nothing.text, nothing.finish_reason, nothing.timing.new_tokens) == ("", "interrupted", 0)
         # the first chunk was computed, and the second was cut
-        assert (nothing.kept_tokens, nothing.timing.prompt_tokens) == (0, 8)
+        assert (nothing.cached_tokens, nothing.timing.prompt_tokens) == (0, 8)
         assert f"no tokens, interrupted after {nothing.timing.total:.2f} s: 8 of {len(ids)} prompt tokens are kept" in (
             nothing.line()
         )

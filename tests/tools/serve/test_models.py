@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families as parsed
 from readers import PATIENCE
 from threads import wait_until
 
-from moetier.runtime.engine.engine import Engine
+from moetier.runtime.engine.steps import Steps
 from moetier.runtime.machine.memory import Available
 from moetier.tools.cli.arguments import resources_of
 from moetier.tools.main import parse
@@ -235,15 +235,15 @@ def test_the_only_model_is_unloaded_though_no_request_has_come(pair: list[Path])
 def test_an_engine_that_dies_fails_its_own_answers_only(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(pair) as (models, client):
         assert [ask(client, name).status_code for name in "ab"] == [200, 200]
-        step, ended = Engine.step, list[int]()
+        step, ended = Steps.step, list[int]()
 
-        def end(engine: Engine) -> None:
+        def end(steps: Steps) -> None:
             if not ended:
                 ended.append(1)
                 raise SystemExit
-            step(engine)
+            step(steps)
 
-        monkeypatch.setattr(Engine, "step", end)
+        monkeypatch.setattr(Steps, "step", end)
         assert ask(client, "a").status_code == 500
         wait_until(lambda: not models._entries["a"].is_ready)
         assert client.get("/health").status_code == 200, "the other one is alive"
@@ -255,7 +255,7 @@ def test_the_only_engine_that_dies_is_seen_and_made_again(pair: list[Path], monk
     with serving(pair[:1]) as (models, client):
         assert ask(client, None).status_code == 200
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "step", lambda _: sys.exit())
+            patch.setattr(Steps, "step", lambda _: sys.exit())
             assert ask(client, "a").status_code == 500
             wait_until(lambda: not models.is_alive)
         health = client.get("/health")

@@ -193,7 +193,7 @@ def test_another_history_is_another_answer() -> None:
 
 def test_the_least_recently_used_answers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled_tokens, "MAX_TOKENS", 20)
-    monkeypatch.setattr(sampled_tokens, "TURN_TOKENS", 0)
+    monkeypatch.setattr(sampled_tokens, "ANSWER_TOKENS", 0)
     turns = SampledTokens()
     for number in range(3):
         sampled(turns, "12345", called(f"call_{number}"))  # 6 tokens

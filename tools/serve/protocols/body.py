@@ -92,7 +92,7 @@ def _before_cut(text: str) -> Any:
 
 
 def _is_unicode(given: Any) -> bool:
-    """Whether all strings in ``given`` can be encoded. Half of a surrogate pair, which JSON may contain, can't."""
+    """Return whether all strings in ``given`` can be encoded: half of a surrogate pair, which JSON permits, can't."""
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:

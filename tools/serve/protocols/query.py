@@ -90,7 +90,7 @@ class Query:
 
 
 def must_call(any_of_them: bool, named: str | None, tools: Sequence[str]) -> Sequence[str]:
-    """Return the functions of which one must be called: the one that is named, or any of those in ``tools``.
+    """Return the functions of which one must be called: ``named`` alone, or all ``tools``.
 
     Raises Refusal if there is none.
     """

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from moetier.tiers.errors import MoetierError
+from moetier.tools.cli.failure import DEBUG
 
 HEADER_BYTES = 16 << 10  # maximum size of a request's headers with its first line
 FAILED = "The answer failed; the server's log says why."
@@ -81,9 +82,9 @@ def unknown_model(asked: str) -> Refusal:
 def log_failure(what: str, error: BaseException) -> None:
     """Log that ``what`` failed with ``error``.
 
-    The message of the error is logged only if it is moetier's own: a library's may quote a prompt. With MOETIER_DEBUG=1
-    the traceback is logged, too.
+    The message of the error is logged only if it is moetier's own: a library's may quote a prompt. If DEBUG is 1, the
+    traceback is logged, too.
     """
     said = f": {error.cause}" if isinstance(error, MoetierError) else ""
-    debug = error if os.environ.get("MOETIER_DEBUG") == "1" else None
+    debug = error if os.environ.get(DEBUG) == "1" else None
     _log.error("%s failed with %s%s", what, type(error).__name__, said, exc_info=debug)

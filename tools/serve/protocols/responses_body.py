@@ -243,7 +243,7 @@ class ResponsesBody(QueryBody):
         return AnswerFormat.of_json(asked.definition, asked.strict, "text")
 
     def names(self, function: str) -> dict[str, str]:
-        """Return the fields of a call that name a function by the name under which the model is offered it."""
+        """Return the fields of a call that name its function, as the model was told the name."""
         for tool in self.tools or ():
             if isinstance(tool, Namespace) and any(function == _full(tool.name, each.name) for each in tool.tools):
                 return {"namespace": tool.name, "name": function.removeprefix(_full(tool.name, ""))}

@@ -108,7 +108,7 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
         arrivals.append(arrival)
         expected.append(alone(model.alone, arrival))
     torch.set_num_threads(random_.randrange(1, 4))
-    block = random_.choice([8, 30, 1000, None])
+    pass_tokens = random_.choice([8, 30, 1000, None])
     pages, most = random_.choice([6, 6, 8, 11]), random_.randrange(2, 6)
     chunk = random_.choice([1, 8, 33, 64, 500])
     later = random_.choice([None, 5, 40])
@@ -118,9 +118,9 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
         client.tiers,
         Engine(
             ModelRunner(client, pages)
-            if block is None
-            else PackedRunner(client, pages, chunk=chunk, prefill_block=block),
-            **{"pages": pages, "max_sequences": most, "chunk": chunk, "context": CONTEXT, "later": later},
+            if pass_tokens is None
+            else PackedRunner(client, pages, chunk=chunk, pass_tokens=pass_tokens),
+            **{"pages": pages, "max_sequences": most, "chunk": chunk, "context": CONTEXT, "later_chunk": later},
         ) as engine,
     ):
         run(engine, arrivals)

@@ -147,7 +147,7 @@ def test_a_state_is_loaded_onto_the_models_device() -> None:
     """On the device "meta", which computes no numbers."""
     runner = ModelRunner(model := small_model("qwen3_next"), 60)
     sequence = TokenSequence(Request(tuple(some(80, 1)), 1, GREEDY))
-    runner.sampler(sequence)
+    runner.begin(sequence)
     runner.run([Task(sequence, 0, 70, [0, 1])], lambda: False)
     sequence.resume_at(70)
     pages = [*range(2, 2 + runner.state_pages(sequence))]
