@@ -53,7 +53,8 @@ def apart(model_type: str, folder: Path, *, prompts: int) -> tuple[Apart, Apart]
         _, directory = convert_tiny(model_type, torch.bfloat16, folder, bits=4, max_position_embeddings=2 * LENGTH)
     found = []
     for exact in (False, True):
-        model, _ = moetier.load(directory, daemon=None, exact=exact, same_bits=True)
+        # without same_bits, torch may compute prompts' attention and 16-bit matrices with AMX
+        model, _ = moetier.load(directory, daemon=None, exact=exact, same_bits=not exact)
         with model.tiers, torch.inference_mode():
             found.append(_apart(model, prompts))
     return found[0], found[1]

@@ -20,6 +20,7 @@ from moetier.tools.bench.sandbox import MemoryGroup
 QWEN3 = Path(__file__).parents[2] / "build/synthetic/qwen3-8L-4bit"  # made by `moetier synthetic`
 MIB = 1 << 20
 TOKENS = 6000
+LIBRARIES = 300 * MIB if torch.version.cuda is None else 500 * MIB  # what a process takes beside the model
 # computes a prompt through the engine, and prints the peak of its memory
 CHILD = """
 import json, sys, warnings
@@ -59,16 +60,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_long_prompt_stays_within_its_control_group(model: Path) -> None:
     """There is memory for a part of the experts."""
-    limit = 400 * MIB
-    assert read_manifest(model).stored_bytes > (limit - 300 * MIB)
-    with memory_limit(limit) as group:
+    room = 100 * MIB
+    assert read_manifest(model).stored_bytes > room
+    with memory_limit(LIBRARIES + room) as group:
         computed(group, model, TOKENS // 2)
 
 
 @pytest.mark.slow
 def test_a_prompt_takes_no_more_memory_than_in_chunks_of_1024(model: Path) -> None:
     """The slots of experts are what the prompt leaves."""
-    with memory_limit(400 * MIB) as group:
+    with memory_limit(LIBRARIES + 100 * MIB) as group:
         peak, in_chunks = computed(group, model, TOKENS), computed(group, model, TOKENS, chunk=1024)
     print(peak, in_chunks, peak / in_chunks)
     assert peak <= 1.03 * in_chunks
