@@ -177,10 +177,11 @@ def declare_keywords(
     ]
     function.__signature__ = inspect.Signature([*first, *keywords, *own[len(first) :]])  # type: ignore[attr-defined]
     lines = "".join(
-        textwrap.fill(f"{name}: {option.help}.", 112, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+        textwrap.fill(f"{name}: {option.help}.", 108, initial_indent=" " * 4, subsequent_indent=" " * 8) + "\n"
         for name, option in (*options.items(), *further.items())
     )
-    function.__doc__ = re.sub(r" +options: .*\n", lambda _: lines, function.__doc__ or "")
+    own_text = inspect.cleandoc(function.__doc__ or "")  # as Python 3.13 and newer keep it
+    function.__doc__ = re.sub(r" +options: .*\n", lambda _: lines, own_text)
 
 
 def command_words(values: Iterable[tuple[str, Any]]) -> list[str]:

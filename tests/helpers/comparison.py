@@ -172,7 +172,7 @@ def apart(model_type: str, dtype: torch.dtype, folder: Path) -> list[float]:
             results = [_logits(model, ids)]
             if model.can_generate() and model_type not in GENERATES_OTHERWISE:
                 results.append(
-                    torch.cat(_steps(model, ids, steps=4, prefix_allowed_tokens_fn=lambda _, sent: [7 * len(sent)]))
+                    torch.cat(_steps(model, ids, steps=12, prefix_allowed_tokens_fn=lambda _, sent: [7 * len(sent)]))
                 )
             logits.append(results)
     return [

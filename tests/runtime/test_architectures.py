@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_table import TABLE, listed
-from architectures import FEW_REQUIRED, FURTHER, REQUIRED, TINY, VARIED, model_types
+from architectures import FEW_REQUIRED, FURTHER, REQUIRED, SINCE_5_24, TINY, VARIED, model_types
 from comparison import apart, compare, convert_tiny, farthest
 
 import moetier
@@ -25,7 +25,7 @@ def test_no_type_is_skipped() -> None:
 
 def test_the_table_in_the_documentation_has_them_all() -> None:
     """Made by: python tests/helpers/architecture_table.py."""
-    assert listed(TABLE.read_text()) == dict.fromkeys(REQUIRED | FURTHER, ("equal", "equal"))
+    assert listed(TABLE.read_text()) == dict.fromkeys(REQUIRED | FURTHER | SINCE_5_24, ("equal", "equal"))
 
 
 @pytest.mark.parametrize("model_type", sorted(REQUIRED))

@@ -125,7 +125,7 @@ def test_options_are_declared_once() -> None:
     declared = TIER_OPTIONS | CACHE
     assert {name: parameters[name].default for name in declared} == {name: declared[name].default for name in declared}
     assert list(parameters)[-4:] == ["dtype", "attn_implementation", *CACHE]
-    assert all(f"\n        {name}: " in (moetier.load.__doc__ or "") for name in parameters)
+    assert all(f"\n    {name}: " in (moetier.load.__doc__ or "") for name in parameters)
 
 
 def test_a_daemon_learns_by_itself() -> None:

@@ -251,6 +251,7 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
     assert not caplog.text
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch leaves too little of this limit")
 def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
     """`moetier bench prefill` and tests/measurements/peers.py feed the whole prompt if memory has room for that."""
     sizes = {"hidden_size": 1024, "num_attention_heads": 32, "head_dim": 128, "num_hidden_layers": 1}
