@@ -58,6 +58,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/convert/mirror_writer.py": ("tools/commands/test_mirror.py", COMMAND),
     "tools/doctor/verification.py": ("tools/commands/test_verify.py", COMMAND),
     "tools/launch/clients.py": ("tools/commands/test_launch.py", COMMAND),
+    "tools/launch/server.py": ("tools/commands/test_launch.py", COMMAND),
     "tools/plan/fit.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),

@@ -2,8 +2,8 @@
 
 A third of the time and of the memory of importing a model's class goes to torch's compiler, distributed tensors and
 libraries that transformers imports wherever they are installed (docs/benchmarks.md, First token). Without them,
-transformers can neither compile nor distribute a model in this process. So only moetier's own commands use this module;
-``moetier.load`` in a user's program imports transformers unchanged. MOETIER_LEAN=0 turns it off.
+transformers can neither compile nor distribute a model in this process. So only moetier's own commands call
+``lean_imports``; ``moetier.load`` in a user's program imports transformers unchanged. MOETIER_LEAN=0 turns it off.
 """
 
 from __future__ import annotations

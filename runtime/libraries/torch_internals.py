@@ -25,6 +25,9 @@ hooks_after: Callable[[Any], dict[int, Any]] = attrgetter("_forward_hooks")
 # the same for all modules, as two dictionaries
 GLOBAL_HOOKS: tuple[dict[int, Any], dict[int, Any]] = (_global_forward_hooks, _global_forward_pre_hooks)
 
+# whether flash attention takes fewer heads of keys than of queries (pytorch#157893); 2.9 was not tried
+_FLASH_SHARES_KEYS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
 # Context in which subclasses of Tensor are computed as plain tensors. In a ``__torch_function__`` torch's documentation
 # names it, too ("Extending PyTorch").
 without_subclasses = torch._C.DisableTorchFunctionSubclass
@@ -63,15 +66,15 @@ def flash_attention(
         query: [batch, heads, tokens, width].
         key: [batch, key heads, length, width].
         value: [batch, key heads, length, width].
-        mask: [tokens, length], added to scores; None: a token attends to those up to itself, as many as tokens.
+        mask: [tokens, length], added to scores; None: each token attends to all keys.
         scale: factor of scores; None: width ** -0.5.
 
     Returns:
         [batch, heads, tokens, width], and the logarithms of the sums of exponentiated scores, [batch, heads, tokens].
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, is_causal=mask is None, attn_mask=mask, scale=scale
-    )
+    if key.shape[1] < query.shape[1] and not _FLASH_SHARES_KEYS:
+        key, value = (numbers.repeat_interleave(query.shape[1] // key.shape[1], 1) for numbers in (key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
 
 
 def arrange_int4(nibbles: Tensor, inner_tiles: int) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from moetier.runtime.config import PREFILL_TOKENS, TierConfig
 from moetier.runtime.kernels.layer.attention import SCORE_BYTES, SINKS
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
+from moetier.runtime.kernels.layer.torch_attention import SEGMENT
 from moetier.runtime.kernels.products.api import FLOATS, Kernels
-from moetier.runtime.kernels.products.row import prefers_torch
 from moetier.runtime.kernels.slots import SlotKernels
 from moetier.runtime.libraries.torch_internals import parameters_of
 from moetier.runtime.libraries.transformers_internals import attention_of
@@ -50,7 +50,6 @@ WINDOWED = ("sliding", "chunked")
 STATEFUL = ("linear", "mamba", "hybrid")  # they have states that are computed in fp32
 SMALL_BYTES = 11 << 20  # of scratch memory and small tensors, for any number of tokens
 EXACT_BYTES = 32 << 20  # the same, more if torch multiplies with decoded experts
-MASK = 4  # bytes of a number of the mask that torch takes, as a truth value, its opposite, and a number of 16 bits
 SPARE = 1.25  # factor for freed memory that the allocator keeps in pieces
 
 
@@ -62,7 +61,7 @@ class AttentionMemory:
     always: int = 0  # bytes for each token that is attended to
     masked: int = 0  # bytes for each token that is attended to, if there is a mask
     kept: int = 0  # bytes of keys and values of such a token, which are copied when their memory grows
-    packed: int = 0  # bytes of the keys and values of such a token that torch packs for each call
+    packed: int = 0  # bytes of the keys and values of such a token that torch packs, of SEGMENT at most
     scores: int = 0  # bytes for each pair of a new token and a token that it attends to
     mask: int = 0  # bytes of the mask for each such pair
     has_mask: bool = False  # whether there is a mask even if each token attends to all earlier ones
@@ -78,7 +77,6 @@ class Lockstep:
     tokens: int  # of all prompts that are computed together; at most PASS_TOKENS: no memory is reserved for them
     states: int  # bytes for each token while experts are computed
     fixed: int  # bytes for any number of tokens
-    mask: int = 0  # bytes of the mask for each pair of a new token and a token that it attends to
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,7 @@ class Prefill:
     def _lockstep_bytes(self, tokens: int) -> int:
         """Return the bytes for computing ``tokens`` of prompts in lockstep."""
         assert self.lockstep is not None
-        attentions = tuple(replace(attention, mask=self.lockstep.mask) for attention in self.attentions)
+        attentions = tuple(replace(attention, mask=0) for attention in self.attentions)
         nbytes = replace(self, attentions=attentions).bytes_of(PASS_TOKENS, is_whole=False)
         return self.lockstep.fixed + nbytes + math.ceil(SPARE * self.lockstep.states * tokens)
 
@@ -145,9 +143,9 @@ class Prefill:
             seen = min(length, attention.window - 1 + tokens) if attention.window else length
             has_mask = attention.has_mask or not is_whole or 0 < attention.window < length
             masks[attention.window] = tokens * seen * attention.mask * has_mask
-            expanded = attention.always + attention.packed
-            expanded += attention.masked * has_mask + attention.kept * (not is_whole)
-            work = max(work, seen * expanded + tokens * seen * attention.scores)
+            expanded = attention.always + attention.masked * has_mask + attention.kept * (not is_whole)
+            packed = min(seen, SEGMENT) * attention.packed
+            work = max(work, seen * expanded + packed + tokens * seen * attention.scores)
         layer = max(tokens * self.of_attention + work, tokens * self.of_block)
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))
 
@@ -209,7 +207,8 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
             for number, block in enumerate(manifest.blocks)
         )
     )
-    by_torch = is_quick and model.dtype == torch.bfloat16 and prefers_torch() and not config.same_bits
+    # with AMX; the same is reserved on other processors, where it is little
+    by_torch = is_quick and model.dtype == torch.bfloat16 and kv.bits == 16 and not config.same_bits
     chunk = config.prefill_chunk or PREFILL_TOKENS
     tokens, of_all = min(chunk, kv.context), min(config.sequences * kv.context, PAGE_TOKENS * kv.pages)
     lockstep = Lockstep(
@@ -220,7 +219,6 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         + max(map(_choices, manifest.blocks))
         + PASS_BYTES // PASS_TOKENS,
         fixed=2 * GROUP_OUTPUTS * size * text.hidden_size,
-        mask=MASK if by_torch else 0,
     )
     return Prefill(
         tokens=min(tokens, SNAPSHOT_TOKENS) if resumes and has_states(model) else tokens,
@@ -312,7 +310,7 @@ def _attentions(
             always=2 * expanded if sizes["kv_lora_rank"] else expanded * is_shared * (not shares),
             masked=expanded * is_shared * shares * (not is_quick or bool(getattr(layer, "attention_chunk_size", None))),
             kept=0 if sizes["kv_lora_rank"] else kept,
-            packed=by_torch * (expanded if sizes["kv_lora_rank"] else kept),
+            packed=0 if sizes["kv_lora_rank"] else 2 * by_torch * kept,  # as they are in pages, and packed
             scores=SCORE_BYTES * (heads * holds_scores + sizes["index_n_heads"]),
             mask=size + 1,
             has_mask=has_mask,

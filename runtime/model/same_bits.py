@@ -118,7 +118,7 @@ def varying_part_here(model: Any) -> str | None:
 
 
 def varying_part_by_default(config: Mapping[str, Any], manifest: Manifest) -> str | None:
-    """Return ``varying_part`` on this processor, with default options: with AMX, torch computes 16-bit matrices."""
+    """Return ``varying_part`` on this processor, with default options, as torch is used with AMX."""
     from moetier.runtime.kernels.products.row import prefers_torch
 
     return varying_part(config, manifest) or (WITH_AMX if prefers_torch() else None)

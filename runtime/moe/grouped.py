@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from moetier.runtime.kernels.experts.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.experts.expert_products import BATCH_OUTPUTS
 from moetier.runtime.kernels.products.api import CPU
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
@@ -105,7 +106,8 @@ def _compute_groups(
                 tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
             between()
     finally:
-        tiered.source.prefetch(tiered.block, ())
+        with suppress(MoetierError):  # the source may be closed
+            tiered.source.prefetch(tiered.block, ())
     if tiered.remote_compute is None and len(used) >= NEARLY_ALL * len(outputs.counts):
         tiered.request_following()
     return sums

@@ -64,7 +64,7 @@ def serving(
     """(application, service), without a key; with another chat ``template`` than the model's."""
     import moetier
 
-    model, tokenizer = moetier.load(directory, daemon=None)
+    model, tokenizer = moetier.load(directory, daemon=None, same_bits=True)  # as on processors without AMX
     assert tokenizer is not None
     tokenizer.chat_template = template or tokenizer.chat_template
     with model.tiers, answering(model, tokenizer, context=context, parallel=parallel) as service:

@@ -2,8 +2,8 @@
 
 For one token, torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and
 compiles its matrix products anew for each length of a context (docs/benchmarks.md, Attention). Many tokens are computed
-with the bits of one, unless there is a mask. SDPA has no attention sinks. Architectures with sinks compute with a
-function of their own, and it is replaced too.
+with the bits of one, unless there is a mask, or torch is faster and these bits are not asked for (``torch_attention``).
+SDPA has no attention sinks. Architectures with sinks compute with a function of their own, and it is replaced too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .attention_piece import STEP
 from .eight_bits import SCALE_BYTES
 from .masks import Band, band_of, causal, causal_mask, in_order, sink_mask, written_out
 from .packing import attend_to_each, packed_step
-from .torch_attention import MIN_TOKENS, attend_with_torch
+from .torch_attention import TILE, attend_with_torch
 
 _ASKS = r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"{}"'  # for the attention function of this name
 # what code does with a mask other than give it on, such as to extend it
@@ -251,7 +251,7 @@ def _attend(
 
     Unless a token must have the ``same_bits`` alone and beside others, torch computes many tokens where it is faster.
     """
-    given, band, length = mask, band_of(mask), None
+    band, length = band_of(mask), None
     if mask is not None and band is not None:
         length, mask = mask.shape[3], None
     if torch.is_grad_enabled() or not _fits(query, key, value, mask):
@@ -263,13 +263,16 @@ def _attend(
     first, window, pages = band or Band(0, NO_WINDOW)
     if (
         not same_bits
-        and query.shape[2] >= MIN_TOKENS
-        and key.dtype == torch.bfloat16
+        and query.shape[2] >= TILE
+        and query.dtype == key.dtype == torch.bfloat16
         and value.shape[3] <= key.shape[3]
         and prefers_torch()
     ):
-        key, value = in_order(key, value, given)
-        return attend_with_torch(query, key[:, :, :length], value[:, :, :length], window, scaling, sinks)
+        length = key.shape[2] if length is None else length
+        places = None if pages is None else pages.places(torch.arange(first, first + length))
+        return attend_with_torch(
+            query, key, value, length=length, window=window, scaling=scaling, sinks=sinks, places=places
+        )
     added = None if mask is None else _added(mask, len(query))
     return attend(
         query,

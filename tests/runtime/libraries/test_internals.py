@@ -24,7 +24,7 @@ from transformers.quantizers import base
 from transformers.utils import import_utils
 from transformers.utils.chat_parsing import ResponseParser
 
-from moetier.runtime.libraries.torch_stand_ins import TRIED
+from moetier.runtime.libraries.lean import TRIED
 
 # the only modules that use private names of a library
 HOMES = {

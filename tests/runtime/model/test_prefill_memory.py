@@ -263,3 +263,15 @@ def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     assert MIN_TOKENS <= found["prefill_chunk"] < WHOLE
+
+
+@pytest.mark.parametrize(
+    ("options", "is_packed"), [({}, True), ({"kv_bits": 8}, False), ({"same_bits": True}, False)], ids=str
+)
+def test_memory_for_packed_keys_is_reserved_where_torch_may_compute(
+    tinymix_4bit: Path, options: dict[str, Any], is_packed: bool
+) -> None:
+    """With AMX. Other processors reserve the same, so that a plan says the same."""
+    model, _ = moetier.load(tinymix_4bit, daemon=None, **options)
+    with model.tiers:
+        assert [attention.packed > 0 for attention in model.tiers.prefill.attentions] == [is_packed]

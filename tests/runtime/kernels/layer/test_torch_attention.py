@@ -15,7 +15,7 @@ from moetier.runtime.kernels.layer.attention import causal_attention
 from moetier.runtime.kernels.layer.attention_code import NO_WINDOW
 from moetier.runtime.kernels.layer.masks import Band, band_mask
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS, KeyPages
-from moetier.runtime.kernels.layer.torch_attention import MIN_TOKENS, STRIP, attend_with_torch
+from moetier.runtime.kernels.layer.torch_attention import SEGMENT, STRIP, TILE, attend_with_torch
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 32
 
@@ -28,16 +28,26 @@ def numbers(batch: int, tokens: int, length: int, values: int) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length"), [(1, 1), (40, 40), (STRIP, STRIP), (300, 300), (2 * STRIP + 1, 2 * STRIP + 90), (33, 700)]
+    ("tokens", "length"),
+    [
+        (1, 1),
+        (40, 40),
+        (STRIP, STRIP),
+        (300, 300),
+        (2 * STRIP + 1, 2 * STRIP + 90),
+        (33, 700),
+        (260, 1500),
+        (70, SEGMENT + 200),
+    ],
 )
-@pytest.mark.parametrize("window", [NO_WINDOW, 50, STRIP])
+@pytest.mark.parametrize("window", [NO_WINDOW, 50, STRIP, 700])
 @pytest.mark.parametrize("sinks", [None, -40.0, 2.0, 40.0])
 def test_it_is_what_compiled_code_says(tokens: int, length: int, window: int, sinks: float | None) -> None:
     query, key, value = numbers(2, tokens, length, 16 if window == 50 else WIDTH)
     given = None if sinks is None else torch.tensor([sinks, 0.0, 1.0, math.pi])
     with torch.inference_mode():
         ours = attend(query, key, value, scaling=0.3, sinks=given, window=window)
-        theirs = attend_with_torch(query, key, value, window, 0.3, given)
+        theirs = attend_with_torch(query, key, value, length=length, window=window, scaling=0.3, sinks=given)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
@@ -48,16 +58,15 @@ def test_prompts_use_it_unless_a_token_must_have_the_same_bits(same_bits: bool) 
     module = nn.Module()
     module.same_bits = same_bits
     length = 5 * PAGE_TOKENS
-    query, key, value = (tensor.bfloat16() for tensor in numbers(1, MIN_TOKENS, length, WIDTH))
+    query, key, value = (tensor.bfloat16() for tensor in numbers(1, TILE, length, WIDTH))
     pages = KeyPages(array("q", [3, 1, 4, 0, 2]))
     places = pages.places(torch.arange(length))
     in_pages = [torch.empty_like(tensor).index_copy_(2, places, tensor) for tensor in (key, value)]
-    mask = band_mask(MIN_TOKENS, length, Band(0, NO_WINDOW, pages), query.device)
+    mask = band_mask(TILE, length, Band(0, NO_WINDOW, pages), query.device)
     with torch.inference_mode():
         computed, _ = causal_attention(module, query, *in_pages, mask)
-        expected = (
-            attend(query, key, value) if same_bits else attend_with_torch(query, key, value, NO_WINDOW, None, None)
-        )
+        by_torch = attend_with_torch(query, *in_pages, length=length, window=NO_WINDOW, places=places)
+        expected = attend(query, key, value) if same_bits else by_torch
         few, _ = causal_attention(module, query[:, :, -1:], key, value, None)
         alone = attend(query[:, :, -1:], key, value)
     assert torch.equal(computed, expected)
