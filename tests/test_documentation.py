@@ -233,7 +233,7 @@ def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
 
 def test_the_readme_says_what_twice_the_rate_of_products_gains() -> None:
     gains = [published.gain_of(way) for way in published.WAYS if not way.daemons]
-    said = f"with twice the rate it is {min(gains):.1f} to {max(gains):.1f} times as fast"
+    said = f"twice the rate it is {min(gains):.1f} to {max(gains):.1f} times as fast"
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
 

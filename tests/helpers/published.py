@@ -106,11 +106,14 @@ def choices_of(config: Mapping[str, Any]) -> ModelChoices:
 
 
 def fitted(model_choices: ModelChoices, free: int) -> Fit:
-    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB of memory."""
+    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB of memory.
+
+    With ``same_bits``, that is the same on all processors: else those with AMX take more memory for prompts.
+    """
     (choice,), cpu = model_choices.chosen([4], [8]), Cpu()
     available = Available(free * GIB - PROCESS_BYTES, "this machine")
     resources = MachineResources(available, cpu, None, disk_free=1 << 50, idle_bytes=0, into=Path())
-    return fit_of(model_choices, choice, TierConfig.of(context=CONTEXT), resources, cpu.kernels())
+    return fit_of(model_choices, choice, TierConfig.of(context=CONTEXT, same_bits=True), resources, cpu.kernels())
 
 
 def planned(way: Way) -> tuple[Choice, str, str, str]:
