@@ -227,13 +227,19 @@ def test_dependencies_are_all_explained_and_no_others() -> None:
 
 @pytest.mark.parametrize("way", published.WAYS, ids=lambda way: way.model)
 def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
-    """Return the size, the share of experts in memory and the hits of a machine's row in "Which way for me"."""
+    """The row of a machine in "Which way for me": size, share of experts in memory, hits, and tokens a second."""
     assert published.row(way) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_says_what_twice_the_rate_of_products_gains() -> None:
+    gains = [published.gain_of(way) for way in published.WAYS if not way.daemons]
+    said = f"twice the rate it is {min(gains):.1f} to {max(gains):.1f} times as fast"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("name", published.KNOWN)
 def test_sizes_of_known_models_are_those_of_a_plan(name: str) -> None:
-    """Return the size on the disk, that of the trunk, and the least sensible memory."""
+    """The size on the disk, that of the trunk, and the least sensible memory."""
     assert published.size_row(name) in (ROOT / "README.md").read_text()
 
 

@@ -227,6 +227,7 @@ class PageFolder:
         self._counting = threading.Lock()  # guards: ``damaged``
         self._bytes: int | None = None  # of all pages, when they were counted, and those written since; None: unknown
         self._unswept = 0  # bytes written since then
+        self._is_named = False  # the file MODEL has the name that the model has now
         self._limit = options.size  # most bytes of all pages, less if the disk is nearly full
 
     def _open_again(self) -> None:
@@ -345,11 +346,14 @@ class PageFolder:
         return written
 
     def _make_folder(self) -> None:
-        """Make the folder of the model, if it is missing, and the file with its name. Raises OSError."""
-        if not (self._folder / MODEL).exists():
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            (self._folder / MODEL).touch(mode=0o600)
-            (self._folder / MODEL).write_text(self._model)
+        """Make the folder of the model, if it is missing, and the file with its present name. Raises OSError."""
+        file = self._folder / MODEL
+        if self._is_named and file.exists():
+            return
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(self._model)
+        self._is_named = True
 
     def sweep(self) -> None:
         """Remove pages that are too old, unfinished files, and if there are too many bytes, those least recently used.

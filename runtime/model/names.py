@@ -181,15 +181,16 @@ def note_use_of(model: Path) -> None:
 
 def listed_name(model: Path) -> str | None:
     """Return the name by which ``moetier list`` shows the model at a path; None if it has none."""
-    path = real_path(model)
+    return listed_names().get(real_path(model))
+
+
+def listed_names() -> dict[Path, str]:
+    """Return the names by which ``moetier list`` shows models, by their paths without links; none if unreadable."""
+    names = dict[Path, str]()
     with contextlib.suppress(OSError, ConfigError):
-        return next((name for name, other in all_named().items() if real_path(other) == path), None)
-    return None
-
-
-def name_of(folder: Path) -> str:
-    """Return the name by which ``moetier list`` shows the model in ``folder``; if it has none, the folder's own."""
-    return listed_name(folder) or real_path(folder).name
+        for name, path in all_named().items():
+            names.setdefault(real_path(path), name)
+    return names
 
 
 def _fix(name: str) -> str:

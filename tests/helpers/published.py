@@ -53,9 +53,9 @@ GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
 GIB = 1 << 30
 CONTEXT = 8192
 # of a machine that is not here: a disk of 3.5 GB/s, products at 20 GB/s, 2.5 us for a small operation of torch
-STATED = MachineRates(
-    DiskRate(3.5e9, 3.5e9, 4), 20e9, dict.fromkeys(BITS, 20e9), dict.fromkeys(BITS, 200e9), 20e9, 2.5e-6
-)
+DISK, OPERATION = DiskRate(3.5e9, 3.5e9, 4), 2.5e-6
+STATED = MachineRates(DISK, 20e9, dict.fromkeys(BITS, 20e9), dict.fromkeys(BITS, 200e9), 20e9, OPERATION)
+FASTER = MachineRates(DISK, 40e9, dict.fromkeys(BITS, 40e9), dict.fromkeys(BITS, 400e9), 40e9, OPERATION)
 SENSIBLE_HITS = 0.8  # share of a token's experts that is in memory with the least sensible memory
 
 
@@ -106,11 +106,14 @@ def choices_of(config: Mapping[str, Any]) -> ModelChoices:
 
 
 def fitted(model_choices: ModelChoices, free: int) -> Fit:
-    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB of memory."""
+    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB of memory.
+
+    With ``same_bits``, that is the same on all processors: else those with AMX take more memory for prompts.
+    """
     (choice,), cpu = model_choices.chosen([4], [8]), Cpu()
     available = Available(free * GIB - PROCESS_BYTES, "this machine")
     resources = MachineResources(available, cpu, None, disk_free=1 << 50, idle_bytes=0, into=Path())
-    return fit_of(model_choices, choice, TierConfig.of(context=CONTEXT), resources, cpu.kernels())
+    return fit_of(model_choices, choice, TierConfig.of(context=CONTEXT, same_bits=True), resources, cpu.kernels())
 
 
 def planned(way: Way) -> tuple[Choice, str, str, str]:
@@ -126,10 +129,22 @@ def planned(way: Way) -> tuple[Choice, str, str, str]:
         assert choice.manifest.stored_bytes <= way.daemons * way.ram * GIB, "the daemons have room for all experts"
         slots = {block.array: choice.manifest.record_count for block in choice.manifest.blocks}
     share = min(1.0, sum(slots.values()) / choice.manifest.record_count)
-    caching, kv = Caching.of(choice.manifest, slots), fit.needs.kv
-    nbytes = min(kv.nbytes, kv.page_bytes * (CONTEXT_TOKENS // PAGE_TOKENS))
-    speed = "-" if way.daemons else f"{1 / token_cost(choice, caching, STATED, nbytes)[0].seconds:.1f}"
+    caching = Caching.of(choice.manifest, slots)
+    speed = "-" if way.daemons else f"{speed_of(fit, STATED):.1f}"
     return choice, "all" if share == 1 else f"{share:.0%}", f"{caching.mean(choice.manifest):.0%}", speed
+
+
+def speed_of(fit: Fit, rates: MachineRates) -> float:
+    """Return the tokens per second that the plan's formula gives."""
+    kv = fit.needs.kv
+    nbytes = min(kv.nbytes, kv.page_bytes * (CONTEXT_TOKENS // PAGE_TOKENS))
+    return 1 / token_cost(fit.choice, Caching.of(fit.choice.manifest, fit.slots), rates, nbytes)[0].seconds
+
+
+def gain_of(way: Way) -> float:
+    """Return how many times as fast a model is if weights are multiplied at twice the rate of STATED."""
+    fit = fitted(choices_of(way.config), way.free)
+    return speed_of(fit, FASTER) / speed_of(fit, STATED)
 
 
 def row(way: Way) -> str:

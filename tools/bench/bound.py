@@ -71,26 +71,30 @@ class Bound:
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 
-NEAR = 0.5  # share of the bound that large models reach or exceed
+NEAR = 45  # percent of the bound that large models reach or exceed; they are said to reach about half
 SMALL_BYTES = 64 << 20  # of weights in a step; with fewer, small operations take most of the time
+FEW = 0.01  # of a step's bytes; if fewer are read from the disk, more memory would hardly be faster
 
 
-def verdict(ratio: float, by: str, step_bytes: float) -> str:
+def verdict(ratio: float, by: str, step_bytes: float, missing: float) -> str:
     """Return a sentence that says whether a speed is near its bound, and what would raise it.
 
     Args:
         ratio: the speed, divided by the bound.
         by: part that bounds the step, as in ``Bound.by``.
         step_bytes: bytes of the weights that a step is multiplied with.
+        missing: bytes that a step reads from the disk, as in ``Need``. Reads and products overlap only in part.
     """
     what = "the disk" if by == "disk" else "the processor"
-    said = f"You reach {ratio:.0%} of what {what} permits"
-    if ratio >= NEAR:
-        more = "more --ram, fewer --bits or a faster disk" if by == "disk" else "only fewer --bits or another processor"
-        return f"{said}, which is normal: {more} would be faster."
+    percent = round(100 * ratio)
+    said = f"You reach {percent}% of what {what} permits"
+    if percent >= NEAR:
+        ways = ["more --ram"] if by == "disk" or missing >= FEW * step_bytes else []
+        ways += ["fewer --bits or " + ("a faster disk" if by == "disk" else "another processor")]
+        return f"{said}, which is normal: {', '.join(ways)} would be faster."
     if step_bytes < SMALL_BYTES:
         return (
-            f"{said}. That is normal for so small a model, whose time goes into small operations; large ones reach 50%."
+            f"{said}. That is normal for so small a model: small operations take the time. Large ones reach about half."
         )
     return f"{said}, which is low. End other programs, or set --threads to the free cores; run moetier doctor DIR."
 

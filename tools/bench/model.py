@@ -266,7 +266,8 @@ def _reading(result: dict[str, Any]) -> str:
     limit, ram = result["limit_bytes"], result["ram"]
     limits = [] if limit is None else [f"--limit {format_bytes(limit)}"]
     limits += [] if ram is None else [f"--ram {ram}"]
-    said = verdict(result["ratio"], result["bound_by"], result["need_bytes"]["experts"] + result["need_bytes"]["trunk"])
+    need = result["need_bytes"]
+    said = verdict(result["ratio"], result["bound_by"], need["experts"] + need["trunk"], need["missing"])
     return f"{' '.join(limits)}: {said}" if limits else said
 
 

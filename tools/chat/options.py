@@ -11,7 +11,7 @@ from moetier.runtime.generation.decoding import DECODING, SAMPLING
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import decoding_of
 
-TOP_K = 50  # transformers' own, if neither the user nor the model says otherwise
+DEFAULTS = {"temperature": 1.0, "top_k": 50}  # transformers' own, if neither the user nor the model says otherwise
 
 
 class AnswerOptions:
@@ -65,19 +65,25 @@ class AnswerOptions:
             self._seeds = itertools.count(self._values["seed"])
 
     def __str__(self) -> str:
-        """The options that have a value, those of the model behind the others."""
+        """The options that have a value; behind them those that the model decides, and at last the defaults."""
         given = [f"{name} {value:g}" for name, value in self._values.items() if value is not None and name != "seed"]
-        given.append(f"seed {self._values['seed']}")
-        others = ", ".join(f"{name} {value:g}" for name, value in self._others().items())
-        return ", ".join(given) + (f"; from the model's generation_config.json: {others}" if others else "")
+        said = ", ".join([*given, f"seed {self._values['seed']}"])
+        of_model, defaults = self._others()
+        for source, values in (("from the model's generation_config.json", of_model), ("by default", defaults)):
+            if values:
+                said += f"; {source}: " + ", ".join(f"{name} {value:g}" for name, value in values.items())
+        return said
 
-    def _others(self) -> dict[str, float]:
-        """Return the values, by name, of options of sampling that are not given and have an effect."""
-        asked = self.decoding()
-        found = {name: getattr(self._of_model, name, None) for name in SAMPLING}
-        if asked.get("do_sample", getattr(self._of_model, "do_sample", False)):
-            defaults = {"temperature": 1.0, "top_k": TOP_K}
-            found = {name: defaults.get(name) if value is None else value for name, value in found.items()}
+    def _others(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the values, by name, of options of sampling that are not given and have an effect.
+
+        The first dictionary has those of the model's generation_config.json, the second one those that it lacks.
+        """
+        names = [name for name in SAMPLING if self._values[name] is None]
+        of_model = {name: value for name in names if (value := getattr(self._of_model, name, None)) is not None}
+        if self.decoding().get("do_sample", getattr(self._of_model, "do_sample", False)):
+            defaults = DEFAULTS
         else:
-            found = {"temperature": 0.0, "repetition_penalty": found["repetition_penalty"]}
-        return {name: value for name, value in found.items() if value is not None and self._values[name] is None}
+            of_model = {name: value for name, value in of_model.items() if name == "repetition_penalty"}
+            defaults = {"temperature": 0.0}
+        return of_model, {name: defaults[name] for name in names if name in defaults and name not in of_model}

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.tiers.errors import RefusedError
 from moetier.tiers.options import Number
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_credentials, credentials
@@ -66,9 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _named(stats: StatsReply, address: Address) -> StatsReply:
     """Name the models of a daemon of this machine as `moetier list` does. Return ``stats``."""
     from moetier.runtime.model.names import listed_name
-    from moetier.runtime.wire.address import known_daemons
+    from moetier.runtime.wire.address import DaemonCard
 
-    card = known_daemons().get(address)
+    card = None
+    if address.folder is not None:
+        with contextlib.suppress(RefusedError):  # another user's folder
+            card = DaemonCard.read(address.folder)
     places = {model.digest: model.directory for model in card.models} if card is not None else {}
     for model in stats.models:
         if model.digest in places:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moetier.runtime.model.name_files import real_path
+from moetier.runtime.model.names import listed_names
 from moetier.tiers.errors import ConfigError
-
-from .options import served_name
 
 LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf")  # of a GGUF file in parts, which the first one names
 
@@ -51,46 +50,60 @@ def is_folder_of_models(path: Path) -> bool:
 
 
 class Catalogue:
-    """Names and paths of models: those that were given, and those that are in given folders at the moment."""
+    """Names and paths of models: those that were given, and those that are in given folders at the moment.
+
+    A model's name is the one that ``moetier list`` shows; if it has none, or the folder of another of the models is
+    called so, it is that of its folder. A path keeps its name.
+    """
 
     def __init__(self, places: Sequence[Path], *, name: str | None = None, aliases: Mapping[str, str] | None = None):
         """Use the models and folders of models ``places``.
 
         Args:
             places: their paths.
-            name: name of the model if it is the only one; None: that of its folder, or the pulled model's.
-            aliases: names of models by further names.
+            name: name of the model if it is the only one; None: as for the others.
+            aliases: names of models, or of their folders, by further names.
 
-        Raises ConfigError if a name is used twice, or an alias is of no model.
+        Raises ConfigError if a name is used twice or is not printable, or an alias is of no model.
         """
         self._folders = [place for place in places if is_folder_of_models(place)]
-        models = [place for place in places if place not in self._folders]
-        self.has_one = len(models) == len(places) == 1
+        self._given = [place for place in places if place not in self._folders]
+        self.has_one = len(self._given) == len(places) == 1
         if name is not None and not self.has_one:
             raise ConfigError("--name names one model, and there are several.", "Give --alias NAME=MODEL.")
-        self._given = dict[str, Path]()
-        for path in models:
-            _add(self._given, served_name(path, name), path)
-        self._models = self._looked_up()
-        self.aliases = dict(aliases or {})
-        for alias, model in self.aliases.items():
-            if model not in self._models:
+        self._models = dict[str, Path]() if name is None else {name: places[0]}
+        self._models, self._by_folder = self._looked_up()
+        self.aliases = dict[str, str]()
+        further = {alias: (model, self.find(model)) for alias, model in (aliases or {}).items()}
+        for alias, (asked, found) in further.items():
+            if found is None:
                 known = ", ".join(self._models)
-                raise ConfigError(f"--alias {alias}: there is no model {model!r}.", f"Give one of {known}.")
+                raise ConfigError(f"--alias {alias}: there is no model {asked!r}.", f"Give one of {known}.")
             if alias in self._models:
                 raise ConfigError(f"--alias {alias}: a model has this name.", "Give another name.")
+            self.aliases[alias] = found
 
-    def _looked_up(self) -> dict[str, Path]:
-        models = dict(self._given)
-        for folder in self._folders:
-            for name, path in models_in(folder):
-                _add(models, name, path)
-        return models
+    def _looked_up(self) -> tuple[dict[str, Path], dict[str, set[str]]]:
+        """Return the paths of all models by name, and the names of the models by those of their folders."""
+        paths, by_folder = dict[Path, Path](), dict[str, list[Path]]()  # real paths have one entry each
+        given = [(real_path(path).name, path) for path in self._given]
+        for own, path in [*given, *(found for folder in self._folders for found in models_in(folder))]:
+            paths.setdefault(real := real_path(path), path)
+            by_folder.setdefault(own, []).append(real)
+        kept, listed = {path: name for name, path in self._models.items()}, listed_names()
+        names, models = dict[Path, str](), dict[str, Path]()
+        for own, reals in by_folder.items():
+            for real in reals:
+                name = kept.get(paths[real], listed.get(real, own))
+                names.setdefault(real, own if {*by_folder.get(name, ())} - {real} else name)
+        for real, path in paths.items():
+            _add(models, names[real], path)
+        return models, {own: {names[real] for real in reals} for own, reals in by_folder.items()}
 
     def models(self) -> dict[str, Path]:
         """Return the path of each model by its name, as the folders are now."""
         with contextlib.suppress(OSError, ConfigError):  # a folder is gone, or a name is there twice
-            self._models = self._looked_up()
+            self._models, self._by_folder = self._looked_up()
         return self._models
 
     def aliases_of(self, name: str) -> list[str]:
@@ -100,16 +113,20 @@ class Catalogue:
     def find(self, asked: str) -> str | None:
         """Return the name of the model that a request calls ``asked``; None if there is none.
 
-        The tag of a name may be left out if there is one model with this name.
+        That is a model's name or alias, or else the name of one model's folder. The tag of a name may be left out if
+        there is one model with this name.
         """
         asked = self.aliases.get(asked, asked)
-        if asked in self._models:
+        if asked in self._models or asked in self.models():
             return asked
-        tagged = [name for name in self.models() if asked == name or (asked and asked == name.rpartition(":")[0])]
-        return tagged[0] if len(tagged) == 1 else None
+        names = [*((name, {name}) for name in self._models), *self._by_folder.items()]
+        untagged = [models for name, models in names if asked and asked == name.rpartition(":")[0]]
+        found = self._by_folder.get(asked) or set().union(*untagged)
+        return next(iter(found)) if len(found) == 1 else None
 
 
 def _add(models: dict[str, Path], name: str, path: Path) -> None:
-    other = models.setdefault(name, path)
-    if other is not path and os.path.realpath(other) != os.path.realpath(path):
+    if not name or not name.isprintable():
+        raise ConfigError(f"{name!r} can't be the name of a model.", "Give a printable name: --name NAME.")
+    if (other := models.setdefault(name, path)) is not path:
         raise ConfigError(f"Two models are called {name}: {other} and {path}.", "Rename the folder of one of them.")

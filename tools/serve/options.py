@@ -15,7 +15,6 @@ from typing import Any
 
 from moetier.runtime.config import Size
 from moetier.runtime.engine.page_folder import PageOptions, opened
-from moetier.runtime.model import names as models
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, MAX_COUNT, TINY, Number, file_option, option, options_of, read_all
 from moetier.tools.cli.arguments import add_options, add_prefill_argument, add_speculation_arguments
@@ -68,7 +67,7 @@ class ServeConfig:
     )
     name: str | None = option(
         None,
-        "name of the model in requests (default: the folder's, or the pulled model's)",
+        "name of the model in requests (default: the one that moetier list shows, or else the folder's)",
         types=str | None,
         metavar="NAME",
     )
@@ -174,11 +173,3 @@ def check_packages(command: str) -> None:
             f"{command} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
             'In the repository of moetier, run: pip install ".[serve]"',
         )
-
-
-def served_name(directory: Path, name: str | None) -> str:
-    """Return the name of the model in requests: ``name`` if it is given. Raises ConfigError if it is not printable."""
-    found = models.name_of(directory) if name is None else name
-    if not found or not found.isprintable():
-        raise ConfigError(f"{found!r} can't be the name of a model.", "Give a printable name: --name NAME.")
-    return found

@@ -44,7 +44,7 @@ def closes_folders() -> Iterator[None]:
 
 
 def opened(place: Path, size: int = 1 << 30, seconds: float = 7 * DAY, **more: object) -> PageFolder:
-    folder = PageFolder(PageOptions(place, size, seconds), "model", **{"binding": BINDING} | more)  # type: ignore[arg-type]
+    folder = PageFolder(PageOptions(place, size, seconds), **{"model": "model", "binding": BINDING} | more)  # type: ignore[arg-type]
     _open.add(folder)
     return folder
 
@@ -300,6 +300,12 @@ def test_a_name_that_is_lost_is_written_again(tmp_path: Path) -> None:
     (Path(next(entries(tmp_path)).path).parent / page_folder.MODEL).unlink()
     write(folder, name(1), b"data")
     assert [model.name for model in models_in(tmp_path)] == ["model"]
+
+
+def test_a_model_that_was_renamed_is_listed_by_its_present_name(tmp_path: Path) -> None:
+    write(opened(tmp_path), name(0), b"data")
+    write(opened(tmp_path, model="new"), name(1), b"data")
+    assert [model.name for model in models_in(tmp_path)] == ["new"]
 
 
 def test_a_model_folder_of_another_user_hinders_no_other_one(tmp_path: Path) -> None:

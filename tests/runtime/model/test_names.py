@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pulled_models import place
 
-from moetier.runtime.model.names import checkpoint_or_model, model_directory, models_folder, name_of, pulled
+from moetier.runtime.model.names import checkpoint_or_model, listed_name, model_directory, models_folder, pulled
 from moetier.tiers.errors import StoreFormatError
 from moetier.tools.main import main
 
@@ -20,8 +20,8 @@ def test_a_name_is_a_folder_and_a_folder_that_is_there_goes_before(
     assert list(pulled()) == ["acme/a:4bit", "acme/b:3bit-trunk8bit", "acme/b:4bit", "alone:2bit"]
     assert model_directory("acme/a:4bit") == model_directory("acme/a") == models / "acme--a" / "4bit"
     assert model_directory("alone") == models / "alone" / "2bit"
-    assert name_of(models / "acme--b" / "4bit") == "acme/b:4bit"
-    assert name_of(tmp_path / "else") == "else"
+    assert listed_name(models / "acme--b" / "4bit") == "acme/b:4bit"
+    assert listed_name(tmp_path / "else") is None
     assert checkpoint_or_model("acme/a:4bit") == str(models / "acme--a" / "4bit")  # of plan and quality
     assert checkpoint_or_model("acme/a") == "acme/a"  # which is the hub's
     with pytest.raises(StoreFormatError, match="with several tags") as caught:

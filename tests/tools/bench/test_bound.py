@@ -23,16 +23,41 @@ def test_of_the_disk_and_the_kernels_the_slower_one_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "by", "step_bytes", "said"),
+    ("ratio", "by", "step_bytes", "missing", "said"),
     [
-        (0.57, "kernels", GB, "You reach 57% of what the processor permits, which is normal: only fewer --bits"),
-        (0.8, "disk", GB, "You reach 80% of what the disk permits, which is normal: more --ram"),
-        (0.1, "kernels", 18 << 20, "You reach 10% of what the processor permits. That is normal for so small a model"),
-        (0.3, "disk", GB, "You reach 30% of what the disk permits, which is low. End other programs"),
+        (
+            0.57,
+            "kernels",
+            GB,
+            0,
+            "57% of what the processor permits, which is normal: fewer --bits or another processor",
+        ),
+        (
+            0.57,
+            "kernels",
+            GB,
+            GB // 50,
+            "57% of what the processor permits, which is normal: more --ram, fewer --bits or",
+        ),
+        (
+            0.8,
+            "disk",
+            GB,
+            GB // 5,
+            "80% of what the disk permits, which is normal: more --ram, fewer --bits or a faster",
+        ),
+        (0.48, "kernels", GB, 0, "48% of what the processor permits, which is normal"),
+        (0.446, "kernels", GB, 0, "45% of what the processor permits, which is normal"),
+        (0.444, "kernels", GB, 0, "44% of what the processor permits, which is low"),
+        (0.1, "kernels", 18 << 20, 0, "10% of what the processor permits. That is normal for so small a model"),
+        (0.496, "kernels", 18 << 20, 0, "50% of what the processor permits, which is normal"),
+        (0.3, "disk", GB, GB // 5, "30% of what the disk permits, which is low. End other programs"),
     ],
 )
-def test_a_sentence_says_whether_a_speed_is_good(ratio: float, by: str, step_bytes: float, said: str) -> None:
-    assert verdict(ratio, by, step_bytes).startswith(said)
+def test_a_sentence_says_whether_a_speed_is_good(
+    ratio: float, by: str, step_bytes: float, missing: float, said: str
+) -> None:
+    assert verdict(ratio, by, step_bytes, missing).startswith(f"You reach {said}")
 
 
 def test_misses_of_an_lru_by_hand() -> None:

@@ -23,18 +23,28 @@ def test_an_option_changes_and_returns_to_that_of_the_command_line() -> None:
     assert "max_new_tokens" not in options.decoding()
 
 
-def test_the_values_that_are_not_given_are_those_of_the_model() -> None:
-    from_model = "from the model's generation_config.json:"
-    greedy = GenerationConfig(do_sample=False, temperature=None, top_k=None)
-    options = AnswerOptions({"max_new_tokens": 9}, greedy)
-    assert str(options).startswith(f"max_new_tokens 9, seed 0; {from_model} temperature 0")
+def test_the_values_that_are_not_given_have_their_source() -> None:
+    of_model = "from the model's generation_config.json:"
+    options = AnswerOptions({"max_new_tokens": 9}, GenerationConfig(do_sample=False, temperature=None, top_k=None))
+    assert str(options) == "max_new_tokens 9, seed 0; by default: temperature 0"
     options.set("top_k", "7")  # turns sampling on
-    assert str(options).startswith(f"max_new_tokens 9, top_k 7, seed 0; {from_model} temperature 1")
+    assert str(options) == "max_new_tokens 9, top_k 7, seed 0; by default: temperature 1"
     qwen3 = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
     options = AnswerOptions({}, qwen3)
-    assert str(options).startswith(f"seed 0; {from_model} temperature 0.6, top_k 20, top_p 0.95")
+    assert str(options) == f"seed 0; {of_model} temperature 0.6, top_k 20, top_p 0.95"
     options.set("temperature", "0")
-    assert "top_k" not in str(options)
+    assert str(options) == "temperature 0, seed 0"
+
+
+def test_the_defaults_of_transformers_are_not_said_to_be_the_models() -> None:
+    options = AnswerOptions({}, GenerationConfig())
+    assert str(options) == "seed 0; by default: temperature 0"
+    options.set("temperature", "0.8")
+    assert str(options) == "temperature 0.8, seed 0; by default: top_k 50"
+    options = AnswerOptions({}, GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.1))
+    of_model = "from the model's generation_config.json: top_p 0.9, repetition_penalty 1.1"
+    assert str(options) == f"seed 0; {of_model}; by default: temperature 1, top_k 50"
+    assert str(AnswerOptions({})) == "seed 0; by default: temperature 0"
 
 
 def test_each_answer_has_another_seed() -> None:

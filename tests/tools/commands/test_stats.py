@@ -132,6 +132,15 @@ def test_a_model_has_the_name_that_list_shows(
     assert json.loads(said(runtime, "stats", "--json"))["models"][0]["name"] == name
 
 
+def test_stats_of_a_daemon_in_a_folder_of_its_own_has_that_name_too(
+    models: Path, store: tuple[Path, Manifest], runtime: Path, tmp_path: Path
+) -> None:
+    name = register_name(store[0])
+    own = tmp_path / "own"
+    with running_daemon(store[0], ram=12 * SLOT, folder=own):
+        assert said(runtime, "stats", str(own)).splitlines()[1] == f"{name} ({store[1].digest[:12]})"
+
+
 def test_several_with_several_models(store: tuple[Path, Manifest], runtime: Path, tmp_path: Path) -> None:
     plan = make_plan(model="acme/other")
     write_store(tmp_path / "other", plan, make_records(plan, 1))

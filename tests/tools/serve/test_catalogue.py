@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moetier.runtime.model.name_files import forget_name, register_name
 from moetier.tiers.errors import ConfigError
 from moetier.tools.serve.catalogue import Catalogue, is_folder_of_models
 
@@ -111,3 +112,71 @@ def test_a_name_is_of_one_model(folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_is_none_is_left_to_the_load(tmp_path: Path) -> None:
     assert Catalogue([tmp_path / "none"]).models() == {"none": tmp_path / "none"}
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_model_is_found_by_its_listed_name_and_by_its_folder(models: Path, folder: Path, in_folder: bool) -> None:
+    """One rule holds for models that are given and for those in a folder."""
+    assert register_name(make(folder.parent / "else" / "mixtral-4bit")) == "mixtral-4bit"
+    assert register_name(folder / "mixtral-4bit") == "mixtral-4bit-2"
+    assert register_name(make(folder / "my model")) == "my-model"
+    assert register_name(folder / "one.gguf") == "one"
+    assert register_name(folder / "Org--One" / "4bit") == "4bit"
+    given = [folder / name for name in ("mixtral-4bit", "my model", "one.gguf")]
+    catalogue = Catalogue([folder] if in_folder else given, aliases={"gpt-4o": "mixtral-4bit", "y": "one.gguf"})
+    assert {"mixtral-4bit-2", "my-model", "one"} <= {*catalogue.models()}
+    assert not {"mixtral-4bit", "my model", "one.gguf"} & {*catalogue.models()}
+    assert [catalogue.find(name) for name in ("mixtral-4bit", "my model", "one.gguf")] == [
+        "mixtral-4bit-2", "my-model", "one",
+    ]  # fmt: skip
+    assert (catalogue.find("gpt-4o"), catalogue.find("y")) == ("mixtral-4bit-2", "one")
+    assert catalogue.aliases_of("one") == ["y"]
+    if in_folder:
+        assert catalogue.find("Org/One:4bit") == catalogue.find("Org/One") == "4bit"
+
+
+def test_a_model_is_one_entry_however_it_is_given(models: Path, folder: Path) -> None:
+    register_name(make(folder.parent / "else" / "mixtral-4bit"))
+    register_name(folder / "mixtral-4bit")
+    (folder / "again").symlink_to("mixtral-4bit")
+    catalogue = Catalogue([folder / "mixtral-4bit", folder, folder / "again"])
+    assert len(catalogue.models()) == 7
+    assert catalogue.find("again") == catalogue.find("mixtral-4bit") == "mixtral-4bit-2"
+
+
+def test_the_name_of_a_folder_goes_before_the_listed_name_of_another_model(models: Path, folder: Path) -> None:
+    renamed, other = make(folder / "old"), folder / "new"
+    register_name(renamed)
+    (models.parent / "names" / "old").rename(models.parent / "names" / "new")
+    assert Catalogue([folder]).find("old") == "new"
+    make(other)
+    catalogue = Catalogue([folder])
+    assert (catalogue.models()["new"], catalogue.models()["old"]) == (other, renamed)
+
+
+def test_a_folder_that_two_models_have_names_neither_of_them(models: Path, tmp_path: Path) -> None:
+    places = [make(tmp_path / str(number) / "model") for number in range(3)]
+    assert [register_name(place) for place in places] == ["model", "model-2", "model-3"]
+    assert Catalogue(places).find("model") == "model"
+    assert Catalogue(places[1:]).find("model") is None
+    assert [*Catalogue(places[1:]).models()] == ["model-2", "model-3"]
+    with pytest.raises(ConfigError, match="there is no model 'model'"):
+        Catalogue(places[1:], aliases={"gpt-4o": "model"})
+
+
+def test_a_model_keeps_its_name_while_it_is_served(models: Path, folder: Path) -> None:
+    register_name(make(folder.parent / "else" / "mixtral-4bit"))
+    catalogue = Catalogue([folder])
+    assert register_name(folder / "mixtral-4bit") == "mixtral-4bit-2"
+    assert catalogue.models()["mixtral-4bit"] == folder / "mixtral-4bit"
+    assert "mixtral-4bit-2" not in catalogue.models()
+    forget_name("mixtral-4bit-2", folder / "mixtral-4bit")
+    assert catalogue.find("mixtral-4bit") == "mixtral-4bit"
+
+
+def test_a_name_is_printable(tmp_path: Path) -> None:
+    model = make(tmp_path / "a\nb")
+    assert Catalogue([model], name="ab").find("ab") == "ab"
+    for name in (None, "", "a\tb"):
+        with pytest.raises(ConfigError, match="can't be the name of a model"):
+            Catalogue([model], name=name)

@@ -46,11 +46,13 @@ PLENTY = 4 << 30
 
 
 @pytest.fixture(autouse=True)
-def imports_stay_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+def imports_stay_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A load freezes all objects and an unload visits them all, for half a second. ``undo`` where this is tested."""
     gc.freeze()
     for name in ("freeze", "unfreeze"):
         monkeypatch.setattr(gc, name, lambda: None)
+    yield
+    gc.collect()  # what is left in cycles; or the next test would freeze it
 
 
 @pytest.fixture
@@ -424,9 +426,3 @@ def test_counts_are_of_each_model_and_outlive_it(
     assert samples["moetier_serve_first_token_seconds_count", "a"] == 2
     assert samples["moetier_serve_loaded", "a"] == samples["moetier_serve_loaded", "b"] == 0
     assert "moetier_tier_hits_total{" not in text
-
-
-@pytest.fixture(autouse=True)
-def no_frozen_garbage() -> Iterator[None]:
-    yield
-    gc.collect()
