@@ -30,7 +30,7 @@ MoetierError
 ├── ConfigError                an unknown or malformed option
 │   └── UsageError             options that are wrong for every model and machine (tools.cli.parser)
 ├── DeadlineError              a request was not answered by its deadline (runtime.engine.sequence)
-├── EngineError                the engine can't compute any more (runtime.engine.engine)
+├── EngineError                the engine can't compute any more (runtime.engine.sequence)
 ├── GrammarError               a grammar that can't be compiled (runtime.engine.grammar)
 ├── NoTokenError               scores by which no token can be chosen (runtime.engine.sampling)
 └── ClosedError                an object was used after close(), or in a forked child

@@ -40,7 +40,7 @@ class QuickLayer:
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Compute as the architecture does: [batch, tokens, hidden]."""
-        y = self.quick_layer.of(self, *arguments, **named)
+        y = self.quick_layer.compute(self, *arguments, **named)
         return super().forward(*arguments, **named) if y is None else y  # type: ignore[misc]
 
 
@@ -57,7 +57,7 @@ class OneTokenLayer:
     def __deepcopy__(self, _: Any) -> OneTokenLayer:
         return OneTokenLayer(self._known)
 
-    def of(
+    def compute(
         self, layer: Any, hidden_states: Tensor | None = None, *more: Any, position_embeddings: Any = None, **named: Any
     ) -> Tensor | None:
         """Compute a layer for hidden_states [1, 1, hidden], and append the token's key and value to the cache.
@@ -102,7 +102,7 @@ class OneTokenLayer:
             self._keys.add(key)
             if key not in self._known:
                 with CPU:
-                    self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
+                    self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).compute)
             form = self._known[key]
         if form is None:
             self._local.refused = kind
