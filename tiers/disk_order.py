@@ -5,7 +5,7 @@
     3. reads of records for prefetches and the warm-up
     4. writes of pages
 
-The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier.page_order`` is the
+The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier.disk_order`` is the
 DiskOrder of its process. Where a daemon reads the records, ``client.miss_order`` knows those that its own process waits
 for.
 """

@@ -60,7 +60,8 @@ class TierStats:
     # the record was READY when a demand came, in this tier or in the tier above, which had copied it
     useful: int = _outcome("useful")
     late: int = _outcome("late")  # the record was still being read when a demand came
-    # the record was evicted before any demand; if the tier above has a copy, it counts when it is read again
+    # The record was evicted before any demand. If the tier above has an unused copy, the prefetch counts as wasted only
+    # when this tier reads the record again.
     wasted: int = _outcome("wasted")
     cancelled: int = _outcome("cancelled")  # requests that were replaced or got no slot, before their read or during it
     # how much longer demands would have waited

@@ -41,7 +41,8 @@ class FetchRate:
     @property
     def value(self) -> float:
         """Bytes per second."""
-        return self._bytes / self._seconds if self._bytes else RATE
+        with self._lock:
+            return self._bytes / self._seconds if self._bytes else RATE
 
     def _count(self) -> None:
         """Count the time since the last change. The caller holds ``_lock``."""

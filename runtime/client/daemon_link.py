@@ -53,7 +53,7 @@ class SlotRequest:
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
     answers: SimpleQueue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
-    of_total: int = 0  # as in ``ExpertSource.acquire``
+    of_total: int = 0  # as in ``ExpertSource.acquire``; the message calls it ``wanted``
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 

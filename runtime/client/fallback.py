@@ -13,6 +13,8 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 
+AWAY_TIMEOUT = 30.0  # seconds that a read waits while all daemons are away and there is no local store
+
 
 class Fallback:
     """Host tier with the smallest budget over the store at ``location``, opened when it is first needed."""

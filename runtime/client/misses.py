@@ -34,7 +34,7 @@ class ClientContext:
     uses: ClientUses
     timeout: float  # seconds for which a miss waits for the daemon
     check_open: Callable[[], None]  # raises ClosedError once the tier is closed
-    order: MissOrder = field(default_factory=MissOrder)
+    disk_order: MissOrder = field(default_factory=MissOrder)
     by_thread: dict[int, Misses] = field(default_factory=dict)  # misses that hold or await leases
 
 
@@ -94,7 +94,7 @@ class Misses:
         """Return the next answer that grants a slot, or the fallback's tier if the daemon grants none in time."""
         context, began = self._context, time.monotonic()
         try:
-            with context.order.waiting_for_records():
+            with context.disk_order.waiting_for_records():
                 return self._granted(began)
         finally:
             context.uses.count(waited=time.monotonic() - began)

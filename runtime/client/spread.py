@@ -30,10 +30,9 @@ from moetier.tiers.stats import Share, ShareCounts
 from moetier.tiers.store.base import Pause, Store
 
 from .costs import FetchRate
+from .fallback import AWAY_TIMEOUT
 from .peers import Peer, Peers
 from .remote import RemoteStore
-
-AWAY_TIMEOUT = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
 
 _log = logging.getLogger(__name__)
 

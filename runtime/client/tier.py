@@ -24,7 +24,7 @@ from moetier.tiers.source import Lease, Residents
 from moetier.tiers.stats import TierStats
 
 from .daemon_link import Link
-from .fallback import Fallback
+from .fallback import AWAY_TIMEOUT, Fallback
 from .mapped_arena import MappedArena
 from .miss_order import MissOrder
 from .misses import ClientContext, Misses
@@ -40,7 +40,7 @@ class DaemonTier(Closeable):
     """
 
     @classmethod
-    def open(cls, folder: Path, location: Path, manifest: Manifest, *, timeout: float = 30.0) -> DaemonTier:
+    def open(cls, folder: Path, location: Path, manifest: Manifest, *, timeout: float = AWAY_TIMEOUT) -> DaemonTier:
         """Connect to the daemon in ``folder``, as a client of the store with ``manifest``.
 
         The store at ``location`` is read only while the daemon is away or full. If it holds no records, a miss
@@ -132,7 +132,7 @@ class DaemonTier(Closeable):
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
-        if self.order.is_reading_page:
+        if self.disk_order.is_reading_page:
             keys = ()
         self.uses.prefetch(block, [key.expert for key in keys], is_needed=bool(self.absent(keys)))
 
@@ -176,9 +176,9 @@ class DaemonTier(Closeable):
         return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)
 
     @property
-    def order(self) -> MissOrder:
+    def disk_order(self) -> MissOrder:
         """When pages of keys and values may be read and written."""
-        return self._context.order
+        return self._context.disk_order
 
     @property
     def address(self) -> Address:

@@ -62,7 +62,7 @@ class Client:
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.leases,
             hits=counts.hits,
-            misses=counts.requested,
+            misses=counts.misses,
         )
 
 
@@ -73,7 +73,7 @@ class SessionCall:
     """
 
     def __init__(
-        self, client: Client, model: HostedModel, *, leases: int, timeout: float, on_ended: Callable[[], None]
+        self, client: Client, model: HostedModel, *, max_leases: int, timeout: float, on_ended: Callable[[], None]
     ) -> None:
         self._refusal: UnavailableError | None = None  # the error with which new requests fail
         self._client = client
@@ -83,7 +83,7 @@ class SessionCall:
         self._state = threading.Lock()  # guards: ``_error``, ``_is_over``
         self._error: Exception | None = None
         self._is_over = False
-        self._session = model.host.session(self._events.put, leases=leases, timeout=timeout)
+        self._session = model.host.session(self._events.put, max_leases=max_leases, timeout=timeout)
 
     @property
     def is_idle(self) -> bool:
@@ -174,12 +174,12 @@ class SessionCall:
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._count(requests=1, requested=len(keys))
+        self._count(requests=1, misses=len(keys))
         try:
             if self._refusal is not None:
                 raise self._refusal
             timeout = message.timeout_ms / 1e3 if message.timeout_ms else None
-            self._session.acquire(request, keys, timeout, message.wanted)
+            self._session.acquire(request, keys, timeout, of_total=message.wanted)
         except ProtocolError:  # the request's number is in use
             raise
         except MoetierError as error:
@@ -209,15 +209,15 @@ class SessionCall:
 class Clients:
     """Registry of clients by session id, which the control socket issues. Thread-safe."""
 
-    def __init__(self, models: Mapping[str, HostedModel], *, leases: int, timeout: float) -> None:
+    def __init__(self, models: Mapping[str, HostedModel], *, max_leases: int, timeout: float) -> None:
         """Serve ``models``, a dictionary from digests to models.
 
-        A client may hold ``leases`` slots at a time. A request waits at most ``timeout`` seconds for a slot.
+        A client may hold ``max_leases`` slots at a time. A request waits at most ``timeout`` seconds for a slot.
         """
         self.models = models
         self.started = time.time()
         self.began = time.monotonic()
-        self._leases = leases
+        self._max_leases = max_leases
         self._timeout = timeout
         # guards: ``_clients``, ``_remote_calls``, ``_is_ending``, and the call of a client
         self._changed = threading.Condition()
@@ -286,7 +286,7 @@ class Clients:
                 raise _stopping()
             former = client.call
             client.call = call = SessionCall(
-                client, client.model, leases=self._leases, timeout=self._timeout, on_ended=self._request_ended
+                client, client.model, max_leases=self._max_leases, timeout=self._timeout, on_ended=self._request_ended
             )
         try:
             if former is not None:

@@ -46,11 +46,14 @@ class DaemonConfig(HostTierConfig):
         metavar="NAME|PATH",
         parse=_folder,
     )
-    leases: int = option(LEASES, "maximum number of slots that a client may hold at once", metavar="N", numbers=SEVERAL)
+    max_leases: int = option(
+        LEASES, "maximum number of slots that a client may hold at once", name="leases", metavar="N", numbers=SEVERAL
+    )
     max_clients: int = option(64, "maximum number of clients at once", metavar="N", numbers=SEVERAL)
-    wait: float = option(
+    slot_timeout: float = option(
         SLOT_TIMEOUT,
         f"longest time that a request waits for a free slot before it fails (default: {SLOT_TIMEOUT:g})",
+        name="wait",
         metavar="SECONDS",
         numbers=WAIT,
     )

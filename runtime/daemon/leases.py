@@ -84,7 +84,7 @@ class CallLeases:
     def __init__(self, host: HostTier, *, timeout: float) -> None:
         """A call waits at most ``timeout`` seconds for a slot."""
         self._timeout = timeout
-        self._session = host.session(self._deliver, leases=CALLS, timeout=timeout)
+        self._session = host.session(self._deliver, max_leases=CALLS, timeout=timeout)
         self._numbers = itertools.count(1)
         self._answers: dict[int, SimpleQueue[SessionEvent | None]] = {}  # keys: the numbers of the calls' requests
 

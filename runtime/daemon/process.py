@@ -123,7 +123,7 @@ def _start(
     make_folder(config.folder)
     was_killed = closing.enter_context(locked_folder(config.folder))
     models = open_models(config, stores, manager, closing, was_killed=was_killed)
-    clients = Clients(models, leases=config.leases, timeout=config.wait)
+    clients = Clients(models, max_leases=config.max_leases, timeout=config.slot_timeout)
     servers, listen = _start_servers(config, clients, token, credentials, closing)
     control = ControlServer(
         config.folder,

@@ -74,7 +74,7 @@ def open_models(
         host = closing.enter_context(
             HostTier.open(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
         )
-        model = HostedModel(store.manifest, host, store.directory, timeout=config.wait, learn=config.learn)
+        model = HostedModel(store.manifest, host, store.directory, timeout=config.slot_timeout, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.log_condemned)

@@ -52,7 +52,7 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
     folder = PageFolder(disk, name, binding_of(model, manifest))
     has_states = runner.state_memory is not None
     with closed_on_error(folder):
-        return SavedPages(folder, runner.memory, model.tiers.origin.order, keys, has_states=has_states)
+        return SavedPages(folder, runner.memory, model.tiers.origin.disk_order, keys, has_states=has_states)
 
 
 class Engine(Closeable):

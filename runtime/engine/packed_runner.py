@@ -22,7 +22,7 @@ from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import NAME, WITH_SINKS
 from moetier.runtime.kernels.layer.attention_code import NO_WINDOW
 from moetier.runtime.kernels.layer.masks import Band, band_mask
-from moetier.runtime.kernels.layer.packing import Part, packed
+from moetier.runtime.kernels.layer.packing import PackedQuery, packed
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.kernels.layer.pages import KeyPages
 from moetier.runtime.libraries.transformers_internals import attention_of
@@ -172,7 +172,7 @@ class _Step:
         for task, *parts in zip(self._tasks, torch.split(keys, counts, 2), torch.split(values, counts, 2), strict=True):
             self._memory.write(layer, task.pages, task.begin, *parts)
 
-    def parts(self, layer: int, query: Tensor) -> Iterator[Part]:
+    def parts(self, layer: int, query: Tensor) -> Iterator[PackedQuery]:
         """Yield the attention of each task: query is [1, heads, tokens, width]."""
         window = self._windows[layer]
         queries = torch.split(query, [task.tokens for task in self._tasks], 2)
@@ -180,7 +180,7 @@ class _Step:
             first = 0 if window is None else max(0, task.begin - window + 1)
             band = Band(first, window or NO_WINDOW, pages)
             mask = band_mask(task.tokens, task.end - first, band, query.device)
-            yield Part(q, *self._memory.layers[layer], mask)
+            yield PackedQuery(q, *self._memory.layers[layer], mask)
 
 
 class _PackedCache(Cache):

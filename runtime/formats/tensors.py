@@ -52,9 +52,9 @@ class SourceTensor(ABC):
 
     is_plain: ClassVar[bool] = False  # whether ``read`` returns the very numbers of one stored tensor
     reads_rows: ClassVar[bool] = True  # whether reading a few rows does not read the whole tensor
-    # Whether `convert` keeps the weights of experts as they are stored, unless --bits is given. If records can't hold
-    # them so (``record_projection``), True makes `convert` refuse the checkpoint without --bits. With False, it
-    # quantises such weights anew, to 4 bits, and says so.
+    # What `convert` does with the weights of experts without --bits. True: it keeps them as they are stored, and
+    # refuses the checkpoint if records can't hold them so (``record_projection``). False: it quantises them anew, to
+    # 4 bits, and says so.
     is_kept: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # a property would be taken for the default of a field

@@ -39,7 +39,7 @@ class Origin:
     host: CopySource[memoryview]
     where: str  # description of the tier for a user
     close: Callable[[], None]
-    order: DiskOrder  # when pages of keys and values may be read and written beside the records
+    disk_order: DiskOrder  # when pages of keys and values may be read and written beside the records
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
     daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
@@ -89,7 +89,7 @@ def _mapped(daemon: Address, location: Path, manifest: Manifest) -> Origin:
 
     assert daemon.folder is not None
     host = DaemonTier.open(daemon.folder, location, manifest)
-    return Origin(host, f"the daemon {daemon}", host.close, host.order, daemon=host)
+    return Origin(host, f"the daemon {daemon}", host.close, host.disk_order, daemon=host)
 
 
 def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig, *, computes: bool) -> Origin:
@@ -117,4 +117,4 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
             # closed before the tier, whose close() waits for reads, which may wait for daemons
             closing.callback(store.close)
         close = closing.pop_all().close
-        return Origin(host, where, close, host.page_order, learner, store.shares, remote_compute=remote_compute)
+        return Origin(host, where, close, host.disk_order, learner, store.shares, remote_compute=remote_compute)

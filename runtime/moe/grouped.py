@@ -2,8 +2,8 @@
 
 Experts of many tokens are computed in groups, in ascending order, and each group's outputs are added to the tokens'
 sums. So each expert is leased once for all tokens of a prompt, and the memory for outputs is that of one group.
-A long prompt needs nearly all experts, of which memory keeps those of its last tokens. So the next block's experts are
-read while the layers before it are computed.
+A long prompt uses nearly all experts. Those of its last tokens stay in memory, as the next tokens need them. The next
+block's experts are read while the layers before it are computed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECENT = 48  # last tokens of a prompt, whose experts stay in memory: the next t
 GROUP_OUTPUTS = 2048  # most outputs of a group of experts: [GROUP_OUTPUTS, hidden] numbers, and as many inputs
 
 
-class Part(NamedTuple):
+class DemandPart(NamedTuple):
     """The outputs of some experts of a demand, which are computed together."""
 
     x: Tensor  # [tokens, hidden]
@@ -57,7 +57,7 @@ def compute_token(
     def tokens_of() -> TokensOfExperts:
         return {expert: ([0], [place]) for expert, place in places.items()}
 
-    _compute(kernels, demand, Part(x, places, tokens_of, compute, outputs))
+    _compute(kernels, demand, DemandPart(x, places, tokens_of, compute, outputs))
     order = torch.tensor(sorted(range(len(experts)), key=experts.__getitem__), device=CPU)
     out = torch.empty_like(x)
     kernels.add_up(outputs, weights.reshape(-1), order, torch.tensor((0, len(experts)), device=CPU), out)
@@ -227,7 +227,7 @@ def _add_group(
     kernels.add_up(computed, outputs.weights[places], order, bounds, sums, is_part=of_total > 0)
 
 
-def _part(kernels: ExpertKernels, x: Tensor, spans: Mapping[int, Span], rows: Tensor, outputs: Tensor) -> Part:
+def _part(kernels: ExpertKernels, x: Tensor, spans: Mapping[int, Span], rows: Tensor, outputs: Tensor) -> DemandPart:
     """Return the part of a demand that is a group of experts.
 
     Args:
@@ -251,10 +251,10 @@ def _part(kernels: ExpertKernels, x: Tensor, spans: Mapping[int, Span], rows: Te
     def tokens_of() -> TokensOfExperts:
         return {expert: (rows[begin:end].tolist(), range(begin, end)) for expert, begin, end in spans.values()}
 
-    return Part(x, spans, tokens_of, compute, outputs)
+    return DemandPart(x, spans, tokens_of, compute, outputs)
 
 
-def _compute(kernels: ExpertKernels, demand: BlockDemand, part: Part, of_total: int = 0) -> None:
+def _compute(kernels: ExpertKernels, demand: BlockDemand, part: DemandPart, of_total: int = 0) -> None:
     """Compute a part of a demand, some experts on other hosts. ``of_total`` is that of ``ExpertSource.acquire``."""
     experts, left, tiered = part.experts, part.experts, demand.tiered
     if tiered.remote_compute is not None:

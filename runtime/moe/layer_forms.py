@@ -39,7 +39,7 @@ _FACTORS = ("residual_multiplier",)  # attributes of layers by which results are
 _SCALES = (1.0, 30.0)
 _FAR = 100_003  # position of the token in a trial
 
-Compute = Callable[..., Tensor | None]  # ``OneTokenLayer.of`` with a form
+Compute = Callable[..., Tensor | None]  # ``OneTokenLayer.compute`` with a form
 
 
 class Parts(NamedTuple):

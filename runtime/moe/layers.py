@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class QuickLayer:
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Compute as the architecture does: [batch, tokens, hidden]."""
-        y = self.quick_layer.of(self, *arguments, **named)
+        y = self.quick_layer.compute(self, *arguments, **named)
         return super().forward(*arguments, **named) if y is None else y  # type: ignore[misc]
 
 
@@ -57,7 +57,7 @@ class OneTokenLayer:
     def __deepcopy__(self, _: Any) -> OneTokenLayer:
         return OneTokenLayer(self._known)
 
-    def of(
+    def compute(
         self, layer: Any, hidden_states: Tensor | None = None, *more: Any, position_embeddings: Any = None, **named: Any
     ) -> Tensor | None:
         """Compute a layer for hidden_states [1, 1, hidden], and append the token's key and value to the cache.
@@ -102,7 +102,7 @@ class OneTokenLayer:
             self._keys.add(key)
             if key not in self._known:
                 with CPU:
-                    self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).of)
+                    self._known[key] = find_form(layer, *kind, lambda form: _Tried(form).compute)
             form = self._known[key]
         if form is None:
             self._local.refused = kind
@@ -118,30 +118,49 @@ class OneTokenLayer:
         is_observed = any(call.observed)
         if is_observed:
             call.tell(0, call.second, (total,), {})
-        if call.routing is None:
+        if (routed := call.routed) is None:
             y = call.block(normed)
         else:
-            logits, weights, experts = call.routing
             if is_observed:
-                call.tell(1, call.router, (call.row,), (logits.to(call.logit_dtype), weights, experts))
-                call.tell(2, call.experts, (call.row, experts, weights), {})
+                logits = routed.logits.to(routed.logit_dtype)
+                call.tell(1, call.router, (routed.row,), (logits, routed.weights, routed.experts))
+                call.tell(2, call.experts, (routed.row, routed.experts, routed.weights), {})
             if call.shared is None and call.form.factor == 1.0:
-                return self._mix(call, total)
+                return self._mix(call, routed, total)
             # a module may keep or change what it gets, and the next token overwrites ``normed``
-            y = self._mix(call, None if call.shared is None else call.shared(normed.clone()))
+            y = self._mix(call, routed, None if call.shared is None else call.shared(normed.clone()))
         found: Tensor = total + (y if call.form.factor == 1.0 else y * call.form.factor)
         return found
 
-    def _mix(self, call: _Call, more: Tensor | None) -> Tensor:
+    def _mix(self, call: _Call, routed: _Routed, more: Tensor | None) -> Tensor:
         """Compute the experts, and add ``more`` [1, 1, hidden] if it is given. Return the sum, or [1, hidden]."""
-        _, weights, experts = call.routing
         # what a module has returned may be of any type and shape; then torch adds it
-        added = more if more is call.total or (more is not None and is_row_like(more, call.row)) else None
-        y = one_token(call.experts, call.row, call.chosen.tolist(), weights, added)
+        added = more if more is call.total or (more is not None and is_row_like(more, routed.row)) else None
+        y = one_token(call.experts, routed.row, routed.chosen.tolist(), routed.weights, added)
         if y is None:
-            y, added = call.experts.forward(call.row, experts, weights), None
+            y, added = call.experts.forward(routed.row, routed.experts, routed.weights), None
         found: Tensor = y if more is None or more is added else more + y
         return found
+
+
+class _Routed(NamedTuple):
+    """The input and the results of a layer's router. Each run of the layer overwrites them."""
+
+    row: Tensor  # [1, hidden]
+    logits: Tensor  # [1, experts]
+    logit_dtype: torch.dtype  # of the logits that the router itself returns
+    weights: Tensor  # [1, top_k]
+    experts: Tensor  # [1, top_k], int64
+    chosen: Any  # ``experts[0]`` as an array of numpy
+
+
+class _Steps(NamedTuple):
+    """The program of a layer's steps, and what it was made for."""
+
+    variant: tuple[int, int, bool]  # threads of torch, those of the attention, and whether keys are in 8 bits
+    attention: AttentionTasks
+    program: Program
+    routed: _Routed | None  # None without a router
 
 
 class _Call:
@@ -167,38 +186,39 @@ class _Call:
         self._before = norm_task(self._first, adds=False)
         self._between = norm_task(self.second, adds=True, factor=form.factor)
         self._before.context[Y], self._between.context[MORE] = (self._states[i].data_ptr() for i in (2, 3))
-        self.routing: Any = None  # logits, weights and experts, which each run overwrites; None without a router
-        # threads to compute with, those of the attention kernel, and whether keys and values are in 8 bits
-        self._variant: tuple[int, int, bool] | None = None
+        self._steps: _Steps | None = None  # those of the latest run
 
-    def _prepare(self, variant: tuple[int, int, bool]) -> bool:
+    @property
+    def routed(self) -> _Routed | None:
+        """The router's results in the latest run; None without a router."""
+        return None if self._steps is None else self._steps.routed
+
+    def _prepare(self, variant: tuple[int, int, bool]) -> _Steps | None:
         """Make the program for numbers of threads, and for keys and values in 8 bits or not.
 
-        Returns whether it could be made: parts may have been replaced by some that only the architecture's code takes.
+        Returns None if parts have been replaced by some that only the architecture's code takes.
         """
         for weight in (self._first.weight, self.second.weight):
             if (weight.dtype, weight.shape) != (self.kind[0], (self.columns,)) or not is_readable(weight):
-                return False
+                return None
         _, threads, has_codes = variant
         tasks = AttentionTasks.of(self.attention, self.form.sizes, self.kind[0], threads, has_codes=has_codes)
         if tasks is None or tasks.columns != self.columns:
-            return False
+            return None
         tasks.place(*(self._states[i].data_ptr() for i in (2, 3)))
-        all_ = [self._before, *tasks.tasks, self._between]
+        all_, routed = [self._before, *tasks.tasks, self._between], None
         if self.router is not None:
             routing = self.router.quick_router.routing(self.router, self.kind[0])
             tensors = tensors_of(self.router, self.block)
             if routing is None or not routing.fits(*tensors) or tensors[0].shape[1] != self.columns:
-                return False
+                return None
             choice = RoutingTasks(routing.variant, self.kind[0], *tensors)
-            self.routing = choice.place(self._states[1], *tensors)
-            self.logit_dtype = routing.variant.logit_dtype
+            logits, weights, experts = choice.place(self._states[1], *tensors)
             self._write(*self._states[:2])
-            self.row, self.chosen = self._states[1][0], self.routing[2][0].numpy()
+            logit_dtype, row = routing.variant.logit_dtype, self._states[1][0]
+            routed = _Routed(row, logits, logit_dtype, weights, experts, experts[0].numpy())
             all_ += choice.tasks
-        self._program = Program(all_)
-        self._attention, self._variant = tasks, variant
-        return True
+        return _Steps(variant, tasks, Program(all_), routed)
 
     def _write(self, total: Tensor, normed: Tensor) -> None:
         self._between.context[SUM], self._between.context[Y] = total.data_ptr(), normed.data_ptr()
@@ -221,17 +241,19 @@ class _Call:
         If the steps include the router, the next token overwrites both. Returns None, and changes nothing, if the
         layer's parts don't fit the form.
         """
-        if (variant := (torch.get_num_threads(), token.threads, token.has_codes)) != self._variant:
+        variant, steps = (torch.get_num_threads(), token.threads, token.has_codes), self._steps
+        if steps is None or steps.variant != variant:
             with without_subclasses():
-                if not self._prepare(variant):
+                if (steps := self._prepare(variant)) is None:
                     return None
+            self._steps = steps
         total, normed = self._states[:2]
         if self.router is None:
             total, normed = torch.empty_like(x), torch.empty_like(x)
             self._write(total, normed)
         self._before.context[X] = self._between.context[X] = x.data_ptr()
-        self._attention.at(token)
-        self._program.run()
+        steps.attention.at(token)
+        steps.program.run()
         return total, normed
 
 
@@ -260,7 +282,6 @@ class _Tried(OneTokenLayer):
     def _new_call(self, layer: Any, kind: tuple[torch.dtype, int]) -> _Call | None:
         return _Call(layer, self._form, kind)
 
-    def _mix(self, call: _Call, more: Tensor | None) -> Tensor:
-        _, weights, experts = call.routing
-        y: Tensor = call.experts(call.row, experts, weights)
+    def _mix(self, call: _Call, routed: _Routed, more: Tensor | None) -> Tensor:
+        y: Tensor = call.experts(routed.row, routed.experts, routed.weights)
         return y if more is None else more + y

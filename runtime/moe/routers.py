@@ -53,7 +53,7 @@ class QuickRouter:
 
         ``arguments``: the hidden states, and the router's further arguments: none, or a correction [experts].
         """
-        output = None if named or not arguments else self.quick_router.of(self, *arguments)
+        output = None if named or not arguments else self.quick_router.compute(self, *arguments)
         return super().forward(*arguments, **named) if output is None else output  # type: ignore[misc]
 
 
@@ -84,7 +84,7 @@ class RowRouter:
         variant = self._variants[key]
         return None if variant is None else CompiledRouter(variant)
 
-    def of(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    def compute(self, router: Any, x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits [rows, experts], weights [rows, top_k] and experts [rows, top_k] of x [rows, columns].
 
         x may have other leading dimensions. Returns None for other inputs.
@@ -96,7 +96,7 @@ class RowRouter:
             if (routing := self.routing(router, x.dtype)) is None:
                 return None
             (correction,) = more or _corrections(router)
-            return routing.of(x, weight, parameters_of(router).get("bias"), correction)
+            return routing.compute(x, weight, parameters_of(router).get("bias"), correction)
 
 
 def tensors_of(router: Any, parent: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -105,7 +105,7 @@ class Shortcut:
 
     def predict(self, hidden: Tensor) -> Prediction:
         """Return ``rank(hidden).prediction()`` for a single token on a CPU: ``hidden`` is [1, hidden size]."""
-        scores = None if self._scores is None else self._scores.of(hidden)
+        scores = None if self._scores is None else self._scores.compute(hidden)
         if scores is None:
             return self.rank(hidden).prediction()
         if self._biases is not None:

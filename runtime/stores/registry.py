@@ -11,13 +11,13 @@ from pkgutil import resolve_name
 
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import DirectoryStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 # Module and class of each store. The order does not matter, as the classes recognise different locations. Only in a
 # directory with the files of two stores, the first class opens it.
 STORES = [
     "moetier.tiers.store.mirror:MirroredStore",
-    "moetier.tiers.store.reader:ExpertStore",
+    "moetier.tiers.store.reader:ShardStore",
     "moetier.tiers.objects.cache:CachedStore",
     "moetier.runtime.stores.checkpoint_store:CheckpointStore",
 ]
@@ -42,4 +42,4 @@ def read_manifest(location: Path) -> Manifest:
 def _class_for(location: Path) -> type[DirectoryStore]:
     """Return the class of the store at ``location``. Modules of later classes in ``STORES`` are not imported."""
     recognising = (store_class for store_class in map(resolve_name, STORES) if store_class.recognises(location))
-    return next(recognising, ExpertStore)  # its errors say that there is no store, and how one is made
+    return next(recognising, ShardStore)  # its errors say that there is no store, and how one is made

@@ -48,7 +48,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Stores and formats": (
         "moetier.tiers.store.Store", "moetier.tiers.store.DirectoryStore", "moetier.tiers.store.WrapperStore",
-        "moetier.runtime.stores.registry.open_store", "moetier.tiers.store.ExpertStore",
+        "moetier.runtime.stores.registry.open_store", "moetier.tiers.store.ShardStore",
         "moetier.tiers.store.StoreWriter", "moetier.tiers.store.ShardWriter", "moetier.tiers.manifest.Manifest",
         "moetier.tiers.manifest.Block", "moetier.tiers.layout.Projection", "moetier.tiers.layout.RecordLayout",
         "moetier.testing.StoreTests", "moetier.testing.FormatTests",

@@ -18,7 +18,7 @@ from torch import Tensor
 from moetier.runtime.checkpoint.safetensors_folder import WEIGHTS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.quant.codec import sections
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is a thread that stays
 
@@ -86,7 +86,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def stored_experts(folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
     """Return the experts of a model directory of 16 bits: (path of the module, expert) -> its parameters, in order."""
     experts = {}
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         for block, entry in enumerate(store.manifest.blocks):
             layout = store.layout(block)
             for expert in range(entry.experts):

@@ -34,6 +34,9 @@ class FakeEvent:
         if self.done:
             return
         self.device.waits_of_the_host += 1
+        error, self.device.wait_error = self.device.wait_error, None
+        if error is not None:
+            raise error
         if self.stream is self.device.copies:
             assert self.device.copy_may_end.wait(PATIENCE)
         if self.device.forgets is not Order.REUSE_AFTER_COPY:
@@ -88,6 +91,7 @@ class FakeDevice:
         self.locked: dict[int, int] = {}  # bytes of page-locked memory, by address
         self.waits_of_the_host = 0  # for events that were not done
         self.copy_error: Exception | None = None  # of the next copy
+        self.wait_error: Exception | None = None  # of the host's next wait for an event
         self.copying = 0  # copies that callers are about to queue
         self.copy_may_begin = threading.Event()  # a call that queues a copy returns only then
         self.copy_may_begin.set()

@@ -92,7 +92,7 @@ def _check_waiting(waiting: WaitingDemands, demands: Collection[Demand]) -> None
     """Assert that no asynchronous demand is lost, and that none of them waits although it can go on."""
     for caller in {demand.caller for demand in demands if isinstance(demand.caller, AsyncCaller)}:
         assert set(caller.demands.values()) == {demand for demand in demands if demand.caller is caller}
-        assert caller.outstanding <= caller.leases
+        assert caller.outstanding <= caller.max_leases
         for demand in caller.demands.values():
             rechecked = demand in waiting._rechecks
             assert rechecked or not demand.ready, "slots that are ready are granted at once"

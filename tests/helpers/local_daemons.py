@@ -22,7 +22,7 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
     """Serves ``host``, which stays the caller's; yields the folder where clients find it."""
     make_folder(folder)
     model = HostedModel(manifest, host, directory, timeout=PATIENCE)
-    clients = Clients({manifest.digest: model}, leases=8, timeout=PATIENCE)
+    clients = Clients({manifest.digest: model}, max_leases=8, timeout=PATIENCE)
     server = local_server(clients, sessions=8)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()

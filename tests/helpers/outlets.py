@@ -20,7 +20,7 @@ from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PLAIN = Credentials(insecure=True)
 
@@ -83,7 +83,7 @@ def served(host: HostTier) -> Iterator[Address]:
 def served_folder(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Address, HostTier, FetchCalls]]:
     """A host tier of ``slots`` slots, and where its records are fetched."""
     counts = {"records": slots}
-    with ExpertStore.open(folder) as store, HostTier(store, slots=counts) as host:
+    with ShardStore.open(folder) as store, HostTier(store, slots=counts) as host:
         fetches = FetchCalls(host, store.manifest, counts, **bounds)
         try:
             with serving(outlet_of(fetches, store.manifest)) as address:

@@ -36,7 +36,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import ExpertSource
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 BLOCKS, EXPERTS, TOP_K = 32, 8, 2
 
@@ -86,7 +86,7 @@ def hits(folder: Path, manifest: Manifest, rounds: int) -> None:
 def misses(folder: Path, manifest: Manifest, rounds: int) -> None:
     ram = TOP_K * manifest.layout(0).slot_bytes
     with (
-        ExpertStore.open(folder / "store") as store,
+        ShardStore.open(folder / "store") as store,
         HostTier(store, slots=slots_for(manifest, ram)) as embedded,
         running_daemon(folder / "store", ram=ram, folder=folder / "cold") as daemon,
         relay(daemon.folder, folder / "beside") as between,

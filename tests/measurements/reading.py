@@ -26,7 +26,7 @@ from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tools.bench.disk import store_rate
 
 GEOMETRIES = {"2.6 MB": (layout_of(424, 1024), 2, 128), "88 MB": (layout_of(3584, 4096), 2, 8)}
@@ -43,7 +43,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             make_store(Path(folder), blocks=blocks, experts=experts, layout=layout)
             reads(name, Path(folder), arguments.seconds, arguments.rounds)
-            with ExpertStore.open(Path(folder)) as store:
+            with ShardStore.open(Path(folder)) as store:
                 restarts(store, arguments.rounds)
 
 
@@ -57,7 +57,7 @@ def reads(name: str, folder: Path, seconds: float, rounds: int) -> None:
         for way, (allowed, readers) in ways.items():
             os.sched_setaffinity(0, allowed)  # threads inherit it, those of the store too
             try:
-                with ExpertStore.open(folder) as store:
+                with ShardStore.open(folder) as store:
                     before = time.process_time()
                     rates[way].append(store_rate(store, store.layout(0).slot_bytes, readers, seconds))
                     used[way].append((time.process_time() - before) / seconds)
@@ -69,7 +69,7 @@ def reads(name: str, folder: Path, seconds: float, rounds: int) -> None:
         print(f"{name:<8} {way}: {median(measured) / 1e9:.2f} GB/s, {median(used[way]):.1f} cores busy{compared}")
 
 
-def restarts(store: ExpertStore, rounds: int) -> None:
+def restarts(store: ShardStore, rounds: int) -> None:
     """Fills an arena, and takes it back as a daemon takes that of a killed one."""
     manifest = store.manifest
     slots = dict.fromkeys(manifest.layouts, manifest.record_count)

@@ -46,11 +46,11 @@ def never(*_: Any, **__: Any) -> None:
 
 
 # way -> what is replaced: an object, the name of its attribute, and the value
-LAYERS = (OneTokenLayer, "of", never)  # a layer is computed by several modules
+LAYERS = (OneTokenLayer, "compute", never)  # a layer is computed by several modules
 WAYS: dict[str, list[tuple[Any, str, Any]]] = {
     "all": [],
     "no layers": [LAYERS],
-    "nor routing": [LAYERS, (CompiledRouter, "of", never)],
+    "nor routing": [LAYERS, (CompiledRouter, "compute", never)],
     "nor norm": [LAYERS, (norm, "rms_norm", never)],
     "nor row": [LAYERS, (RowMatrix, "multiply", never)],
     "nor attention": [LAYERS, (attention, "_fits", never)],

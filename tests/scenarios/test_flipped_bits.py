@@ -29,7 +29,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PLAIN = Credentials(insecure=True)
 
@@ -137,7 +137,7 @@ def test_computations(wire: Flips, manifest: Manifest, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("steps", STEPS)
 def test_records(wire: Flips, manifest: Manifest, tinymix_4bit: Path, steps: tuple[int, int]) -> None:
     key = ExpertKey(1, 2)
-    with ExpertStore.open(tinymix_4bit) as store:
+    with ShardStore.open(tinymix_4bit) as store:
         wanted = read_record(store, key)
     with spread_over(wire, manifest) as reader:
 

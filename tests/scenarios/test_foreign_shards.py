@@ -33,7 +33,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store import reader
 from moetier.tiers.store.folder import GROUP, read_manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.main import main
 
@@ -175,7 +175,7 @@ def test_an_older_store_is_checked_while_a_process_computes_from_it(
     monkeypatch.setattr(ShardFile, "stored_checksums", slowly)
     found = threading.Event()
     with (
-        ExpertStore.open(swapped) as store,
+        ShardStore.open(swapped) as store,
         HostTier.open(store, slots=slots_for(store.manifest, 12 * SLOT)) as host,
     ):
         list(host.acquire(keys(0, 0, 1)))

@@ -10,7 +10,7 @@ from stores import edit, make_store, read_records
 
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 MANIFEST = ("attributes", "moetier")
 
@@ -44,7 +44,7 @@ def test_a_manifest_that_is_not_of_this_format(
     make_store(tmp_path)
     edit(tmp_path / GROUP / METADATA, *keys, to=value)
     with pytest.raises(StoreFormatError, match=message):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
 
 
 def test_an_array_that_would_lie_outside_the_store_is_refused(tmp_path: Path) -> None:
@@ -52,11 +52,11 @@ def test_an_array_that_would_lie_outside_the_store_is_refused(tmp_path: Path) ->
     path = tmp_path / GROUP / METADATA
     path.write_text(path.read_text().replace('"records"', '"../records"'))
     with pytest.raises(StoreFormatError, match="can't be the name of an array"):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
 
 
 def test_unknown_optional_keys_are_ignored(tmp_path: Path) -> None:
     records = make_store(tmp_path)
     edit(tmp_path / GROUP / METADATA, *MANIFEST, "colour", to="blue")
-    with ExpertStore.open(tmp_path) as store:
+    with ShardStore.open(tmp_path) as store:
         assert read_records(store) == records

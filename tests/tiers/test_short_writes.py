@@ -57,7 +57,7 @@ RECORDS = (
 from stores import make_plan, make_records
 from moetier.tiers.errors import TargetError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.writer import StoreWriter
 
 plan = make_plan(blocks=1)
@@ -76,7 +76,7 @@ for limit in (20_000, None):
         else:
             assert not limit
             writer.finish()
-with ExpertStore.open(folder) as store:
+with ShardStore.open(folder) as store:
     for key in records:
         view = memoryview(mmap.mmap(-1, store.layout(0).slot_bytes))
         store.read_into(key, view)

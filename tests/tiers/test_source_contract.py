@@ -32,7 +32,7 @@ from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource, Lease
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PLAN = make_plan(blocks=3, experts=6, top_k=2)
 RECORDS = make_records(PLAN)
@@ -50,7 +50,7 @@ class Opened:
 
     source: ExpertSource[Any]
     host: HostTier
-    store: ExpertStore
+    store: ShardStore
     data: Callable[[Lease[Any]], bytes]  # what a computation on the lease sees
 
     def take(self, block: int, *experts: int) -> list[ExpertKey]:
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def open_source(kind: str, folder: Path, slots: dict[str, int]) -> Iterator[Opened]:
     with contextlib.ExitStack() as closing:
-        store = closing.enter_context(ExpertStore.open(folder))
+        store = closing.enter_context(ShardStore.open(folder))
         host = closing.enter_context(HostTier(store, slots=slots, loaders=2))
         below: ExpertSource[memoryview] = host
         if "daemon" in kind:

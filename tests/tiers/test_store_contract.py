@@ -30,7 +30,7 @@ from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.base import DirectoryStore, Store, WrapperStore
 from moetier.tiers.store.folder import GROUP, read_json
 from moetier.tiers.store.mirror import MirroredStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.scrubbable import Scrubbable
 from moetier.tiers.store.shard import ShardFile
 
@@ -46,7 +46,7 @@ class TestExpertStore(StoreTests):
 
 class TestWrapperStore(TestExpertStore):
     def open(self, folder: Path) -> WrapperStore:
-        return WrapperStore(ExpertStore.open(folder))
+        return WrapperStore(ShardStore.open(folder))
 
     def test_it_passes_everything_to_the_store_that_it_wraps(self) -> None:
         bases = Store, DirectoryStore, Scrubbable
@@ -61,7 +61,7 @@ class TestMirroredStore(TestExpertStore):
 
     @contextlib.contextmanager
     def open(self, folder: Path) -> Iterator[Store]:
-        with MirroredStore([ExpertStore.open(folder), ExpertStore.open(folder)]) as store:
+        with MirroredStore([ShardStore.open(folder), ShardStore.open(folder)]) as store:
             yield store
 
 

@@ -106,12 +106,12 @@ class Partitions:
         return sorted(range(len(self._policies)), key=lambda number: -self._surplus(number))
 
 
-class Lookup(Enum):
-    """The state of a record in a pool."""
+class SlotState(Enum):
+    """The state of a record's slot. EMPTY also stands for a record without a slot."""
 
-    MISS = "it has no slot"
-    LOADING = "its slot is LOADING"
-    HIT = "its slot is READY"
+    EMPTY = "no slot has the record"
+    LOADING = "its slot is being filled"
+    READY = "its slot holds it"
 
 
 class SlotCounts(NamedTuple):
@@ -163,11 +163,11 @@ class SlotPool:
         """Return the slot that holds the record of ``key`` or is being filled with it, or None."""
         return self._slots.get(key)
 
-    def lookup(self, key: ExpertKey) -> Lookup:
-        """Return the state of the record of ``key``."""
+    def state_of(self, key: ExpertKey) -> SlotState:
+        """Return the state of the slot of the record of ``key``; EMPTY if it has none."""
         if (slot := self._slots.get(key)) is None:
-            return Lookup.MISS
-        return Lookup.LOADING if slot in self._loading else Lookup.HIT
+            return SlotState.EMPTY
+        return SlotState.LOADING if slot in self._loading else SlotState.READY
 
     @property
     def keys(self) -> list[ExpertKey]:
@@ -247,7 +247,7 @@ class SlotPool:
         self._pins[slot] += 1
 
     def pin_ready(self, key: ExpertKey) -> PoolSlot | None:
-        """If the record of ``key`` is a HIT, pin its slot and return the slot; otherwise return None."""
+        """If the slot of the record of ``key`` is READY, pin it, and return it; otherwise return None."""
         if (slot := self._slots.get(key)) is None or slot in self._loading:
             return None
         self._pins[slot] += 1

@@ -49,7 +49,7 @@ class Copies:
 
         The lease may end as soon as this returns. The caller then calls ``complete``. Returns None if the lease is not
         valid any more, because another process has replaced the record; then, and after an exception, the caller
-        calls ``abandon``.
+        calls ``abort``.
         """
         copies, record = self._device.copy_stream(), pool.records[slot]
         for use in pool.used[slot].values():
@@ -70,12 +70,12 @@ class Copies:
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
 
-    def abandon(self, pool: DevicePool, slot: PoolSlot) -> None:
+    def abort(self, pool: DevicePool, slot: PoolSlot) -> None:
         """Give up a copy into a slot, whether or not the copy was queued. Later copies into the slot come after it."""
         for stream in (self._device.copy_stream(), *([self._device.arranging_stream()] if self._arrange else ())):
             pool.used[slot][stream] = stream.record_event()
         ended = pool.copied[slot] = pool.used[slot][self._device.copy_stream()]
-        self._ring.abandon(ended)
+        self._ring.abort(ended)
 
     def close(self) -> None:
         """Release the buffers, and the views, which keep the host tier's memory alive. All copies have ended."""

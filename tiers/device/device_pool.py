@@ -14,6 +14,7 @@ from moetier.tiers.errors import BudgetError
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
+from moetier.tiers.text import format_bytes
 
 from .stream import DeviceStream, StreamDevice, StreamEvent
 
@@ -152,7 +153,7 @@ def _allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int]
             if less == counts:
                 least = sum(count * sizes[array] for array, count in counts.items())
                 raise BudgetError(
-                    f"The device has no room for the {least:,} bytes of the experts that one token needs in one block.",
+                    f"The device has no room for the experts that one token needs in one block: {format_bytes(least)}.",
                     "Free some memory of the device, or run on the CPU: `device` cpu.",
                 ) from None
             counts = less

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.locks import Monitor, transition, waiting
 from moetier.tiers.source import Lease
@@ -39,7 +39,7 @@ class DeviceDemand:
     caller: int  # id of the caller's thread
     is_scan: bool = False  # the demand is for more records than its block can keep
     latest: ExpertKey | None = None  # key of the record that was leased last
-    misses: bool = False  # records of the demand are not on the device; no promotion begins until the demand ends
+    lacks_records: bool = False  # records are not on the device; no promotion begins until the demand ends
     ready: list[PoolSlot] = field(default_factory=list)  # slots that are pinned for the demand, but not leased yet
     leased: tuple[list[PoolSlot], DeviceStream] | None = None  # the slots of all leases, and the stream that uses them
     filling: tuple[PoolSlot, ExpertKey] | None = None  # the slot that is LOADING and its key, until the copy is queued
@@ -58,9 +58,9 @@ class DeviceDemand:
         """Note that a slot was pinned for the demand."""
         self.ready.append(slot)
 
-    def lack_records(self) -> None:
+    def note_lacking(self) -> None:
         """Note that records are not on the device."""
-        self.misses = True
+        self.lacks_records = True
 
     def begin_filling(self, slot: PoolSlot, key: ExpertKey) -> None:
         """Note that a slot will be LOADING."""
@@ -84,14 +84,15 @@ class DeviceDemand:
 
     def end(self) -> bool:
         """End the demand. Return whether records were not on the device, unless it has ended before."""
-        misses, self.misses = self.misses, False
-        return misses
+        lacked, self.lacks_records = self.lacks_records, False
+        return lacked
 
 
 class DeviceFill:
     """Fills the slots of one device tier.
 
-    Methods take the tier's lock. But if a docstring ends with "Part of a transition", the caller already holds it.
+    Public methods, and those with a decorator, take the tier's lock. Callers hold it already for a method whose
+    docstring ends with "Part of a transition", and for all other private methods but ``_transfer``.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class DeviceFill:
         """
         self._check_open()
         pool = demand.pool
-        if pool.lookup(key) is Lookup.HIT:  # another caller has copied the record since the demand began
+        if pool.state_of(key) is SlotState.READY:  # another caller has copied the record since the demand began
             slot = pool.pin_ready(key)
             assert slot is not None
             self._counters.count(joined=1)
@@ -153,7 +154,7 @@ class DeviceFill:
             return True
         if self._slots.is_filling or (slot := self._choose(demand, key.block)) is None:
             return None if wait else False
-        self._begin(demand, slot, key)
+        self._begin_fill(demand, slot, key)
         pool.partitions.touch((key,), is_scan=demand.is_scan)
         return True
 
@@ -187,7 +188,7 @@ class DeviceFill:
             promoter.cancel(key)
             return False
         self._promotion = promotion
-        self._begin(promotion, slot, key, is_prefetch=True)
+        self._begin_fill(promotion, slot, key, is_prefetch=True)
         promoter.begin(key)
         return True
 
@@ -211,7 +212,7 @@ class DeviceFill:
         slot = choose(keep=keep)
         return choose(may_borrow=True) if slot is None else slot
 
-    def _begin(self, demand: DeviceDemand, slot: PoolSlot, key: ExpertKey, *, is_prefetch: bool = False) -> None:
+    def _begin_fill(self, demand: DeviceDemand, slot: PoolSlot, key: ExpertKey, *, is_prefetch: bool = False) -> None:
         demand.begin_filling(slot, key)
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
@@ -246,24 +247,24 @@ class DeviceFill:
             pool.pin(slot)
             self._admit(demand, slot, began)
 
-    def leave(self, demand: DeviceDemand) -> None:
+    def end(self, demand: DeviceDemand) -> None:
         """Stop filling a slot for a demand that ends, if the demand is filling one. Part of a transition."""
         if demand.filling is not None:
-            self._abandon(demand)
+            self._abort(demand)
 
     @transition
     def _fail(self, demand: DeviceDemand, counter: Literal["failures", "discarded"]) -> None:
-        """Abandon the copy for ``demand``, and count it."""
+        """Abort the copy for ``demand``, and count it."""
         self._counters.count(**{counter: 1})
-        self._abandon(demand)
+        self._abort(demand)
 
-    def _abandon(self, demand: DeviceDemand) -> None:
+    def _abort(self, demand: DeviceDemand) -> None:
         assert demand.filling is not None
         slot, key = demand.filling
         self._promoter.outcomes.abort(key)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
-        self._copies.abandon(demand.pool, slot)
+        self._copies.abort(demand.pool, slot)
 
     def _end_filling(self, demand: DeviceDemand) -> None:
         demand.end_filling()

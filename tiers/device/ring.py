@@ -67,7 +67,7 @@ class Ring:
             copied = buffer.copied = stream.record_event()
         return copied
 
-    def abandon(self, ended: StreamEvent) -> None:
+    def abort(self, ended: StreamEvent) -> None:
         """Let no buffer be filled before ``ended``: an exception may have cut a copy off before its own event."""
         for buffer in self._buffers:
             buffer.copied = ended

@@ -27,7 +27,7 @@ from contextlib import closing
 import torch
 
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
@@ -96,7 +96,7 @@ class DeviceTier:
             self._counters,
             promote=lambda lease: self._fill.promote(lease),
             make_room=self.shrink,
-            yields=lambda: self._shrinking is not None or any(demand.misses for demand in self._demands),
+            yields=lambda: self._shrinking is not None or any(demand.lacks_records for demand in self._demands),
         )
         self._fill = DeviceFill(
             self._monitor, self._slots, self._copies, self._counters, self._promoter, self._check_open
@@ -136,14 +136,14 @@ class DeviceTier:
 
     def end_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
-        self._reclaim(threading.get_ident())
+        self._end_caller(threading.get_ident())
         self._source.end_leases()
 
     @transition
-    def _reclaim(self, caller: int) -> None:
+    def _end_caller(self, caller: int) -> None:
         self._end_shrinking(caller)
         for demand in [demand for demand in self._demands if demand.caller == caller]:
-            self._leave(demand)
+            self._end_demand(demand)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies.
@@ -175,7 +175,7 @@ class DeviceTier:
 
     @transition
     def _absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        return [key for key in keys if self._slots.pool(key.block).lookup(key) is not Lookup.HIT]
+        return [key for key in keys if self._slots.pool(key.block).state_of(key) is not SlotState.READY]
 
     @transition
     def stats(self) -> TierStats:
@@ -214,9 +214,11 @@ class DeviceTier:
         if not self._monitor.fork_guard.is_owner:
             return
         self._stop(threading.get_ident())
-        self._end_copies()
-        self._promoter.close()
-        self._slots.clear()
+        try:
+            self._end_copies()
+        finally:
+            self._promoter.close()
+        self._slots.clear()  # not after an exception: copies to this memory may not have ended
         self._copies.close()
 
     # -- transitions --------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ class DeviceTier:
         self._promoter.stop()
         for demand in self._demands:
             if demand.caller == caller:  # an exception has interrupted this demand, as its thread is in ``close`` now
-                self._fill.leave(demand)
+                self._fill.end(demand)
         self._monitor.wake()
 
     @waiting
@@ -318,7 +320,7 @@ class DeviceTier:
                 hits.append(key)
         pool.partitions.touch(reversed(hits), is_scan=demand.is_scan)  # the first key is evicted last
         if missing:
-            demand.lack_records()
+            demand.note_lacking()
         self._counters.count(hits=len(hits), misses=len(missing))
         was_requested = block in self._requested
         self._requested.discard(block)
@@ -379,14 +381,14 @@ class DeviceTier:
 
     @posted
     def _end(self, demand: DeviceDemand) -> None:
-        self._leave(demand)
+        self._end_demand(demand)
 
-    def _leave(self, demand: DeviceDemand) -> None:
+    def _end_demand(self, demand: DeviceDemand) -> None:
         """End a demand: release its leases and all of its slots."""
         self._end_leases(demand)
         while demand.ready:
             demand.pool.unpin(demand.ready.pop())
-        self._fill.leave(demand)
+        self._fill.end(demand)
         self._demands.pop(demand, None)
         if demand.end():
             self._promoter.resume()

@@ -289,7 +289,7 @@ class ExtentStore(DirectoryStore):
                 yield Problem(None, None, str(path), cause)
 
     def path(self, block: int) -> Path:
-        """The first of the files that a block's records are read from."""
+        """Return the first of the files that have a block's records."""
         return self.paths[int(self.table.blocks[block].places[..., 0].min())]
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:

@@ -33,7 +33,7 @@ class Purpose(Enum):
     """The reason why a load was begun."""
 
     DEMAND = "a demand"
-    PREFETCH = "a prefetch request"
+    PREFETCH_REQUEST = "a prefetch request"
     WARMUP = "the warm-up"
 
 
@@ -127,15 +127,15 @@ class AsyncCaller(Caller):
     """A caller that gets events, instead of sleeping until its records are available.
 
     ``deliver`` is called with each event, in any thread, with the tier's lock held. It must neither wait nor call the
-    tier. The caller holds or claims at most ``leases`` slots at a time.
+    tier. The caller holds or claims at most ``max_leases`` slots at a time.
     """
 
     is_asynchronous = True
 
-    def __init__(self, deliver: Callable[[SessionEvent], None], leases: int) -> None:
-        assert leases > 0
+    def __init__(self, deliver: Callable[[SessionEvent], None], max_leases: int) -> None:
+        assert max_leases > 0
         self.deliver = deliver
-        self.leases = leases
+        self.max_leases = max_leases
         self.demands: dict[int, Demand] = {}  # from the number of each demand that is not over to the demand
 
     @property
@@ -145,12 +145,12 @@ class AsyncCaller(Caller):
 
     @property
     def is_full(self) -> bool:
-        """Whether the caller's demands hold or claim ``leases`` slots, so that they may not take more."""
-        return self.outstanding >= self.leases
+        """Whether the caller's demands hold or claim ``max_leases`` slots, so that they may not take more."""
+        return self.outstanding >= self.max_leases
 
     def was_full(self, released: int) -> bool:
         """Return whether the caller was full, and no longer is, since its demands have released so many slots."""
-        return self.outstanding < self.leases <= self.outstanding + released
+        return self.outstanding < self.max_leases <= self.outstanding + released
 
     def open_demands(self) -> Collection[Demand]:
         """Return the caller's demands that are not over."""

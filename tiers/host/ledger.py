@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.cache.pool import Lookup, snapshot
+from moetier.tiers.cache.pool import SlotState, snapshot
 from moetier.tiers.errors import MoetierError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
@@ -125,7 +125,7 @@ class Ledger:
         self.uses.note_demand(hits, demand.pending)
         if demand.pending:
             self._take_slots(demand)
-        # in reverse, so that the first of the keys is evicted last; uses of pending keys are noted once they have slots
+        # Touch the first key last: it is then evicted last. ``_advance`` touches pending keys, once they have slots.
         pool.partitions.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
@@ -282,17 +282,17 @@ class Ledger:
         for key in list(demand.pending):
             if demand.caller.is_full:
                 break
-            match demand.pool.lookup(key):
-                case Lookup.HIT:  # another load has brought the record since this demand began
+            match demand.pool.state_of(key):
+                case SlotState.READY:  # another load has brought the record since this demand began
                     self.counters.count(joined=1)
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
                     self._prefetches.mark_used((key,))
-                case Lookup.LOADING:  # a prefetch or another demand has begun to load the record
+                case SlotState.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)
-                case Lookup.MISS:
+                case SlotState.EMPTY:
                     may_load = may_load and self.loads.begin_for(demand, key)
                     if not may_load:
                         continue

@@ -1,8 +1,8 @@
 """The prefetch queue: records that are to be read before a demand comes, for prefetch requests and for the warm-up.
 
-Also the uses of records, which decide the outcomes of prefetches: by demands of the host tier, and by callers that find
-records without a demand of this tier. Compiled code finds records in the arena's directory, and so do clients of a
-daemon; other demands find copies in the tier above.
+It also counts uses of records, which decide whether a prefetch was useful. Uses are demands of the host tier, and finds
+without one: compiled code and clients of a daemon find records in the arena's directory, other demands find copies in
+the tier above.
 
 This module is a part of the ledger: callers hold the tier's lock, and it does no I/O.
 """
@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
@@ -128,7 +128,7 @@ class PrefetchQueue:
                 if (slot := self._slot_for(request, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.count(prefetched=1)
-                    return NextRead(pool, key, slot, Purpose.PREFETCH, request.is_scan)
+                    return NextRead(pool, key, slot, Purpose.PREFETCH_REQUEST, request.is_scan)
                 self._counters.count(cancelled=1)
         while self._warmup:
             pool, key = self._warmup.popleft()
@@ -234,7 +234,7 @@ class Uses:
         self._prefetches.replace(pool, block, (), None)
         self._counts.update(keys)
         self._counters.count(hits=len(keys))
-        cached = [key for key in keys if pool.lookup(key) is Lookup.HIT]  # others were evicted since
+        cached = [key for key in keys if pool.state_of(key) is SlotState.READY]  # others were evicted since
         self._prefetches.mark_used(cached)
         pool.partitions.touch(reversed(cached), is_scan=len(keys) > pool.partitions.quota(block))
 
@@ -246,7 +246,7 @@ class Uses:
         """Let records of a block be evicted as late as after a demand that uses them."""
         pool = self._pool_of[block]
         keys = (ExpertKey(block, expert) for expert in reversed(experts))
-        pool.partitions.touch(key for key in keys if pool.lookup(key) is Lookup.HIT)
+        pool.partitions.touch(key for key in keys if pool.state_of(key) is SlotState.READY)
 
     def note_client(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""

@@ -30,9 +30,15 @@ class Session(AsyncCaller):
     """
 
     def __init__(
-        self, deliver: Callable[[SessionEvent], None], monitor: Monitor, ledger: Ledger, *, leases: int, timeout: float
+        self,
+        deliver: Callable[[SessionEvent], None],
+        monitor: Monitor,
+        ledger: Ledger,
+        *,
+        max_leases: int,
+        timeout: float,
     ) -> None:
-        super().__init__(deliver, leases)
+        super().__init__(deliver, max_leases)
         self._monitor = monitor
         self._ledger = ledger
         self._manifest, self._uses = ledger.manifest, ledger.uses

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.manifest import Manifest
 
@@ -34,7 +34,7 @@ class HostSlots:
 
     def is_ready(self, key: ExpertKey) -> bool:
         """Return whether the record of ``key`` is READY."""
-        return self.pool_of[key.block].lookup(key) is Lookup.HIT
+        return self.pool_of[key.block].state_of(key) is SlotState.READY
 
     def quotas(self) -> list[int]:
         """Return for each block the quota of its partition, in slots."""

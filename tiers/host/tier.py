@@ -112,7 +112,7 @@ class HostTier(Closeable):
                 loads_rest=loads_rest,
             )
             self.uses = HostUses(self._monitor, self._ledger.uses)
-            self.page_order = PageOrder(self._monitor, self._ledger.loads)
+            self.disk_order = PageOrder(self._monitor, self._ledger.loads)
             self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
             self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
             undo.callback(self.close)
@@ -266,13 +266,13 @@ class HostTier(Closeable):
     # -- other processes, statistics, the end --------------------------------------------------------------------------
 
     def session(
-        self, deliver: Callable[[SessionEvent], None], *, leases: int = LEASES, timeout: float = SLOT_TIMEOUT
+        self, deliver: Callable[[SessionEvent], None], *, max_leases: int = LEASES, timeout: float = SLOT_TIMEOUT
     ) -> Session:
         """Open a session for another process. The caller has to close the session.
 
         Args:
             deliver: called with each event, as ``AsyncCaller`` specifies.
-            leases: the largest number of slots that the session may hold or claim at a time.
+            max_leases: the largest number of slots that the session may hold or claim at a time.
             timeout: seconds without a slot after which a request fails.
 
         Raises:
@@ -280,7 +280,7 @@ class HostTier(Closeable):
             StoreError: the tier was condemned (see ``condemn``).
         """
         self._timekeeper.start()  # before there are requests, in case the thread can't be started
-        return Session(deliver, self._monitor, self._ledger, leases=leases, timeout=timeout)
+        return Session(deliver, self._monitor, self._ledger, max_leases=max_leases, timeout=timeout)
 
     def export(self) -> int:
         """Return a new read-only file descriptor of the arena, which the caller has to close.

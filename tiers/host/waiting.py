@@ -143,7 +143,8 @@ def _exhausted(demand: Demand) -> ExhaustedError:
     caller = demand.caller
     if isinstance(caller, AsyncCaller) and caller.is_full:
         return ExhaustedError(
-            f"The client holds all of its {caller.leases} leases, and released none for {demand.timeout:g} seconds.",
+            f"The client holds all of its {caller.max_leases} leases, and released none "
+            f"for {demand.timeout:g} seconds.",
             "Release leases in the client, or start the daemon with more --leases.",
         )
     return ExhaustedError(

@@ -30,7 +30,7 @@ from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders, 
 from moetier.tiers.store.base import Pause, WrapperStore
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, stored_checksum
 from moetier.tiers.store.folder import FETCHED, METADATA, check_array, has_store, is_cache, read_manifest, store_folder
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import OpenShard, Read, ShardFile, as_bytes, run_reads
 
 from .access_times import ACCESS_TIMES, AccessTimes
@@ -52,7 +52,7 @@ NOT_KEPT = "Records were not kept in the cache."
 class CachedStore(WrapperStore):
     """The records of a model in an object store. It wraps the store in which it caches them."""
 
-    store: ExpertStore
+    store: ShardStore
 
     @classmethod
     def recognises(cls, location: Path) -> bool:
@@ -90,11 +90,11 @@ class CachedStore(WrapperStore):
             for block, file in enumerate(files):
                 shards[block] = OpenShard.open(file, f"block {block}", ())
                 undo.callback(shards[block].close)
-            cached = cls(ExpertStore(folder, manifest, shards, {}, READS), times)
+            cached = cls(ShardStore(folder, manifest, shards, {}, READS), times)
             undo.pop_all()
         return cached
 
-    def __init__(self, store: ExpertStore, times: AccessTimes) -> None:
+    def __init__(self, store: ShardStore, times: AccessTimes) -> None:
         """Cache records in ``store``; ``times`` has the records that are there. ``close`` closes both."""
         super().__init__(store)
         self.folder = store.folder  # experts.zarr

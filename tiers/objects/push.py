@@ -24,7 +24,7 @@ from moetier.tiers.store.folder import (
     read_json,
     store_folder,
 )
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.trunk import check_trunk
 
@@ -62,7 +62,7 @@ def push(
     """
     check_directory(directory)
     store_folder(directory, "pushed")
-    with ExpertStore.open(directory) as store, Objects(address, uploads=True) as objects:
+    with ShardStore.open(directory) as store, Objects(address, uploads=True) as objects:
         manifest = store.manifest
         if manifest.trunk:
             check_trunk(directory, manifest)

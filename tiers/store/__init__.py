@@ -2,7 +2,7 @@
 
 ``base`` has the interface of all stores, also of those in other packages. ``runtime.stores`` opens them.
 
-Other packages use ``base``, ``reader.ExpertStore``, ``mirror``, ``writer.StoreWriter``, ``folder``, ``shard``,
+Other packages use ``base``, ``reader.ShardStore``, ``mirror``, ``writer.StoreWriter``, ``folder``, ``shard``,
 ``trunk``, ``scrub``, ``checksum``, ``unchanged`` and ``atomic``. Only ``writer`` imports zarr.
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .base import DirectoryStore as DirectoryStore
     from .base import Store as Store
     from .base import WrapperStore as WrapperStore
-    from .reader import ExpertStore as ExpertStore
+    from .reader import ShardStore as ShardStore
     from .writer import ShardWriter as ShardWriter
     from .writer import StoreWriter as StoreWriter
 
@@ -22,7 +22,7 @@ __getattr__ = exports(
     __name__,
     {
         "DirectoryStore": "base",
-        "ExpertStore": "reader",
+        "ShardStore": "reader",
         "ShardWriter": "writer",
         "Store": "base",
         "StoreWriter": "writer",

@@ -25,7 +25,7 @@ from moetier.tiers.manifest import Manifest
 
 from .base import DirectoryStore, Pause, WrapperStore
 from .folder import MIRRORS, has_store, is_cache, read_json, read_manifest, store_folder
-from .reader import ExpertStore
+from .reader import ShardStore
 from .shard import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 
 MIN_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
@@ -53,7 +53,7 @@ def read_mirrors(directory: Path) -> list[Path]:
         raise StoreFormatError(f"{path}: {error}.", fix) from error
 
 
-def open_mirror(folder: Path, digest: str) -> ExpertStore:
+def open_mirror(folder: Path, digest: str) -> ShardStore:
     """Open the mirror in ``folder``, even if shards are bad: the property ``faults`` of the result has their errors.
 
     Raises StoreError if there is no complete mirror in the folder, or if its digest is not ``digest``.
@@ -63,10 +63,10 @@ def open_mirror(folder: Path, digest: str) -> ExpertStore:
             f"{folder} is the copy of another store: its digest is {its_digest}, not {digest}.",
             "Remove this folder, and make the mirror again with moetier mirror.",
         )
-    return ExpertStore.open(folder, damaged=True)
+    return ShardStore.open(folder, damaged=True)
 
 
-def _check(store: ExpertStore) -> None:
+def _check(store: ShardStore) -> None:
     """Log a warning for each bad shard of a store that was opened with ``damaged``. If none is bad, check the digest.
 
     Raises ChecksumError if the digest is wrong.
@@ -92,18 +92,18 @@ class MirroredStore(WrapperStore):
     @classmethod
     def read_manifest(cls, location: Path) -> Manifest:
         """Return the manifest of the store at ``location``."""
-        return ExpertStore.read_manifest(location)
+        return ShardStore.read_manifest(location)
 
     @classmethod
     def open(cls, location: Path, *, damaged: bool = False) -> DirectoryStore:
         """Open the store at ``location`` with its mirrors; with ``damaged``, without them.
 
         For each mirror that can't be used, a warning is logged; if none can, the store is opened without them. Else
-        records of a bad shard are read from another copy. Raises the same errors as ``ExpertStore.open``, but errors of
+        records of a bad shard are read from another copy. Raises the same errors as ``ShardStore.open``, but errors of
         a shard only if the shard is bad in all copies.
         """
         if damaged:
-            return ExpertStore.open(location, damaged=True)
+            return ShardStore.open(location, damaged=True)
         directory, digest = store_folder(location).parent, cls.read_manifest(location).digest
         try:
             listed = read_mirrors(directory)
@@ -121,14 +121,14 @@ class MirroredStore(WrapperStore):
                 else:
                     mirrors.append(opening.enter_context(mirror))
             if not mirrors:
-                return ExpertStore.open(location)
-            store = opening.enter_context(ExpertStore.open(location, damaged=True))
+                return ShardStore.open(location)
+            store = opening.enter_context(ShardStore.open(location, damaged=True))
             _check(store)
             mirrored = cls([store, *mirrors])
             opening.pop_all()
             return mirrored
 
-    def __init__(self, stores: Sequence[ExpertStore]) -> None:
+    def __init__(self, stores: Sequence[ShardStore]) -> None:
         """Combine ``stores``: first the model directory's own store, then its mirrors. ``close`` closes all of them.
 
         Raises a StoreError if a shard is bad in all of them.
@@ -154,7 +154,7 @@ class MirroredStore(WrapperStore):
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
         """Read a record from two copies. After an error, read the whole record again from a single copy.
 
-        Raises the same errors as ``ExpertStore.read_into``.
+        Raises the same errors as ``ShardStore.read_into``.
         """
         with self._use:
             self.manifest.check_keys(key.block, (key,))
@@ -291,7 +291,7 @@ class MirroredStore(WrapperStore):
 class _Copy:
     """One copy of the records, the recent rate of its disk, and the number of bytes that are yet to be read from it."""
 
-    def __init__(self, store: ExpertStore) -> None:
+    def __init__(self, store: ShardStore) -> None:
         self.store = store
         self.queued = 0  # number of bytes of parts that are not read yet
         self.damaged: set[ExpertKey] = set()  # records with a wrong checksum

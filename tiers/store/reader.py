@@ -1,4 +1,4 @@
-"""ExpertStore, the SSD tier: open and check a store, and read records into slots.
+"""ShardStore, the SSD tier: open and check a store, and read records into slots.
 
 When a store is opened, the sizes and indexes of all shards are checked. A record is read by ``preadv`` straight into
 the slot, with O_DIRECT if the file system supports it.
@@ -42,7 +42,7 @@ from .shard import (
     store_digest,
 )
 
-# for the check of the digest of an older store, see ``ExpertStore.check_digest``
+# for the check of the digest of an older store, see ``ShardStore.check_digest``
 DIGEST_SECONDS = 0.1  # seconds for which ``open`` waits for the check: enough for a quick disk or a small store
 DIGEST_SHARE = 0.1  # share of the time that the check spends reading, once it runs in the background
 
@@ -50,7 +50,7 @@ DIGEST_SHARE = 0.1  # share of the time that the check spends reading, once it r
 _log = logging.getLogger(__name__)
 
 
-class ExpertStore(DirectoryStore):
+class ShardStore(DirectoryStore):
     """The records of one model directory, in ``experts.zarr``, with an open file for each block."""
 
     @classmethod
@@ -71,7 +71,7 @@ class ExpertStore(DirectoryStore):
         return read_manifest(store_folder(location))
 
     @classmethod
-    def open(cls, folder: Path, *, readers: int = READERS, damaged: bool = False) -> ExpertStore:
+    def open(cls, folder: Path, *, readers: int = READERS, damaged: bool = False) -> ShardStore:
         """Open a store, and check everything except the bytes of the records.
 
         Args:

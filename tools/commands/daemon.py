@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
             ) from None
     with checked():
         config = DaemonConfig.of(
-            tuple(arguments.directories), **{name: getattr(arguments, name) for name in DAEMON_OPTIONS}
+            tuple(arguments.directories),
+            **{field: getattr(arguments, option.name) for field, option in DAEMON_OPTIONS.items()},
         )
     for directory_of_model in arguments.directories:
         note_use_of(directory_of_model)

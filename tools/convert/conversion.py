@@ -179,11 +179,8 @@ class Conversion:
 
     def announce(self) -> list[str]:
         """Return lines that describe what the conversion will do."""
-        manifest, blueprint, trunk = (
-            self.target.manifest,
-            self.planned.blueprint,
-            sum(file.size for file in self.target.trunk),
-        )
+        manifest, blueprint = self.target.manifest, self.planned.blueprint
+        trunk = sum(file.size for file in self.target.trunk)
         bits = manifest.stored_bytes * 8 / self._weights
         peaks = [self.encoder.peak_bytes, *(matrix.peak_bytes for matrix in self.matrices)]
         workers, memory = self.encoder.workers, INTERPRETER_BYTES + max(peaks)

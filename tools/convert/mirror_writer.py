@@ -14,7 +14,7 @@ from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.store.atomic import disk_errors, write_durably
 from moetier.tiers.store.folder import GROUP, MIRRORS, read_manifest, read_plan, store_folder
 from moetier.tiers.store.mirror import read_mirrors
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, is_complete
 from moetier.tools.cli.progress import ByteProgress
@@ -33,7 +33,7 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite:
     """
     directory = store_folder(directory, "mirrored").parent
     check_place(target, directory)
-    with ExpertStore.open(directory) as store:
+    with ShardStore.open(directory) as store:
         manifest = store.manifest
         shards = [ShardFile.of(target / GROUP, manifest, block) for block in range(len(manifest.blocks))]
         replaced = overwrite and _is_mirror_of_another(target, manifest)
@@ -104,7 +104,7 @@ def _manifest_sums(target: Path) -> tuple[str, Mapping[str, FileSum]]:
 
 
 def _copy(
-    store: ExpertStore, folder: Path, shards: list[ShardFile], trunk: Mapping[str, FileSum], progress: ByteProgress
+    store: ShardStore, folder: Path, shards: list[ShardFile], trunk: Mapping[str, FileSum], progress: ByteProgress
 ) -> str:
     """Copy the shards that are missing in the store ``folder``, write its manifest, and return its digest."""
     buffer = memoryview(mmap.mmap(-1, max(shard.slot_bytes for shard in shards)))

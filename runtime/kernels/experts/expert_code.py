@@ -70,9 +70,18 @@ class Activation:
 def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -> ir.Module:
     """Emit the function ``ACTIVATE(context)``, which computes items until none is left. An item is the rows of a job.
 
-    The context: number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the first product,
-    fp32 [R, 2 * K] or without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset in a
-    record of the bias, bf16 [2 * K] or [K]; ``Activation.numbers``. Those of ``variant`` are not used.
+    The fields of the context, each an i64:
+
+        the number of jobs that threads have taken
+        the number of all jobs
+        a pointer to the jobs
+        a pointer to the first product, fp32 [R, 2 * K], or without gates [R, K]
+        three pointers to n, t and sums, as ``rounding_module`` writes them
+        K
+        the offset in a record, in bytes, of the bias, bf16 [2 * K], or without gates [K]
+        three numbers: ``Activation.numbers``
+
+    The code does not use the numbers of ``variant``; they come from the context.
     """
     emit = Emitter(new_module(), ACTIVATE, [POINTER])
     at, n, group = emit.at, emit.number, rounding.group

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Part(NamedTuple):
+class PackedQuery(NamedTuple):
     """Attention of one sequence's new tokens."""
 
     query: Tensor  # [1, heads, tokens, width]
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 class PackedStep(Protocol):
     """Keys and values of several sequences."""
 
-    def parts(self, layer: int, query: Tensor) -> Iterator[Part]:
+    def parts(self, layer: int, query: Tensor) -> Iterator[PackedQuery]:
         """Take the queries [1, heads, tokens, width] of all sequences' new tokens apart."""
 
 

@@ -78,7 +78,7 @@ class CompiledRouter:
             and not refusal()
         )
 
-    def of(
+    def compute(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits [rows, experts], weights [rows, top_k] and experts [rows, top_k], int64, of x [rows, columns].
@@ -98,7 +98,7 @@ class CompiledRouter:
             if call is None or call.signature != signature:
                 tasks = RoutingTasks(self.variant, x.dtype, weight, bias, correction)
                 call = self._local.call = _ThreadRouter(self.variant, signature, tasks, weight.numel())
-            return call.of(x, weight, bias, correction)
+            return call.compute(x, weight, bias, correction)
 
     def _many(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
@@ -173,7 +173,7 @@ class _ThreadRouter:
         self._tasks = tasks
         self._program = Program(tasks.tasks, locked=is_small(numbers))
 
-    def of(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Choose experts; ``given`` are the arguments of ``RoutingTasks.place``."""
         logits, weights, experts = self._tasks.place(*given)
         self._program.run()

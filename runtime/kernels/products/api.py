@@ -123,7 +123,7 @@ class Kernels:
         )
 
     def _scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor in this thread's scratch memory. The memory is as large as the largest tensor so far."""
+        """Return a tensor of ``shape`` in this thread's scratch memory, which grows to the largest tensor asked for."""
         nbytes = math.prod(shape) * dtype.itemsize
         memory: Tensor | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < nbytes:

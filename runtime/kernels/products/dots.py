@@ -18,7 +18,10 @@ ROWS = 4  # rows of a matrix that are read together
 
 
 def pairs_of(processor: Processor, given: Dtype, kept: Dtype, columns: int) -> bool:
-    """Return whether words have pairs in products of x, of type ``given``, with W [rows, columns], of type ``kept``."""
+    """Return whether words are pairs in products of x [*, columns] with W [rows, columns].
+
+    x is of type ``given``, W of type ``kept``.
+    """
     return given.itemsize == kept.itemsize and has_pairs(processor, given, columns)
 
 

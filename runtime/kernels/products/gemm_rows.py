@@ -65,7 +65,10 @@ class RowsTile(TileEmitter):
         at.ret_void()
 
     def _group_in(self, unpacked: Sequence[Value], number: Value) -> tuple[Value, Value]:
-        """Return the addresses of the codes and of the pairs of a span's group."""
+        """Return the addresses of a group's codes and of its pairs.
+
+        ``unpacked`` are the addresses of the codes and of the pairs of a span, in which the group has this ``number``.
+        """
         codes, pairs = (
             self.at.gep(place, [self.at.mul(number, self.number(nbytes))])
             for place, nbytes in zip(unpacked, self._group_bytes, strict=True)

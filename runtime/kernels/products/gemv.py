@@ -57,7 +57,7 @@ class Scores:
         """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] as it is in memory."""
         return weight.dtype == torch.float32 and lies_in_rows(weight) and not refusal()
 
-    def of(self, x: Tensor) -> list[float] | None:
+    def compute(self, x: Tensor) -> list[float] | None:
         """Return ``weight @ x`` for one row x [1, columns] of bf16 or fp32; None for other inputs.
 
         x may have other leading dimensions. Not thread-safe: threads that call this at once may get one another's

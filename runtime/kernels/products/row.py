@@ -67,7 +67,7 @@ class RowMatrix:
             product: _Product | None = getattr(self._local, "product", None)
             if product is None or product.signature != signature:
                 product = self._local.product = _Product(self, signature)
-            return product.of(self, x)
+            return product.compute(self, x)
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
@@ -163,7 +163,7 @@ class _Product:
         self._tasks = ProductTasks([matrix], signature[0])
         self._program = Program(self._tasks.tasks, locked=is_small(matrix.rows * matrix.columns))
 
-    def of(self, matrix: RowMatrix, x: Tensor) -> Tensor:
+    def compute(self, matrix: RowMatrix, x: Tensor) -> Tensor:
         """Return the product of x with the matrix."""
         y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype, device=CPU)
         self._tasks.read(x.data_ptr())
@@ -215,7 +215,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
 
 
 def _many_rows(x: Tensor, weight: RowWeight) -> Tensor | None:
-    """Multiply many rows with a bf16 matrix; return None for other inputs, and where torch's product is preferred."""
+    """Multiply rows x [*, columns] with a bf16 matrix [rows, columns]. Returns [*, rows].
+
+    Returns None for other inputs, and where torch's product is preferred.
+    """
     if (
         type(x) is not Tensor
         or not x.is_cpu

@@ -39,7 +39,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PLAIN = Credentials(insecure=True)
 LARGE = layout_of(rows=1024, columns=2304)  # 14 MB: over all channels
@@ -61,7 +61,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tuple[RemoteStore, Outlet]]:
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         manifest = store.manifest
     outlet = Outlet(manifest, behaviour)
     with serving(outlet) as address, RemoteStore(address, PLAIN, manifest, **bounds) as reader:

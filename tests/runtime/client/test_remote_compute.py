@@ -44,7 +44,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import Share
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 SLOW = 1e3  # bytes per second: no fetch pays until an expert is used often
 STEPS = 40
@@ -440,7 +440,7 @@ def test_strangers(tinymix_4bit: Path, bare: Path, expected: Tensor, token: Path
     from moetier.tiers.host.tier import HostTier
 
     with ExitStack() as stack:
-        store = stack.enter_context(ExpertStore.open(tinymix_4bit))
+        store = stack.enter_context(ShardStore.open(tinymix_4bit))
         slots = slots_for(store.manifest, store.manifest.stored_bytes)
         host = stack.enter_context(HostTier(store, slots=slots))
         fetches = FetchCalls(host, store.manifest, slots)

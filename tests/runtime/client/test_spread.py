@@ -49,7 +49,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 from moetier.tiers.store.checksum import checksum_bytes
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PLAIN = Credentials(insecure=True)
 PLAN = make_plan(blocks=4, experts=8)
@@ -72,7 +72,7 @@ class Daemon:
 
     def __init__(self, folder: Path, address: str = "127.0.0.1:0") -> None:
         self.stack = ExitStack()
-        store = self.stack.enter_context(ExpertStore.open(folder))
+        store = self.stack.enter_context(ShardStore.open(folder))
         slots = {"records": len(KEYS)}
         self.host = self.stack.enter_context(HostTier(store, slots=slots))
         fetches = FetchCalls(self.host, store.manifest, slots)
@@ -111,7 +111,7 @@ def bare(folder: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def spread_over(
-    daemons: list[Daemon], manifest: Manifest, local: ExpertStore | None = None, *, timeout: float = 30.0
+    daemons: list[Daemon], manifest: Manifest, local: ShardStore | None = None, *, timeout: float = 30.0
 ) -> Iterator[SpreadStore]:
     peers = [Peer(str(d.address), RemoteStore(d.address, PLAIN, manifest, timeout=10.0)) for d in daemons]
     with SpreadStore(manifest, peers, local, timeout=timeout) as reader:
@@ -458,7 +458,7 @@ def test_a_bad_record_of_one_is_had_from_another(
     """And the others of its records from it: it has not gone away."""
     key = KEYS[5]
     write_store(tmp_path / "bad", PLAN, RECORDS)
-    with ExpertStore.open(tmp_path / "bad") as store:
+    with ShardStore.open(tmp_path / "bad") as store:
         path = store.path(key.block)
     data = bytearray(path.read_bytes())
     data[data.index(RECORDS[key]) + 7] ^= 4

@@ -284,8 +284,8 @@ def test_pages_wait_for_a_miss_and_prefetches_for_pages(store: MappedStore, tmp_
     ):
         demand = Task(lambda: store.take(tier, 2, 0))
         reader.wait_begun(*keys(2, 0))
-        may_write = Task(lambda: tier.order.wait_to_write(lambda: False))
-        with tier.order.reading_page():
+        may_write = Task(lambda: tier.disk_order.wait_to_write(lambda: False))
+        with tier.disk_order.reading_page():
             tier.prefetch(1, keys(1, 0, 1))
             reader.open()
             assert demand.result() == [0]

@@ -39,7 +39,7 @@ def clients(gate: GatedReader, tmp_path: Path) -> Iterator[Clients]:
     """They may hold 4 of 6 slots each."""
     with contextlib.closing(HostTier(gate, slots={"records": 6})) as host:
         model = HostedModel(PLAN, host, tmp_path, timeout=PATIENCE)
-        clients = Clients({MODEL: model}, leases=4, timeout=PATIENCE)
+        clients = Clients({MODEL: model}, max_leases=4, timeout=PATIENCE)
         yield clients
         gate.open()
         clients.end()

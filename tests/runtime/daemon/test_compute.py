@@ -49,7 +49,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 SILU = pb.Activation(function="silu", alpha=1.0, limit=math.inf, gated=True)
 
@@ -116,7 +116,7 @@ def locally(
     """Rows of x, each expert by itself."""
     kernels = ExpertKernels(manifest.layout(1), activation or Activation(), x.dtype, manifest.blocks[1].experts)
     parts = []
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         for expert, rows in wanted:
             slot = torch.empty(manifest.layout(1).slot_bytes + 4096, dtype=torch.uint8)
             first = -slot.data_ptr() % 4096
@@ -253,7 +253,7 @@ class Computing(outlets.Outlet):
 @pytest.fixture
 def host(tinymix_4bit: Path) -> Iterator[HostTier]:
     with (
-        ExpertStore.open(tinymix_4bit) as store,
+        ShardStore.open(tinymix_4bit) as store,
         HostTier(store, slots=slots_for(store.manifest, store.manifest.stored_bytes)) as tier,
     ):
         yield tier
@@ -335,7 +335,7 @@ def test_clients_that_read_nothing_make_room_for_others(
 
 def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, tinymix_4bit: Path) -> None:
     """Before the client takes the daemon for lost. What is being read is there for the next call."""
-    with ExpertStore.open(tinymix_4bit) as store:
+    with ShardStore.open(tinymix_4bit) as store:
         gate = GatedReader(manifest, read_records(store))
     with ExitStack() as stack:
         host = stack.enter_context(HostTier(gate, slots=slots_for(manifest, manifest.stored_bytes)))

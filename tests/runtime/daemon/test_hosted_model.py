@@ -13,13 +13,13 @@ from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.errors import ConfigError, ExhaustedError, StoreError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 
 @pytest.fixture
 def host(tinymix_4bit: Path) -> Iterator[HostTier]:
     with (
-        ExpertStore.open(tinymix_4bit) as store,
+        ShardStore.open(tinymix_4bit) as store,
         HostTier(store, slots=slots_for(store.manifest, store.manifest.stored_bytes)) as tier,
     ):
         yield tier

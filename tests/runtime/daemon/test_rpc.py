@@ -40,7 +40,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]
@@ -307,7 +307,7 @@ def test_a_fault_of_ours_is_told_and_logged(
         raise ZeroDivisionError
 
     with (
-        ExpertStore.open(store[0]) as opened,
+        ShardStore.open(store[0]) as opened,
         HostTier(opened, slots={"records": 6}) as host,
         local_daemon(host, store[1], store[0], tmp_path / "d") as folder,
         RawClient(folder, store[1]) as client,

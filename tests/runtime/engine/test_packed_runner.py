@@ -150,15 +150,15 @@ def note(end: threading.Event, _: TokenSequence) -> None:
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each decoder layer that has got one token was computed by compiled code."""
-    computed, of = list[bool](), OneTokenLayer.of
+    computed, compute = list[bool](), OneTokenLayer.compute
 
     def seen(layer: OneTokenLayer, given: Any, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-        found = of(layer, given, hidden, *arguments, **named)
+        found = compute(layer, given, hidden, *arguments, **named)
         if hidden.shape[1] == 1:
             computed.append(found is not None)
         return found
 
-    monkeypatch.setattr(OneTokenLayer, "of", seen)
+    monkeypatch.setattr(OneTokenLayer, "compute", seen)
     return computed
 
 

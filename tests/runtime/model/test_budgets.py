@@ -14,7 +14,7 @@ from torch import Tensor
 import moetier
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.model.budgets import kv_cache_bytes
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PROMPT_TOKENS = 600  # well beyond any shape at which a kernel for few rows would do
 NEW_TOKENS = 4
@@ -43,7 +43,7 @@ def logits(folder: Path, ram: int, text: str) -> Tensor:
 
 
 def record_bytes(folder: Path) -> int:
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         return store.layout(0).slot_bytes
 
 

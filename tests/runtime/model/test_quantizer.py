@@ -42,7 +42,7 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP, METADATA
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 
@@ -282,15 +282,15 @@ def test_a_lost_model_is_closed_also_when_found_by_its_loader(
     tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, found = threading.Event(), list[Any]()
-    read_into = ExpertStore.read_into
+    read_into = ShardStore.read_into
 
-    def collect_and_read(store: ExpertStore, key: ExpertKey, buffer: memoryview, pause: Any = None) -> None:
+    def collect_and_read(store: ShardStore, key: ExpertKey, buffer: memoryview, pause: Any = None) -> None:
         assert go.wait(PATIENCE)
         gc.collect()
         read_into(store, key, buffer)
         found.append(lost())
 
-    monkeypatch.setattr(ExpertStore, "read_into", collect_and_read)
+    monkeypatch.setattr(ShardStore, "read_into", collect_and_read)
     model, _ = moetier.load(tiny[1])
     model.tiers.host.prefetch(0, [ExpertKey(0, 0)])
     lost = _lose(model)
@@ -386,16 +386,16 @@ def test_a_process_ends_only_when_its_lost_models_are_closed(scripts: Prepared, 
     code = """
 import sys, time
 import moetier
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
-close = ExpertStore.close
+close = ShardStore.close
 
 def slow(store):
     time.sleep(0.5)
     close(store)
     print("closed", flush=True)
 
-ExpertStore.close = slow
+ShardStore.close = slow
 model, _ = moetier.load(sys.argv[1], daemon=None)
 del model
 """

@@ -105,17 +105,17 @@ class Calls:
     """How many layers were computed in two calls, which, and a way to compute without."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, self.is_off, of = 0, False, OneTokenLayer.of
+        self.count, self.is_off, compute = 0, False, OneTokenLayer.compute
         self.layers: set[Any] = set()
 
         def counted(layer: OneTokenLayer, module: Any, *arguments: Any, **named: Any) -> Tensor | None:
-            found = None if self.is_off else of(layer, module, *arguments, **named)
+            found = None if self.is_off else compute(layer, module, *arguments, **named)
             if isinstance(module, QuickLayer) and found is not None:
                 self.count += 1
                 self.layers.add(module)
             return found
 
-        monkeypatch.setattr(OneTokenLayer, "of", counted)
+        monkeypatch.setattr(OneTokenLayer, "compute", counted)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe import grouped
 from moetier.runtime.moe.lockstep import Pass, run_in_lockstep
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 PART, PARTS = 9, 4
 
@@ -146,10 +146,10 @@ def test_an_error_between_two_blocks_cancels_the_reads_for_the_next_one(
     tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = moetier.load(tinymix_4bit, daemon=None, ram="3520KiB", speculate="off")
-    host, read, may_read = model.tiers.host, ExpertStore.read_into, threading.Event()
+    host, read, may_read = model.tiers.host, ShardStore.read_into, threading.Event()
     at_error = list[tuple[int, int]]()
 
-    def held(store: ExpertStore, key: ExpertKey, *arguments: Any) -> None:
+    def held(store: ShardStore, key: ExpertKey, *arguments: Any) -> None:
         if key.block == 1:
             assert may_read.wait(PATIENCE)
         read(store, key, *arguments)
@@ -160,7 +160,7 @@ def test_an_error_between_two_blocks_cancels_the_reads_for_the_next_one(
             at_error.append((len(absent), host.stats().cancelled))
             raise ValueError("closed")
 
-    monkeypatch.setattr(ExpertStore, "read_into", held)
+    monkeypatch.setattr(ShardStore, "read_into", held)
     monkeypatch.setattr(grouped, "GROUP_OUTPUTS", 5)
     monkeypatch.setattr(grouped, "NEARLY_ALL", 0.0)
     with model.tiers, torch.no_grad(), contextlib.ExitStack() as ending:

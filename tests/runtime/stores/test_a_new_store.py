@@ -69,7 +69,7 @@ def test_its_line_may_stand_anywhere(
 ) -> None:
     lines = [line for line in registry.STORES if line != LINE]
     monkeypatch.setattr(registry, "STORES", [*lines[:place], LINE, *lines[place:]])
-    for folder, name in ((tinymix, "CheckpointStore"), (tinymix_4bit, "ExpertStore"), (packed, "TarStore")):
+    for folder, name in ((tinymix, "CheckpointStore"), (tinymix_4bit, "ShardStore"), (packed, "TarStore")):
         with registry.open_store(folder) as store:
             assert type(store).__name__ == name
     (tmp_path / "empty").mkdir()

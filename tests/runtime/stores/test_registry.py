@@ -19,7 +19,7 @@ from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.mirror import MirroredStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tools.convert.mirror_writer import make_mirror
 
 IMPORTED = """
@@ -49,7 +49,7 @@ def test_a_model_directory(tmp_path: Path) -> None:
     make_store(tmp_path)
     for location in (tmp_path, tmp_path / GROUP):
         with open_store(location) as store:
-            assert type(store) is ExpertStore
+            assert type(store) is ShardStore
             assert store.directory == tmp_path
             assert store.manifest == read_manifest(location)
     digest, modules = imported(tmp_path)
@@ -63,7 +63,7 @@ def test_mirrors_are_used_unless_this_copy_is_asked_for(tmp_path: Path) -> None:
     with open_store(tmp_path / "a") as store:
         assert isinstance(store, MirroredStore)
     with open_store(tmp_path / "a", damaged=True) as store:
-        assert type(store) is ExpertStore
+        assert type(store) is ShardStore
     assert read_manifest(tmp_path / "a") == read_manifest(tmp_path / "b")
 
 

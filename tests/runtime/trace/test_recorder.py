@@ -27,7 +27,7 @@ from moetier.runtime.trace.trace import NO_EXPERT, Trace
 from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.quant.codec import decode
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 BF16 = torch.bfloat16
 PROMPTS = ("def read_lines(path):\n", "La mattina seguente, don Rodrigo si")
@@ -51,7 +51,7 @@ IDLE = {"dots3_note": {2}, "ernie4_5_vl_moe": {1, 3}, "qwen3_omni_moe": {3, 4, 5
 def plain(tinymix: Path, tinymix_4bit: Path) -> Any:
     """transformers' own model, in memory, with the weights that the 4-bit records hold."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tinymix, dtype=BF16, experts_implementation="eager")
-    with ExpertStore.open(tinymix_4bit) as store, torch.no_grad():
+    with ShardStore.open(tinymix_4bit) as store, torch.no_grad():
         for block, module in enumerate(experts_modules(model).values()):
             layout = store.layout(block)
             with mmap.mmap(-1, layout.slot_bytes) as slot:

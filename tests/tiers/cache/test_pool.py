@@ -10,7 +10,7 @@ from integrity import check_pool
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import Lookup, SlotPool
+from moetier.tiers.cache.pool import SlotPool, SlotState
 from moetier.tiers.layout import ExpertKey
 
 COUNT = 4
@@ -78,8 +78,8 @@ class PoolMachine(RuleBasedStateMachine):
     def find(self, key: ExpertKey) -> None:
         slot = self.holder(key)
         assert self.pool.slot_of(key) == slot
-        states = {READY: Lookup.HIT, LOADING: Lookup.LOADING}
-        assert self.pool.lookup(key) == (Lookup.MISS if slot is None else states[self.model[slot][1]])
+        states = {READY: SlotState.READY, LOADING: SlotState.LOADING}
+        assert self.pool.state_of(key) == (SlotState.EMPTY if slot is None else states[self.model[slot][1]])
 
     @rule(block=st.integers(0, 1))
     def choose(self, block: int) -> None:

@@ -10,7 +10,7 @@ from consumers import PLAN, RECORDS, device_of, record_bytes
 from readers import RamReader
 from stores import keys
 
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.device.copies import Copies
 from moetier.tiers.device.device_pool import DevicePool, DeviceSlots
 from moetier.tiers.device.fill import DeviceDemand, DeviceFill
@@ -91,7 +91,7 @@ def test_a_record_that_another_demand_has_copied_is_not_copied_again(filling: Fi
 def test_a_record_that_was_replaced_meanwhile_is_discarded(filling: Filling) -> None:
     demand = filling.copy(KEY, is_valid=False)
     assert (demand.ready, demand.filling) == ([], None)
-    assert filling.pool.lookup(KEY) is Lookup.MISS
+    assert filling.pool.state_of(KEY) is SlotState.EMPTY
     assert (filling.stats.discarded, filling.stats.failures) == (1, 0)
 
 
@@ -99,7 +99,7 @@ def test_a_copy_that_fails_leaves_an_empty_slot(filling: Filling) -> None:
     filling.device.copy_error = RuntimeError("the device is gone")
     with pytest.raises(RuntimeError, match="gone"):
         filling.copy(KEY)
-    assert filling.pool.lookup(KEY) is Lookup.MISS
+    assert filling.pool.state_of(KEY) is SlotState.EMPTY
     assert not filling.slots.is_filling
     assert (filling.stats.discarded, filling.stats.failures) == (0, 1)
     assert filling.copy(KEY).ready
@@ -118,7 +118,7 @@ def test_a_demand_that_does_not_wait_gets_no_slot_of_another(filling: Filling) -
 
 def test_a_record_that_is_not_requested_is_not_promoted(filling: Filling) -> None:
     filling.fill.promote(filling.lease(KEY))
-    assert filling.pool.lookup(KEY) is Lookup.MISS
+    assert filling.pool.state_of(KEY) is SlotState.EMPTY
     assert filling.stats.prefetched == 0
 
 
@@ -135,7 +135,7 @@ def test_a_fill_that_is_left_is_undone(filling: Filling) -> None:
     assert slot is not None
     demand.begin_filling(slot, KEY)
     filling.pool.begin_fill(slot, KEY)
-    filling.fill.leave(demand)
-    assert filling.pool.lookup(KEY) is Lookup.MISS
-    filling.fill.leave(demand)
+    filling.fill.end(demand)
+    assert filling.pool.state_of(KEY) is SlotState.EMPTY
+    filling.fill.end(demand)
     assert filling.copy(KEY).ready

@@ -643,6 +643,19 @@ def test_close_ends_the_thread_and_waits_for_its_copy(host: HostTier, device: Fa
     tier.close()
 
 
+def test_close_ends_the_thread_though_a_copy_has_failed(host: HostTier, device: FakeDevice) -> None:
+    tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)
+    tier.prefetch(0, keys(0, 0))
+    promoted(tier, 1)
+    list(tier.acquire(keys(1, 0)))
+    device.wait_error = RuntimeError("CUDA error: unspecified launch failure")
+    with pytest.raises(RuntimeError):
+        tier.close()
+    assert not promoters()
+    tier.close()
+    assert not device.locked
+
+
 def test_a_source_that_was_closed_ends_it(host: HostTier, tier: DeviceTier, device: FakeDevice) -> None:
     device.copy_may_end.clear()
     tier.prefetch(0, keys(0, 0, 1))

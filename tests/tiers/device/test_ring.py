@@ -47,7 +47,7 @@ def test_copies_that_fit_the_buffers_are_not_waited_for() -> None:
     assert not device.locked
 
 
-def test_buffers_of_an_abandoned_copy_are_not_filled_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_of_an_aborted_copy_are_not_filled_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception came between the copy and its event."""
     device = device_of()
     sources = [torch.full((64,), number, dtype=torch.uint8) for number in range(BUFFERS + 1)]
@@ -56,7 +56,7 @@ def test_buffers_of_an_abandoned_copy_are_not_filled_before_its_end(monkeypatch:
         patched.setattr(device.copies, "record_event", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             copies.copy(sources[0], targets[0])
-    copies.abandon(device.copies.record_event())
+    copies.abort(device.copies.record_event())
     for source, target in zip(sources[1:], targets[1:], strict=True):
         copies.copy(source, target)
     device.finish()

@@ -27,7 +27,8 @@ from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey, RecordLayout
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
+from moetier.tiers.text import format_bytes
 
 
 @pytest.fixture
@@ -525,7 +526,7 @@ def test_a_device_that_is_too_full_gets_fewer_slots_and_the_same_bytes(host: Hos
 def test_a_device_without_room_for_one_token_is_refused(host: HostTier) -> None:
     size = PLAN.layouts["records"].slot_bytes
     device = device_of(capacity=2 * size - 1)
-    with pytest.raises(BudgetError, match=f"no room for the {2 * size:,} bytes") as caught:
+    with pytest.raises(BudgetError, match=f"no room .* one block: {format_bytes(2 * size)}") as caught:
         DeviceTier(host, PLAN, slots={"records": 12}, device=device)
     assert caught.tb is not None
     assert not device.locked, "the buffers are released, though the error is kept"
@@ -704,7 +705,7 @@ def test_on_cuda(tmp_path: Path) -> None:
     records = make_store(tmp_path)
     cuda = torch.device("cuda")
     assert CudaDevice(cuda).page_locked(4096).is_pinned()
-    with ExpertStore.open(tmp_path) as store, HostTier(store, slots=SMALLEST) as host:
+    with ShardStore.open(tmp_path) as store, HostTier(store, slots=SMALLEST) as host:
         tier = DeviceTier(host, store.manifest, slots=SMALLEST, device=CudaDevice(cuda))
 
         def caller(number: int) -> int:

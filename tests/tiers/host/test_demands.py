@@ -73,7 +73,7 @@ def test_a_prefetch_is_for_demands_once_one_waits() -> None:
 
 
 def test_a_caller_is_full_with_all_that_its_demands_hold_or_claim() -> None:
-    caller = AsyncCaller(lambda event: None, leases=2)
+    caller = AsyncCaller(lambda event: None, max_leases=2)
     demand = a_demand()
     caller.register(demand)
     demand.hold(A, PoolSlot(0))

@@ -12,7 +12,7 @@ from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.host.demands import (
     AsyncCaller,
@@ -49,7 +49,7 @@ class Client:
 
     def __init__(self, machine: LedgerMachine, leases: int) -> None:
         self.machine = machine
-        self.session = Session(self.hear, machine.monitor, machine.ledger, leases=leases, timeout=PATIENCE)
+        self.session = Session(self.hear, machine.monitor, machine.ledger, max_leases=leases, timeout=PATIENCE)
         self.leases = leases
         self.wanted: dict[int, set[ExpertKey]] = {}
         self.held: dict[int, dict[ExpertKey, tuple[int, int]]] = {}  # by request: slot and generation of each
@@ -138,7 +138,7 @@ class LedgerMachine(RuleBasedStateMachine):
         keys = [ExpertKey(block, expert) for expert in experts]
         pool = self.ledger.slots.pool_of[block]
         with self.monitor.transition():
-            ready = {key for key in keys if pool.lookup(key) is Lookup.HIT}
+            ready = {key for key in keys if pool.state_of(key) is SlotState.READY}
             hits, misses = self.ledger.stats().hits, self.ledger.stats().misses
             caller = Caller(Demand(pool, block, ThreadCaller(len(self.callers))), keys)
             self.callers.append(caller)
@@ -192,7 +192,7 @@ class LedgerMachine(RuleBasedStateMachine):
         before = self.ledger.counters.snapshot()
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
-            assert (slot is not None) == ((pool.lookup(key) is Lookup.HIT) and not pool.starved)
+            assert (slot is not None) == ((pool.state_of(key) is SlotState.READY) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)

@@ -12,7 +12,7 @@ from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.budget import partitions_of
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.errors import ClosedError, StoreReadError
 from moetier.tiers.host.demands import Demand, Load, Pool, Purpose, ThreadCaller
 from moetier.tiers.host.loads import FairQueue, LoadLimits, Loads
@@ -107,7 +107,7 @@ def test_a_complete_load_is_ready_for_all_who_wait_and_in_the_directory() -> Non
     found = tier.directory.find(A)
     assert found is not None
     assert found[0] == load.slot
-    assert tier.pool.lookup(A) is Lookup.HIT
+    assert tier.pool.state_of(A) is SlotState.READY
     assert (tier.counters.snapshot().bytes_in, tier.counters.snapshot().load_seconds) == (tier.pool.slot_bytes, 0.25)
 
 
@@ -140,7 +140,7 @@ def test_a_load_is_cancelled_with_its_last_demand_unless_it_was_taken() -> None:
     load = tier.take()
     tier.leave(third)
     tier.loads.complete(load)
-    assert tier.pool.lookup(B) is Lookup.HIT
+    assert tier.pool.state_of(B) is SlotState.READY
 
 
 def test_prefetches_are_read_while_no_demand_is_and_no_more_than_allowed() -> None:

@@ -44,7 +44,7 @@ def test_a_page_waits_for_a_demand(gate: GatedReader, monkeypatch: pytest.Monkey
     with HostTier(gate, slots={"records": 12}) as tier:
         demand = Task(lambda: take(tier, 0, 0))
         gate.wait_begun(DEMANDED)
-        page = PageRead(tier.page_order)
+        page = PageRead(tier.disk_order)
         assert not page.begun.wait(0.1)
         gate.release(DEMANDED)
         demand.result()
@@ -58,7 +58,7 @@ def test_a_page_does_not_wait_for_a_demand_that_hangs(gate: GatedReader, monkeyp
     with HostTier(gate, slots={"records": 12}) as tier:
         demand = Task(lambda: take(tier, 0, 0))
         gate.wait_begun(DEMANDED)
-        page = PageRead(tier.page_order)
+        page = PageRead(tier.disk_order)
         assert page.begun.wait(PATIENCE)
         page.end.set()
         page.task.result()
@@ -68,7 +68,7 @@ def test_a_page_does_not_wait_for_a_demand_that_hangs(gate: GatedReader, monkeyp
 
 def test_a_prefetch_waits_for_a_page(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 12}) as tier:
-        page = PageRead(tier.page_order)
+        page = PageRead(tier.disk_order)
         assert page.begun.wait(PATIENCE)
         tier.prefetch(1, keys(1, 0))
         demand = Task(lambda: take(tier, 0, 0))
@@ -92,12 +92,12 @@ def test_a_write_waits_for_all_reads(gate: GatedReader, what: str) -> None:
             tier.prefetch(1, keys(1, 0))
             gate.wait_begun(PREFETCHED)
         else:
-            page = PageRead(tier.page_order)
+            page = PageRead(tier.disk_order)
             assert page.begun.wait(PATIENCE)
         may_write = threading.Event()
 
         def write() -> None:
-            tier.page_order.wait_to_write(lambda: False)
+            tier.disk_order.wait_to_write(lambda: False)
             may_write.set()
 
         task = Task(write)
@@ -112,7 +112,7 @@ def test_a_write_that_has_become_urgent_waits_for_one_read_at_most(gate: GatedRe
     with HostTier(gate, slots={"records": 12}) as tier:
         demand, is_urgent = Task(lambda: take(tier, 0, 0, 1)), threading.Event()
         gate.wait_begun(DEMANDED)
-        write = Task(lambda: tier.page_order.wait_to_write(is_urgent.is_set))
+        write = Task(lambda: tier.disk_order.wait_to_write(is_urgent.is_set))
         is_urgent.set()
         gate.release(DEMANDED)
         write.result()
@@ -125,7 +125,7 @@ def test_nothing_waits_for_a_tier_that_is_closed(gate: GatedReader, monkeypatch:
     tier = HostTier(gate, slots={"records": 12})
     demand = Task(lambda: take(tier, 0, 0))
     gate.wait_begun(DEMANDED)
-    page, write = PageRead(tier.page_order), Task(lambda: tier.page_order.wait_to_write(lambda: False))
+    page, write = PageRead(tier.disk_order), Task(lambda: tier.disk_order.wait_to_write(lambda: False))
     page.end.set()
     closing = Task(tier.close)
     page.task.result()
@@ -134,4 +134,4 @@ def test_nothing_waits_for_a_tier_that_is_closed(gate: GatedReader, monkeypatch:
     closing.result()
     with pytest.raises(Exception, match="closed"):
         demand.result()
-    tier.page_order.wait_to_write(lambda: False)
+    tier.disk_order.wait_to_write(lambda: False)

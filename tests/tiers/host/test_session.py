@@ -37,7 +37,7 @@ class Client:
         self.arena = Arena.map(descriptor, tier.layout)  # as another process does
         os.close(descriptor)
         self.events: SimpleQueue[SessionEvent] = SimpleQueue()
-        self.session = tier.session(self.events.put, leases=leases, timeout=timeout)
+        self.session = tier.session(self.events.put, max_leases=leases, timeout=timeout)
 
     def event(self) -> SessionEvent:
         return self.events.get(timeout=PATIENCE)

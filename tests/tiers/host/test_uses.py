@@ -8,7 +8,7 @@ from stores import keys
 
 from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import Lookup
+from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.host.demands import Pool, Purpose
 from moetier.tiers.host.prefetch import PrefetchQueue, Uses
 from moetier.tiers.layout import ExpertKey
@@ -36,7 +36,7 @@ class Tier:
         self.pool.complete_fill(slot)
 
     def prefetched(self, key: ExpertKey) -> None:
-        self.prefetches.begin(key, Purpose.PREFETCH)
+        self.prefetches.begin(key, Purpose.PREFETCH_REQUEST)
         self.prefetches.complete(key)
 
 
@@ -66,7 +66,7 @@ def test_a_record_that_was_evicted_since_is_a_hit_all_the_same() -> None:
     assert tier.counters.snapshot().hits == 2
     tier.uses.note_client([ExpertKey(0, 0)])
     assert tier.counters.snapshot().hits == 3
-    assert tier.pool.lookup(ExpertKey(0, 0)) is not Lookup.HIT
+    assert tier.pool.state_of(ExpertKey(0, 0)) is not SlotState.READY
 
 
 def test_discarded_hits_are_no_hits() -> None:

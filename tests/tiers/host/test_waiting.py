@@ -109,7 +109,7 @@ def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None
         serve()
     once = weakref.WeakSet[AsyncCaller]()
     for _ in range(100):
-        caller = AsyncCaller(lambda event: None, leases=1)
+        caller = AsyncCaller(lambda event: None, max_leases=1)
         once.add(caller)
         ask(caller)
         assert serve() is caller

@@ -25,7 +25,7 @@ from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import HOT_SET_HALF_LIFE, HotSet, Learner, hot_set_path, load_hot_set, save_hot_set
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 DIGEST = "0123abcd" * 8
 EXPERTS = {0: 4, 1: 8}
@@ -226,14 +226,14 @@ COUNTS = {0: 4, 1: 4, 2: 4}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[ExpertStore]:
+def store(tmp_path: Path) -> Iterator[ShardStore]:
     make_store(tmp_path)
-    with ExpertStore.open(tmp_path) as opened:
+    with ShardStore.open(tmp_path) as opened:
         yield opened
 
 
 @contextmanager
-def learning(store: ExpertStore, slots: int = 6) -> Iterator[HostTier]:
+def learning(store: ShardStore, slots: int = 6) -> Iterator[HostTier]:
     with HostTier(store, slots={"records": slots}) as tier:
         learner = Learner(tier)
         yield tier
@@ -245,11 +245,11 @@ def take(tier: HostTier, block: int, *experts: int) -> None:
         pass
 
 
-def kept(store: ExpertStore) -> dict[ExpertKey, float]:
+def kept(store: ShardStore) -> dict[ExpertKey, float]:
     return {key: round(count) for key, count in load_hot_set(store.manifest.digest, COUNTS).items()}
 
 
-def test_the_next_run_begins_with_what_was_used_most(store: ExpertStore) -> None:
+def test_the_next_run_begins_with_what_was_used_most(store: ShardStore) -> None:
     with learning(store) as tier:
         for _ in range(3):
             take(tier, 0, 2, 3)
@@ -266,7 +266,7 @@ def test_the_next_run_begins_with_what_was_used_most(store: ExpertStore) -> None
     assert kept(store)[ExpertKey(0, 2)] == 4
 
 
-def test_closing_twice_keeps_once_and_a_forked_child_nothing(store: ExpertStore) -> None:
+def test_closing_twice_keeps_once_and_a_forked_child_nothing(store: ShardStore) -> None:
     with HostTier(store, slots={"records": 6}) as tier:
         learner = Learner(tier)
         take(tier, 0, 2)
@@ -278,7 +278,7 @@ def test_closing_twice_keeps_once_and_a_forked_child_nothing(store: ExpertStore)
     assert kept(store) == {(0, 1): 1, (0, 2): 1}
 
 
-def test_what_a_device_holds_is_used_too(store: ExpertStore) -> None:
+def test_what_a_device_holds_is_used_too(store: ShardStore) -> None:
     with HostTier(store, slots={"records": 6}) as tier:
         learner = Learner(tier)
         fake = FakeDevice(random.Random(0))
@@ -292,7 +292,7 @@ def test_what_a_device_holds_is_used_too(store: ExpertStore) -> None:
     assert kept(store) == {(0, 0): 1, (0, 1): 3}
 
 
-def test_a_damaged_file_is_a_warning_and_nothing_else(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_a_warning_and_nothing_else(store: ShardStore, caplog: pytest.LogCaptureFixture) -> None:
     with learning(store) as tier:
         take(tier, 0, 2)
     path = hot_set_path(store.manifest.digest)
@@ -305,15 +305,15 @@ def test_a_damaged_file_is_a_warning_and_nothing_else(store: ExpertStore, caplog
     assert kept(store) == {(0, 1): 1}
 
 
-def test_a_process_that_is_killed_leaves_what_it_kept_last(store: ExpertStore, cache: Path) -> None:
+def test_a_process_that_is_killed_leaves_what_it_kept_last(store: ShardStore, cache: Path) -> None:
     code = """
         import sys
         from pathlib import Path
         from moetier.tiers.host.tier import HostTier
         from moetier.tiers.layout import ExpertKey
         from moetier.tiers.host.warmup import Learner
-        from moetier.tiers.store.reader import ExpertStore
-        tier = HostTier(ExpertStore.open(Path(sys.argv[1])), slots={"records": 6})
+        from moetier.tiers.store.reader import ShardStore
+        tier = HostTier(ShardStore.open(Path(sys.argv[1])), slots={"records": 6})
         learner = Learner(tier, every=0.05)
         list(tier.acquire([ExpertKey(0, 2)]))
         print("used", flush=True)

@@ -38,7 +38,7 @@ from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import CACHE, is_cache
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 
 pytest.importorskip("obstore")
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(folder: Path) -> dict[ExpertKey, bytes]:
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         return read_records(store)
 
 
@@ -95,7 +95,7 @@ def test_each_record_is_fetched_once_and_then_never(
         assert read_records(store) == records
         assert len(server.records) == len(records) - 2
     server.stop()
-    with ExpertStore.open(store.directory) as store:
+    with ShardStore.open(store.directory) as store:
         assert read_records(store) == records, "an ordinary store"
 
 
@@ -103,7 +103,7 @@ def test_an_incomplete_cache_is_not_taken_for_a_store(server: FolderServer, tmp_
     with opened(server, tmp_path) as store:
         read_record(store, KEY)
     with pytest.raises(IncompleteStoreError, match="does not have all experts"):
-        ExpertStore.open(store.directory)
+        ShardStore.open(store.directory)
 
 
 def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_primed_cache_on_a_disk_that_is_read_only_is_used(
         caplog.clear()
         server.stop()
         with remounted(disk, "ro"):
-            with ExpertStore.open(fetch(server.address, disk)) as complete:
+            with ShardStore.open(fetch(server.address, disk)) as complete:
                 assert read_records(complete) == records
             assert not caplog.messages
 
@@ -425,9 +425,9 @@ def test_threads_and_stores_share_a_cache(
 def test_a_record_that_is_evicted_while_it_is_read_is_not_noted(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ExpertStore.read_into
+    read = ShardStore.read_into
 
-    def read_slowly(store: ExpertStore, key: ExpertKey, *rest: Any) -> None:
+    def read_slowly(store: ShardStore, key: ExpertKey, *rest: Any) -> None:
         read(store, key, *rest)
         kept = blocks_of(store, KEY)
         for expert in range(4):  # of another block, by another process
@@ -437,12 +437,12 @@ def test_a_record_that_is_evicted_while_it_is_read_is_not_noted(
     with opened(server, tmp_path) as store:
         read_record(store, KEY)
     with opened(server, tmp_path, 4 * 16384) as other, opened(server, tmp_path) as store:
-        monkeypatch.setattr(ExpertStore, "read_into", read_slowly)
+        monkeypatch.setattr(ShardStore, "read_into", read_slowly)
         assert read_record(store, KEY) == records[KEY]
         assert store.cached_bytes == 4 * 16384, "those of the other block"
 
 
-def blocks_of(store: ExpertStore, key: ExpertKey) -> int:
+def blocks_of(store: ShardStore, key: ExpertKey) -> int:
     """Blocks on the disk of the shard with a record."""
     return ShardFile.of(store.folder, store.manifest, key.block).path.stat().st_blocks
 
@@ -459,7 +459,7 @@ def test_a_cache_is_complete_only_with_the_bytes_of_all(
         assert is_cache(store.folder)
         assert read_record(store, KEY) == records[KEY]
     assert not is_cache(store.folder)
-    with ExpertStore.open(store.directory) as complete:
+    with ShardStore.open(store.directory) as complete:
         assert read_records(complete) == records
 
 

@@ -29,7 +29,7 @@ from moetier.tiers.objects.client import Objects
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 
 pytest.importorskip("obstore")
 
@@ -52,7 +52,7 @@ def test_what_was_pushed_is_the_same_model(bucket: str, tinymix_4bit: Path, tmp_
     address = f"{bucket}/model"
     push(tinymix_4bit, address, silent)
     folder = fetch(address, tmp_path / "cache")
-    with ExpertStore.open(tinymix_4bit) as origin, CachedStore.open(folder) as store:
+    with ShardStore.open(tinymix_4bit) as origin, CachedStore.open(folder) as store:
         assert read_records(store) == read_records(origin)
         assert store.objects.gets == origin.manifest.record_count
         assert store.objects.retries == 0
@@ -108,12 +108,12 @@ def test_a_push_resumes_and_writes_its_manifest_last(tmp_path: Path, monkeypatch
     assert written[-1] == module.MANIFEST
     assert sum("/c/" in name for name in written) < 3, "shards that were there stay"
     assert not (tmp_path / "there" / module.PUSH).exists()
-    with ExpertStore.open(tmp_path / "there") as there, ExpertStore.open(tmp_path / "one") as one:
+    with ShardStore.open(tmp_path / "there") as there, ShardStore.open(tmp_path / "one") as one:
         assert read_records(there) == read_records(one)
     with pytest.raises(TargetExistsError, match="another model"):
         push(tmp_path / "two", address, silent)
     push(tmp_path / "two", address, silent, overwrite=True)
-    with ExpertStore.open(tmp_path / "there") as there, ExpertStore.open(tmp_path / "two") as two:
+    with ShardStore.open(tmp_path / "there") as there, ShardStore.open(tmp_path / "two") as two:
         assert read_records(there) == read_records(two)
 
 
@@ -144,10 +144,10 @@ def test_a_push_that_replaces_another_model_keeps_nothing_of_it(
             push(tmp_path / "two", address, silent, overwrite=True)
     push(tmp_path / "two", address, silent)
     assert not (tmp_path / "there" / template).exists()
-    with ExpertStore.open(tmp_path / "there") as there:
+    with ShardStore.open(tmp_path / "there") as there:
         assert read_records(there) == two
     push(tmp_path / "one", address, silent, overwrite=True)
-    with ExpertStore.open(tmp_path / "there") as there:
+    with ShardStore.open(tmp_path / "there") as there:
         assert read_records(there) == one
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_copy_is_written_again_with_overwrite(tmp_path: Path) -> None:
     push(tmp_path / "one", address, silent)
     flip_bit(next((tmp_path / "there").rglob("c/1/0/0")), 10)
     push(tmp_path / "one", address, silent, overwrite=True)
-    with ExpertStore.open(tmp_path / "there") as there:
+    with ShardStore.open(tmp_path / "there") as there:
         assert read_records(there) == records
 
 

@@ -10,7 +10,7 @@ from stores import edit, make_plan, make_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.writer import StoreWriter
 
 
@@ -18,7 +18,7 @@ def test_a_store_without_manifest_is_incomplete(tmp_path: Path) -> None:
     make_store(tmp_path)
     (tmp_path / GROUP / METADATA).unlink()
     with pytest.raises(IncompleteStoreError, match="has no manifest") as caught:
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     assert "moetier convert SRC" in caught.value.fix
 
 
@@ -27,7 +27,7 @@ def test_a_conversion_that_was_cut_names_what_resumes_it(tmp_path: Path) -> None
     with StoreWriter.open(folder / GROUP, make_plan(model="/models/my moe")):
         pass
     with pytest.raises(IncompleteStoreError, match="0 of 3 blocks") as caught:
-        ExpertStore.open(folder)
+        ShardStore.open(folder)
     assert caught.value.fix == f"Resume it: moetier convert '/models/my moe' '{folder}'"
 
 
@@ -54,7 +54,7 @@ def test_array_metadata_that_contradicts_the_manifest(tmp_path: Path, keys: tupl
     path = tmp_path / GROUP / "records" / METADATA
     edit(path, *keys, to=value)
     with pytest.raises(StoreFormatError, match="does not match the manifest") as caught:
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     assert f"{path}: {keys[0]}" in caught.value.cause
 
 
@@ -64,24 +64,24 @@ def test_metadata_that_is_no_json_object(tmp_path: Path, name: str, text: str) -
     make_store(tmp_path)
     (tmp_path / GROUP / name).write_text(text)
     with pytest.raises(StoreFormatError, match=r"is not (a )?JSON"):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
 
 
 def test_array_metadata_that_is_missing(tmp_path: Path) -> None:
     make_store(tmp_path)
     (tmp_path / GROUP / "records" / METADATA).unlink()
     with pytest.raises(StoreFormatError, match="is missing"):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
 
 
 def test_places_that_are_no_model_directory(tmp_path: Path) -> None:
     with pytest.raises(StoreFormatError, match="There is no folder"):
-        ExpertStore.open(tmp_path / "nowhere")
+        ShardStore.open(tmp_path / "nowhere")
     with pytest.raises(StoreFormatError, match="it has no experts"):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     (tmp_path / "file").write_text("text")
     with pytest.raises(StoreFormatError, match="is not a folder"):
-        ExpertStore.open(tmp_path / "file")
+        ShardStore.open(tmp_path / "file")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StoreFormatError, match="is a checkpoint, and not"):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)

@@ -21,7 +21,7 @@ from moetier.tiers.layout import BITS, PAIR_TYPES, ZERO_POINTS, Bits, ExpertKey,
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import decode, encode, layout_for, sections
 from moetier.tiers.quant.zero_points import Levels
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.convert.api import convert
 
@@ -86,7 +86,7 @@ def test_records_and_weights_of_every_width(bits: Bits, pairs: str, transposed: 
 
 def test_a_converted_model(tinymix_4bit: Path) -> None:
     reader = Reader(tinymix_4bit)
-    with ExpertStore.open(tinymix_4bit) as store:
+    with ShardStore.open(tinymix_4bit) as store:
         layout = store.layout(5)
         assert reader.digest() == store.manifest.digest
         record = torch.frombuffer(bytearray(reader.record(5, 3).tobytes()), dtype=torch.uint8)

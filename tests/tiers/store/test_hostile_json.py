@@ -33,7 +33,7 @@ from moetier.tiers.store.folder import (
     read_origin,
     resuming,
 )
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.trunk import INDEX, check_trunk, trunk_faults, trunk_records
 from moetier.tools.convert.api import convert
 
@@ -74,7 +74,7 @@ def directory(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use_experts(directory: Path) -> None:
-    ExpertStore.open(directory).close()
+    ShardStore.open(directory).close()
 
 
 def use_trunk(directory: Path) -> None:
@@ -200,12 +200,12 @@ from pathlib import Path
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.tiers.errors import StoreError
 from moetier.tiers.store.folder import read_manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.trunk import check_trunk, trunk_records
 for folder in sys.argv[1:]:
     directory, cause, began = Path(folder), "", time.process_time()
     try:
-        ExpertStore.open(directory).close()
+        ShardStore.open(directory).close()
         manifest = read_manifest(directory / "experts.zarr")
         check_trunk(directory, manifest)
         trunk_records(directory, manifest)

@@ -25,7 +25,7 @@ from moetier.tiers.layout import PAGE_BYTES, ExpertKey, RecordLayout
 from moetier.tiers.store import mirror
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
 from moetier.tiers.store.mirror import MIN_BYTES, MirroredStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import OpenShard, ShardFile
 from moetier.tools.convert.mirror_writer import make_mirror
 
@@ -266,7 +266,7 @@ def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytes
     def says(text: str) -> None:
         caplog.clear()
         with MirroredStore.open(tmp_path / "a") as store:
-            assert isinstance(store, ExpertStore)
+            assert isinstance(store, ShardStore)
         (said,) = caplog.messages
         assert text in said
 
@@ -280,7 +280,7 @@ def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytes
     says("is 7, not a text")
     (tmp_path / "a" / MIRRORS).unlink()
     with MirroredStore.open(tmp_path / "a") as store:
-        assert isinstance(store, ExpertStore)
+        assert isinstance(store, ShardStore)
 
 
 def test_damage_of_the_stores_own_manifest_is_an_error_and_not_the_mirrors(
@@ -322,14 +322,14 @@ def test_a_mirror_that_is_not_used_is_closed_although_another_one_is(
 ) -> None:
     make(tmp_path)
     make_mirror(tmp_path / "a", tmp_path / "c")
-    opened: list[ExpertStore] = []
+    opened: list[ShardStore] = []
 
-    def check_digest(store: ExpertStore) -> None:
+    def check_digest(store: ShardStore) -> None:
         opened.append(store)
         if store.directory == tmp_path / "b":
             raise ChecksumError("Its digest is another.", "Copy it again.")
 
-    monkeypatch.setattr(ExpertStore, "check_digest", check_digest)
+    monkeypatch.setattr(ShardStore, "check_digest", check_digest)
     with open_both(tmp_path):
         refused, *others = opened
         assert refused.directory == tmp_path / "b"

@@ -35,7 +35,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import GROUP
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 
 LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three pieces, the last one short
@@ -47,7 +47,7 @@ LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three piece
 def test_every_record_reads_back(tmp_path: Path) -> None:
     records = make_store(tmp_path)
     for folder in (tmp_path, tmp_path / GROUP):
-        with ExpertStore.open(folder) as store:
+        with ShardStore.open(folder) as store:
             assert read_records(store) == records
             assert store.manifest.model == "acme/tiny-moe"
             assert store.layout(2) == layout_of()
@@ -58,7 +58,7 @@ def test_large_records_are_read_in_pieces_by_a_pool_that_goes_with_the_store(tmp
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     before = threading.active_count()
     for readers in (1, 4):
-        with ExpertStore.open(tmp_path, readers=readers) as store:
+        with ShardStore.open(tmp_path, readers=readers) as store:
             assert threading.active_count() == before
             assert read_records(store) == records
             assert before < threading.active_count() <= before + readers
@@ -67,7 +67,7 @@ def test_large_records_are_read_in_pieces_by_a_pool_that_goes_with_the_store(tmp
 
 def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_path: Path) -> None:
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
-    with ExpertStore.open(tmp_path, readers=1) as store:
+    with ShardStore.open(tmp_path, readers=1) as store:
         slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
         read: list[int] = []
 
@@ -102,14 +102,14 @@ def test_what_is_opened_is_closed(tmp_path: Path) -> None:
     make_store(tmp_path)
     descriptors = Path("/proc/self/fd")
     before = {path.name for path in descriptors.iterdir()}
-    store = ExpertStore.open(tmp_path)
+    store = ShardStore.open(tmp_path)
     assert len(list(descriptors.iterdir())) == len(before) + 3
     store.close()
     store.close()
     assert {path.name for path in descriptors.iterdir()} == before
     shard(tmp_path, 2).path.unlink()
     with pytest.raises(MissingExpertError):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     assert {path.name for path in descriptors.iterdir()} == before
 
 
@@ -118,10 +118,10 @@ def test_close_waits_for_reads_and_later_ones_are_refused(tmp_path: Path) -> Non
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     key = ExpertKey(0, 0)
     for _ in range(10):
-        store = ExpertStore.open(tmp_path, readers=1)  # most pieces are read by the threads that call
+        store = ShardStore.open(tmp_path, readers=1)  # most pieces are read by the threads that call
         begun, ends = threading.Barrier(5, timeout=60), []
 
-        def work(store: ExpertStore = store, begun: threading.Barrier = begun, ends: list[Exception] = ends) -> None:
+        def work(store: ShardStore = store, begun: threading.Barrier = begun, ends: list[Exception] = ends) -> None:
             begun.wait()
             try:
                 while True:
@@ -150,7 +150,7 @@ def test_nothing_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> Non
     libc = ctypes.CDLL(None, use_errno=True)
     address = ctypes.c_void_p(slot.ctypes.data)
     assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ) == 0
-    with ExpertStore.open(tmp_path) as store:
+    with ShardStore.open(tmp_path) as store:
         for expert in (0, 1, 0, 1):
             with pytest.raises(StoreReadError, match="Bad address"):
                 store.read_into(ExpertKey(0, expert), slot.data)
@@ -165,7 +165,7 @@ def test_a_read_for_which_there_is_no_further_thread_is_made_by_its_own(tmp_path
     """The pool keeps the piece for which it could start no thread. It must not be read later, into another record."""
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     slot = memoryview(mmap.mmap(-1, LARGE.slot_bytes))
-    with ExpertStore.open(tmp_path, readers=4) as store:
+    with ShardStore.open(tmp_path, readers=4) as store:
         with without_thread(f"moetier-store_{number}"):
             store.read_into(ExpertKey(0, 0), slot)
         assert slot[:-4] == records[ExpertKey(0, 0)]
@@ -179,7 +179,7 @@ def test_other_file_systems(tmp_path: Path, kind: str) -> None:
     """ramfs refuses O_DIRECT; with tmpfs it depends on the kernel's version."""
     with mounted(kind, tmp_path / "disk") as folder:
         records = make_store(folder)
-        with ExpertStore.open(folder) as store:
+        with ShardStore.open(folder) as store:
             assert read_records(store) == records
             if kind == "ramfs":
                 assert not store.is_direct
@@ -199,7 +199,7 @@ def test_reads_bypass_the_page_cache(tmp_path: Path) -> None:
         os.close(direct)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        with ExpertStore.open(tmp_path) as store:
+        with ShardStore.open(tmp_path) as store:
             assert store.is_direct
             read_records(store)
     assert cached_part(path) < 0.1
@@ -242,7 +242,7 @@ def test_one_flipped_bit_anywhere_in_a_record(
     path = ShardFile.of(folder / GROUP, make_plan(), key.block).path
     flip_bit(path, position, bit)
     try:
-        with ExpertStore.open(folder) as store:
+        with ShardStore.open(folder) as store:
             with pytest.raises(ChecksumError) as caught:
                 read_record(store, key)
             for name in ("acme/tiny-moe", f"block {key.block} ", f"expert {key.expert}:", str(path)):
@@ -268,10 +268,10 @@ import json, mmap, sys
 sys.path.insert(0, {str(HELPERS)!r})
 from pathlib import Path
 from moetier.tiers.errors import StoreError
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.layout import ExpertKey
 found = {{}}
-with ExpertStore.open(Path(sys.argv[1])) as store:
+with ShardStore.open(Path(sys.argv[1])) as store:
     for block, entry in enumerate(store.manifest.blocks):
         good, error = 0, None
         for expert in range(entry.experts):
@@ -335,14 +335,14 @@ def test_an_error_that_is_not_the_disks_has_other_advice(tmp_path: Path, error: 
 def test_a_store_that_can_not_be_made_leaves_no_file_open(tmp_path: Path) -> None:
     make_store(tmp_path)
     with pytest.raises(AssertionError):
-        ExpertStore.open(tmp_path, readers=0)
+        ShardStore.open(tmp_path, readers=0)
     assert not [link for link in Path("/proc/self/fd").iterdir() if link.resolve().is_relative_to(tmp_path)]
 
 
 def test_a_store_that_moved_is_the_same_store(tmp_path: Path) -> None:
     records = make_store(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
-    with ExpertStore.open(tmp_path / "b") as store:
+    with ShardStore.open(tmp_path / "b") as store:
         assert read_records(store) == records
 
 
@@ -352,5 +352,5 @@ def repaired(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "lasting" in request.fixturenames:
         folder, records = request.getfixturevalue("lasting")
-        with ExpertStore.open(folder) as store:
+        with ShardStore.open(folder) as store:
             assert read_records(store) == records

@@ -21,7 +21,7 @@ from threads import without_thread
 from moetier.tiers.errors import ChecksumError, StoreReadError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP, read_manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 
 PLAN = make_plan()
@@ -35,7 +35,7 @@ def swapped(tmp_path: Path) -> Path:
 
 def test_it_is_refused_when_the_store_is_opened(swapped: Path) -> None:
     with pytest.raises(ChecksumError, match="to another conversion than the manifest") as caught:
-        ExpertStore.open(swapped)
+        ShardStore.open(swapped)
     path = shard(swapped, 1).path
     assert f"block 1 (model.layers.1.mlp.experts): its shard {path}" in caught.value.cause
     assert f"Copy {path} from the original" in caught.value.fix
@@ -50,7 +50,7 @@ def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Pat
     other[key] = make_records(PLAN, seed=1)[key]
     write_store(tmp_path / "other", PLAN, other)
     shutil.copy(shard(tmp_path / "other", 1).path, shard(tmp_path, 1).path)
-    with ExpertStore.open(tmp_path) as store:
+    with ShardStore.open(tmp_path) as store:
         for each in records:
             if each != key:
                 assert read_record(store, each) == records[each]
@@ -75,11 +75,11 @@ def test_an_older_store_can_not_be_opened_without_a_thread_for_the_check(tmp_pat
     make_store(tmp_path)
     without_table(tmp_path)
     with without_thread("moetier-digest"), pytest.raises(StoreReadError, match="can't start new thread"):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
 
 
 def test_an_older_store_of_small_size_is_refused_when_it_is_opened(swapped: Path) -> None:
     without_table(swapped)
     with pytest.raises(ChecksumError, match=r"not all of one conversion.* too old to tell which") as caught:
-        ExpertStore.open(swapped)
+        ShardStore.open(swapped)
     assert "Copy the shards" in caught.value.fix

@@ -16,7 +16,7 @@ from stores import layout_of, make_plan, make_store, read_record, shard
 from moetier.tiers.errors import MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.store.folder import GROUP
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 
 LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three pieces, the last one short
@@ -48,9 +48,9 @@ def test_one_flipped_bit_anywhere_in_an_index(
     flip_bit(path, -position, bit)
     try:
         with pytest.raises(StoreFormatError, match="the index at the end of its shard") as caught:
-            ExpertStore.open(folder)
+            ShardStore.open(folder)
         assert str(path) in caught.value.cause
-        with ExpertStore.open(folder, damaged=True) as store:
+        with ShardStore.open(folder, damaged=True) as store:
             assert set(store.faults) == {block}
             with pytest.raises(StoreFormatError):
                 read_record(store, ExpertKey(block, 0))
@@ -66,9 +66,9 @@ def test_a_shard_of_the_wrong_size(tmp_path: Path, size: int) -> None:
     file = shard(tmp_path, 1)
     os.truncate(file.path, size)
     with pytest.raises(StoreFormatError) as caught:
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     assert f"{file.path} has {size:,} bytes; 65,604 were expected" in caught.value.cause
-    with ExpertStore.open(tmp_path, damaged=True) as store:
+    with ShardStore.open(tmp_path, damaged=True) as store:
         with pytest.raises(StoreFormatError):
             read_record(store, ExpertKey(1, 0))
         assert read_record(store, ExpertKey(2, 0)) == records[ExpertKey(2, 0)]
@@ -79,9 +79,9 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     path = shard(tmp_path, 1).path
     path.unlink()
     with pytest.raises(MissingExpertError) as caught:
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     assert f"block 1 (model.layers.1.mlp.experts): its shard {path} is missing; it should have" in caught.value.cause
-    with ExpertStore.open(tmp_path, damaged=True) as store:
+    with ShardStore.open(tmp_path, damaged=True) as store:
         with pytest.raises(MissingExpertError):
             read_record(store, ExpertKey(1, 3))
         assert read_record(store, ExpertKey(0, 3)) == records[ExpertKey(0, 3)]
@@ -93,7 +93,7 @@ def test_a_folder_where_a_shard_has_to_be(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     with pytest.raises(StoreError, match=str(path)):
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_index_with_a_right_checksum_that_leads_astray(tmp_path: Path, expert
         stream.seek(file.data_bytes)
         stream.write(index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
     with pytest.raises(StoreFormatError, match="the index at the end of its shard") as caught:
-        ExpertStore.open(tmp_path)
+        ShardStore.open(tmp_path)
     assert str(file.path) in caught.value.cause
 
 
@@ -117,7 +117,7 @@ def test_an_index_with_a_right_checksum_that_leads_astray(tmp_path: Path, expert
 def test_a_shard_that_is_cut_while_it_is_in_use(tmp_path: Path, layout: RecordLayout) -> None:
     records = make_store(tmp_path, blocks=2, experts=2, layout=layout)
     path = shard(tmp_path, 0, layout).path
-    with ExpertStore.open(tmp_path) as store:
+    with ShardStore.open(tmp_path) as store:
         os.truncate(path, layout.slot_bytes + layout.slot_bytes // 2 + 100)
         with pytest.raises(StoreReadError, match="it was truncated while in use") as caught:
             read_record(store, ExpertKey(0, 1))

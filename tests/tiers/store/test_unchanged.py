@@ -19,13 +19,13 @@ from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.mirror import MirroredStore
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 
 PLAN = make_plan()
 KEY = ExpertKey(1, 2)
 TICK = 0.02  # seconds, more than the steps of a file's times
-Store = ExtentStore | ExpertStore | MirroredStore
+Store = ExtentStore | ShardStore | MirroredStore
 
 
 class Opens(Protocol):
@@ -44,7 +44,7 @@ def older_store(folder: Path, seed: int = 0) -> tuple[Store, Path, dict[ExpertKe
     records = make_store(folder, seed=seed)
     without_table(folder)
     time.sleep(TICK)
-    return ExpertStore.open(folder), ShardFile.of(folder / GROUP, PLAN, 1).path, records
+    return ShardStore.open(folder), ShardFile.of(folder / GROUP, PLAN, 1).path, records
 
 
 @pytest.fixture(params=[checkpoint, older_store])

@@ -26,7 +26,7 @@ from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
 
@@ -37,7 +37,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def read_all(folder: Path) -> dict[ExpertKey, bytes]:
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         return read_records(store)
 
 
@@ -150,7 +150,7 @@ def test_a_block_that_fails_is_abandoned_and_the_rest_resumes_byte_identical(tmp
         assert not list(cut.rglob(f"*{PARTIAL}"))
         assert writer.finished_blocks == {1}
     with pytest.raises(IncompleteStoreError) as caught:
-        ExpertStore.open(cut)
+        ShardStore.open(cut)
     assert "1 of 3 blocks" in caught.value.cause
     assert f"moetier convert acme/tiny-moe {cut}" in caught.value.fix
     with StoreWriter.open(cut / GROUP, plan) as writer:
@@ -287,7 +287,7 @@ def test_a_full_disk_is_said_and_resumed_from(small_disk: Path, tmp_path: Path) 
     with pytest.raises(DiskSpaceError, match="is full"):
         write_store(small_disk, plan, records)
     with pytest.raises(IncompleteStoreError, match="2 of 3 blocks"):
-        ExpertStore.open(small_disk)
+        ShardStore.open(small_disk)
 
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     write_store(small_disk, plan, records)
@@ -396,14 +396,14 @@ def test_killed_at_twenty_random_moments_it_resumes_byte_identical(tmp_path: Pat
             killed, _ = write(folder, moments.randrange(1, duration))
             kills += killed
             if (folder / GROUP / METADATA).exists():  # complete, whenever the signal came
-                ExpertStore.open(folder).close()
+                ShardStore.open(folder).close()
                 write(folder, 0)
                 assert tree(folder) == expected
                 folder = tmp_path / f"cut-{kills}"
             elif (folder / GROUP / PLAN).exists():
                 incomplete += 1
                 with pytest.raises(IncompleteStoreError):
-                    ExpertStore.open(folder)
+                    ShardStore.open(folder)
         write(folder, 0)
         assert tree(folder) == expected
         orders.close()

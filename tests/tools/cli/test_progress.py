@@ -75,14 +75,14 @@ def test_a_bar_does_not_change_how_a_prompt_is_computed(
     tinymix_4bit: Path, tty: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last chunk is one token, which compiled layers compute."""
-    computed, of = list[bool](), OneTokenLayer.of
+    computed, compute = list[bool](), OneTokenLayer.compute
 
     def seen(layer: OneTokenLayer, *arguments: Any, **named: Any) -> Any:
-        found = of(layer, *arguments, **named)
+        found = compute(layer, *arguments, **named)
         computed.append(found is not None)
         return found
 
-    monkeypatch.setattr(OneTokenLayer, "of", seen)
+    monkeypatch.setattr(OneTokenLayer, "compute", seen)
     model, _ = moetier.load(tinymix_4bit, daemon=None)
     ids, ways = torch.arange(3, 20)[None], list[list[bool]]()
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -14,7 +14,7 @@ from places import DOCS
 from stores import make_plan
 
 from moetier.tiers.errors import BudgetError, ConfigError
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tools.bench import child as bench_child
 from moetier.tools.bench import convert as bench_convert
 from moetier.tools.bench import kernels as bench_kernels
@@ -88,7 +88,7 @@ def check(found: dict[str, Any]) -> list[dict[str, Any]]:
 def test_disk(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench(tmp_path, "disk", str(tinymix_4bit), "--seconds", "0.05", "--rounds", "2")
     one, several = check(found)
-    with ExpertStore.open(tinymix_4bit) as store:
+    with ShardStore.open(tinymix_4bit) as store:
         assert one["record_bytes"] == store.layout(0).slot_bytes
     assert (one["depth"], several["depth"]) == (1, 4)
     assert len(one["bytes_per_s"]["runs"]) == 2

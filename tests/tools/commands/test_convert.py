@@ -34,7 +34,7 @@ from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, Bits
 from moetier.tiers.manifest import FileSum
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tools.commands.convert import options_of
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
@@ -74,7 +74,7 @@ def test_every_width_says_what_it_made(source: Path, tmp_path: Path, bits: Bits)
     shards = list((tmp_path / "dst" / GROUP).rglob("c/*/0/0"))
     assert report.expert_bytes == sum(path.stat().st_size for path in shards) - len(shards) * (16 * 8 + 4)
     assert report.trunk_bytes == sum(path.stat().st_size for path in (tmp_path / "dst").glob("trunk-*"))
-    with ExpertStore.open(tmp_path / "dst") as store:
+    with ShardStore.open(tmp_path / "dst") as store:
         assert store.manifest.model == "tiny-moe"
         assert {p.bits for p in store.layout(0).projections} <= {bits, 16}
     text = report.table()
@@ -155,7 +155,7 @@ def test_plain_rounding_is_another_conversion(source: Path, uncut: dict[str, byt
 
 def test_group_size_and_pairs_reach_the_store(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "dst", bits=2, group_size=16, pairs="uint8", fast=True)
-    with ExpertStore.open(tmp_path / "dst") as store:
+    with ShardStore.open(tmp_path / "dst") as store:
         assert {(p.group, p.pairs) for p in store.layout(0).projections} == {(16, "uint8")}
     with pytest.raises(ConfigError, match="`group_size` is 7"):
         convert(source, tmp_path / "other", group_size=7)
@@ -440,7 +440,7 @@ sys.exit(main(['convert', source, target]))
         assert "Traceback" not in result.stderr
         assert not list((disk / "dst").rglob(f"*{PARTIAL}"))
         with pytest.raises(IncompleteStoreError):
-            ExpertStore.open(disk / "dst")
+            ShardStore.open(disk / "dst")
         (disk / "ballast").unlink()
         report = convert(source, disk / "dst")
         assert report.resumed_blocks >= 1
@@ -506,7 +506,7 @@ sys.exit(main(['convert', source, target]))
     assert "Traceback" not in result.stderr
     assert not list(dst.rglob(f"*{PARTIAL}"))
     with pytest.raises(IncompleteStoreError, match="1 of 3 blocks") as caught:
-        ExpertStore.open(dst)
+        ShardStore.open(dst)
     assert caught.value.fix == f"Resume it: moetier convert {source} {dst} --bits 4"
     first = (dst / GROUP / "records" / "c" / "0" / "0" / "0").stat().st_mtime_ns
     assert convert(source, dst).resumed_blocks == 1
@@ -517,7 +517,7 @@ sys.exit(main(['convert', source, target]))
 def test_the_manifest_sums_the_trunk(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "dst")
     trunk = {path.name: path.read_bytes() for path in (tmp_path / "dst").glob("trunk-*")}
-    with ExpertStore.open(tmp_path / "dst") as store:
+    with ShardStore.open(tmp_path / "dst") as store:
         assert store.manifest.trunk == {n: FileSum(len(data), google_crc32c.value(data)) for n, data in trunk.items()}
 
 

@@ -21,7 +21,7 @@ from threads import wait_until
 import moetier
 from moetier.runtime.generation.streamer import TimedStreamer
 from moetier.tiers.errors import StoreReadError
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.daemon_reads import DaemonReads, DaemonWatch
 from moetier.tools.cli.report import Timing
@@ -37,7 +37,7 @@ def generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 
 
 def budget(folder: Path, records: int) -> str:
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         return str(records * store.layout(0).slot_bytes)
 
 

@@ -17,7 +17,7 @@ from stores import NASTY, layout_of, make_plan, make_records, make_store, write_
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.layout import Bias, Projection, RecordLayout
 from moetier.tiers.store.folder import GROUP
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.commands import inspect
@@ -46,7 +46,7 @@ def test_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run(tmp_path, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     weights = 6 * (128 * 256 + 256 * 64 + 256)
-    with ExpertStore.open(tmp_path) as store:
+    with ShardStore.open(tmp_path) as store:
         assert found["direct"] == store.is_direct
     shards = sum(ShardFile.of(tmp_path / GROUP, plan, block).data_bytes for block in range(2))
     assert found["expert_bytes"] == shards == manifest.stored_bytes

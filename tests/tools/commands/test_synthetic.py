@@ -18,7 +18,7 @@ import moetier
 from moetier.tiers.errors import DiskSpaceError, IncompleteStoreError, TargetExistsError
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, read_manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.writer import ShardWriter
 from moetier.tools.convert.api import convert
 from moetier.tools.main import main
@@ -136,7 +136,7 @@ def test_a_whole_model_is_made_without_a_checkpoint(
     assert "resumes where it stopped" in capsys.readouterr().err
     assert not [path for path in tree(tmp_path / "dst") if path.endswith(PARTIAL)]
     with pytest.raises(IncompleteStoreError) as caught:
-        ExpertStore.open(tmp_path / "dst")
+        ShardStore.open(tmp_path / "dst")
     resume = shlex.split(caught.value.fix.partition(": ")[2])
     assert main(resume[1:]) == 0
     assert "resumed: 2 of 3 blocks" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatErr
 from moetier.tiers.layout import PAGE_BYTES, Bits, ExpertKey
 from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, replacement_folder
 from moetier.tiers.store.mirror import read_mirrors
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.trunk import check_trunk
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.mirror_writer import make_mirror
@@ -90,7 +90,7 @@ assert libc.prctl(22, 2, ctypes.byref(Filter(len(rules), ctypes.addressof(code))
 
 def opened(folder: Path) -> str:
     """The digest of a model directory, all of which is read: experts, trunk and config."""
-    with ExpertStore.open(folder) as store:
+    with ShardStore.open(folder) as store:
         check_trunk(folder, store.manifest)
         bits = json.loads((folder / "config.json").read_bytes())["quantization_config"]["bits"]
         assert bits == store.manifest.bits
@@ -165,7 +165,7 @@ def test_where_names_can_not_be_exchanged_it_goes_on_too(
     (_, steps), *lines = map(json.loads, result.stdout.splitlines())
     (gone,) = [path for step in steps if not (path := tmp_path / "work" / f"{step}-killed" / "dst").exists()]
     with pytest.raises(StoreFormatError, match="its replacement was interrupted") as caught:
-        ExpertStore.open(gone)
+        ShardStore.open(gone)
     assert caught.value.fix == f"Put the new model in its place: mv '{gone}~new' {gone}"
     check_killed(tmp_path, lines)
 
@@ -333,7 +333,7 @@ def test_what_can_not_be_exchanged_is_said_before(both: Path, tmp_path: Path) ->
             assert "--replace-first" in caught.value.fix
             assert tree(folder) == before
             convert(both, folder, bits=bits, fast=True, replace_first=True)
-            with ExpertStore.open(folder) as store:
+            with ShardStore.open(folder) as store:
                 assert store.manifest.bits == bits
     assert (tmp_path / "old" / GROUP).is_symlink()
 
@@ -353,7 +353,7 @@ def test_mirrors_stay_with_their_records(both: Path, tmp_path: Path, capfd: pyte
         convert(both, dst, fast=True, mirror=mirror)
     convert(both, dst, fast=True, mirror=mirror, overwrite=True)
     assert read_mirrors(dst) == [mirror]
-    with ExpertStore.open(mirror) as store:
+    with ShardStore.open(mirror) as store:
         assert store.manifest.digest == opened(dst)
     before = tree(tmp_path / "new")
     convert(both, dst, bits=8, fast=True, overwrite=True)

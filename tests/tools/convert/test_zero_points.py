@@ -18,7 +18,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ZERO_POINTS, ExpertKey
 from moetier.tiers.quant.codec import decode
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.reader import ShardStore
 from moetier.tools.convert.api import convert
 from moetier.tools.main import main
 
@@ -103,7 +103,7 @@ def test_without_bits_nothing_is_lost(both: tuple[Path, Path], tmp_path: Path) -
     source, plain = both
     convert(source, tmp_path / "dst")
     modules = experts_modules(ordinary_model(plain))
-    with ExpertStore.open(tmp_path / "dst") as store:
+    with ShardStore.open(tmp_path / "dst") as store:
         assert {p.pairs for layout in store.manifest.layouts.values() for p in layout.projections} <= set(ZERO_POINTS)
         for block, entry in enumerate(store.manifest.blocks):
             layout = store.layout(block)

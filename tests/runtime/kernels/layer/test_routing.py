@@ -22,7 +22,7 @@ def numbers(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def route(x: Tensor, weight: Tensor, bias: Tensor | None = None, **form: object) -> tuple[Tensor, Tensor, Tensor]:
     plain = {"top_k": 2, "normalised": False, "factor": 1.0, "logit_dtype": weight.dtype, "weight_dtype": FP32}
     with torch.inference_mode():
-        found = CompiledRouter(RouterVariant(**plain | form)).of(x, weight, bias)  # type: ignore[arg-type]
+        found = CompiledRouter(RouterVariant(**plain | form)).compute(x, weight, bias)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -122,8 +122,9 @@ def test_the_number_of_threads_changes_no_bits() -> None:
 )
 def test_what_it_does_not_do(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     with torch.inference_mode():
-        assert CompiledRouter(RouterVariant(2, False, 1.0, BF16, FP32)).of(x, weight, bias) is None
+        assert CompiledRouter(RouterVariant(2, False, 1.0, BF16, FP32)).compute(x, weight, bias) is None
 
 
 def test_with_gradients_torch_computes() -> None:
-    assert CompiledRouter(RouterVariant(2, False, 1.0, BF16, FP32)).of(numbers(1, 32), numbers(5, 32), None) is None
+    router = CompiledRouter(RouterVariant(2, False, 1.0, BF16, FP32))
+    assert router.compute(numbers(1, 32), numbers(5, 32), None) is None

@@ -20,7 +20,7 @@ def test_scores_are_what_fp64_says(rows: int, columns: int, given: torch.dtype) 
     scores = Scores(weight)
     for _ in range(2):  # its numbers may change in place
         expected = (weight.double() @ x.double().flatten()).float()
-        torch.testing.assert_close(torch.tensor(scores.of(x)), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(scores.compute(x)), expected, rtol=1e-5, atol=1e-4)
         weight[0] += 1.0
 
 
@@ -30,4 +30,4 @@ def test_scores_are_what_fp64_says(rows: int, columns: int, given: torch.dtype) 
     ids=["two rows", "48 columns", "with gaps", "fp16"],
 )
 def test_other_scores_are_left_to_torch(x: Tensor) -> None:
-    assert Scores(numbers(8, 32).float()).of(x) is None
+    assert Scores(numbers(8, 32).float()).compute(x) is None
