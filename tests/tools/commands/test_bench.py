@@ -188,7 +188,9 @@ def test_decode(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 100 * MIB < found["idle_bytes"] < result["peak_bytes"] < 900 * MIB
     assert 100 * MIB < result["group_peak_bytes"] <= 900 * MIB
     assert found["page_cache"] == "dropped only for the model's files: to drop all of it is not permitted"
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert progress.startswith("bench: the memory of an idle process")
+    assert "bench: round 1 of 1: the model --limit 900 MiB --ram 7MiB\n" in progress
     assert all(word in said for word in ("tokens/s", "bound", "in its group", "900 MiB", "7MiB"))
     assert said.splitlines()[-1].startswith("--limit 900 MiB --ram 7MiB: You reach ")
 
