@@ -178,9 +178,9 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
     if best["as_it_is"]:
-        lines.append("No conversion is needed: the files of the checkpoint, as downloaded, are the store.")
+        lines.append("No conversion is needed: the files of the checkpoint are used as downloaded.")
     elif any(choice["as_it_is"] for choice in forecast["choices"]):
-        lines.append("With experts of 16 bits no conversion is needed: the files, as downloaded, are the store.")
+        lines.append("With experts of 16 bits no conversion is needed: the files are used as downloaded.")
     if forecast["quantised_with"] is not None and bits < 16:
         lines.append(
             f"The experts are quantised already, with {plain(forecast['quantised_with'])}, and lose quality when they "

@@ -88,7 +88,7 @@ def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, tog
     assert first == f"{NAME}: {server.url}/v1"
     assert context.startswith("  a context of 1,500 tokens (")
     assert context.endswith("; at most 1 requests are computed together")
-    assert experts == "  experts of this process"
+    assert experts == "  the experts are held by this process"
     assert "requests" in bits
     assert kept.startswith("  keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: ")
     assert "\n  experts of the daemon" in together.said
