@@ -71,6 +71,13 @@ GROUPS = {  # titles in --help -> names of commands -> their lines in --help; th
 }
 COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
 
+OF_OTHERS = {  # advice about Ollama's commands
+    "run": "For a conversation: moetier chat NAME. ",
+    "show": "What a model is: moetier inspect NAME. ",
+    "stop": "Ctrl-C ends a server or a daemon; moetier ps shows daemons. ",
+    "create": "To make a model: moetier convert SRC DST. ",
+}
+
 _log = logging.getLogger(__name__)
 _is_whole = threading.Event()  # set if nothing but ``command`` runs in this process
 
@@ -111,6 +118,7 @@ def build_parser() -> CommandParser:
         prog="moetier",
         description=FIRST,
     )
+    parser.of_others = OF_OTHERS
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     add_commands(parser, GROUPS, "moetier.tools.commands", "COMMAND")
     return parser

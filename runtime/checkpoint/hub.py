@@ -43,7 +43,7 @@ def check_id(name: str) -> None:
     except HFValidationError as error:
         raise CheckpointError(
             f"{redacted(name)!r} is not an id on the Hugging Face hub.",
-            "Give an id such as ORG/NAME. Choose the number of bits with --bits, not in the name.",
+            "Give an id such as openai/gpt-oss-20b. Choose the number of bits with --bits, not in the name.",
         ) from redacted_error(error)
 
 

@@ -39,6 +39,7 @@ class DaemonConfig(HostTierConfig):
         help=f'host memory for all experts: "8GiB", or "50%" of what is free (default: {DEFAULT_SHARE:.0%})',
     )
     directories: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()  # of the models, by directory; "": that of its source
     folder: Path = option(
         DEFAULT_NAME,
         "folder for the daemon's sockets: a path, or a name in $XDG_RUNTIME_DIR/moetier (/tmp/moetier-UID without that "

@@ -43,10 +43,17 @@ class HostedModel:
     """
 
     def __init__(
-        self, manifest: Manifest, host: HostTier, location: Path, *, timeout: float, learn: bool = False
+        self,
+        manifest: Manifest,
+        host: HostTier,
+        location: Path,
+        *,
+        timeout: float,
+        learn: bool = False,
+        name: str = "",
     ) -> None:
         self.manifest = manifest
-        self.name = manifest.model
+        self.name = name or manifest.model
         self.digest = manifest.digest
         self.host = host
         self.location = location

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -187,6 +188,7 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, c
     """Report to systemd, to the log and to the process that started the daemon that it is ready."""
     models = ", ".join(model.name for model in card.models)
     budget = format_bytes(sum(model.budget_bytes for model in card.models))
+    slots = sum(sum(model.slots.values()) for model in clients.models.values())
     manager.ready(f"{models}: {budget}")
     log_event(
         _log,
@@ -198,8 +200,11 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, c
         metrics=card.metrics or "-",
         models=models,
         budget=budget,
-        slots=sum(sum(model.slots.values()) for model in clients.models.values()),
+        slots=slots,
     )
+    if sys.stderr.isatty():
+        said = f"{models}: ready, with room for {slots:,} experts ({budget})"
+        print(f"{said}. Commands find it by themselves; Ctrl-C ends it.", file=sys.stderr, flush=True)
     # only a warning, as all experts together may need less
     if config.ram is not None and (whole := exceeded(config.ram)) is not None:
         sizes = {"asked": format_bytes(config.ram.of(whole.bytes)), "there": format_bytes(whole.bytes)}

@@ -67,6 +67,7 @@ def open_models(
                 holder=reclaimed.holder,
             )
     models = {}
+    named = dict(zip(stores, config.names, strict=False))  # they have the order of config.directories
     for digest, store in stores.items():
         began = time.monotonic()
         taken = kept.get(digest)
@@ -74,7 +75,14 @@ def open_models(
         host = closing.enter_context(
             HostTier.open(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
         )
-        model = HostedModel(store.manifest, host, store.directory, timeout=config.slot_timeout, learn=config.learn)
+        model = HostedModel(
+            store.manifest,
+            host,
+            store.directory,
+            timeout=config.slot_timeout,
+            learn=config.learn,
+            name=named.get(digest, ""),
+        )
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.log_condemned)

@@ -158,7 +158,7 @@ def _connect(end: socket.socket, path: Path, timeout: float) -> None:
 def _no_daemon(folder: Path, why: str = "") -> NoDaemonError:
     return NoDaemonError(
         f"No daemon runs in {folder}" + (f" ({why})." if why else "."),
-        "Start one: moetier daemon DIR; or name another (moetier ps lists them).",
+        "Start one: moetier daemon DIR; or name another by its folder, not its model: moetier ps lists them.",
     )
 
 

@@ -95,6 +95,7 @@ def test_short_options_are_those_of_llama_cpp(model: list[str]) -> None:
     ("words", "cause", "fix"),
     [
         (["genrate"], "There is no command 'genrate'", "Did you mean generate? moetier --help"),
+        (["run", "x"], "There is no command 'run'", "For a conversation: moetier chat NAME. moetier --help"),
         (["frobnicate"], "There is no command 'frobnicate'", "  moetier --help"),
         (["bench", "decod"], "There is no bench 'decod'", "Did you mean decode?"),
         (["--verson"], "no option --verson", "Did you mean --version?"),

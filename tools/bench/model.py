@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +92,16 @@ class RunLimits:
     limit: int | None  # of the run's control group, in bytes; None for no limit
     ram: str | None  # value of --ram; None if it was not given
 
+    @property
+    def words(self) -> str:
+        """The limits as words of a command line."""
+        given = [] if self.limit is None else [f"--limit {format_bytes(self.limit)}"]
+        given += [] if self.ram is None else [f"--ram {self.ram}"]
+        return " ".join(given)
+
+    def __str__(self) -> str:
+        return f"the model {self.words}".strip()
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -149,15 +160,16 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
     child = {"directory": str(folder.absolute()), "threads": arguments.threads}
     feed = child | {"work": "model"} | work.to_json()
 
+    _say("the memory of an idle process, and which experts the tokens use")
     idle = fresh(child | {"work": "idle"})
     seen = fresh(feed | {"record": True}, files=files)
     floor = Floor(manifest, seen["used"], seen["trunk_bytes"], seen["kv_bytes"], idle["peak_bytes"])
     floor.check(several)
     rated = Rated(RandomReads.of_records(folder), rows_of(manifest, floor.routing, work.measured, work.step_tokens))
-    ways: dict[RunLimits | str, Any] = rated.ways(child, work)
+    ways: dict[Any, Any] = rated.ways(child, work)
     for limits in several:
         ways[limits] = partial(fresh, feed | {"ram": limits.ram}, limit=limits.limit, files=files)
-    measured = alternate(arguments.rounds, ways)
+    measured = alternate(arguments.rounds, ways, say=_say)
     page_cache = measured[several[0]][-1]["page_cache"]
 
     rates, rates_json, notes = rated.summary(measured["disk"], measured["rates"], work)
@@ -182,6 +194,10 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
         idle_bytes=floor.idle_bytes,
         page_cache=page_cache,
     )
+
+
+def _say(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -263,12 +279,9 @@ def result_of(
 
 def _reading(result: dict[str, Any]) -> str:
     """Return a sentence that says what a row means; it begins with the row's limits, if it has some."""
-    limit, ram = result["limit_bytes"], result["ram"]
-    limits = [] if limit is None else [f"--limit {format_bytes(limit)}"]
-    limits += [] if ram is None else [f"--ram {ram}"]
-    need = result["need_bytes"]
+    limits, need = RunLimits(result["limit_bytes"], result["ram"]).words, result["need_bytes"]
     said = verdict(result["ratio"], result["bound_by"], need["experts"] + need["trunk"], need["missing"])
-    return f"{' '.join(limits)}: {said}" if limits else said
+    return f"{limits}: {said}" if limits else said
 
 
 def _row(result: dict[str, Any]) -> list[str]:

@@ -62,11 +62,18 @@ class Spread:
         return middle if len(self.runs) == 1 else f"{middle} ({low} to {high})"
 
 
-def alternate(rounds: int, ways: Mapping[K, Callable[[], T]], *, until: float = math.inf) -> dict[K, list[T]]:
+def alternate(
+    rounds: int,
+    ways: Mapping[K, Callable[[], T]],
+    *,
+    until: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[K, list[T]]:
     """Run each of ``ways`` once in each round. Return the results of each way, in the order of the rounds.
 
     Each round begins with another way; every second round goes through the ways in reverse. After the first round, none
-    begins that would not end before ``until``, a time of ``time.monotonic``, if it took as long as the longest.
+    begins that would not end before ``until``, a time of ``time.monotonic``, if it took as long as the longest. Before
+    each run, ``say`` is called with a line of progress.
     """
     results: dict[K, list[T]] = {name: [] for name in ways}
     names, times = [*ways], [time.monotonic()]
@@ -77,6 +84,7 @@ def alternate(rounds: int, ways: Mapping[K, Callable[[], T]], *, until: float = 
         first = number % len(names)
         order = names[first:] + names[:first]
         for name in order if number % 2 == 0 else reversed(order):
+            say(f"round {number + 1} of {rounds}: {name}")
             results[name].append(ways[name]())
         times.append(time.monotonic())
     return results

@@ -124,6 +124,8 @@ class Dialogue:
         if (out := conversation.left_out) > before:
             print(f"[the context is full: the model no longer sees the first {out} turns]", file=sys.stderr, flush=True)
         most = min(most, conversation.context - len(ids))
+        if self.spent.new_tokens and not (self._is_interruptible or self.as_json):
+            print()  # between two answers that go through a pipe
         answer = self._answering.answer(ids, most=most, is_interrupted=is_interrupted, echo=not self.as_json)
         self.spent += answer.timing
         if self.as_json:

@@ -48,6 +48,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self._module = module
+        self.of_others: Mapping[str, str] = {}  # advice about commands that other programs have, by their names
         self._is_inside = False
 
     def fill(self) -> None:
@@ -77,7 +78,8 @@ class CommandParser(argparse.ArgumentParser):
             self._check_options(own)
             rest = words[len(own) :]
             if rest and rest[0] not in commands:
-                self._refuse(f"There is no {self._name('command')} {rest[0]!r}.", _nearest(rest[0], commands))
+                advice = self.of_others.get(rest[0]) or _nearest(rest[0], commands)
+                self._refuse(f"There is no {self._name('command')} {rest[0]!r}.", advice)
             parsed, more = super().parse_known_args(args, namespace)
             if not rest and not more:
                 self.print_help()

@@ -81,14 +81,10 @@ def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: fl
 
     ``load`` is the time of loading in seconds; ``peak_bytes`` is the largest memory use of the process.
     """
-    stats = tiers.stats()
-    hits = ", ".join(f"{tier.name} {tier.hit_ratio:.1%} of {tier.hits + tier.misses:,}" for tier in reversed(stats))
-    waits = tier_json(stats[-1], timing)["wait_share"]
-    lines = [line("load", f"{load:.2f} s"), *_rates(timing)]
-    lines.append(line("hits", f"{hits}; waiting for misses took {waits:.1%} of the time"))
+    lines = [line("load", f"{load:.2f} s"), *_rates(timing), _hits(timing, tiers)]
     if tiers.origin.daemon is None:
         tokens = timing.prompt_tokens + timing.new_tokens
-        nbytes = stats[0].bytes_in
+        nbytes = tiers.stats()[0].bytes_in
         lines.append(line("read", f"{format_bytes(nbytes)}, {format_bytes(nbytes / max(tokens, 1))} a token"))
     lines += [line("memory", f"{format_bytes(peak_bytes)} at its peak"), *_sources(tiers, reads)]
     return "\n".join(lines)
@@ -96,7 +92,7 @@ def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: fl
 
 def run_report(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> str:
     """Return a report of several answers: their timing, and all counters of the tiers."""
-    return "\n".join([*_rates(timing), *_sources(tiers, reads), details(timing, tiers)])
+    return "\n".join([*_rates(timing), _hits(timing, tiers), *_sources(tiers, reads), details(timing, tiers)])
 
 
 def details(timing: Timing, tiers: Tiers) -> str:
@@ -177,6 +173,13 @@ def _rates(timing: Timing) -> list[str]:
         ),
         line("decode", f"{tokens_text(timing.new_tokens)}{more}"),
     ]
+
+
+def _hits(timing: Timing, tiers: Tiers) -> str:
+    stats = tiers.stats()
+    hits = ", ".join(f"{tier.name} {tier.hit_ratio:.1%} of {tier.hits + tier.misses:,}" for tier in reversed(stats))
+    waits = tier_json(stats[-1], timing)["wait_share"]
+    return line("hits", f"{hits}; waiting for misses took {waits:.1%} of the time")
 
 
 def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:

@@ -94,6 +94,9 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
         print("moetier: stopped. Run the same command again: it resumes where it stopped.", file=sys.stderr)
         return 128 + stop.number
     print(json.dumps(report.to_json()) if as_json else report.table())
+    if report.trunk_bits == 16 and not as_json:
+        line = "The trunk has 16 bits. --trunk-bits 8 makes each token faster, at no loss that we could measure."
+        print(line, file=sys.stderr)
     return 0
 
 

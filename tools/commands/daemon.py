@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from dataclasses import replace
 
 from moetier.runtime.daemon.daemon_config import DAEMON_OPTIONS, DaemonConfig
 from moetier.tools.cli.arguments import add_options
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, and return 0. Raises UsageError, or MoetierError if the daemon can't start."""
     from moetier.runtime.daemon.entry import serve
     from moetier.runtime.daemon.log import log_to_stderr
-    from moetier.runtime.model.names import note_use_of
+    from moetier.runtime.model.names import listed_name, note_use_of
     from moetier.tiers.errors import ConfigError
 
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
@@ -57,4 +58,4 @@ def run(arguments: argparse.Namespace) -> int:
     for directory_of_model in arguments.directories:
         note_use_of(directory_of_model)
     log_to_stderr()
-    return serve(config)
+    return serve(replace(config, names=tuple(listed_name(model) or "" for model in config.directories)))

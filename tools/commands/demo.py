@@ -88,4 +88,4 @@ def following(folder: Path) -> str:
     from moetier.runtime.model.name_files import registered
 
     name = next((name for name, path in registered().items() if path == folder.resolve()), str(folder))
-    return f"Next: moetier chat {name} -n 64; or, for a model of the hub: moetier plan ORG/NAME"
+    return f"Next: moetier chat {name} -n 64 --temperature 0.6; or, for a model of the hub: moetier plan ORG/NAME"

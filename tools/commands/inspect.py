@@ -40,14 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _text(description: dict[str, Any]) -> str:
+    from moetier.runtime.model.names import listed_name
     from moetier.runtime.model.same_bits import bits_of
 
+    name = listed_name(Path(description["directory"]))
     trunk = format_bytes(description["trunk_bytes"])
     if records := description["trunk_records"]:
         trunk += f", {description['trunk_matrices']} matrices of {records['bits']} bits, groups of {records['group']}"
         trunk += f", {records['pairs']} pairs"
     lines = [
-        f"model            {description['model']}",
+        f"model            {description['model'] if name is None else f'{name}, made from ' + description['model']}",
         f"format           {_format(description)}"
         + (f", requires {', '.join(description['requires'])}" if description["requires"] else ""),
         f"source digest    {description['source_digest']}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tools.cli.failure import plain
+from moetier.tiers.options import command_words
+from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.parser import directory
 from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, ClientProgram, Launch, ServerModel
@@ -58,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the configuration, or start the program and return its status. Raises MoetierError."""
+    """Print the configuration, or start the program and return its status. Raises MoetierError.
+
+    The status of printing is 1 if the model can't be used with the program.
+    """
     client = CLIENTS[arguments.client]
     if arguments.words and not arguments.starts:
         raise ConfigError("The words are for the program, which is not started.", "Give --run.")
@@ -70,14 +75,18 @@ def run(arguments: argparse.Namespace) -> int:
     out = sys.stderr if arguments.starts else sys.stdout
     if not arguments.starts:
         print(f"# {client.place}\n{client.configuration(target)}", flush=True)
-    line = misfit(client, target)
-    if arguments.estimate and not line:
+    line = unfit = misfit(client, target)
+    if arguments.estimate and not unfit:
         line = first_prompt(client, target, arguments.directory)
     if line:
         print(line, file=out, flush=True)
     if arguments.starts:
         return start(client, client.launch(target), arguments.words)
-    print(f"\n# or, without a change of files: moetier launch {arguments.client} --run")
+    if unfit:
+        return EXIT_ERROR
+    given = {"url": url, "model": arguments.model, "api_key_file": arguments.api_key_file}
+    words = command_words((name, value) for name, value in given.items() if value not in (None, URL))
+    print(f"\n# or, without a change of files: {shlex.join(['moetier', 'launch', arguments.client, *words, '--run'])}")
     return 0
 
 

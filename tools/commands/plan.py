@@ -12,7 +12,7 @@ from typing import Any
 from moetier.runtime.config import CACHE, TIER_OPTIONS
 from moetier.tiers.layout import TRUNK_BITS
 from moetier.tiers.text import format_bytes
-from moetier.tools.cli.arguments import add_bits, add_option, add_prefill_argument
+from moetier.tools.cli.arguments import add_bits, add_option, add_prefill_argument, size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json, source
 from moetier.tools.cli.report import table
@@ -21,7 +21,7 @@ from moetier.tools.plan.forecast import RESOURCES
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
     "moetier plan mistralai/Mixtral-8x7B-v0.1 --bits 4,3 --ram 12GiB",
-    "moetier plan ./mixtral-4bit --disk 3.5",
+    "moetier plan ./mixtral-4bit --memory 26GiB --disk 3.5",
 )
 
 
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in (ram, *(TIER_OPTIONS[name] for name in RESOURCES[1:-1])):
         add_option(parser, option)
     add_prefill_argument(parser)
+    parser.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="plan for a machine with so much free memory (default: this machine's)",
+    )
     parser.add_argument(
         "--into",
         type=Path,
@@ -62,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         trunk_bits=arguments.trunk_bits,
         into=arguments.into,
         disk=arguments.disk,
+        memory=arguments.memory,
         cache=[(name, getattr(arguments, name)) for name in CACHE],
         say=_to_a_terminal,
         **{name: getattr(arguments, name) for name in RESOURCES},
@@ -171,9 +178,9 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
     if best["as_it_is"]:
-        lines.append("No conversion is needed: the files of the checkpoint, as downloaded, are the store.")
+        lines.append("No conversion is needed: the files of the checkpoint are used as downloaded.")
     elif any(choice["as_it_is"] for choice in forecast["choices"]):
-        lines.append("With experts of 16 bits no conversion is needed: the files, as downloaded, are the store.")
+        lines.append("With experts of 16 bits no conversion is needed: the files are used as downloaded.")
     if forecast["quantised_with"] is not None and bits < 16:
         lines.append(
             f"The experts are quantised already, with {plain(forecast['quantised_with'])}, and lose quality when they "

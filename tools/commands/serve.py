@@ -100,7 +100,7 @@ def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
         service = served.service
         tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
         context = f"{tiers.describe_context()}; at most {parallel} requests are computed together"
-        return names, [context, f"experts of {tiers.where}", bits, disk_line(service.disk, tiers.kv)]
+        return names, [context, f"the experts are held by {tiers.where}", bits, disk_line(service.disk, tiers.kv)]
 
 
 def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:

@@ -121,6 +121,7 @@ def libraries() -> Iterator[Finding]:
             yield say("libraries", f"{required.name} is {installed}; moetier needs {required.specifier}.", install)
         elif needed:
             good.append(f"{required.name} {installed}")
+    extras.pop("all", None)  # it has what the others have
     missing = "; ".join(f"{', '.join(names)} (the extra {extra})" for extra, names in extras.items())
     yield ok(
         "libraries",

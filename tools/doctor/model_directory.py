@@ -100,6 +100,7 @@ def _memory_for(directory: Path, left: Available, text: str) -> Finding:
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     """Check manifest, sizes and indexes and, if ``checksums``, all bytes. Raises StoreError if there is no store."""
+    from moetier.runtime.model.names import listed_name
     from moetier.runtime.model.same_bits import bits_of
     from moetier.runtime.stores.registry import open_store
     from moetier.tiers.objects.cache_folder import cache_of
@@ -114,7 +115,8 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
         if result["faults"]:
             return
         what = (
-            f"{result['model']}: {result['records']:,} experts in {len(result['blocks'])} blocks, "
+            f"{listed_name(directory) or result['model']}: {result['records']:,} experts in "
+            f"{len(result['blocks'])} blocks, "
             f"{format_bytes(result['expert_bytes'])}, trunk {format_bytes(result['trunk_bytes'])}; "
             f"{bits_of(result['varying_part'])}"
         )

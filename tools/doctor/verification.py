@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.checkpoint.containers import container_of
+from moetier.runtime.model.names import listed_name
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import StoreError, StoreFormatError
 from moetier.tiers.store.base import DirectoryStore
@@ -38,6 +39,7 @@ class Verification:
     def text(self) -> str:
         """Return the result as one line."""
         manifest, paths = self.store.manifest, self.store.other_files
+        name = listed_name(self.store.directory) or manifest.model
         files = f"{len(paths)} file{'s' * (len(paths) > 1)}"
         if manifest.trunk:
             trunk = f"{files} of the trunk"
@@ -45,7 +47,7 @@ class Verification:
             trunk = f"the other bytes of {files}" if paths else "no checksums of the trunk"
         copies = f" in {1 + len(self.mirrors)} copies" if self.mirrors else ""
         return (
-            f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "
+            f"{plain(name)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "
             f"{trunk}, {format_bytes(self.bytes_read)} read in {self.seconds:.1f} s "
             f"({self.bytes_read / self.seconds / 1e9:.2f} GB/s, {'O_DIRECT' if self.store.is_direct else 'buffered'}): "
             f"{f'{len(self.bad)} bad' if self.bad else 'all good'}"

@@ -97,6 +97,7 @@ def plan(
     trunk_bits: Sequence[int] | None = None,
     into: str | os.PathLike[str] | None = None,
     disk: float | None = None,
+    memory: str | int | None = None,
     **options: Any,
 ) -> Plan:
     """Estimate whether a model runs on this machine, and how fast, before its weights are downloaded.
@@ -110,6 +111,7 @@ def plan(
         trunk_bits: bits per weight of everything else to choose from; None: all.
         into: folder whose disk is measured; None: the current folder, or for an id on the hub that of pulled models.
         disk: speed of the disk in GB/s; None: measure it.
+        memory: free memory of the machine to plan for, such as "26GiB"; None: what is free here.
         options: those of ``load`` in RESOURCES.
 
     Raises:
@@ -128,6 +130,7 @@ def plan(
             trunk_bits=None if trunk_bits is None else list(trunk_bits),
             into=None if into is None else Path(into),
             disk=disk,
+            memory=memory,
             **options,
         )
     finally:

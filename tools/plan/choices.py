@@ -31,6 +31,7 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     weights_of,
 )
 from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, listed
+from moetier.runtime.model.names import listed_name
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, ConfigError, StoreError
@@ -260,7 +261,7 @@ def _converted(folder: Path) -> ModelChoices:
     size = sum(path.stat().st_size for path in files)
     trunk_bits: Any = manifest.trunk_bits
     choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
-    return ModelChoices(manifest.model, str(folder), None, model, (choice,))
+    return ModelChoices(listed_name(folder) or manifest.model, str(folder), None, model, (choice,))
 
 
 def _one_file(path: Path) -> ModelChoices:

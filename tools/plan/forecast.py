@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import TIER_OPTIONS, TierConfig
+from moetier.runtime.config import TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.libraries.lean import lean_imports
-from moetier.runtime.machine.memory import Available, shortage
+from moetier.runtime.machine.memory import PROCESS_BYTES, Available, shortage
 from moetier.runtime.model.names import models_folder
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tiers.options import command_words
-from moetier.tiers.text import format_bytes
 from moetier.tools.cli.parser import UsageError
 
 RESOURCES = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")
@@ -31,6 +30,7 @@ def plan(
     trunk_bits: list[int] | None = None,
     into: Path | None = None,
     disk: float | None = None,
+    memory: str | int | None = None,
     cache: Sequence[tuple[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
     **resources: Any,
@@ -43,6 +43,7 @@ def plan(
         trunk_bits: bits per weight of the trunk to choose from; None: all.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
+        memory: free memory of the machine to plan for, such as "26GiB"; None: what is free here.
         cache: names and values of the options of an object store's cache, for the recommended command line.
         say: called with a line of progress before each measurement that takes long.
         resources: RESOURCES, as in ``load``.
@@ -79,10 +80,9 @@ def plan(
             "Give --ram without --device-memory.",
         )
     kernels, machine = device.kernels(), MachineResources.measure(device, place, memory_for_model(), resident_bytes())
-    here, ram = machine.host.bytes, (config.ram and config.ram.bytes) or 0
-    if ram > here:
-        limiter = f"another machine's, as --ram is more than the {format_bytes(here)} here"
-        machine = replace(machine, host=Available(here + ram, limiter))
+    if memory is not None:
+        left = Size.parse(memory).of(machine.host.bytes + PROCESS_BYTES) - PROCESS_BYTES
+        machine = replace(machine, host=Available(max(left, 0), f"--memory {memory}"))
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
 

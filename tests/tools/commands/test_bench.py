@@ -20,7 +20,7 @@ from moetier.tools.bench import convert as bench_convert
 from moetier.tools.bench import kernels as bench_kernels
 from moetier.tools.bench import model as bench_model
 from moetier.tools.bench import sandbox
-from moetier.tools.bench.model import Floor, RunLimits
+from moetier.tools.bench.model import TABLE, Floor, RunLimits
 from moetier.tools.main import main
 from moetier.tools.rates import products as compute_rate
 
@@ -46,6 +46,12 @@ def bench(tmp_path: Path, *words: str) -> dict[str, Any]:
     assert main(["bench", *words, "--json", str(tmp_path / "found.json")]) == 0
     found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
     return found
+
+
+def test_the_columns_of_decode_are_explained() -> None:
+    page = PAGE.with_name("choosing.md").read_text().partition("## Reading a measurement")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)[1:]
+    assert [name for cell in cells for name in cell.split(", ")] == [*TABLE]
 
 
 def documented() -> dict[str, list[dict[str, Any]]]:
@@ -188,7 +194,9 @@ def test_decode(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 100 * MIB < found["idle_bytes"] < result["peak_bytes"] < 900 * MIB
     assert 100 * MIB < result["group_peak_bytes"] <= 900 * MIB
     assert found["page_cache"] == "dropped only for the model's files: to drop all of it is not permitted"
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert progress.startswith("bench: the memory of an idle process")
+    assert "bench: round 1 of 1: the model --limit 900 MiB --ram 7MiB\n" in progress
     assert all(word in said for word in ("tokens/s", "bound", "in its group", "900 MiB", "7MiB"))
     assert said.splitlines()[-1].startswith("--limit 900 MiB --ram 7MiB: You reach ")
 

@@ -181,8 +181,9 @@ def test_the_command_prints_a_table_and_says_what_it_does(
     out, err = capsys.readouterr()
     assert "bits per expert weight" in out
     assert re.search(r"^relative error +0\.1\d+ to 0\.\d+: usual at 3 bits$", out, re.MULTILINE)
-    before, *lines = err.splitlines()
+    before, *lines, last = err.splitlines()
     assert before.startswith("tiny-moe: ")
+    assert last.startswith("The trunk has 16 bits. --trunk-bits 8")
     assert "bits a weight)" in lines[0]
     assert "1 worker, " in lines[1]
     assert lines[2].startswith("the checkpoint has no tokenizer")

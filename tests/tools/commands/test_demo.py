@@ -22,7 +22,7 @@ MODULES = {"google-crc32c": "google_crc32c", "llama-cpp-python": "llama_cpp", "m
 LAST = (
     r"Just now: a quarter of the experts, 16 of 64, had room in memory\. Tokens used experts [\d,]+ times: "
     r"\d+% were in memory \(hits\); for the others, [\d.]+ MiB were read\.\n"
-    r"Next: moetier chat (\S+) -n 64; or, for a model of the hub: moetier plan ORG/NAME\n"
+    r"Next: moetier chat (\S+) -n 64 --temperature 0.6; or, for a model of the hub: moetier plan ORG/NAME\n"
 )
 
 

@@ -86,14 +86,14 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(["launch", *words, "--no-estimate"]) == 0
+def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    assert main(["launch", *words, "--no-estimate"]) == status
     return capsys.readouterr().out
 
 
 def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """None of it has the key itself."""
-    said = {name: printed(capsys, name, "--url", url, "--model", "first") for name in CLIENTS}
+    said = {name: printed(capsys, name, "--url", url, "--model", "first", status=1) for name in CLIENTS}
     bodies = {name: text.partition("\n")[2].partition("\n\n# ")[0] for name, text in said.items()}
     assert all(KEY not in text for text in said.values())
     opencode, pi = json.loads(bodies["opencode"]), json.loads(bodies["pi"])
@@ -112,14 +112,17 @@ def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.C
 
 
 def test_it_says_what_a_model_lacks(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = printed(capsys, "opencode", "--url", url, "--model", "one")
+    said = printed(capsys, "opencode", "--url", url, "--model", "one", status=1)
+    assert "--run" not in said
     lacks = "its context has 4,000 tokens, and the program's first prompt about 10,104; its chat template has no tools"
     assert f"\n# one can't be used with opencode: {lacks}.\n" in said
     assert '"tool_call": false' in said
-    assert "# one can't be used with pi: its chat template" in printed(capsys, "pi", "--url", url, "--model", "one")
+    said = printed(capsys, "pi", "--url", url, "--model", "one", status=1)
+    assert "# one can't be used with pi: its chat template" in said
     said = printed(capsys, "opencode", "--url", url, "--model", "two")  # it is not loaded, and is not for this
     assert '"tool_call": true' in said
     assert "can't" not in said
+    assert said.endswith(f"moetier launch opencode --url {url} --model two --run\n")
 
 
 @pytest.mark.parametrize("name", CLIENTS)

@@ -108,7 +108,7 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path) -> None:
     assert f"moetier generate {shlex.quote(str(tinymix))}" in text(found)
     found = plan(tinymix, bits=[16, 4], trunk_bits=[16], disk=1.0)
     assert [each["as_it_is"] for each in found["choices"]] == [each["bits"] == 16 for each in found["choices"]]
-    assert "With experts of 16 bits no conversion is needed: the files, as downloaded, are the store." in text(found)
+    assert "With experts of 16 bits no conversion is needed: the files are used as downloaded." in text(found)
 
 
 @pytest.mark.usefixtures("short_probes")
@@ -124,7 +124,7 @@ def test_a_plan_for_weights_of_4_bits_keeps_them(tmp_path: Path, capsys: pytest.
     assert choice["native"]
     assert choice["convert_s"] is None
     assert choice["experts_bytes"] < 1.5 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert "No conversion is needed: the files of the checkpoint, as downloaded, are the store." in text(found)
+    assert "No conversion is needed: the files of the checkpoint are used as downloaded." in text(found)
     assert main(["inspect", str(folder)]) == 0
     assert "4 bits (e2m1), groups of 32, e8m0 scales" in capsys.readouterr().out
     with running_daemon(folder, ram="8MiB", folder=tmp_path / "daemon") as daemon:

@@ -22,7 +22,7 @@ from moetier.runtime.checkpoint.safetensors_folder import INDEX
 from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.devices.cuda import Cuda
-from moetier.runtime.machine.memory import Available
+from moetier.runtime.machine.memory import PROCESS_BYTES, Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
@@ -75,12 +75,16 @@ def test_tiers_are_those_that_it_is_loaded_with(tinymix_4bit: Path, ram: str) ->
         assert model.tiers.host.layout.nbytes == choice["memory"]["experts_bytes"]
 
 
-def test_more_ram_than_there_is_plans_for_another_machine(tinymix_4bit: Path) -> None:
-    here = plan(tinymix_4bit, disk=GB_PER_S)["machine"]["memory_bytes"]
-    there = plan(tinymix_4bit, ram="900TiB", context=512, disk=GB_PER_S)
-    assert there["machine"]["memory_bytes"] > 900 << 40 > here
-    assert "(another machine's, as --ram is more than the " in text(there)
+def test_memory_of_another_machine(tinymix_4bit: Path) -> None:
+    there = plan(tinymix_4bit, memory="900TiB", ram="800TiB", context=512, disk=GB_PER_S)
+    assert there["machine"]["memory_bytes"] == (900 << 40) - PROCESS_BYTES
+    assert "of memory free (--memory 900TiB), no GPU" in text(there)
+    assert "--memory" not in there["recommended"]["generate"]
     assert "GPU" not in text(there).replace("no GPU", ""), "no card is estimated for so small a model"
+    with pytest.raises(BudgetError, match="--memory 255MiB leaves 5 MiB"):
+        plan(tinymix_4bit, memory="255MiB", context=512, disk=GB_PER_S)
+    with pytest.raises(ConfigError, match="is not an amount of memory"):
+        plan(tinymix_4bit, memory="much", disk=GB_PER_S)
 
 
 def test_memory_is_a_sum(index_only: Path) -> None:

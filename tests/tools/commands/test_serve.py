@@ -62,9 +62,8 @@ def together(tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(params=["server", "together"])
-def either(request: pytest.FixtureRequest) -> ServerProcess:
-    found: ServerProcess = request.getfixturevalue(request.param)
-    return found
+def either(request: pytest.FixtureRequest, server: ServerProcess, together: ServerProcess) -> ServerProcess:
+    return {"server": server, "together": together}[request.param]
 
 
 @pytest.fixture
@@ -88,10 +87,10 @@ def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, tog
     assert first == f"{NAME}: {server.url}/v1"
     assert context.startswith("  a context of 1,500 tokens (")
     assert context.endswith("; at most 1 requests are computed together")
-    assert experts == "  experts of this process"
+    assert experts == "  the experts are held by this process"
     assert "requests" in bits
     assert kept.startswith("  keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: ")
-    assert "\n  experts of the daemon" in together.said
+    assert "\n  the experts are held by the daemon" in together.said
 
 
 def test_launch_finds_out_that_the_template_has_no_tools(server: ServerProcess) -> None:
@@ -357,12 +356,11 @@ def test_what_was_asked_for_is_counted(either: ServerProcess) -> None:
     assert change["kept_tokens_total"] >= ((details.cached_tokens or 0) if details is not None else 0)
 
 
-@pytest.mark.parametrize(("name", "tier"), [("server", "host"), ("together", "daemon")])
-def test_its_tiers_are_in_the_metrics(request: pytest.FixtureRequest, name: str, tier: str) -> None:
-    found: ServerProcess = request.getfixturevalue(name)
-    with found.client() as client:
+@pytest.mark.parametrize(("either", "tier"), [("server", "host"), ("together", "daemon")], indirect=["either"])
+def test_its_tiers_are_in_the_metrics(either: ServerProcess, tier: str) -> None:
+    with either.client() as client:
         text_of(client, max_tokens=2)
-    answer = httpx2.get(found.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    answer = httpx2.get(either.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
     assert answer.headers["content-type"].startswith("text/plain; version=")
     samples = [sample for family in parsed(answer.text) for sample in family.samples]
     assert {sample.labels["tier"] for sample in samples if "tier" in sample.labels} == {tier}
@@ -429,16 +427,17 @@ def test_the_log_has_no_prompts(either: ServerProcess) -> None:
     assert "Traceback" not in either.log
 
 
-@pytest.mark.parametrize(("name", "number"), [("server", signal.SIGTERM), ("together", signal.SIGINT)])
-def test_a_signal_ends_streams_and_then_the_server(request: pytest.FixtureRequest, name: str, number: int) -> None:
-    found: ServerProcess = request.getfixturevalue(name)
-    with found.client() as client:
+@pytest.mark.parametrize(
+    ("either", "number"), [("server", signal.SIGTERM), ("together", signal.SIGINT)], indirect=["either"]
+)
+def test_a_signal_ends_streams_and_then_the_server(either: ServerProcess, number: int) -> None:
+    with either.client() as client:
         pieces = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=1400, stream=True)
         next(iter(pieces))
         asked = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1400, "stream": True}
         headers = {"Authorization": f"Bearer {KEY}"}
-        with httpx2.stream("POST", found.url + "/v1/chat/completions", headers=headers, json=asked) as other:
-            found.process.send_signal(number)
+        with httpx2.stream("POST", either.url + "/v1/chat/completions", headers=headers, json=asked) as other:
+            either.process.send_signal(number)
             with pytest.raises(openai.APIError) as told:
                 list(pieces)
             events = [line for line in other.iter_lines() if line]
@@ -446,8 +445,8 @@ def test_a_signal_ends_streams_and_then_the_server(request: pytest.FixtureReques
     assert (told.value.message, told.value.body) == (error["message"], error)
     assert json.loads(events[-1].removeprefix("data: ")) == {"error": error}
     assert not any("[DONE]" in event for event in events)
-    assert found.process.wait(60) == 0
-    assert "Traceback" not in found.log
+    assert either.process.wait(60) == 0
+    assert "Traceback" not in either.log
 
 
 def test_it_does_not_serve_others_without_a_key(

@@ -130,6 +130,8 @@ def test_a_model_has_the_name_that_list_shows(
     assert said(runtime, "ps").splitlines()[1].split()[2] == name
     assert said(runtime, "stats").splitlines()[1] == f"{name} ({store[1].digest[:12]})"
     assert json.loads(said(runtime, "stats", "--json"))["models"][0]["name"] == name
+    with running_daemon_in(runtime / "moetier" / "named", store[0]) as other:
+        assert [model.name for model in other.card.models] == [name], "it names itself so, too"
 
 
 def test_stats_of_a_daemon_in_a_folder_of_its_own_has_that_name_too(
