@@ -24,11 +24,11 @@ from moetier.tiers.threads import start_thread
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .packed_runner import PackedRunner, check_bits, may_pack
-from .page_binding import binding_of
-from .page_folder import PageFolder, PageOptions
+from .pages.page_binding import binding_of
+from .pages.page_folder import PageFolder, PageOptions
+from .pages.saved_pages import SavedPages
 from .runner import Runner
 from .sampling import generates_itself
-from .saved_pages import SavedPages
 from .scheduler import SCORED, Scheduler, StepLimits
 from .sequence import EngineError, Finish, Request, Sampled, TokenSequence
 from .steps import Steps

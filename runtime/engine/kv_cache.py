@@ -11,10 +11,10 @@ from typing import Protocol
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
-from .free_pages import FreePages
 from .page_fetch import PageFetch
-from .prefix_tree import Match, Node, PrefixTree
-from .saved_pages import SavedPages
+from .pages.free_pages import FreePages
+from .pages.prefix_tree import Match, Node, PrefixTree
+from .pages.saved_pages import SavedPages
 from .sequence import TokenSequence
 
 MIN_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine
-from moetier.runtime.engine.saved_pages import SavedPages
+from moetier.runtime.engine.pages.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import EngineError, Finish, Request, Sampled, TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 

@@ -30,7 +30,7 @@ from .pins import Pin, PinnedModel, refuse
 from .protocols.refusal import ENDING, Refusal, log_failure, unknown_model
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded, which takes less time and memory
-    from moetier.runtime.engine.saved_pages import Traffic
+    from moetier.runtime.engine.pages.saved_pages import Traffic
 
     from .serving import Served
 

@@ -11,10 +11,10 @@ import pytest
 from readers import PATIENCE
 
 import moetier
-from moetier.runtime.engine import page_binding
 from moetier.runtime.engine.engine import Engine
-from moetier.runtime.engine.page_binding import binding_of
-from moetier.runtime.engine.page_folder import PageOptions, entries
+from moetier.runtime.engine.pages import page_binding
+from moetier.runtime.engine.pages.page_binding import binding_of
+from moetier.runtime.engine.pages.page_folder import PageOptions, entries
 from moetier.runtime.engine.sequence import Request, Sampled
 
 IDS = tuple(at * 37 % 900 + 5 for at in range(300))

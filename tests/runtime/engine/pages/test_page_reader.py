@@ -40,7 +40,7 @@ def test_a_process_ends_though_a_disk_hangs() -> None:
     """Threads that Python waits for would keep it."""
     script = """
 import sys, threading
-from moetier.runtime.engine.page_reader import Readers
+from moetier.runtime.engine.pages.page_reader import Readers
 begun, readers = threading.Event(), Readers()
 for _ in range(5):
     last = readers.submit(lambda: begun.set() or threading.Event().wait())
