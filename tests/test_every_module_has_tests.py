@@ -63,7 +63,7 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/serve/prompts.py": ("tools/serve/test_app.py", PARTS),
-    "tools/serve/choices.py": ("tools/serve/protocols/test_completions.py", PARTS),
+    "tools/serve/request_answers.py": ("tools/serve/protocols/test_completions.py", PARTS),
     "tools/serve/endpoint.py": ("tools/serve/test_app.py", PARTS),
     "tools/serve/answer_grammar.py": ("tools/serve/test_constraints.py", PARTS),
     "tools/serve/call_syntax.py": ("tools/serve/test_constraints.py", PARTS),

@@ -68,10 +68,10 @@ class _Held:
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
 
-    If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
-    SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
-    an earlier one. So if a sequence continues another one, it computes fewer than MIN_TOKENS + LAST_TOKENS tokens of
-    that one again.
+    If a model has states besides, a sequence can only continue behind a snapshot. They are taken at
+    each multiple of SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, after an answer, and where a prompt
+    differs from an earlier one. So if a sequence continues another one, it computes fewer than MIN_TOKENS + LAST_TOKENS
+    tokens of that one again.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class KVCache:
     def begin(self, sequence: TokenSequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
-        At least one token is left to compute. A last page that is not full is taken over if all of it is equal, it has
-        no snapshots and no other sequence runs on from it. Of another one, the equal part is copied. If that raises an
-        error, nothing has begun.
+        At least one token is left to compute. If the last page that matches is not full, it is taken over if the
+        sequence has all its tokens, it has no snapshots, and no other sequence runs on from it; otherwise the tokens
+        that match are copied to a new page. If that raises an error, nothing has begun.
         """
         assert sequence not in self._held
         match, tokens = self._match(sequence)

@@ -100,8 +100,8 @@ class Needs:
         """Return the needs with as many tokens computed together as ``available`` memory allows.
 
         Args:
-            asked: bytes for experts that the user asks for; None for all but a ``share`` of the memory that trunk and
-                cache leave, or but what prompts need at least, if GIVEN_SHARE has room for that.
+            asked: bytes for experts, if the user gives bytes. If it is None or a share of memory, prompts get the
+                larger of ``share`` and the least that they need (at most GIVEN_SHARE), and experts the rest.
             largest: bytes of all experts: never more are left for them.
             available: the free memory.
             smallest: least bytes for experts, unless ``asked`` says how many.

@@ -113,7 +113,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 
     with Engine(Begun(), pages=40, max_sequences=3, chunk=64, context=2000) as engine:
         sequences = [
-            engine.submit(Request((1,) * tokens, 1), lambda _: None, lambda sequence: ended.append(len(sequence.ids)))
+            engine.submit(Request((1,) * tokens, 1), lambda *_: None, lambda sequence: ended.append(len(sequence.ids)))
             for tokens in (1000, 100)
         ]
         arrived.set()
@@ -160,7 +160,7 @@ def test_an_error_while_a_token_is_sampled_ends_only_its_sequence(monkeypatch: p
     with Engine(ToyRunner(), pages=20, max_sequences=2, chunk=64, context=1000) as engine:
         other = engine.stream(Request((5, 6, 7), 30))
 
-        def refuse(_: Sampled) -> None:
+        def refuse(_: TokenSequence, __: Sampled) -> None:
             raise ValueError("no")
 
         ended = threading.Event()
@@ -186,7 +186,7 @@ def test_prompts_that_are_cancelled_do_not_stop_other_sequences() -> None:
     runner.compute = cancelled  # type: ignore[method-assign]
     with Engine(runner, pages=20, max_sequences=2, chunk=64, context=1000) as engine:
         first = engine.stream(Request((*ids,), 40))
-        prompts = [engine.submit(Request((8,) * 30, 5), lambda _: None, lambda _: None) for _ in range(10)]
+        prompts = [engine.submit(Request((8,) * 30, 5), lambda *_: None, lambda _: None) for _ in range(10)]
         assert [*first] == answer_alone(ids, 40, 1000)
         wait_until(lambda: all(prompt.finish is Finish.CANCELLED for prompt in prompts))
     assert others == sorted(set(others)), "a token more for each prompt"
@@ -232,7 +232,7 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
 def test_a_prompt_that_does_not_fit_is_refused(ids: tuple[int, ...]) -> None:
     with (
         Engine(ToyRunner(), pages=2, max_sequences=1, chunk=64, context=1000) as engine,
-        pytest.raises(ValueError, match="prompt of"),
+        pytest.raises(ValueError, match="it must have 1 to 127"),
     ):
         engine.stream(Request(ids, 1))
 
@@ -310,8 +310,8 @@ class Endless(ToyRunner):
 def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
     runner = Endless()
     with Engine(runner, pages=40, max_sequences=4, chunk=2000, context=2000) as engine:
-        engine.submit(Request((5,), 1500), lambda _: runner.events.append("token"), lambda _: None)
-        long = engine.submit(Request((1,) * 800, 1), lambda _: None, lambda _: None)
+        engine.submit(Request((5,), 1500), lambda *_: runner.events.append("token"), lambda _: None)
+        long = engine.submit(Request((1,) * 800, 1), lambda *_: None, lambda _: None)
         wait_until(lambda: "part of 1" in runner.events)
         assert long.progress.done < 800
         assert len(tokens_of(engine, [7] * 5, 3)) == 3
@@ -326,7 +326,7 @@ def test_streams_and_short_prompts_go_on_beside_a_long_one() -> None:
 def test_a_prompt_of_some_passes_does_not_wait_for_a_long_one() -> None:
     runner = Endless()
     with Engine(runner, pages=60, max_sequences=4, chunk=2000, context=2000) as engine:
-        long = engine.submit(Request((1,) * 1500, 1), lambda _: None, lambda _: None)
+        long = engine.submit(Request((1,) * 1500, 1), lambda *_: None, lambda _: None)
         wait_until(lambda: "part of 1" in runner.events)
         assert len(tokens_of(engine, [7] * 30, 3)) == 3
         assert long.finish is None
@@ -337,8 +337,8 @@ def test_a_prompt_of_some_passes_does_not_wait_for_a_long_one() -> None:
 def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() -> None:
     runner = Endless()
     with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=2000) as engine:
-        blocker = engine.submit(Request((5,), 1500), lambda _: time.sleep(0.002), lambda _: None)
-        long = [engine.submit(Request((n,) * 700, 1), lambda _: None, lambda _: None) for n in (1, 2, 3)]
+        blocker = engine.submit(Request((5,), 1500), lambda *_: time.sleep(0.002), lambda _: None)
+        long = [engine.submit(Request((n,) * 700, 1), lambda *_: None, lambda _: None) for n in (1, 2, 3)]
         wait_until(lambda: "part of 2" in runner.events)
         long[1].cancel()
         wait_until(lambda: all(sequence.finish is not None for sequence in long))
@@ -352,7 +352,7 @@ def test_long_prompts_share_a_step_and_one_that_is_cancelled_stops_no_other() ->
 def test_an_engine_is_closed_while_a_long_prompt_is_computed() -> None:
     runner, ended = Endless(), threading.Event()
     with Engine(runner, pages=60, max_sequences=4, chunk=4000, context=4000) as engine:
-        long = engine.submit(Request((1,) * 3000, 1), lambda _: None, lambda _: ended.set())
+        long = engine.submit(Request((1,) * 3000, 1), lambda *_: None, lambda _: ended.set())
         wait_until(lambda: "part of 1" in runner.events)
     assert ended.is_set()
     assert long.finish is Finish.CANCELLED
@@ -383,7 +383,7 @@ def test_an_answer_ends_at_its_deadline_and_others_go_on(clock: list[float]) -> 
         ids = next(ids for token in range(10, 50) if len(answer_alone(ids := [token] * 20, 40, 1000)) == 40)
         other = engine.stream(Request(tuple(ids), 40))
 
-        def pass_deadline(_: Sampled) -> None:
+        def pass_deadline(_: TokenSequence, __: Sampled) -> None:
             clock[0] += 4.0
 
         ended = threading.Event()

@@ -53,7 +53,7 @@ def answered(directory: Path, disk: PageOptions | None, tokens: int = len(IDS)) 
     sampled, ended = list[Sampled](), threading.Event()
     with model.tiers, Engine.of(model, disk=disk) as engine:
         request = Request(IDS[:tokens], 30, {"do_sample": False, "min_new_tokens": 30}, logprobs=5)
-        sequence = engine.submit(request, sampled.append, lambda _: ended.set())
+        sequence = engine.submit(request, lambda _, token: sampled.append(token), lambda _: ended.set())
         assert ended.wait(PATIENCE)
     return sampled, sequence.cached
 
