@@ -23,7 +23,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/checkpoint/containers.py": ("runtime/checkpoint/test_gguf_file.py", PARTS),
     "runtime/checkpoint/decoded_trunk.py": ("runtime/model/test_trunk_files.py", PARTS),
     "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
-    "runtime/engine/steps.py": ("runtime/engine/test_engine.py", PARTS),
     "runtime/devices/cuda.py": ("tiers/device/test_tier.py", "it needs a GPU: the tests marked cuda"),
     "runtime/kernels/codings/row_codings.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/codings/row_emitter.py": ("runtime/kernels/products/test_row_major.py", CODE),
