@@ -170,15 +170,14 @@ class Steps:
         """Let a sequence go on after a task. ``output``: its logits, as ``Runner.run`` returns them."""
         if self._is_long(task) and task.sequence.is_over:  # it may not have been computed
             return
-        scores, is_complete = task.scores, task.is_complete
         self._scheduler.note_computed(task)
         if output is None:
             return
         try:
-            if scores:
+            if task.scores:
                 self._score(task.sequence, task.begin, output)
-            if is_complete:
-                self._sample(task.sequence, output[-1] if scores else output)
+            if task.is_complete:
+                self._sample(task.sequence, output[-1] if task.scores else output)
         except Exception as error:
             self._fail(task.sequence, error)
 

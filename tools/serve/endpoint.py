@@ -15,12 +15,12 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .answers import Job
-from .middleware import USER, Message, Receive, Send
+from .middleware import USER, AsgiMessage, Receive, Send
 from .models import Models
 from .pins import Pin
 from .protocols.body import AnyBody, QueryBody, UnknownFields
 from .protocols.events import Answered
-from .protocols.protocol import Protocol, Reply
+from .protocols.protocol import ApiProtocol, Reply
 from .protocols.query import Query
 from .protocols.refusal import Refusal
 from .request_answers import Answers
@@ -37,7 +37,7 @@ class Endpoint:
     """ASGI endpoint of one protocol."""
 
     def __init__(
-        self, protocol: Protocol, models: Models, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
+        self, protocol: ApiProtocol, models: Models, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
     ) -> None:
         """Answer requests with ``models``, and note their unknown fields in ``unknown``.
 
@@ -48,7 +48,7 @@ class Endpoint:
         self._unknown = unknown
         self._alive_seconds = alive_seconds
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid.
 
         If it takes long to load the model of a stream, the stream begins before, and has any refusal as its last event.
@@ -193,7 +193,7 @@ class BodyEndpoint(Generic[AnyBody]):
         self._answer = answer
         self._unknown = unknown
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         """Answer a request. Raises Refusal if the request is invalid."""
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
 
