@@ -39,8 +39,8 @@ All threads that moetier starts, by their names, which for several threads end i
         moetier-metrics     answers requests for metrics (``daemon.metrics``)
     commands
         moetier-engine      computes the steps of all sequences (``engine.engine``)
-        moetier-pages       reads pages of keys and values from the disk (``engine.page_reader``)
-        moetier-page-writer writes them (``engine.page_writer``)
+        moetier-pages       reads pages of keys and values from the disk (``engine.pages.page_reader``)
+        moetier-page-writer writes them (``engine.pages.page_writer``)
         moetier-masks       makes the masks of grammars (``engine.engine``)
         moetier-models      loads and unloads the models of a server (``tools.serve.models``)
         moetier-grammar     compiles a grammar (``engine.grammar``)
@@ -102,8 +102,8 @@ are taken, and the rule for the fields.
     commands
         Merging._merging        the merging of parameters, by one thread at a time (``checkpoint.recipe``)
         Engine._changed         the engine's sequences (``engine.engine``)
-        PageWriter._changed     sequences to be written (``engine.page_writer``)
-        PageFolder._counting    the number of damaged files (``engine.page_folder``)
+        PageWriter._changed     sequences to be written (``engine.pages.page_writer``)
+        PageFolder._counting    the number of damaged files (``engine.pages.page_folder``)
         GrammarCompiler._making the making of llguidance's tokenizer (``engine.grammar``)
         grammar._stack_size     the size of the stacks of new threads (``engine.grammar``)
         Answer._lock            the end of an answer (``tools.serve.answers``)

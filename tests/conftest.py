@@ -203,6 +203,16 @@ def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def index_only(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is known of tinymix before it is downloaded."""
+    folder = tmp_path_factory.mktemp("index") / "tinymix"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(tinymix / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """A model directory without a model, with 3 blocks of 8 experts, and its manifest: for daemons, where a module has
     no store of its own. Tests must not change it."""

@@ -14,23 +14,33 @@ MAX_STATEMENTS = 60
 MAX_WITH_STATE = 50
 
 CODE = "it writes compiled code, which is compared with torch as a whole"
-PARTS = "a part of the module whose tests these are, and used by it alone"
 COMMAND = "the work of a command, which is tested with its command line"
 PROCESS = "it needs real processes, or daemons and their clients"
 
 # module -> the file under tests/ whose tests run it, and why it has no file of its own
 TESTED_BY: dict[str, tuple[str, str]] = {
-    "runtime/checkpoint/containers.py": ("runtime/checkpoint/test_gguf_file.py", PARTS),
-    "runtime/checkpoint/decoded_trunk.py": ("runtime/model/test_trunk_files.py", PARTS),
+    "runtime/checkpoint/containers.py": (
+        "runtime/checkpoint/test_gguf_file.py",
+        "the tests of GGUF files open each of them by it",
+    ),
+    "runtime/checkpoint/decoded_trunk.py": (
+        "runtime/model/test_trunk_files.py",
+        "its weights are compared with those that files of a trunk give",
+    ),
     "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
-    "runtime/engine/steps.py": ("runtime/engine/test_engine.py", PARTS),
     "runtime/devices/cuda.py": ("tiers/device/test_tier.py", "it needs a GPU: the tests marked cuda"),
     "runtime/kernels/codings/row_codings.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/codings/row_emitter.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/experts/expert_products.py": ("runtime/kernels/experts/test_expert_kernels.py", CODE),
     "runtime/kernels/layer/attention_code.py": ("runtime/kernels/layer/test_attend.py", CODE),
-    "tools/chat/chat_input.py": ("tools/chat/test_chat_screen.py", PARTS),
-    "runtime/engine/constraint.py": ("runtime/engine/test_grammar.py", PARTS),
+    "tools/chat/chat_input.py": (
+        "tools/chat/test_chat_screen.py",
+        "what is typed is tested on a screen, where it is seen",
+    ),
+    "runtime/engine/constraint.py": (
+        "runtime/engine/test_grammar.py",
+        "what it leaves of logits is what a grammar allows",
+    ),
     "runtime/kernels/layer/attention_piece.py": ("runtime/kernels/layer/test_attend.py", CODE),
     "runtime/kernels/layer/attention_tasks.py": ("runtime/kernels/layer/test_attention.py", CODE),
     "runtime/kernels/layer/heads.py": ("runtime/kernels/layer/test_attention.py", CODE),
@@ -42,9 +52,15 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "runtime/kernels/products/rounding.py": ("runtime/kernels/products/test_api.py", CODE),
     "runtime/kernels/quantise/quantise_code.py": ("runtime/kernels/quantise/test_encode.py", CODE),
     "runtime/libraries/transformers_internals.py": ("runtime/libraries/test_internals.py", "all libraries are in one"),
-    "runtime/moe/layer_forms.py": ("runtime/moe/test_layers.py", PARTS),
-    "runtime/moe/snapshot.py": ("runtime/moe/test_layers.py", PARTS),
-    "tiers/device/device_pool.py": ("tiers/device/test_tier.py", PARTS),
+    "runtime/moe/layer_forms.py": (
+        "runtime/moe/test_layers.py",
+        "a form is right if the layer that it makes computes the same bits",
+    ),
+    "runtime/moe/snapshot.py": (
+        "runtime/moe/test_layers.py",
+        "a change that it must detect is made to a layer, which then computes otherwise",
+    ),
+    "tiers/device/device_pool.py": ("tiers/device/test_tier.py", "only a device tier fills and shrinks it"),
     "tiers/device/views.py": ("tiers/test_source_contract.py", "a source of experts, tested as all of them are"),
     "tiers/store/base.py": ("tiers/test_store_contract.py", "an interface: each store is tested by its contract"),
     "tools/bench/child.py": ("tools/commands/test_bench.py", COMMAND),
@@ -59,20 +75,31 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/doctor/verification.py": ("tools/commands/test_verify.py", COMMAND),
     "tools/launch/clients.py": ("tools/commands/test_launch.py", COMMAND),
     "tools/launch/server.py": ("tools/commands/test_launch.py", COMMAND),
-    "tools/plan/fit.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
-    "tools/serve/prompts.py": ("tools/serve/test_app.py", PARTS),
-    "tools/serve/choices.py": ("tools/serve/protocols/test_completions.py", PARTS),
-    "tools/serve/endpoint.py": ("tools/serve/test_app.py", PARTS),
-    "tools/serve/answer_grammar.py": ("tools/serve/test_constraints.py", PARTS),
-    "tools/serve/call_syntax.py": ("tools/serve/test_constraints.py", PARTS),
-    "tools/serve/protocols/events.py": ("tools/serve/protocols/test_messages.py", PARTS),
-    "tools/serve/metrics.py": ("tools/serve/test_keys.py", PARTS),
-    "tools/serve/protocols/responses_body.py": ("tools/serve/protocols/test_responses.py", PARTS),
-    "tools/synthetic/tensors.py": ("tools/synthetic/test_checkpoint.py", PARTS),
-    "tools/top/watch.py": ("tools/top/test_app.py", PARTS),
+    "tools/serve/answer_grammar.py": (
+        "tools/serve/test_constraints.py",
+        "a grammar is right if the answers of a model that it constrains are",
+    ),
+    "tools/serve/call_syntax.py": (
+        "tools/serve/test_constraints.py",
+        "a syntax is right if calls in it are parsed by the model's own template",
+    ),
+    "tools/serve/protocols/events.py": (
+        "tools/serve/protocols/test_messages.py",
+        "values that a protocol writes, tested by what is written",
+    ),
+    "tools/serve/metrics.py": ("tools/serve/test_keys.py", "it counts by API keys, and the tests ask with these"),
+    "tools/serve/protocols/responses_body.py": (
+        "tools/serve/protocols/test_responses.py",
+        "the body of requests, tested with the answers of the same protocol",
+    ),
+    "tools/synthetic/tensors.py": (
+        "tools/synthetic/test_checkpoint.py",
+        "its values are right if a checkpoint of them routes like a trained model",
+    ),
+    "tools/top/watch.py": ("tools/top/test_app.py", "what it has read is tested on a screen, where it is seen"),
 }
 
 

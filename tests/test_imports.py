@@ -33,6 +33,7 @@ ORDER = (
     {"runtime.trace", "runtime.client", "runtime.daemon"},
     {"runtime.model"},
     {"runtime.generation"},
+    {"runtime.engine.pages"},
     {"runtime.engine"},
     {"tools.cli"},
     {"tools.serve.protocols"},

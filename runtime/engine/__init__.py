@@ -1,12 +1,9 @@
 """The engine: computes the answers of many requests with one model, step by step.
 
 - ``sequence``: a *request*: one prompt, and how it is to be continued; and the sequence of tokens that answers it.
-- ``prefix_tree``: keys and values of earlier tokens in pages, and snapshots of other states, found by their token ids.
-- ``kv_cache``: the pages of each running sequence, within a budget; ``free_pages``: those that hold nothing;
-  ``page_fetch``: brings those on disk for the sequence that waits first.
-- ``saved_pages``: pages and snapshots on disk; ``page_reader``: read before a sequence begins; ``page_writer``: written
-  after it ends; ``page_folder``: their names, and which are removed; ``page_file``: one of them; ``page_binding``: what
-  keys and values depend on.
+- ``pages``: pages of keys and values, in memory and on disk; it knows no sequences.
+- ``kv_cache``: the pages of each running sequence, within a budget; ``page_fetch``: brings those on disk for the
+  sequence that waits first.
 - ``scheduler``: chooses what the next step computes; ``steps``: a step: admit, schedule, run.
 - ``runner``: the interface of what computes a step; ``model_runner``: one sequence at a time, for any architecture;
   ``packed_runner``: tokens of several sequences in one forward pass; ``faster_way``: whether that is faster.

@@ -24,11 +24,11 @@ from moetier.tiers.threads import start_thread
 from .kv_cache import KVCache
 from .model_runner import ModelRunner
 from .packed_runner import PackedRunner, check_bits, may_pack
-from .page_binding import binding_of
-from .page_folder import PageFolder, PageOptions
+from .pages.page_binding import binding_of
+from .pages.page_folder import PageFolder, PageOptions
+from .pages.saved_pages import SavedPages
 from .runner import Runner
 from .sampling import generates_itself
-from .saved_pages import SavedPages
 from .scheduler import SCORED, Scheduler, StepLimits
 from .sequence import EngineError, Finish, Request, Sampled, TokenSequence
 from .steps import Steps
@@ -84,7 +84,7 @@ class Engine(Closeable):
                 sequences; None: the same.
             saved: pages on disk, which ``close`` closes.
         """
-        self.context = min(context, PAGE_TOKENS * pages)
+        self.context = context = min(context, PAGE_TOKENS * pages)
         self.saved = saved
         self._runner = runner
         limits = StepLimits.of(
@@ -98,7 +98,7 @@ class Engine(Closeable):
         self._steps = Steps(
             runner,
             self._scheduler,
-            self.context,
+            context,
             add_arrived=self._add_arrived,
             is_closed=lambda: self._is_closed,
             masks=self._masks,
@@ -140,10 +140,13 @@ class Engine(Closeable):
         pages = max(kv.pages, -(-tokens // PAGE_TOKENS))
         prefill = model.tiers.prefill
         check_bits(model, kv.bits)
-        chunk, later_chunk, runner = prefill.tokens, prefill.later, ModelRunner(model, pages, bits=kv.bits)
+        runner: ModelRunner
         if prefill.in_lockstep is not None and may_pack(model):
             chunk, later_chunk = prefill.in_lockstep, None
             runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
+        else:
+            chunk, later_chunk = prefill.tokens, prefill.later
+            runner = ModelRunner(model, pages, bits=kv.bits)
         saved = None if disk is None else _saved(model, runner, disk, keys)
         with contextlib.nullcontext() if saved is None else closed_on_error(saved):
             return cls(
@@ -172,20 +175,25 @@ class Engine(Closeable):
         return self.context if self._runner.can_resume else min(SCORED, self.context)
 
     def submit(
-        self, request: Request, on_token: Callable[[Sampled], object], on_end: Callable[[TokenSequence], object]
+        self,
+        request: Request,
+        on_token: Callable[[TokenSequence, Sampled], object],
+        on_end: Callable[[TokenSequence], object],
     ) -> TokenSequence:
         """Begin to compute a request, and return its sequence.
 
-        ``on_token`` is called with each new token, and ``on_end`` once after the last one, on the engine's thread.
+        ``on_token`` is called with the sequence and each new token, and ``on_end`` once after the last one, on the
+        engine's thread.
         Raises ValueError if the prompt is empty, does not fit into the context or is too long to be scored, or if no
         token is wanted, and EngineError if the engine has ended.
         """
         if request.max_new_tokens < 1:
-            raise ValueError(f"{request.max_new_tokens} new tokens")
-        if not 0 < len(request.ids) < self.context:
-            raise ValueError(f"a prompt of {len(request.ids)} tokens in a context of {self.context}")
-        if request.scores_prompt and len(request.ids) > self.most_scored:
-            raise ValueError(f"a prompt of {len(request.ids)} tokens, of which {self.most_scored} can be scored")
+            raise ValueError(f"Ask for at least 1 new token, not {request.max_new_tokens}.")
+        tokens = len(request.ids)
+        if not 0 < tokens < self.context:
+            raise ValueError(f"The prompt has {tokens:,} tokens; it must have 1 to {self.context - 1:,}.")
+        if request.scores_prompt and tokens > self.most_scored:
+            raise ValueError(f"The prompt has {tokens:,} tokens; at most {self.most_scored:,} can be scored.")
         sequence = TokenSequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:
@@ -201,7 +209,7 @@ class Engine(Closeable):
         """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
         tokens = SimpleQueue[int | None]()
         return Stream(
-            self.submit(request, lambda sampled: tokens.put(sampled.token), lambda _: tokens.put(None)), tokens
+            self.submit(request, lambda _, sampled: tokens.put(sampled.token), lambda _: tokens.put(None)), tokens
         )
 
     async def stream_async(self, request: Request) -> AsyncGenerator[int]:
@@ -216,7 +224,7 @@ class Engine(Closeable):
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        sequence = self.submit(request, lambda sampled: put(sampled.token), lambda _: put(None))
+        sequence = self.submit(request, lambda _, sampled: put(sampled.token), lambda _: put(None))
         try:
             while (token := await tokens.get()) is not None:
                 yield token
@@ -231,9 +239,10 @@ class Engine(Closeable):
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
-        self._masks.shutdown(cancel_futures=True)
-        if self.saved is not None:
-            self.saved.close()
+        with contextlib.ExitStack() as ending:
+            if self.saved is not None:
+                ending.callback(self.saved.close)
+            self._masks.shutdown(cancel_futures=True)
 
     def _work(self) -> None:
         try:

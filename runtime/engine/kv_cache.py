@@ -11,10 +11,10 @@ from typing import Protocol
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.model.context import SNAPSHOT_TOKENS
 
-from .free_pages import FreePages
 from .page_fetch import PageFetch
-from .prefix_tree import Match, Node, PrefixTree
-from .saved_pages import SavedPages
+from .pages.free_pages import FreePages
+from .pages.prefix_tree import Match, Node, PrefixTree
+from .pages.saved_pages import SavedPages
 from .sequence import TokenSequence
 
 MIN_TOKENS = PAGE_TOKENS  # fewer tokens than these are computed again, rather than kept in a snapshot
@@ -68,10 +68,10 @@ class _Held:
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
 
-    If a model has states besides, a sequence can only continue behind a snapshot. There are some at each multiple of
-    SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, behind answers, and where a prompt has left the tokens of
-    an earlier one. So if a sequence continues another one, it computes fewer than MIN_TOKENS + LAST_TOKENS tokens of
-    that one again.
+    If a model has states besides, a sequence can only continue behind a snapshot. They are taken at
+    each multiple of SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, after an answer, and where a prompt
+    differs from an earlier one. So if a sequence continues another one, it computes fewer than MIN_TOKENS + LAST_TOKENS
+    tokens of that one again.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class KVCache:
     def begin(self, sequence: TokenSequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
-        At least one token is left to compute. A last page that is not full is taken over if all of it is equal, it has
-        no snapshots and no other sequence runs on from it. Of another one, the equal part is copied. If that raises an
-        error, nothing has begun.
+        At least one token is left to compute. If the last page that matches is not full, it is taken over if the
+        sequence has all its tokens, it has no snapshots, and no other sequence runs on from it; otherwise the tokens
+        that match are copied to a new page. If that raises an error, nothing has begun.
         """
         assert sequence not in self._held
         match, tokens = self._match(sequence)

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from .free_pages import FreePages
-from .page_file import FileContents
-from .page_reader import PageReader, Reading, SavedFile
-from .prefix_tree import Node, PrefixTree
+from .pages.free_pages import FreePages
+from .pages.page_file import FileContents
+from .pages.page_reader import PageReader, Reading, SavedFile
+from .pages.prefix_tree import Node, PrefixTree
 from .sequence import TokenSequence
 
 READ_SECONDS = 5.0  # time in which the next page is read, or those that are left are computed: a disk may hang

@@ -85,8 +85,8 @@ class Runner(ABC):
 
         Args:
             tasks: several only if the runner ``computes_together``.
-            should_stop: if it returns True between two layers, Stopped is raised. Not called for long tasks, of which
-                those whose sequence ``is_over`` are not computed further.
+            should_stop: if it returns True between two layers, Stopped is raised. It is not called for long tasks:
+                these end by themselves once their sequence ``is_over``.
             between: called with the fraction of the work that is done, between parts of long tasks. It may run other
                 tasks, and raise an error, which ends these.
         """

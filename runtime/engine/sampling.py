@@ -37,7 +37,7 @@ class Sampler:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
     ) -> None:
-        """Continue ``ids``.
+        """Choose the tokens that follow ``ids``.
 
         Args:
             ids: token ids of the prompt.
@@ -46,7 +46,8 @@ class Sampler:
             seed: of the random numbers; None: another one each time.
             ends: token ids that end the sequence.
             constraint: one of the processors, for a request with a grammar.
-            logprobs: number of most likely tokens whose log probabilities come with a token; None: not even its own.
+            logprobs: number of most likely tokens whose log probabilities come with each token; 0: only its own; None:
+                none.
         """
         self.ends = ends
         self._constraint = constraint

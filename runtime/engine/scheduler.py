@@ -21,10 +21,10 @@ class StepLimits:
 
     Attributes:
         max_sequences: most sequences that run at a time.
-        first_chunk: most tokens of prompts in a step: of one that runs alone, from its first token on; or of all that
-            are computed together.
-        later_chunk: most tokens of a prompt behind earlier ones of it, or beside other sequences, if prompts are
-            computed one by one. Attention to earlier tokens takes memory.
+        first_chunk: most tokens of prompts in a step. If prompts are computed one by one, only for the first part of a
+            prompt that runs alone; otherwise for all prompts of the step together.
+        later_chunk: as ``first_chunk``, for a later part of a prompt, or for any part while other sequences run. Only
+            if prompts are computed one by one. Attention to earlier tokens takes memory.
         scored_chunk: most tokens of a prompt that is scored, as each has logits for the whole vocabulary.
         pass_tokens: a prompt with more tokens than this is long. Long prompts are computed together; between their
             parts, short ones are computed. None: prompts are computed one by one.
@@ -94,36 +94,36 @@ class Scheduler:
         self.running.append(sequence)
         return self._limits.pass_tokens is not None
 
-    def schedule(self, beside: Collection[TokenSequence] = ()) -> tuple[list[Task], list[TokenSequence]]:
-        """Return the tasks of the next step, and running sequences that now wait again because there is no page.
+    def schedule(self, busy: Collection[TokenSequence] = ()) -> tuple[list[Task], list[TokenSequence]]:
+        """Return the tasks of the next step, and the sequences that were preempted because there is no page.
 
-        Each sequence whose prompt is computed has a task. Of the others, one has a task with a part of its prompt: the
-        one that has waited longest since its last part, so that a short prompt does not wait for the end of a long
-        one. If prompts are computed together, all long ones have tasks, as far as they fit into a chunk. If there is
-        no page, the sequence that began last waits again.
+        Each sequence that decodes has a task of one token. Of those in prefill, one has a task with a part of its
+        prompt: the one that has waited longest since its last part, so that a short prompt does not wait for the end
+        of a long one. If prompts are computed together, all long ones have tasks, as far as they fit into a chunk.
 
         Args:
-            beside: sequences of a step that is still being computed. They keep their pages. Of the other prompts, one
-                of at most PASSES_BESIDE passes has a task, with one pass.
+            busy: sequences that are in the middle of long tasks: they get no task, and lose no page. At most one other
+                prompt gets a task, of one pass; it must have at most PASSES_BESIDE passes.
         """
         self._step += 1
-        chosen = self._tokens([sequence for sequence in self.running if sequence not in beside], is_beside=bool(beside))
-        tasks, stopped = list[Task](), list[TokenSequence]()
+        chosen = self._tokens([sequence for sequence in self.running if sequence not in busy], is_beside=bool(busy))
+        tasks, preempted = list[Task](), list[TokenSequence]()
         for sequence, tokens in chosen.items():
-            if sequence in stopped:
-                continue
-            while not self._cache.reserve(sequence, tokens):
-                # it has no task yet, as tasks are made in the order of ``running``
-                last = next(other for other in reversed(self.running) if other not in beside)
-                self._cache.end(last)
-                self.running.remove(last)
-                self.add(last)
-                stopped.append(last)
-                if last is sequence:
+            while sequence not in preempted:
+                if self._cache.reserve(sequence, tokens):
+                    tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
                     break
-            else:
-                tasks.append(Task(sequence, sequence.computed, tokens, self._cache.pages_of(sequence)))
-        return tasks, stopped
+                # it has no task yet, as tasks are made in the order of ``running``
+                preempted.append(self._preempt_last(busy))
+        return tasks, preempted
+
+    def _preempt_last(self, busy: Collection[TokenSequence]) -> TokenSequence:
+        """Let the sequence that began last, and is not ``busy``, wait again. It loses its pages. Return it."""
+        last = next(sequence for sequence in reversed(self.running) if sequence not in busy)
+        self._cache.end(last)
+        self.running.remove(last)
+        self.add(last)
+        return last
 
     def _tokens(self, running: list[TokenSequence], *, is_beside: bool) -> dict[TokenSequence, int]:
         """Return how many tokens of which sequences the next step is to compute, in the order of ``running``."""
@@ -153,7 +153,7 @@ class Scheduler:
         most = self._cache.most_tokens(sequence)
         return min(most, self._limits.scored_chunk) if sequence.request.scores_prompt else most
 
-    def computed(self, task: Task) -> None:
+    def note_computed(self, task: Task) -> None:
         """Note that a task was computed: other sequences may find its full pages."""
         task.sequence.advance(task.tokens)
         self._cache.keep(task.sequence)

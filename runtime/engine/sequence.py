@@ -134,7 +134,7 @@ class TokenSequence:
     def __init__(
         self,
         request: Request,
-        on_token: Callable[[Sampled], object] = lambda _: None,
+        on_token: Callable[[TokenSequence, Sampled], object] = lambda *_: None,
         on_end: Callable[[TokenSequence], object] = lambda _: None,
     ) -> None:
         self.request = request
@@ -201,7 +201,7 @@ class TokenSequence:
     def append(self, sampled: Sampled) -> None:
         """Append a sampled token, and pass it on."""
         self.ids.append(sampled.token)
-        self._on_token(sampled)
+        self._on_token(self, sampled)
 
     @property
     def is_over(self) -> bool:

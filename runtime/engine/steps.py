@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor
@@ -54,8 +53,7 @@ class Steps:
         self._is_closed = is_closed
         self._masks = masks
         self._samplers: dict[TokenSequence, Sampler] = {}
-        self._beside: set[TokenSequence] = set()  # sequences of the long tasks that are being computed
-        self._next_slice = 0.0  # time at which other sequences are computed beside them
+        self._next_slice = 0.0  # time at which a step is computed beside long tasks
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -67,13 +65,22 @@ class Steps:
         self._admit()
         short, long = self._schedule()
         self._run(short)
-        with self._as_long(long):
-            self._run(long)
+        self._run(long)
 
-    def _admit(self) -> None:
-        """End sequences that are over, and begin those for which there is room."""
+    def _step_beside(self, busy: Collection[TokenSequence]) -> None:
+        """Compute the short tasks of a step, in the middle of long ones. ``busy``: the sequences of those."""
+        began = time.monotonic()
+        self._add_arrived()
+        self._admit(busy)
+        short, _ = self._schedule(busy)
+        self._run(short)
+        now = time.monotonic()
+        self._next_slice = now + max(min(PROMPT_SHARE * (now - began), LONGEST_SLICE), now - began)
+
+    def _admit(self, busy: Collection[TokenSequence] = ()) -> None:
+        """End sequences that are over, except ``busy`` ones, and begin those for which there is room."""
         for sequence in self.sequences:
-            if sequence.is_over and sequence not in self._beside:
+            if sequence.is_over and sequence not in busy:
                 self._end_early(sequence)
         try:
             while self._scheduler.begin_next():
@@ -92,34 +99,29 @@ class Steps:
         except Exception as error:
             self._fail(sequence, error)
 
-    def _schedule(self) -> tuple[list[Task], list[Task]]:
-        """Return the tasks of the next step: short ones, whose tokens must not wait, and long ones."""
-        tasks, stopped = self._scheduler.schedule(self._beside)
-        for sequence in stopped:
+    def _schedule(self, busy: Collection[TokenSequence] = ()) -> tuple[list[Task], list[Task]]:
+        """Return the tasks of the next step: short ones, whose tokens must not wait, and long ones.
+
+        ``busy`` is as in ``Scheduler.schedule``.
+        """
+        tasks, preempted = self._scheduler.schedule(busy)
+        for sequence in preempted:
             self._runner.end(sequence)
-        if stopped and not self._scheduler.running:  # the last one ran alone: it would begin and stop for ever
-            self._fail(stopped[-1], EngineError("Pages for keys and values are missing.", "Load the model again."))
+        if preempted and not self._scheduler.running:  # the last one ran alone: it would be preempted for ever
+            self._fail(preempted[-1], EngineError("Pages for keys and values are missing.", "Load the model again."))
         return [task for task in tasks if not self._is_long(task)], [task for task in tasks if self._is_long(task)]
 
     def _is_long(self, task: Task) -> bool:
         return self._runner.pass_tokens is not None and task.tokens > self._runner.pass_tokens
 
-    @contextmanager
-    def _as_long(self, tasks: list[Task]) -> Iterator[None]:
-        """In the context, the sequences of ``tasks`` are neither ended nor chosen by steps in between."""
-        self._beside = {task.sequence for task in tasks}
-        try:
-            yield
-        finally:
-            self._beside = set()
-
     def _run(self, tasks: list[Task]) -> None:
         """Run tasks, together if the runner can, and let their sequences go on."""
+        busy = {task.sequence for task in tasks}
         batches = deque([tasks] if self._runner.computes_together and tasks else [[task] for task in tasks])
         while batches:
             batch = batches.popleft()
             try:
-                outputs = self._compute(batch)
+                outputs = self._compute(batch, busy)
             except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
                 if others := [task for task in batch if task.tokens == 1 and not self._is_over(task)]:
                     batches.appendleft(others)
@@ -135,19 +137,24 @@ class Steps:
     def _is_over(self, task: Task) -> bool:
         return self._is_closed() or task.sequence.is_over
 
-    def _compute(self, tasks: list[Task]) -> list[Tensor | None]:
-        """Return what the runner computes, which stops if a prompt among ``tasks`` is over."""
+    def _compute(self, tasks: list[Task], busy: Collection[TokenSequence]) -> list[Tensor | None]:
+        """Return what the runner computes, which stops if a prompt among ``tasks`` is over.
+
+        ``busy``: the sequences of these tasks, and of those that are run before or after them.
+        """
         prompts = [task for task in tasks if task.tokens > 1]
         try:
             return self._runner.run(
-                tasks, lambda: self._is_closed() or any(map(self._is_over, prompts)), partial(self._between, tasks)
+                tasks,
+                lambda: self._is_closed() or any(map(self._is_over, prompts)),
+                partial(self._between, tasks, busy),
             )
         finally:
             for task in prompts:
                 task.sequence.note_underway(0.0)
 
-    def _between(self, tasks: list[Task], done: float) -> None:
-        """Compute a step of other sequences if that is due. ``done``: fraction of long ``tasks`` that is computed.
+    def _between(self, tasks: list[Task], busy: Collection[TokenSequence], done: float) -> None:
+        """Note that the fraction ``done`` of long tasks is computed, and compute a step beside them if that is due.
 
         Raises Stopped if the engine is closed, or nothing of the tasks is wanted any more.
         """
@@ -156,29 +163,21 @@ class Steps:
         if all(map(self._is_over, tasks)):
             raise Stopped
         BUILDING.let_build()
-        began = time.monotonic()
-        if began < self._next_slice:
-            return
-        self._add_arrived()
-        self._admit()
-        short, _ = self._schedule()
-        self._run(short)
-        now = time.monotonic()
-        self._next_slice = now + max(min(PROMPT_SHARE * (now - began), LONGEST_SLICE), now - began)
+        if time.monotonic() >= self._next_slice:
+            self._step_beside(busy)
 
     def _advance(self, task: Task, output: Tensor | None) -> None:
         """Let a sequence go on after a task. ``output``: its logits, as ``Runner.run`` returns them."""
         if self._is_long(task) and task.sequence.is_over:  # it may not have been computed
             return
-        scores, is_complete = task.scores, task.is_complete
-        self._scheduler.computed(task)
+        self._scheduler.note_computed(task)
         if output is None:
             return
         try:
-            if scores:
+            if task.scores:
                 self._score(task.sequence, task.begin, output)
-            if is_complete:
-                self._sample(task.sequence, output[-1] if scores else output)
+            if task.is_complete:
+                self._sample(task.sequence, output[-1] if task.scores else output)
         except Exception as error:
             self._fail(task.sequence, error)
 

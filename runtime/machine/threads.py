@@ -8,6 +8,8 @@ threads, and the kernel would stop all of them for most of each scheduling perio
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .memory import control_groups
@@ -54,3 +56,17 @@ def use_threads(threads: int | None = None) -> int:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
+
+
+@contextmanager
+def threads_for(threads: int | None = None) -> Iterator[None]:
+    """Compute with ``threads`` threads, as ``use_threads``. If the block raises, the number is again what it was."""
+    import torch
+
+    before = torch.get_num_threads()
+    use_threads(threads)
+    try:
+        yield
+    except BaseException:
+        torch.set_num_threads(before)
+        raise

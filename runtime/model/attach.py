@@ -21,7 +21,7 @@ from moetier.runtime.kernels.products.row import use_row_weights
 from moetier.runtime.kernels.slots import Form
 from moetier.runtime.libraries.transformers_internals import forget_quantised
 from moetier.runtime.machine.memory import memory_for_model
-from moetier.runtime.machine.threads import use_threads
+from moetier.runtime.machine.threads import threads_for
 from moetier.runtime.moe.activation import activation_of
 from moetier.runtime.moe.block import TieredBlock, refuse_copy
 from moetier.runtime.moe.experts import experts_modules
@@ -52,9 +52,15 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
         config: the options of the tiers.
 
     Raises the errors of ``Tiers.open``, StoreFormatError if a file of the trunk has changed, and ConfigError if the
-    trunk is on several devices, or on one on which moetier can't compute. After an error the tiers are closed.
+    trunk is on several devices, or on one on which moetier can't compute. After an error the tiers are closed, and
+    torch has as many threads as before.
     """
-    use_threads(config.threads)
+    with threads_for(config.threads):
+        _attach(model, location, files, config)
+
+
+def _attach(model: PreTrainedModel, location: Path, files: TrunkFiles, config: TierConfig) -> None:
+    """As ``attach_tiers``, with the number of threads that it has set."""
     device = device_at(_device_of(model), config.device)
     kernels = device.kernels(exact=config.exact)
     linears = quantized_linears(model)

@@ -29,7 +29,7 @@ from .prefill_memory import INDEXED, NO_PREFILL, NOTHING_PER_TOKEN, WINDOWED, Pr
 
 # Most of the memory that trunk and cache leave, for the tokens of prompts that are computed together, if not all
 # experts fit: by default, and if an option says how many tokens, or if a fifth would be less than the least.
-DEFAULT_SHARE, GIVEN_SHARE = Fraction(1, 5), Fraction(1, 2)
+PREFILL_SHARE, GIVEN_PREFILL_SHARE = Fraction(1, 5), Fraction(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +95,20 @@ class Needs:
         available: Available,
         *,
         smallest: int = 0,
-        share: Fraction = DEFAULT_SHARE,
+        share: Fraction = PREFILL_SHARE,
     ) -> Needs:
         """Return the needs with as many tokens computed together as ``available`` memory allows.
 
         Args:
-            asked: bytes for experts that the user asks for; None for all but a ``share`` of the memory that trunk and
-                cache leave, or but what prompts need at least, if GIVEN_SHARE has room for that.
+            asked: bytes for experts, if the user gives bytes. If it is None or a share of memory, prompts get the
+                larger of ``share`` and the least that they need (at most GIVEN_PREFILL_SHARE), and experts the rest.
             largest: bytes of all experts: never more are left for them.
             available: the free memory.
             smallest: least bytes for experts, unless ``asked`` says how many.
             share: part of the memory for the tokens that are computed together.
         """
         room = self.room(available)
-        of_prompts = max(int(share * room), min(self.prefill.least_bytes, int(GIVEN_SHARE * room)))
+        of_prompts = max(int(share * room), min(self.prefill.least_bytes, int(GIVEN_PREFILL_SHARE * room)))
         experts = max(room - of_prompts, smallest) if asked is None or asked.bytes is None else asked.bytes
         return replace(self, prefill=self.prefill.within(room - min(experts, largest)))
 
@@ -176,7 +176,7 @@ class ModelMemory:
 
     def _compute_within(self, asked: Size | None, available: Available) -> None:
         """Leave memory for the experts to which the user's option gives ``asked``."""
-        share = DEFAULT_SHARE if self._config.prefill_chunk is None else GIVEN_SHARE
+        share = PREFILL_SHARE if self._config.prefill_chunk is None else GIVEN_PREFILL_SHARE
         self.needs = self.needs.within(
             asked, self._manifest.stored_bytes, available, smallest=self._smallest, share=share
         )

@@ -120,7 +120,6 @@ class Tiers(Closeable):
         self.manifest = manifest
         self.origin = origin
         self.prefill = prefill  # memory for the tokens of a prompt that are computed together
-        self.prefill_chunk = prefill.tokens  # most tokens of a prompt that memory leaves room to compute together
         self.kv = kv  # memory for keys and values, and the context
         self.host = origin.host
         self.where = origin.where  # text for a user: where the experts come from
@@ -130,6 +129,11 @@ class Tiers(Closeable):
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
         self._trunk_files = trunk_files
         self.close_sources = partial(_close_sources, device_tier, origin)  # without a reference to the model
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of a prompt that memory leaves room to compute together."""
+        return self.prefill.tokens
 
     def speculate(self, speculation: Speculation) -> None:
         """Predict experts with ``speculation`` until ``close``."""

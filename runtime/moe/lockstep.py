@@ -45,9 +45,9 @@ def run_in_lockstep(
 
     Args:
         passes: forward passes, which are called without gradients.
-        between: is called between groups of experts and passes, while no expert is leased, with the number of times
-            that passes have gone on: once for each block of experts, and once more. It may compute with the model, and
-            raise an exception, which ends all passes.
+        between: is called between groups of experts and passes, while no expert is leased, with the number of finished
+            parts of all passes. A pass has one part more than the model has blocks of experts. It may compute with the
+            model, and raise an exception, which ends all passes.
         running: gives a context in which passes run, but not ``between``.
     """
     results: list[Any] = [None] * len(passes)

@@ -13,8 +13,8 @@ from threads import wait_until
 from toy_runner import ToyRunner, answer_alone
 
 from moetier.runtime.engine.engine import Engine
-from moetier.runtime.engine.page_folder import PageFolder, PageOptions, entries
-from moetier.runtime.engine.saved_pages import SavedPages
+from moetier.runtime.engine.pages.page_folder import PageFolder, PageOptions, entries
+from moetier.runtime.engine.pages.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.tiers.disk_order import DiskOrder

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetier.runtime.engine import sequence as engine
+from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.runner import Runner, Stopped, Task
 from moetier.runtime.engine.sampling import Sampler
+from moetier.runtime.engine.sequence import Request, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 VOCABULARY = 50
 
 
+PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
 SAVED: dict[bytes, tuple[int, ...]] = {}  # by their digests, which are what is written of them
 
 
@@ -67,13 +70,13 @@ class WrittenStates(WrittenPages):
     def __init__(self, size: int = 2) -> None:
         super().__init__()
         self.size = size
-        self.states: dict[engine.Sequence, tuple[int, ...]] = {}
+        self.states: dict[TokenSequence, tuple[int, ...]] = {}
 
     @property
     def state_memory(self) -> WrittenStates:
         return self
 
-    def compute(self, pages: Sequence[int], sequence: engine.Sequence, end: int) -> None:
+    def compute(self, pages: Sequence[int], sequence: TokenSequence, end: int) -> None:
         """Compute the tokens of a sequence up to ``end``, from its state."""
         ids, begin = sequence.ids, sequence.computed
         if begin:
@@ -83,15 +86,15 @@ class WrittenStates(WrittenPages):
         self.write(pages, ids, begin, end)
         self.states[sequence] = tuple(ids[:end])
 
-    def state_pages(self, sequence: engine.Sequence) -> int:
+    def state_pages(self, sequence: TokenSequence) -> int:
         return self.size if sequence in self.states else 0
 
-    def save_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+    def save_state(self, sequence: TokenSequence, pages: list[int]) -> None:
         assert len({*pages}) == self.size
         for page in pages:
             self.pages[page] = [self.states[sequence]]
 
-    def load_state(self, sequence: engine.Sequence, pages: list[int]) -> None:
+    def load_state(self, sequence: TokenSequence, pages: list[int]) -> None:
         (self.states[sequence],) = {tuple(self.pages[page][0]) for page in pages}
 
 
@@ -106,7 +109,7 @@ class ToyRunner(WrittenPages, Runner):
         self.computed = 0  # tokens
         self.fails_after = fails_after  # tokens of a sequence, after which it fails
 
-    def begin(self, sequence: engine.Sequence) -> Sampler:
+    def begin(self, sequence: TokenSequence) -> Sampler:
         logprobs = sequence.request.logprobs
         return Sampler(sequence.ids, lambda _, scores: scores, ends=frozenset([0]), logprobs=logprobs)
 
@@ -141,7 +144,7 @@ class ToyRunner(WrittenPages, Runner):
             return torch.stack([logits_after(ids[:at]) for at in range(begin + 1, end + 1)])
         return logits_after(ids[:end]) if task.is_complete else None
 
-    def end(self, sequence: engine.Sequence) -> None:
+    def end(self, sequence: TokenSequence) -> None:
         pass
 
 
@@ -158,7 +161,7 @@ class ToyStateRunner(WrittenStates, ToyRunner):
         self.states[sequence] = tuple(sequence.ids[: task.end])
         return logits
 
-    def end(self, sequence: engine.Sequence) -> None:
+    def end(self, sequence: TokenSequence) -> None:
         self.states.pop(sequence, None)
 
 
@@ -178,3 +181,25 @@ def answer_alone(ids: Sequence[int], most: int, context: int) -> list[int]:
         if found[-1] == 0:
             break
     return found[len(ids) :]
+
+
+class Endless(ToyRunner):
+    """Notes when a part of a long prompt is computed. No token ends a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(pass_tokens=8)
+        self.events = list[str]()
+
+    def begin(self, sequence: TokenSequence) -> Sampler:
+        return Sampler(sequence.ids, lambda _, scores: scores)
+
+    def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
+        if len(task.sequence.request.ids) > 500:
+            self.events.append(f"part of {task.sequence.request.ids[0]}")
+            time.sleep(0.001)
+        return super().compute(task, should_stop)
+
+
+def tokens_of(engine: Engine, ids: list[int], most: int = 20, **options: object) -> list[int]:
+    """Return the answer of an engine to a prompt."""
+    return [*engine.stream(Request(tuple(ids), most, **options))]  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from transformers import AutoConfig
 import moetier
 from moetier import Engine, Request
 from moetier.runtime.config import Size
-from moetier.runtime.engine.page_folder import PageOptions
+from moetier.runtime.engine.pages.page_folder import PageOptions
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.machine.memory import machine_memory
 from moetier.runtime.model.budgets import kv_cache_bytes

@@ -51,7 +51,7 @@ class Prompts:
     def submit(self, ids: tuple[int, ...], tokens: int, times: list[float], end: threading.Event) -> None:
         """Begin to compute an answer of ``tokens`` tokens. Their times are appended to ``times``."""
         request = Request(ids, tokens, {"min_new_tokens": tokens, "do_sample": False})
-        self._engine.submit(request, lambda _: times.append(time.perf_counter()), lambda _: end.set())
+        self._engine.submit(request, lambda *_: times.append(time.perf_counter()), lambda _: end.set())
 
     def read(self) -> float:
         """Return the GiB that the host tier has read."""
@@ -146,7 +146,7 @@ def beside(prompts: Prompts, engine: Engine, tokens: int) -> None:
     alone = time.perf_counter() - begin
     times = list[float]()
     request = Request(prompts.ids(64), 4000, {"min_new_tokens": 4000, "do_sample": False})
-    other = engine.submit(request, lambda _: times.append(time.perf_counter()), lambda _: None)
+    other = engine.submit(request, lambda *_: times.append(time.perf_counter()), lambda _: None)
     while len(times) < 20:
         time.sleep(0.05)
     begin = time.perf_counter()

@@ -56,7 +56,7 @@ def answer(engine: moetier.Engine, prompts: Sequence[list[int]], tokens: int) ->
     for prompt, of_one, end in zip(prompts, times, ends, strict=True):
         request = moetier.Request(tuple(prompt), tokens, {"do_sample": False, "min_new_tokens": tokens})
 
-        def on_token(_: object, of_one: list[float] = of_one) -> None:
+        def on_token(_: object, __: object, of_one: list[float] = of_one) -> None:
             of_one.append(time.perf_counter())
 
         def on_end(_: object, end: threading.Event = end) -> None:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """List or remove pages. Raises ConfigError if there is no such folder, or other users may enter it."""
-    from moetier.runtime.engine.page_folder import clear, models_in
+    from moetier.runtime.engine.pages.page_folder import clear, models_in
     from moetier.tiers.text import format_bytes
     from moetier.tools.cli.report import table
 

@@ -41,7 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _looked_at(look: Callable[[str, Path], dict[str, Any]], name: str, path: Path) -> dict[str, Any] | None:
-    """Return the description that ``look`` returns, or that of a model that can't be read; None if it is removed."""
+    """Return the description of a model that ``look`` returns.
+
+    If the model can't be read, describe the error; if it was removed meanwhile, return None.
+    """
     for _ in range(LOOKS):  # again if a conversion that ends, or a removal, deletes a file between two reads
         try:
             return look(name, path)

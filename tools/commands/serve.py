@@ -16,7 +16,7 @@ from moetier.tools.serve.keys import KEY, keys_of
 from moetier.tools.serve.options import DAY, ServeConfig, add_serving_arguments, alias, check_packages
 
 if TYPE_CHECKING:
-    from moetier.runtime.engine.saved_pages import SavedPages, Traffic
+    from moetier.runtime.engine.pages.saved_pages import SavedPages, Traffic
     from moetier.runtime.model.kv_budget import KVBudget
     from moetier.tools.serve.models import Models
 

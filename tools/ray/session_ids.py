@@ -15,7 +15,7 @@ import os
 import re
 from typing import Any
 
-from moetier.tools.serve.middleware import App, Message, Receive, Send
+from moetier.tools.serve.middleware import App, AsgiMessage, Receive, Send
 
 # Ray's variable and default
 HEADER = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lower().encode()
@@ -42,7 +42,7 @@ class SessionIds:
     def __init__(self, app: App) -> None:
         self._app = app
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         """Pass a request on, with a session id if its body shows the conversation."""
         if (
             scope["type"] != "http"
@@ -52,7 +52,7 @@ class SessionIds:
         ):
             await self._app(scope, receive, send)
             return
-        messages: list[Message] = []
+        messages: list[AsgiMessage] = []
         start, more = bytearray(), True
         with contextlib.suppress(TimeoutError):  # the replica waits for the rest, and refuses it if it takes too long
             async with asyncio.timeout(START_SECONDS):
@@ -65,7 +65,7 @@ class SessionIds:
             scope = {**scope, "headers": [*scope["headers"], (HEADER, session.encode())]}
         messages.reverse()
 
-        async def replay() -> Message:
+        async def replay() -> AsgiMessage:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, send)

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from moetier.runtime.engine.engine import Engine
-from moetier.runtime.engine.saved_pages import SavedPages
+from moetier.runtime.engine.pages.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import EngineError, Finish, Request, Sampled, TokenSequence
 from moetier.runtime.generation.stop_strings import StopStrings
 
@@ -56,7 +56,6 @@ class Answer:
     def __init__(self, job: Job, service: AnswerService) -> None:
         self.id = str(uuid.uuid4())
         self.job: Job | None = job  # None after the end: this frees the prompt while a queue still holds the answer
-        self.new_tokens = 0  # the first token may come before ``sequence`` is set, so that has no count of them
         self.sequence: TokenSequence | None = None  # None until the engine has it
         self._prompt_tokens = len(job.engine_request.ids) if job.counts_prompt else 0
         self._counts_prompt = job.counts_prompt
@@ -84,6 +83,18 @@ class Answer:
     def is_over(self) -> bool:
         """Whether the answer has ended, with any outcome."""
         return self.job is None
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens of the answer so far."""
+        return 0 if self.sequence is None or self._is_silent else self.sequence.new_tokens
+
+    def note_submitted(self, sequence: TokenSequence) -> None:
+        """Note that the engine has the answer's sequence. It may have ended the answer already."""
+        self.sequence = sequence
+        self._tally.add(self._user, prompt_tokens=self._prompt_tokens)
+        if self.is_over:
+            sequence.cancel()
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield the events of the answer, an End as the last one.
@@ -126,7 +137,7 @@ class Answer:
         progress = self.sequence.progress
         return f"computing: {progress if progress.done < progress.total else f'{self.new_tokens:,} new tokens'}"
 
-    def on_token(self, sampled: Sampled) -> None:
+    def on_token(self, sequence: TokenSequence, sampled: Sampled) -> None:
         """Add a new token, and pass on its text. End the answer if its text contains a stop string.
 
         Like all methods of an answer, this raises nothing: the engine computes other answers, too. If it can't take
@@ -134,10 +145,10 @@ class Answer:
         """
         if self.is_over or self._is_silent:
             return
+        self.sequence = sequence  # the first token may come before ``note_submitted``
         if self._first is None:
             self._first = time.monotonic()
         self._tally.add(self._user, new_tokens=1)  # before the text is sent: a client that has it may read counts
-        self.new_tokens += 1
         try:
             if sampled.logprob is not None:
                 self._tokens.append(self._service.token(sampled))
@@ -294,16 +305,12 @@ class AnswerService:
         answer = Answer(job, self)
         self._answers.add(answer)
         try:
-            answer.sequence = self._engine.submit(job.engine_request, answer.on_token, answer.on_end)
+            answer.note_submitted(self._engine.submit(job.engine_request, answer.on_token, answer.on_end))
         except BaseException as error:
             answer.cancel()
             if isinstance(error, EngineError):
                 raise Refusal(503, FAILED) from None
             raise
-        if answer.is_over:  # before the engine's sequence was known
-            answer.sequence.cancel()
-        if job.counts_prompt:
-            self.tally.add(job.engine_request.user, prompt_tokens=len(job.engine_request.ids))
         return answer
 
     @property

@@ -24,15 +24,15 @@ from .models import Models
 from .openapi import description_of
 from .page import page_routes
 from .protocols.body import UnknownFields
-from .protocols.chat import Chat
-from .protocols.completions import Completions
-from .protocols.messages import CountBody, Messages
+from .protocols.chat import ChatProtocol
+from .protocols.completions import CompletionsProtocol
+from .protocols.messages import CountBody, MessagesProtocol
 from .protocols.refusal import MESSAGES, Refusal, unknown_model
-from .protocols.responses import Responses
+from .protocols.responses import ResponsesProtocol
 from .protocols.tokens import DetokenizeBody, TokenizeBody
 from .serving import Served
 
-PROTOCOLS = (Chat(), Completions(), Responses(), Messages())
+PROTOCOLS = (ChatProtocol(), CompletionsProtocol(), ResponsesProtocol(), MessagesProtocol())
 COUNT, TOKENIZE, DETOKENIZE = f"{MESSAGES}/count_tokens", "/tokenize", "/detokenize"
 BODIES = {
     **{protocol.path: protocol.body for protocol in PROTOCOLS},

@@ -15,29 +15,29 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .answers import Job
-from .choices import Choices
-from .middleware import USER, Message, Receive, Send
+from .middleware import USER, AsgiMessage, Receive, Send
 from .models import Models
 from .pins import Pin
 from .protocols.body import AnyBody, QueryBody, UnknownFields
 from .protocols.events import Answered
-from .protocols.protocol import Protocol, Reply
+from .protocols.protocol import ApiProtocol, Reply
 from .protocols.query import Query
 from .protocols.refusal import Refusal
+from .request_answers import Answers
 from .serving import Served
 from .waiting import ended, kept_alive, on_thread, read_ahead
 
 ALIVE_SECONDS = 10.0  # longest silence of a stream
 # log probabilities of an answer in one piece: more would take 100 MB, and stop other threads for a fifth of a second
 MAX_SCORES = 1 << 17
-Submission = asyncio.Future[tuple[Reply, Choices]]  # done once all answers of a request are submitted, or it is refused
+Submission = asyncio.Future[tuple[Reply, Answers]]  # done once all answers of a request are submitted, or it is refused
 
 
 class Endpoint:
     """ASGI endpoint of one protocol."""
 
     def __init__(
-        self, protocol: Protocol, models: Models, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
+        self, protocol: ApiProtocol, models: Models, unknown: UnknownFields, alive_seconds: float = ALIVE_SECONDS
     ) -> None:
         """Answer requests with ``models``, and note their unknown fields in ``unknown``.
 
@@ -48,7 +48,7 @@ class Endpoint:
         self._unknown = unknown
         self._alive_seconds = alive_seconds
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         """Answer a request. Stop computing if the client disconnects. Raises Refusal if the request is invalid.
 
         If it takes long to load the model of a stream, the stream begins before, and has any refusal as its last event.
@@ -86,7 +86,7 @@ class Endpoint:
         body = self._unknown.checked(content, content_type, self._protocol.body)
         return self._models.find(body.model), body, body.query()
 
-    async def _submit(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, Choices]:
+    async def _submit(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, Answers]:
         """Submit the answers that a request asks for, once its model is loaded. ``user`` is the name of its API key.
 
         Raises Refusal if the model can't be loaded, a prompt is empty or exceeds the context, or there could be too
@@ -96,8 +96,8 @@ class Endpoint:
         # on a thread, because turning a long prompt into tokens takes seconds
         jobs = await on_thread(partial(served.prompts.jobs, query, body.prompt_field, user))
         check_scores(jobs, are_kept=not body.stream or self._protocol.repeats_scores)
-        choices = Choices(served.service, served.prompts, jobs)
-        return Reply(choices.id, pin.name, int(time.time()), body, choices.prompt_tokens, choices.count), choices
+        answers = Answers(served.service, served.prompts, jobs)
+        return Reply(answers.id, pin.name, int(time.time()), body, answers.prompt_tokens, answers.count), answers
 
     async def _stream(self, submitted: AbstractAsyncContextManager[tuple[Pin, Submission]]) -> AsyncGenerator[str]:
         """Yield the id of a stream, "" if there is none yet, and its server-sent events.
@@ -119,8 +119,8 @@ class Endpoint:
     async def _sent(self, submission: Submission) -> AsyncIterator[str]:
         """Yield the answers as server-sent events. If an answer fails, its error comes last."""
         try:
-            reply, choices = await submission
-            async for event in self._protocol.stream(reply, choices.events()):
+            reply, answers = await submission
+            async for event in self._protocol.stream(reply, answers.events()):
                 yield event
         except Refusal as refusal:
             yield self._protocol.error(refusal)
@@ -128,14 +128,14 @@ class Endpoint:
     async def _whole(self, submitted: AbstractAsyncContextManager[tuple[Pin, Submission]]) -> Response:
         """Return the complete answers. Raises Refusal if they can't be computed."""
         async with submitted as (_, submission):
-            reply, choices = await submission
-            answers = defaultdict[int, Answered](Answered)
-            async for number, event in choices.events():
-                answers[number].add(event)
-            write = partial(self._written, reply, [answers[number] for number in sorted(answers)])
-            has_scores = any(answered.tokens for answered in answers.values())  # to write them takes up to a second
+            reply, answers = await submission
+            complete = defaultdict[int, Answered](Answered)
+            async for number, event in answers.events():
+                complete[number].add(event)
+            write = partial(self._written, reply, [complete[number] for number in sorted(complete)])
+            has_scores = any(answered.tokens for answered in complete.values())  # to write them takes up to a second
             response = await on_thread(write) if has_scores else write()
-            response.headers.update(_id_headers(choices.id))
+            response.headers.update(_id_headers(answers.id))
             return response
 
     def _written(self, reply: Reply, answers: list[Answered]) -> JSONResponse:
@@ -193,7 +193,7 @@ class BodyEndpoint(Generic[AnyBody]):
         self._answer = answer
         self._unknown = unknown
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         """Answer a request. Raises Refusal if the request is invalid."""
         content, content_type = (await receive())["body"], Headers(scope=scope).get("content-type", "")
 

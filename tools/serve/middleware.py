@@ -13,10 +13,10 @@ from .keys import Keys, RateLimits
 from .page import FILES
 from .protocols.refusal import HEADER_BYTES, TOO_LONG, Refusal, headers_too_long, log_failure
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
+App = Callable[[AsgiMessage, Receive, Send], Awaitable[None]]
 
 HEALTH = "/health"
 OPEN = {HEALTH, *FILES}  # what GET and HEAD need no key for
@@ -50,7 +50,7 @@ class AccessControl:
         self._keys = keys
         self._limits = limits
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,7 +66,7 @@ class AccessControl:
         except Exception as error:  # the client has received an error response
             log_failure(f"{scope['method']} {scope['path']}", error)
 
-    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> str:
+    def _check(self, scope: AsgiMessage, headers: dict[bytes, bytes]) -> str:
         """Check host, key, content type and the headers' size. Return the name of the key.
 
         Raises Refusal if one does not permit the request.
@@ -89,7 +89,7 @@ class AccessControl:
             raise Refusal(400, "A request from a web page needs the header 'Content-Type: application/json'.")
         return user
 
-    def _admit(self, scope: Message, headers: dict[bytes, bytes]) -> str:
+    def _admit(self, scope: AsgiMessage, headers: dict[bytes, bytes]) -> str:
         """Return the name of a request's key. Raises Refusal if it has none, or too many requests have it."""
         assert self._keys is not None
         key = self._keys.shown_by(headers)
@@ -127,7 +127,7 @@ class RequestLimits:
         self._body_seconds = body_seconds
         self._under_way = 0
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -149,7 +149,7 @@ class RequestLimits:
         except Refusal as refusal:
             await refusal.response(scope["path"])(scope, receive, send)
 
-    async def _received(self, headers: dict[bytes, bytes], receive: Receive) -> asyncio.Queue[Message] | None:
+    async def _received(self, headers: dict[bytes, bytes], receive: Receive) -> asyncio.Queue[AsgiMessage] | None:
         """Return a queue that holds one message, with the whole body, so that nothing else holds the body.
 
         Return None if the client disconnects before the body is complete.
@@ -178,11 +178,13 @@ class RequestLimits:
                 code=TOO_LONG,
                 headers={"Connection": "close"},
             )
-        messages: asyncio.Queue[Message] = asyncio.Queue()
+        messages: asyncio.Queue[AsgiMessage] = asyncio.Queue()
         messages.put_nowait({"type": "http.request", "body": bytes(body), "more_body": False})
         return messages
 
-    async def _serve(self, messages: asyncio.Queue[Message], scope: Message, receive: Receive, send: Send) -> None:
+    async def _serve(
+        self, messages: asyncio.Queue[AsgiMessage], scope: AsgiMessage, receive: Receive, send: Send
+    ) -> None:
         """Run the application on a request with ``messages``, and cancel it if the client disconnects."""
 
         async def watch() -> None:

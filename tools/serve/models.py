@@ -1,8 +1,8 @@
 """Models of a server: each is loaded when a request needs it, and unloaded when another one needs its memory.
 
 A request *pins* its model: it waits until the model is loaded, and the model stays loaded until the request has ended.
-One thread loads and unloads, in the order in which requests have come: while it makes room for a model, later requests
-for those that have to go wait, too. So no model waits for ever.
+One thread loads and unloads, in the order of requests. While it makes room for a model, later requests for the models
+that it will unload wait. So no model waits for ever.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .pins import Pin, PinnedModel, refuse
 from .protocols.refusal import ENDING, Refusal, log_failure, unknown_model
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded, which takes less time and memory
-    from moetier.runtime.engine.saved_pages import Traffic
+    from moetier.runtime.engine.pages.saved_pages import Traffic
 
     from .serving import Served
 
@@ -142,8 +142,7 @@ class Models(Closeable):
             if pin in entry.waiting:
                 entry.waiting.remove(pin)
             elif not pin.future.cancelled() and pin.future.exception() is None:
-                entry.unpin()
-                entry.used = time.monotonic()
+                entry.end_request()
             self._changed.notify_all()
 
     # -- what others see ----------------------------------------------------------------------------------------------
@@ -245,7 +244,7 @@ class Models(Closeable):
             gc.collect()  # now that the error refers to no part of the model
             return_freed_memory()
         with self._changed:
-            pins, entry.waiting = entry.waiting, []
+            pins = entry.take_waiting()
             if refusal is None:
                 self._let_use(entry, pins)
             else:
@@ -270,14 +269,13 @@ class Models(Closeable):
 
     def _keep(self, entry: PinnedModel, served: Served, closing: contextlib.ExitStack) -> None:
         with self._changed:
-            entry.served, entry.closing, entry.used = served, closing, time.monotonic()
+            entry.keep(served, closing)
 
     def _opened(self, entry: PinnedModel, options: Mapping[str, Any]) -> tuple[Served, contextlib.ExitStack] | None:
         """Return a loaded model, with what unloads it; None if memory is too small beside others."""
         began = time.monotonic()
-        entry.is_loading = True
         try:
-            with contextlib.ExitStack() as stack:
+            with entry.loading(), contextlib.ExitStack() as stack:
                 path = self.catalogue.models()[entry.name]
                 served = stack.enter_context(self._loader.loaded(path, entry.tally, options))
                 _log.info("%s is loaded, after %.1f s", entry.name, time.monotonic() - began)
@@ -286,8 +284,6 @@ class Models(Closeable):
             if not self._others(entry):
                 raise
             return None
-        finally:
-            entry.is_loading = False
 
     def _make_room(self, entry: PinnedModel) -> Mapping[str, Any]:
         """Unload models until there is memory for another one. Return the options with which it is to be loaded.
@@ -329,9 +325,8 @@ class Models(Closeable):
         Raises _UnwantedError if no request waits for ``wanted`` any longer.
         """
         with self._changed:
-            entry.drains = True
-            self._changed.wait_for(lambda: not (entry.pins and wanted.waiting) or self._is_closed)
-            entry.drains = False
+            with entry.draining():
+                self._changed.wait_for(lambda: not (entry.pins and wanted.waiting) or self._is_closed)
             if entry.pins or not wanted.waiting:
                 raise _UnwantedError
             unload = self._take_out(entry)
@@ -339,9 +334,9 @@ class Models(Closeable):
 
     def _take_out(self, entry: PinnedModel) -> Callable[[], None]:
         """Let no further request use a model, and return what unloads it. The caller holds ``_changed``."""
-        assert entry.served is not None
-        closing, disk = entry.closing, entry.served.service.disk
-        entry.served, entry.closing = None, contextlib.ExitStack()
+        served, closing = entry.take_out()
+        disk = served.service.disk
+        del served  # ``closing`` frees what nothing else refers to
 
         def unload() -> None:
             began = time.monotonic()
@@ -370,8 +365,7 @@ class Models(Closeable):
         with self._changed:
             self._is_ending = True
             for entry in self._entries.values():
-                refuse(entry.waiting, Refusal(503, ENDING))
-                entry.waiting = []
+                refuse(entry.take_waiting(), Refusal(503, ENDING))
             services = [entry.served.service for entry in self._entries.values() if entry.served is not None]
             self._changed.notify_all()
         for service in services:

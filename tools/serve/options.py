@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size
-from moetier.runtime.engine.page_folder import PageOptions, opened
+from moetier.runtime.engine.pages.page_folder import PageOptions, opened
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, MAX_COUNT, TINY, Number, file_option, option, options_of, read_all
 from moetier.tools.cli.arguments import add_options, add_prefill_argument, add_speculation_arguments

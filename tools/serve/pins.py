@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +19,11 @@ if TYPE_CHECKING:  # transformers is imported when a model is loaded
 
 @dataclass(eq=False)
 class PinnedModel:
-    """State of a model. All but ``name`` and ``tally`` is read and set under the lock of ``Models``."""
+    """State of a model.
+
+    All but ``name`` and ``tally`` is read, and changed by the methods, under the lock of ``Models``. But
+    ``is_loading`` is set without the lock: it is only said to clients that wait.
+    """
 
     name: str
     tally: Tally
@@ -37,6 +42,45 @@ class PinnedModel:
     def unpin(self) -> None:
         """End the effect of one ``pin``."""
         self.pins -= 1
+
+    def end_request(self) -> None:
+        """Unpin the model, and note that a request has used it until now."""
+        self.unpin()
+        self.used = time.monotonic()
+
+    def keep(self, served: Served, closing: contextlib.ExitStack) -> None:
+        """Keep what was loaded, and what unloads it."""
+        self.served, self.closing, self.used = served, closing, time.monotonic()
+
+    def take_out(self) -> tuple[Served, contextlib.ExitStack]:
+        """Return what is loaded, and what unloads it. No further request can use it."""
+        assert self.served is not None
+        taken = self.served, self.closing
+        self.served, self.closing = None, contextlib.ExitStack()
+        return taken
+
+    def take_waiting(self) -> list[Pin]:
+        """Return the requests that wait. They don't any more."""
+        waiting, self.waiting = self.waiting, []
+        return waiting
+
+    @contextlib.contextmanager
+    def draining(self) -> Iterator[None]:
+        """In the context, no further request can use the model."""
+        self.drains = True
+        try:
+            yield
+        finally:
+            self.drains = False
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """In the context, the model is being loaded."""
+        self.is_loading = True
+        try:
+            yield
+        finally:
+            self.is_loading = False
 
     @property
     def is_ready(self) -> bool:

@@ -189,7 +189,7 @@ class Prompts:
         return text, text.removeprefix(told) if text.startswith(told) else ""
 
     def _continued(self, chat: ChatPrompt, user: str) -> list[int]:
-        """Return the tokens of a prompt in which answers are replayed; none if none of them is kept."""
+        """Return a prompt's tokens, with earlier answers as they were sampled; [] if none of these is kept."""
         try:
             return self._sampled.continued(
                 self._plain(chat),

@@ -25,8 +25,8 @@ MAX_TOKENS = 1 << 22  # of answers that are kept; those that were found or kept 
 TRIALS = 3  # a template may drop some of the answers: so often others are tried
 MARK_LETTERS = 64  # most letters of the mark between the beginning of an answer and its reasoning
 
-Message = Mapping[str, Any]
-Render = Callable[[Sequence[Message]], str]  # renders messages, and the beginning of an answer
+ChatMessage = Mapping[str, Any]
+Render = Callable[[Sequence[ChatMessage]], str]  # renders messages, and the beginning of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class SampledAnswer:
     opening: str
     end: str
 
-    def is_said_by(self, message: Message) -> bool:
+    def is_said_by(self, message: ChatMessage) -> bool:
         """Return whether a message is this answer as its client got it.
 
         The client may trim its text, and beside tool calls, whose ids nobody else knows, leave out text and reasoning.
@@ -70,7 +70,7 @@ class SampledTokens:
 
     def note(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         answered: Answered,
         ids: Sequence[int],
         opening: str,
@@ -100,7 +100,7 @@ class SampledTokens:
 
     def continued(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         render: Render,
         tokenizer: Any,
         most: int,
@@ -127,7 +127,7 @@ class SampledTokens:
             answers = {place: answer for place, answer in answers.items() if place not in dropped}
         return []
 
-    def _kept(self, messages: Sequence[Message], user: str) -> dict[int, SampledAnswer]:
+    def _kept(self, messages: Sequence[ChatMessage], user: str) -> dict[int, SampledAnswer]:
         """Return the kept answers that are said by messages, by their places."""
         answers = dict[int, SampledAnswer]()
         for place, (message, history) in enumerate(zip(messages, _histories(messages, user), strict=False)):
@@ -149,7 +149,7 @@ class SampledTokens:
 
 
 def _split(
-    messages: Sequence[Message], render: Render, answers: Mapping[int, SampledAnswer]
+    messages: Sequence[ChatMessage], render: Render, answers: Mapping[int, SampledAnswer]
 ) -> tuple[list[str | array[int]], list[int]]:
     """Render messages, and return the text between the ``answers``, with their tokens in their places.
 
@@ -173,7 +173,7 @@ def _split(
     return [*parts, rest], dropped
 
 
-def _restored(messages: Sequence[Message], answers: Mapping[int, SampledAnswer]) -> list[Message]:
+def _restored(messages: Sequence[ChatMessage], answers: Mapping[int, SampledAnswer]) -> list[ChatMessage]:
     """Return messages with the text and the reasoning that clients have left out of the ``answers``."""
     restored = [*messages]
     for place, answer in answers.items():
@@ -232,7 +232,7 @@ def _joined(parts: Iterable[str | array[int]], tokenizer: Any, most: int, option
     return ids
 
 
-def _calls(message: Message) -> tuple[tuple[str, Any], ...]:
+def _calls(message: ChatMessage) -> tuple[tuple[str, Any], ...]:
     """Return the name and the arguments of each tool call of a message. Clients may write the arguments anew."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
     return tuple((call.get("name", ""), _parsed(call.get("arguments"))) for call in calls)
@@ -245,7 +245,7 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def _histories(messages: Iterable[Message], user: str) -> Iterator[bytes]:
+def _histories(messages: Iterable[ChatMessage], user: str) -> Iterator[bytes]:
     """Yield a digest of the messages before each message, and of all. Reasoning is left out, as clients drop it."""
     digest = hashlib.blake2b(user.encode() + b"\0")
     yield digest.digest()

@@ -181,7 +181,7 @@ def run(engine: Engine, arrivals: list[Arrival]) -> None:
         arrival = waiting.pop(0)
         arrival.sequence = engine.submit(arrival.request(arrival.recorder), on_token, on_end)
 
-    def on_token(_: int) -> None:
+    def on_token(*_: object) -> None:
         nonlocal sampled
         sampled += 1
         while waiting and waiting[0].after <= sampled:

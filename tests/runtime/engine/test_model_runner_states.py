@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
 from moetier.runtime.engine.model_runner import ModelRunner
-from moetier.runtime.engine.page_folder import PageFolder, PageOptions
+from moetier.runtime.engine.pages.page_folder import PageFolder, PageOptions
+from moetier.runtime.engine.pages.saved_pages import SavedPages
 from moetier.runtime.engine.runner import Stopped, Task
-from moetier.runtime.engine.saved_pages import SavedPages
 from moetier.runtime.engine.sequence import Request, TokenSequence
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.layer.attention import use_causal_attention

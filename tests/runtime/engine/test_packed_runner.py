@@ -113,7 +113,9 @@ def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_o
         ended = [threading.Event() for _ in prompts]
         sequences = [
             engine.submit(
-                Request(tuple(ids), 3, decoding, logprobs=4, scores_prompt=True), tokens[at].append, partial(note, end)
+                Request(tuple(ids), 3, decoding, logprobs=4, scores_prompt=True),
+                lambda _, sampled, found=tokens[at]: found.append(sampled),
+                partial(note, end),
             )
             for at, (ids, end) in enumerate(zip(prompts, ended, strict=True))
         ]

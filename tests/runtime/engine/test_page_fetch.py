@@ -10,8 +10,9 @@ from readers import PATIENCE
 from saved_engines import FULL, LONG, Waiting, answer, engine_with, written
 from toy_runner import ToyStateRunner, answer_alone
 
-from moetier.runtime.engine import page_fetch, saved_pages
+from moetier.runtime.engine import page_fetch
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
+from moetier.runtime.engine.pages import saved_pages
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 

@@ -36,12 +36,12 @@ def added(scheduler: Scheduler, tokens: int, deadline: float | None = None) -> T
 def step(scheduler: Scheduler, *, samples: bool = True) -> tuple[dict[TokenSequence, int], list[TokenSequence]]:
     """Compute the tasks of a step; return how many tokens of each sequence were computed, and which wait again."""
     scheduler.begin_next()
-    tasks, stopped = scheduler.schedule()
+    tasks, preempted = scheduler.schedule()
     for task in tasks:
-        scheduler.computed(task)
+        scheduler.note_computed(task)
         if samples and not task.sequence.remaining:
             task.sequence.append(Sampled(1))
-    return {task.sequence: task.tokens for task in tasks}, stopped
+    return {task.sequence: task.tokens for task in tasks}, preempted
 
 
 def test_one_sequence_begins_in_a_step() -> None:
@@ -97,7 +97,7 @@ def test_sequences_that_are_computed_keep_their_pages() -> None:
     scheduler.begin_next()
     of_first, of_second = scheduler.schedule()[0]
     assert (of_first.sequence, of_second.sequence) == (first, second)
-    scheduler.computed(of_first)
+    scheduler.note_computed(of_first)
     first.append(Sampled(1))
     assert scheduler.schedule({second}) == ([], [first]), "the one that began last would have to wait otherwise"
 
@@ -163,8 +163,8 @@ def test_tasks_are_of_sequences_that_run(prompts: list[int], pages: int, most: i
     for _ in range(2000):
         if not scheduler.has_work:
             break
-        computed, stopped = step(scheduler)
-        assert not computed.keys() & set(stopped)
+        computed, preempted = step(scheduler)
+        assert not computed.keys() & set(preempted)
         assert computed.keys() <= set(scheduler.running)
         for sequence in [*computed]:
             if sequence.new_tokens == 20 or len(sequence.ids) == PAGE_TOKENS * pages:

@@ -38,7 +38,7 @@ def test_progress_tells_tokens_and_time() -> None:
 
 def test_tokens_to_compute_are_those_behind_the_kept_ones() -> None:
     tokens = list[int]()
-    made = TokenSequence(Request((5, 6, 7), 2), lambda sampled: tokens.append(sampled.token))
+    made = TokenSequence(Request((5, 6, 7), 2), lambda _, sampled: tokens.append(sampled.token))
     made.resume_at(1)
     assert (made.remaining, made.new_tokens) == (2, 0)
     made.advance(2)

@@ -263,3 +263,23 @@ def _torch_folder() -> Path:
     import torch
 
     return Path(torch.__file__).parent
+
+
+def test_the_number_is_what_it_was_if_the_work_fails() -> None:
+    import torch
+
+    from moetier.runtime.machine.threads import threads_for
+
+    before = torch.get_num_threads()
+
+    def fail() -> None:
+        with threads_for(before + 3):
+            assert torch.get_num_threads() == before + 3
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert torch.get_num_threads() == before
+    with threads_for(before + 3):
+        pass
+    assert torch.get_num_threads() == before + 3

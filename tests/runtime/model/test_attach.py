@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from threads import wait_until
 from transformers import MixtralForCausalLM
 
 import moetier
+from moetier.tiers.errors import BudgetError
 
 
 def held() -> tuple[set[str], int, int]:
@@ -41,3 +43,10 @@ def test_a_failure_at_the_end_closes_all(tinymix_4bit: Path) -> None:
         assert caught.value.__traceback__ is not None, "its frames refer to the model, so no collector has closed it"
     finally:
         moetier.register()
+
+
+def test_a_failed_load_leaves_the_number_of_threads(tinymix_4bit: Path) -> None:
+    torch.set_num_threads(before := torch.get_num_threads() + 1)
+    with pytest.raises(BudgetError):
+        moetier.load(tinymix_4bit, ram="1KiB", threads=1, daemon=None)
+    assert torch.get_num_threads() == before

@@ -16,7 +16,7 @@ from prometheus import scrape
 from readers import PATIENCE
 from threads import wait_until
 
-from moetier.runtime.engine.page_folder import entries
+from moetier.runtime.engine.pages.page_folder import entries
 from moetier.tools.main import main
 
 PROMPT = "La mattina seguente, don Rodrigo si destò don Rodrigo. " * 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +21,11 @@ def served(*, is_alive: bool = True) -> Any:
 def test_a_model_is_ready_while_it_is_loaded_can_compute_and_stays() -> None:
     entry = PinnedModel("m", Tally())
     assert not entry.is_ready
-    entry.served = served()
+    entry.keep(served(), contextlib.ExitStack())
     assert entry.is_ready
-    entry.drains = True
-    assert not entry.is_ready
+    with entry.draining():
+        assert not entry.is_ready
+    assert entry.is_ready
     assert not PinnedModel("m", Tally(), served(is_alive=False)).is_ready
 
 
@@ -49,8 +51,29 @@ def test_it_says_what_it_waits_for() -> None:
     entry = PinnedModel("m", Tally())
     pin = Pin(entry, lambda _: None)
     assert pin.say() == "m waits to be loaded"
-    entry.is_loading = True
-    assert pin.say() == "loading m"
+    with entry.loading():
+        assert pin.say() == "loading m"
+    assert pin.say() == "m waits to be loaded"
+
+
+def test_what_is_taken_out_is_no_longer_ready_and_unloads_once() -> None:
+    unloaded: list[str] = []
+    model, entry, closing = served(), PinnedModel("m", Tally()), contextlib.ExitStack()
+    closing.callback(unloaded.append, "m")
+    entry.keep(model, closing)
+    assert entry.take_out() == (model, closing)
+    assert not entry.is_ready
+    entry.closing.close()
+    assert not unloaded
+    closing.close()
+    assert unloaded == ["m"]
+
+
+def test_requests_that_wait_are_taken_once() -> None:
+    entry = PinnedModel("m", Tally())
+    entry.waiting.append(pin := Pin(entry, lambda _: None))
+    assert entry.take_waiting() == [pin]
+    assert entry.take_waiting() == []
 
 
 def test_requests_that_wait_are_refused_and_those_that_were_cancelled_are_not() -> None:

@@ -18,7 +18,7 @@ from .bounded_json import BoundedJson
 from .events import Answered, Call, End, Events, ScoredToken, Text
 from .openai_body import MAX_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, logprobs_of, object_of, total, usage_of
-from .protocol import Protocol, Reply
+from .protocol import ApiProtocol, Reply
 from .query import ChatPrompt, Query, must_call
 from .refusal import Refusal
 
@@ -190,7 +190,7 @@ class ChatBody(OpenAIBody):
         return False if effort == "none" else None
 
 
-class Chat(Protocol):
+class ChatProtocol(ApiProtocol):
     """Chat completions."""
 
     path = "/v1/chat/completions"

@@ -13,7 +13,7 @@ from .body import MAX_TOKENS
 from .events import Answered, End, Events, ScoredToken, Text
 from .openai_body import MAX_TOP, OpenAIBody
 from .openai_chunks import REASONS, Chunks, object_of, total, usage_of
-from .protocol import Protocol, Reply
+from .protocol import ApiProtocol, Reply
 from .query import Query
 from .refusal import Refusal
 
@@ -57,7 +57,7 @@ class CompletionsBody(OpenAIBody):
         return self.query_of(self.prompt, max_tokens=self.max_tokens, logprobs=self.logprobs, echo=bool(self.echo))
 
 
-class Completions(Protocol):
+class CompletionsProtocol(ApiProtocol):
     """Text completions."""
 
     path = "/v1/completions"

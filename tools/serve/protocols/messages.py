@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Discriminator, FailFast, Field, Tag
 
 from .body import MAX_TOKENS, Body, NotEmpty, Open, QueryBody
 from .events import Answered, Call, End, Events, Reason, Text, Usage, without_blank
-from .protocol import Protocol, Reply, event
+from .protocol import ApiProtocol, Reply, event
 from .query import AnswerFormat, ChatPrompt, Query, must_call
 from .refusal import MESSAGES, Refusal
 
@@ -209,7 +209,7 @@ class MessagesBody(CountBody, QueryBody):
         )
 
 
-class Messages(Protocol):
+class MessagesProtocol(ApiProtocol):
     """Anthropic's messages."""
 
     path = MESSAGES

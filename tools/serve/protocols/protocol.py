@@ -27,7 +27,7 @@ class Reply:
     answers: int  # number of them
 
 
-class Protocol(ABC):
+class ApiProtocol(ABC):
     """An API: how requests and answers are written."""
 
     path: ClassVar[str]  # of its route

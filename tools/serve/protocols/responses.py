@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 from .events import Answered, Call, End, Events, Reason, ScoredToken, Text, Usage, without_blank
 from .openai_chunks import logprobs_of
-from .protocol import Protocol, Reply, event
+from .protocol import ApiProtocol, Reply, event
 from .refusal import TOO_LONG, Refusal
 from .responses_body import ENCRYPTED, ResponsesBody
 
 Sent = Callable[..., str]  # writes an event of a type with its fields
 
 
-class Responses(Protocol):
+class ResponsesProtocol(ApiProtocol):
     """OpenAI's responses."""
 
     path = "/v1/responses"

@@ -24,7 +24,7 @@ from moetier.tools.serve.protocols.events import Answered, Call
 from moetier.tools.serve.protocols.protocol import Reply
 from moetier.tools.serve.protocols.query import ChatPrompt, Query
 from moetier.tools.serve.protocols.refusal import Refusal
-from moetier.tools.serve.protocols.responses import Responses
+from moetier.tools.serve.protocols.responses import ResponsesProtocol
 from moetier.tools.serve.protocols.responses_body import ResponsesBody
 
 TOOL = {"type": "function", "name": "f", "description": "d", "strict": False, "parameters": {"type": "object"}}
@@ -113,7 +113,7 @@ def test_functions_in_a_namespace_are_offered_under_both_names() -> None:
     answer = Answered()
     for name in "agents.f", "f":
         answer.add(Call("call_2", name, "{}"))
-    items = Responses().response(Reply("1", "small", 0, body, 1, 1), [answer])["output"]
+    items = ResponsesProtocol().response(Reply("1", "small", 0, body, 1, 1), [answer])["output"]
     assert [(item["name"], item.get("namespace")) for item in items] == [("f", "agents"), ("f", None)]
 
 
@@ -168,7 +168,7 @@ def test_what_is_not_done_is_refused(fields: dict[str, Any], message: str) -> No
 
 
 def test_a_refusal_before_there_is_a_response_is_an_event_of_its_own() -> None:
-    name, data = Responses().error(Refusal(507, "It does not fit.", code="model_too_large")).splitlines()[:2]
+    name, data = ResponsesProtocol().error(Refusal(507, "It does not fit.", code="model_too_large")).splitlines()[:2]
     assert name == "event: error"
     assert json.loads(data.removeprefix("data: ")) == {
         "type": "error", "code": "model_too_large", "message": "It does not fit.", "param": None, "sequence_number": 0,

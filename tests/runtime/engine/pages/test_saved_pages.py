@@ -16,10 +16,11 @@ from saved_engines import FULL, LONG, Waiting, answer, engine_with, files, writt
 from threads import wait_until
 from toy_runner import ToyRunner, ToyStateRunner, answer_alone
 
-from moetier.runtime.engine import kv_cache, page_folder
+from moetier.runtime.engine import kv_cache
 from moetier.runtime.engine.kv_cache import LAST_TOKENS
-from moetier.runtime.engine.page_file import ALIGNMENT, Payload
-from moetier.runtime.engine.page_folder import PageFolder
+from moetier.runtime.engine.pages import page_folder
+from moetier.runtime.engine.pages.page_file import ALIGNMENT, Payload
+from moetier.runtime.engine.pages.page_folder import PageFolder
 from moetier.runtime.engine.sequence import Finish, Request
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 

@@ -298,7 +298,7 @@ class PageFolder:
         return self._buffers.take(size)
 
     def fits(self, layout: Any, size: int) -> bool:
-        """Return whether a file with ``size`` bytes of data may be kept: it is no larger than all pages may be."""
+        """Return whether a file with ``size`` bytes of data is within the limits of a file and of all files."""
         return file_bytes(layout, size) <= min(self.options.size, MAX_BYTES)
 
     def touch(self, name: bytes, depth: int) -> None:

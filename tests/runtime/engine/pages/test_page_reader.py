@@ -24,7 +24,7 @@ def test_reading_ends_if_nothing_wants_it(tmp_path: Path, is_closed: bool) -> No
     order.may_write.set()
     with engine_with(tmp_path, order=order) as engine:
         ended = threading.Event()
-        sequence = engine.submit(Request(tuple(LONG), 3), lambda _: None, lambda _: ended.set())
+        sequence = engine.submit(Request(tuple(LONG), 3), lambda *_: None, lambda _: ended.set())
         assert order.asked.wait(PATIENCE)
         if is_closed:
             threading.Timer(0.2, order.may_read.set).start()
@@ -40,7 +40,7 @@ def test_a_process_ends_though_a_disk_hangs() -> None:
     """Threads that Python waits for would keep it."""
     script = """
 import sys, threading
-from moetier.runtime.engine.page_reader import Readers
+from moetier.runtime.engine.pages.page_reader import Readers
 begun, readers = threading.Event(), Readers()
 for _ in range(5):
     last = readers.submit(lambda: begun.set() or threading.Event().wait())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moetier.runtime.engine.prefix_tree import Node, PrefixTree
+from moetier.runtime.engine.pages.prefix_tree import Node, PrefixTree
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 

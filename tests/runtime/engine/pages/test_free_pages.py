@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.runtime.engine.free_pages import FreePages
+from moetier.runtime.engine.pages.free_pages import FreePages
 
 
 def test_a_sequence_gets_consecutive_pages() -> None:

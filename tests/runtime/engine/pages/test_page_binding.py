@@ -11,10 +11,10 @@ import pytest
 from readers import PATIENCE
 
 import moetier
-from moetier.runtime.engine import page_binding
 from moetier.runtime.engine.engine import Engine
-from moetier.runtime.engine.page_binding import binding_of
-from moetier.runtime.engine.page_folder import PageOptions, entries
+from moetier.runtime.engine.pages import page_binding
+from moetier.runtime.engine.pages.page_binding import binding_of
+from moetier.runtime.engine.pages.page_folder import PageOptions, entries
 from moetier.runtime.engine.sequence import Request, Sampled
 
 IDS = tuple(at * 37 % 900 + 5 for at in range(300))
@@ -53,7 +53,7 @@ def answered(directory: Path, disk: PageOptions | None, tokens: int = len(IDS)) 
     sampled, ended = list[Sampled](), threading.Event()
     with model.tiers, Engine.of(model, disk=disk) as engine:
         request = Request(IDS[:tokens], 30, {"do_sample": False, "min_new_tokens": 30}, logprobs=5)
-        sequence = engine.submit(request, sampled.append, lambda _: ended.set())
+        sequence = engine.submit(request, lambda _, token: sampled.append(token), lambda _: ended.set())
         assert ended.wait(PATIENCE)
     return sampled, sequence.cached
 

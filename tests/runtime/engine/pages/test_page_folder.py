@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from users import NOBODY, as_nobody, need_root
 
-from moetier.runtime.engine import page_folder
-from moetier.runtime.engine.page_file import ALIGNMENT, Payload, head_bytes
-from moetier.runtime.engine.page_folder import PageFolder, PageOptions, clear, entries, models_in, open_folder
+from moetier.runtime.engine.pages import page_folder
+from moetier.runtime.engine.pages.page_file import ALIGNMENT, Payload, head_bytes
+from moetier.runtime.engine.pages.page_folder import PageFolder, PageOptions, clear, entries, models_in, open_folder
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.store.atomic import PARTIAL
 

@@ -12,8 +12,8 @@ from saved_engines import FULL, LONG, Waiting, answer, engine_with, files, writt
 from threads import wait_until
 
 from moetier.runtime.client.miss_order import MissOrder
-from moetier.runtime.engine import page_writer, saved_pages
-from moetier.runtime.engine.page_folder import PageFolder
+from moetier.runtime.engine.pages import page_writer, saved_pages
+from moetier.runtime.engine.pages.page_folder import PageFolder
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from faults import flip_bit, mounted
 
-from moetier.runtime.engine.page_file import (
+from moetier.runtime.engine.pages.page_file import (
     ALIGNMENT,
     NAME_BYTES,
     Buffers,
