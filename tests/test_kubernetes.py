@@ -304,9 +304,12 @@ def test_every_command_runs(
                 texts.add(pod.text(settings["NAME"], key))
         assert set(running) == set(pods), "and no pod is left out"
         assert len(texts) == 1
-        assert f"experts of the daemon {tmp_path / 'run' / 'default'}" in running["moetier-serve"].log.read_text()
+        assert (
+            f"the experts are held by the daemon {tmp_path / 'run' / 'default'}"
+            in running["moetier-serve"].log.read_text()
+        )
         remote = running["moetier-serve-remote"].log.read_text()
-        assert f"experts of the daemons dns:///localhost:{node.daemon_port}" in remote
+        assert f"the daemons dns:///localhost:{node.daemon_port}" in remote
         metrics = f"http://127.0.0.1:{running['moetier-daemon'].ports['metrics']}/metrics"
         with urllib.request.urlopen(metrics, timeout=PATIENCE) as reply:
             assert re.search(r"^moetier_daemon_fetches_total\{.*\} [1-9]", reply.read().decode(), re.MULTILINE)

@@ -52,6 +52,7 @@ def open_models(
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
     by_digest = reclaim_arenas(manifests, closing, passed, timeout=_DYING if was_killed else 0.0)
+    named = dict(zip(stores, config.names, strict=False))  # they have the order of config.directories
     slots, kept = divide_memory(manifests, config.ram, available_memory(), by_digest)
     for digest, arenas in by_digest.items():
         for reclaimed in arenas:
@@ -61,13 +62,12 @@ def open_models(
             log_event(
                 _log,
                 "leftover",
-                model=manifests[digest].model,
+                model=named.get(digest) or manifests[digest].model,
                 bytes=reclaimed.arena.layout.nbytes,
                 filled=reclaimed.arena.directory.ready,
                 holder=reclaimed.holder,
             )
     models = {}
-    named = dict(zip(stores, config.names, strict=False))  # they have the order of config.directories
     for digest, store in stores.items():
         began = time.monotonic()
         taken = kept.get(digest)

@@ -90,11 +90,13 @@ class Catalogue:
         for own, path in [*given, *(found for folder in self._folders for found in models_in(folder))]:
             paths.setdefault(real := real_path(path), path)
             by_folder.setdefault(own, []).append(real)
-        kept, listed = {path: name for name, path in self._models.items()}, listed_names()
-        names, models = dict[Path, str](), dict[str, Path]()
+        kept = {real_path(path): (name, path) for name, path in self._models.items()}
+        names, models, listed = dict[Path, str](), dict[str, Path](), listed_names()
+        for real in paths.keys() & kept.keys():
+            names[real], paths[real] = kept[real]
         for own, reals in by_folder.items():
             for real in reals:
-                name = kept.get(paths[real], listed.get(real, own))
+                name = listed.get(real, own)
                 names.setdefault(real, own if {*by_folder.get(name, ())} - {real} else name)
         for real, path in paths.items():
             _add(models, names[real], path)
@@ -117,7 +119,7 @@ class Catalogue:
         there is one model with this name.
         """
         asked = self.aliases.get(asked, asked)
-        if asked in self._models or asked in self.models():
+        if asked in self._models or (asked not in self._by_folder and asked in self.models()):
             return asked
         names = [*((name, {name}) for name in self._models), *self._by_folder.items()]
         untagged = [models for name, models in names if asked and asked == name.rpartition(":")[0]]

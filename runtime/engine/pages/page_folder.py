@@ -352,7 +352,8 @@ class PageFolder:
             return
         self._folder.mkdir(mode=0o700, exist_ok=True)
         file.touch(mode=0o600)
-        file.write_text(self._model)
+        if file.read_text(errors="replace") != self._model:
+            file.write_text(self._model)
         self._is_named = True
 
     def sweep(self) -> None:

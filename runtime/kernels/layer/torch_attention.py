@@ -17,7 +17,7 @@ from moetier.runtime.libraries.torch_internals import flash_attention
 
 TILE = 64  # tokens or keys
 STRIP = 256  # tokens that are computed together; keys after a strip are left out
-SEGMENT = 4096  # keys of a call: torch packs a copy of them
+SEGMENT = 4096  # keys of a call, more only with a larger window: torch packs a copy of them
 
 
 def attend_with_torch(

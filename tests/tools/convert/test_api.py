@@ -41,4 +41,4 @@ def test_the_signature_and_the_documentation_have_all_options(function: object) 
     parameters = inspect.signature(function).parameters  # type: ignore[arg-type]
     for name, option in CONVERT_OPTIONS.items():
         assert parameters[name].default == option.default
-        assert f"\n        {name}: " in (function.__doc__ or "")
+        assert f"\n    {name}: " in (function.__doc__ or "")

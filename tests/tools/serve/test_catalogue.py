@@ -174,6 +174,20 @@ def test_a_model_keeps_its_name_while_it_is_served(models: Path, folder: Path) -
     assert catalogue.find("mixtral-4bit") == "mixtral-4bit"
 
 
+def test_a_model_keeps_its_name_and_path_beside_new_folders(models: Path, folder: Path) -> None:
+    """A new folder that is called as a listed model, and a link that is the first of a model's two paths."""
+    model = folder / "mixtral-4bit"
+    register_name(model)
+    (models.parent / "names" / "mixtral-4bit").rename(models.parent / "names" / "foo")
+    catalogue = Catalogue([folder], aliases={"gpt-4o": "mixtral-4bit"})
+    assert catalogue.find("gpt-4o") == "foo"
+    (folder / "a").symlink_to("mixtral-4bit")
+    assert catalogue.models()["foo"] == model
+    make(folder / "foo")
+    assert catalogue.models()["foo"] == model
+    assert catalogue.find("gpt-4o") == "foo"
+
+
 def test_a_name_is_printable(tmp_path: Path) -> None:
     model = make(tmp_path / "a\nb")
     assert Catalogue([model], name="ab").find("ab") == "ab"
