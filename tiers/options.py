@@ -75,11 +75,10 @@ class Option:
         numbers: the allowed range of a number.
         parse: converts a value, or raises ConfigError.
         short: the short form on the command line, such as "-n".
-        is_setting: whether the settings file and the environment may give the value. A flag that they may not give has
-            no form with --no-, as it should be given each time.
+        is_setting: whether the settings file and the environment may give the value. A flag with is_setting=False has
+            no --no- form: there is no setting that it could switch off.
         in_config: whether a user may add it to the config.json of a model directory.
-        resumes: whether the command that resumes a conversion needs it, as the result depends on it, or what is
-            downloaded for it.
+        resumes: whether the command that resumes a conversion repeats it: it changes the result, or what is downloaded.
         name: the name on the command line, with "_" for "-", and in errors; by default, that of the field.
     """
 

@@ -182,16 +182,16 @@ class PrefetchOutcomes:
         """Keys of the prefetched records that have arrived and were not used yet, the oldest first."""
         return self._unused.keys()
 
-    def begin(self, key: ExpertKey) -> None:
+    def note_begun(self, key: ExpertKey) -> None:
         """Note that the read of a prefetch begins now."""
         self._began[key] = self._clock()
 
-    def complete(self, key: ExpertKey) -> None:
+    def note_arrived(self, key: ExpertKey) -> None:
         """Note that the record has arrived. It is ``unused`` from now on, unless a demand came while it was read."""
         if (began := self._began.pop(key, None)) is not None:
             self._unused[key] = self._clock() - began
 
-    def abort(self, key: ExpertKey, *, is_cancelled: bool = False) -> None:
+    def note_aborted(self, key: ExpertKey, *, is_cancelled: bool = False) -> None:
         """Note that the record will not arrive: its read has failed, or was cancelled, which is counted."""
         if self._began.pop(key, None) is not None:
             self._counters.count(cancelled=is_cancelled)
@@ -203,7 +203,7 @@ class PrefetchOutcomes:
         elif (began := self._began.pop(key, None)) is not None:
             self._counters.count(late=1, saved_seconds=self._clock() - began)
 
-    def evict(self, key: ExpertKey) -> None:
+    def note_eviction(self, key: ExpertKey) -> None:
         """Note that the record was evicted. If no demand has used it, count its prefetch as wasted."""
         if self._unused.pop(key, self._began.pop(key, None)) is not None:
             self._counters.count(wasted=1)

@@ -305,12 +305,15 @@ class _Transfer:
             for message in call:
                 piece, repeated = decode_piece(message)
                 if len(piece) > min(WIRE_PIECE_BYTES, end - at):
-                    raise ProtocolError(f"A daemon sent more bytes of {key} than were requested.", SAME_VERSION)
+                    raise ProtocolError(
+                        f"The daemon {store.address} sent more bytes of {key} than were requested.", SAME_VERSION
+                    )
                 self._view[at : at + len(piece)] = piece
                 at += len(piece)
             if at != end:
                 raise ProtocolError(
-                    f"A daemon sent {at - start:,} of {end - start:,} bytes of {key}.", "See the daemon's log."
+                    f"The daemon {store.address} sent {at - start:,} of {end - start:,} bytes of {key}.",
+                    "See the daemon's log.",
                 )
             if store.checks and repeated != crc:  # a store without a table of checksums would not show it
                 # not a ChecksumError: an older daemon may have taken its place, which the next check finds out

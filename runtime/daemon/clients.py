@@ -177,7 +177,7 @@ class SessionCall:
         self._count(requests=1, misses=len(keys))
         try:
             if self._refusal is not None:
-                raise self._refusal
+                raise self._refusal.fresh()
             timeout = message.timeout_ms / 1e3 if message.timeout_ms else None
             self._session.acquire(request, keys, timeout, of_total=message.wanted)
         except ProtocolError:  # the request's number is in use
@@ -283,7 +283,7 @@ class Clients:
                     "The client has registered without a model.", "Send the digest of a store on the control socket."
                 )
             if self._is_ending:
-                raise _stopping()
+                raise _ending()
             former = client.call
             client.call = call = SessionCall(
                 client, client.model, max_leases=self._max_leases, timeout=self._timeout, on_ended=self._request_ended
@@ -335,12 +335,12 @@ class Clients:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
+    def refuse_new(self) -> None:
         """Refuse new clients and new requests. Earlier requests are still answered."""
         with self._changed:
             self._is_ending = True
             for call in self._calls():
-                call.refuse(_stopping())
+                call.refuse(_ending())
 
     def wait(self, seconds: float) -> bool:
         """Wait until no request is open, for at most ``seconds``. Return whether none is open."""
@@ -355,11 +355,11 @@ class Clients:
         with self._changed:
             calls = self._calls()
         for call in calls:
-            call.end(_stopping())
+            call.end(_ending())
 
     def _model(self, digest: str) -> HostedModel:
         if self._is_ending:
-            raise _stopping()
+            raise _ending()
         if (model := self.models.get(digest)) is not None:
             return model
         names = ", ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})" for model in self.models.values())
@@ -381,7 +381,7 @@ class Clients:
             self._changed.notify_all()
 
 
-def _stopping() -> UnavailableError:
+def _ending() -> UnavailableError:
     return UnavailableError("The daemon is ending.", 'Use another daemon, or set `daemon` to "none".')
 
 

@@ -235,7 +235,7 @@ def _tell_ready(descriptor: int) -> None:
 def _drain(clients: Clients, seconds: float) -> None:
     """Wait until no request is open, ``seconds`` are over or a second signal comes; then end all streams."""
     deadline = time.monotonic() + seconds
-    clients.stop()  # refuses new calls from now on
+    clients.refuse_new()
     while not (finished := clients.wait(min(_POLL, deadline - time.monotonic()))):
         if time.monotonic() >= deadline or signal.sigtimedwait(_STOP, 0) is not None:
             break

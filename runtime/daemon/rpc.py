@@ -16,7 +16,7 @@ import grpc
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
 from moetier.runtime.wire.channel import SERVICE
-from moetier.runtime.wire.request import Request, decode_request
+from moetier.runtime.wire.request import RemoteRequest, decode_request
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import ArenaError, MoetierError
 from moetier.tiers.threads import start_thread
@@ -38,14 +38,15 @@ class Service(ExpertStoreServicer):
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         """Describe the daemon and its models, except those that were condemned."""
-        if self._is_remote:  # clients call this once for each connection
-            self._connections.log(peer=peer_of(context))
-        return pb.DescribeReply(
-            version=self._version,
-            pid=os.getpid(),
-            started_unix_ms=int(self._clients.started * 1e3),
-            models=[model.describe() for model in self._clients.models.values() if model.host.fault is None],
-        )
+        with _errors_as_codes(context):
+            if self._is_remote:  # clients call this once for each connection
+                self._connections.log(peer=peer_of(context))
+            return pb.DescribeReply(
+                version=self._version,
+                pid=os.getpid(),
+                started_unix_ms=int(self._clients.started * 1e3),
+                models=[model.describe() for model in self._clients.models.values() if model.host.fault is None],
+            )
 
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
         """Serve the stream of a client on this host: read its serialised messages, and yield the answers."""
@@ -119,7 +120,7 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
 
 
 def _checked(
-    call: Callable[[Request, grpc.ServicerContext], Any], request_class: type[Request]
+    call: Callable[[RemoteRequest, grpc.ServicerContext], Any], request_class: type[RemoteRequest]
 ) -> Callable[[bytes, grpc.ServicerContext], Any]:
     """Return a handler of serialised requests, which parses and checks them before it calls ``call``."""
 

@@ -95,8 +95,8 @@ def load(
         options: the options of ``TierConfig``, from the declarations of which this list is made when it is imported.
         dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one of these;
             "auto": the type that config.json names.
-        attn_implementation: as in from_pretrained. Without it, if the model would use "sdpa", or a function of its own
-            because it has attention sinks, attention of single tokens on a CPU is computed by moetier's own function.
+        attn_implementation: as in from_pretrained. By default, moetier's own function computes the attention of single
+            tokens on a CPU, in place of "sdpa" and of the functions of models with attention sinks.
 
     Returns:
         The model and its tokenizer (None if it has none), as a pair. The tiers are ``model.tiers``: ``stats()`` returns

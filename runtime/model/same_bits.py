@@ -118,7 +118,7 @@ def varying_part_here(model: Any) -> str | None:
 
 
 def varying_part_by_default(config: Mapping[str, Any], manifest: Manifest) -> str | None:
-    """Return ``varying_part`` on this processor, with default options, as torch is used with AMX."""
+    """Return ``varying_part`` with default options; WITH_AMX if that is None and torch is used on this processor."""
     from moetier.runtime.kernels.products.row import prefers_torch
 
     return varying_part(config, manifest) or (WITH_AMX if prefers_torch() else None)

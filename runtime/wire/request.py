@@ -16,7 +16,7 @@ from moetier.tiers.store.checksum import checksum_bytes, crc32c
 
 from .piece import CHECKSUM_TAG
 
-Request = TypeVar("Request", FetchRequest, ComputeRequest)
+RemoteRequest = TypeVar("RemoteRequest", FetchRequest, ComputeRequest)
 
 
 def encode_request(request: FetchRequest | ComputeRequest) -> tuple[bytes, int]:
@@ -26,7 +26,7 @@ def encode_request(request: FetchRequest | ComputeRequest) -> tuple[bytes, int]:
     return b"".join((data, CHECKSUM_TAG, checksum_bytes(crc))), crc
 
 
-def decode_request(request_class: type[Request], data: bytes) -> Request:
+def decode_request(request_class: type[RemoteRequest], data: bytes) -> RemoteRequest:
     """Parse a request. If it has a checksum, check it.
 
     Raises ProtocolError if it can't be parsed, and ChecksumError if it is not what the client has sent.

@@ -69,7 +69,8 @@ def check_loads(loads: Loads) -> None:
     assert loads._loads == by_key
     for load in loads:
         assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
-    queued = list(loads._queue)
+    waiting = [load for queue in loads._queue._queues.values() for load in queue]
+    queued = [load for load in waiting if load.state is LoadState.QUEUED]
     assert all(by_key[load.key] is load for load in queued)
     assert {load.key for load in queued} == {load.key for load in loads if load.state is LoadState.QUEUED}
 

@@ -20,7 +20,7 @@ Arrange = Callable[[torch.Tensor, RecordLayout], None]
 
 
 class QueuedCopy(NamedTuple):
-    """A queued copy of a record into a slot."""
+    """The events of a copy of a record into a slot, which was queued on a stream."""
 
     ended: StreamEvent  # the end of the copy
     ready: StreamEvent  # the end of all work that prepares the record; from then on it can be computed with

@@ -194,7 +194,7 @@ class DeviceFill:
 
     @transition
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
-        self._promoter.outcomes.complete(key)
+        self._promoter.outcomes.note_arrived(key)
         self._counters.count_load(time.perf_counter() - began)
 
     def _choose(self, demand: DeviceDemand, block: int) -> PoolSlot | None:
@@ -217,7 +217,7 @@ class DeviceFill:
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
             self._counters.count(evictions=1)
-            self._promoter.outcomes.evict(evicted)
+            self._promoter.outcomes.note_eviction(evicted)
 
     def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> QueuedCopy | None:
         """Queue the copy of a record into the slot that ``demand`` is filling; None if the lease is not valid."""
@@ -261,7 +261,7 @@ class DeviceFill:
     def _abort(self, demand: DeviceDemand) -> None:
         assert demand.filling is not None
         slot, key = demand.filling
-        self._promoter.outcomes.abort(key)
+        self._promoter.outcomes.note_aborted(key)
         demand.pool.abort_fill(slot)
         self._end_filling(demand)
         self._copies.abort(demand.pool, slot)

@@ -112,7 +112,7 @@ class Promoter:
         """Note that the promotion of a record begins."""
         self.remove(key)
         self._counters.count(prefetched=1)
-        self.outcomes.begin(key)
+        self.outcomes.note_begun(key)
 
     def cancel(self, key: ExpertKey) -> None:
         """Cancel the request for a record, because no slot is available or the record can't be copied."""

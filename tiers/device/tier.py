@@ -260,7 +260,7 @@ class DeviceTier:
         """Replace the slots by fewer ones. Return the statistics of the tier before and after."""
         before = self._slots.stats()
         for key in self._slots.drop():
-            self._promoter.outcomes.evict(key)
+            self._promoter.outcomes.note_eviction(key)
         try:
             self._slots.use(self._slots.fewer_counts)
         except Exception:  # not KeyboardInterrupt, after which the next transition repairs the state

@@ -169,7 +169,8 @@ def read_ranges(path: Path, ranges: list[tuple[int, int]]) -> Iterator[memoryvie
             for start in range(first, end, READ_PIECE_BYTES):
                 piece = buffer[: min(READ_PIECE_BYTES, end - start)]
                 read_at(path, descriptor, start, piece, direct=False)
-                os.posix_fadvise(descriptor, start, len(piece), os.POSIX_FADV_DONTNEED)
+                with read_errors(path):
+                    os.posix_fadvise(descriptor, start, len(piece), os.POSIX_FADV_DONTNEED)
                 yield piece
     finally:
         os.close(descriptor)

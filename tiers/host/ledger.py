@@ -288,7 +288,7 @@ class Ledger:
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
-                    self._prefetches.mark_used((key,))
+                    self._prefetches.note_uses((key,))
                 case SlotState.LOADING:  # a prefetch or another demand has begun to load the record
                     self.counters.count(joined=1)
                     self.loads.join(demand, key)

@@ -33,8 +33,8 @@ from .waiting import Notifier, WaitingDemands
 class LoadLimits(NamedTuple):
     """Limits of the numbers of loads in progress."""
 
-    # loads that one demand waits for at a time. The demand of a thread begins no load while twice this number of
-    # records are being loaded for it or have arrived and are not leased yet.
+    # loads that one demand waits for at a time. A thread's demand has at most twice as many records under way: being
+    # loaded, or arrived and not leased yet.
     ahead: int
     prefetches: int  # reads for prefetches in progress
 
@@ -59,16 +59,12 @@ class FairQueue:
         # a dictionary from caller to queue; the caller that was served last comes last
         self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()
 
-    def __iter__(self) -> Iterator[Load]:
-        """Yield the loads that no loader has taken. A load that several callers wait for is yielded once for each."""
-        return (load for queue in self._queues.values() for load in queue if load.state is LoadState.QUEUED)
-
     def add(self, caller: Hashable, load: Load) -> None:
         """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
         if (queue := self._queues.get(caller)) is None:
-            # Remove a caller with an empty queue if it comes before all callers that wait: when it comes back, it is
-            # first in any case. Other callers with empty queues keep their place: without it, they would overtake the
-            # callers that wait whenever they come back.
+            # Callers with empty queues at the front are removed: they would be first again anyway. Callers with empty
+            # queues behind a waiting one stay: if they were removed, they would be new when they come back, and so go
+            # before the one that waits.
             while self._queues and not next(iter(self._queues.values())):
                 self._queues.popitem(last=False)
             queue = self._queues[caller] = deque()
@@ -126,7 +122,7 @@ class Loads:
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
         # reads of pages, in progress or waiting for reads for demands (``page_order``); no prefetch begins meanwhile
-        self.pages = set[object]()
+        self._pages = set[object]()
 
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
@@ -172,13 +168,13 @@ class Loads:
         load = Load(pool, key, slot, purpose)
         if (evicted := pool.begin_fill(slot, key, is_scan=is_scan, is_prefetch=load.is_prefetch)) is not None:
             self._counters.count(evictions=1)
-            self._prefetches.evict(evicted)
+            self._prefetches.note_eviction(evicted)
         self._prefetches.forget_copy(key)  # the record is needed again, so the tier above no longer has its copy
         self._directory.begin_fill(pool.number(slot), evicted)
         self._loads[key] = load
         if load.is_prefetch:
             load.state = LoadState.TAKEN  # by the loader that calls this
-            self._prefetches.begin(key, purpose)
+            self._prefetches.note_begun(key, purpose)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -186,7 +182,7 @@ class Loads:
         load = self._loads[key]
         load.pool.pin(load.slot)
         if load.is_prefetch:
-            self._prefetches.mark_used((key,))
+            self._prefetches.note_uses((key,))
             # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
             # only for the first: the first may have left before the loader looked.
             self._notifier.wake_callers()
@@ -239,7 +235,7 @@ class Loads:
         """
         if load.waiters:
             return True
-        if self.closed_by is None and (self.is_for_demands or self.pages):
+        if self.closed_by is None and (self.is_for_demands or self.is_reading_pages):
             load.has_yielded = True
             return None
         if load.purpose is Purpose.WARMUP:
@@ -257,7 +253,7 @@ class Loads:
         Returns None if there is no prefetch, if a record is being read for a demand, if pages are read, or if enough
         prefetches are being read.
         """
-        if self.is_for_demands or self.pages or self._prefetching >= self._limits.prefetches:
+        if self.is_for_demands or self.is_reading_pages or self._prefetching >= self._limits.prefetches:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
@@ -265,7 +261,7 @@ class Loads:
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        if (unbegun := self._prefetches.unbegun) and not (self.is_for_demands or self.pages):
+        if (unbegun := self._prefetches.unbegun) and not (self.is_for_demands or self.is_reading_pages):
             for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
 
@@ -278,6 +274,23 @@ class Loads:
     def _prefetching(self) -> int:
         """Number of reads for prefetches in progress."""
         return sum([load.is_prefetch for load in self._loads.values()])
+
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_reading_pages(self) -> bool:
+        """Whether pages are read, or their reads wait for reads for demands."""
+        return bool(self._pages)
+
+    def begin_page(self, read: object) -> None:
+        """Begin no prefetch until the read of a page has ended. ``read`` is its own object, which identifies it."""
+        self._pages.add(read)
+
+    def end_page(self, read: object) -> None:
+        """Note that the read of a page has ended. Prefetches that yielded to it may go on. Idempotent."""
+        self._pages.discard(read)
+        self._notifier.wake_callers()
+        self.wake_loaders_for_prefetches()
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
@@ -297,7 +310,7 @@ class Loads:
         load.pool.complete_fill(load.slot)
         self._directory.complete_fill(load.pool.number(load.slot), load.key)
         if load.is_prefetch:
-            self._prefetches.complete(load.key)
+            self._prefetches.note_arrived(load.key)
         for demand in load.waiters:
             demand.complete(load)
             self._waiting.recheck(demand)
@@ -331,7 +344,7 @@ class Loads:
     def _abort(self, load: Load, *, is_cancelled: bool = False) -> None:
         """Remove a load whose record will not arrive. The slot becomes EMPTY. ``is_cancelled``: it is a prefetch."""
         del self._loads[load.key]
-        self._prefetches.abort(load.key, is_cancelled=is_cancelled)
+        self._prefetches.note_aborted(load.key, is_cancelled=is_cancelled)
         load.pool.abort_fill(load.slot)
         self._directory.abort_fill(load.pool.number(load.slot))
 

@@ -38,7 +38,7 @@ class PageOrder:
 
     @transition
     def _begin_page(self, read: object) -> None:
-        self._loads.pages.add(read)
+        self._loads.begin_page(read)
 
     @waiting
     def _may_read(self, late: float) -> bool | None:
@@ -46,11 +46,9 @@ class PageOrder:
 
     @posted
     def _end_page(self, read: object) -> None:
-        self._loads.pages.discard(read)
-        self._monitor.wake()
-        self._loads.wake_loaders_for_prefetches()
+        self._loads.end_page(read)
 
     @waiting
     def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
-        is_idle = self._loads.closed_by is not None or not (self._loads.pages or [*self._loads])
+        is_idle = self._loads.closed_by is not None or not (self._loads.is_reading_pages or [*self._loads])
         return is_urgent() or is_idle or None

@@ -161,27 +161,27 @@ class PrefetchQueue:
 
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
-    def begin(self, key: ExpertKey, purpose: Purpose) -> None:
+    def note_begun(self, key: ExpertKey, purpose: Purpose) -> None:
         """Note that the read of a record begins, for the warm-up or for a request."""
         if purpose is Purpose.WARMUP:
             self._warmed.add(key)
         else:
-            self._outcomes.begin(key)
+            self._outcomes.note_begun(key)
 
-    def complete(self, key: ExpertKey) -> None:
+    def note_arrived(self, key: ExpertKey) -> None:
         """Note that a record has arrived."""
-        self._outcomes.complete(key)
+        self._outcomes.note_arrived(key)
 
-    def abort(self, key: ExpertKey, *, is_cancelled: bool = False) -> None:
+    def note_aborted(self, key: ExpertKey, *, is_cancelled: bool = False) -> None:
         """Note that a record will not arrive, because its read has failed or was cancelled."""
         self._warmed.discard(key)
-        self._outcomes.abort(key, is_cancelled=is_cancelled)
+        self._outcomes.note_aborted(key, is_cancelled=is_cancelled)
 
     def note_copy(self, key: ExpertKey) -> None:
         """Note that the tier above may copy a record."""
         self._copied.add(key)
 
-    def mark_used(self, keys: Iterable[ExpertKey]) -> None:
+    def note_uses(self, keys: Iterable[ExpertKey]) -> None:
         """Note that demands of this tier, or of the tier above, use the records of ``keys``."""
         for key in keys:
             self._copied.discard(key)
@@ -190,7 +190,7 @@ class PrefetchQueue:
                 self._counters.count(recalled=1)
             self._outcomes.note_use(key)
 
-    def evict(self, key: ExpertKey) -> None:
+    def note_eviction(self, key: ExpertKey) -> None:
         """Note that a record is evicted from this tier. The tier above may still use its copy, if it has made one."""
         if key not in self._copied:
             self.forget_copy(key)
@@ -199,7 +199,7 @@ class PrefetchQueue:
         """Note that a record is in neither this tier nor the tier above any more. If it was not used, it was wasted."""
         self._copied.discard(key)
         self._warmed.discard(key)
-        self._outcomes.evict(key)
+        self._outcomes.note_eviction(key)
 
 
 class Uses:
@@ -225,7 +225,7 @@ class Uses:
         """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
         self._counts.update([*hits, *misses])
         self._counters.count(hits=len(hits), misses=len(misses))
-        self._prefetches.mark_used(hits)
+        self._prefetches.note_uses(hits)
 
     def note_found(self, block: int, experts: Sequence[int]) -> None:
         """Note a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
@@ -235,7 +235,7 @@ class Uses:
         self._counts.update(keys)
         self._counters.count(hits=len(keys))
         cached = [key for key in keys if pool.state_of(key) is SlotState.READY]  # others were evicted since
-        self._prefetches.mark_used(cached)
+        self._prefetches.note_uses(cached)
         pool.partitions.touch(reversed(cached), is_scan=len(keys) > pool.partitions.quota(block))
 
     def take_back(self, experts: Sequence[int]) -> None:
@@ -256,9 +256,9 @@ class Uses:
             pool = self._pool_of[key.block]
             if pool.slot_of(key) is not None:
                 pool.partitions.touch((key,))
-                self._prefetches.mark_used((key,))
+                self._prefetches.note_uses((key,))
 
     def note_copies(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses of copies in the tier above. They are hits of that tier, not of this one."""
-        self._prefetches.mark_used(keys)
+        self._prefetches.note_uses(keys)
         self._counts.update(keys)

@@ -98,9 +98,9 @@ class MirroredStore(WrapperStore):
     def open(cls, location: Path, *, damaged: bool = False) -> DirectoryStore:
         """Open the store at ``location`` with its mirrors; with ``damaged``, without them.
 
-        For each mirror that can't be used, a warning is logged; if none can, the store is opened without them. Else
-        records of a bad shard are read from another copy. Raises the same errors as ``ShardStore.open``, but errors of
-        a shard only if the shard is bad in all copies.
+        Logs a warning for each mirror that can't be used. If at least one can be used, records of a bad shard are read
+        from another copy; otherwise only the store itself is opened. Raises the same errors as ``ShardStore.open``, but
+        errors of a shard only if the shard is bad in all copies.
         """
         if damaged:
             return ShardStore.open(location, damaged=True)

@@ -163,9 +163,13 @@ class OpenShard:
             self.unchanged.check()
 
     def uncache(self, offset: int, length: int) -> None:
-        """Drop a range of bytes from the page cache, since the host tier caches them. Does nothing with O_DIRECT."""
+        """Drop a range of bytes from the page cache, since the host tier caches them. Does nothing with O_DIRECT.
+
+        Raises StoreReadError.
+        """
         if not self.is_direct:
-            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            with read_errors(self.file.path):
+                os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file."""

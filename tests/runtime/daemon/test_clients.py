@@ -191,7 +191,7 @@ def test_a_daemon_that_ends_answers_what_it_was_asked_and_refuses_the_rest(clien
     with streaming(clients, "a") as stream:
         stream.acquire(1, 0)
         gate.wait_begun(ExpertKey(0, 0))
-        clients.stop()
+        clients.refuse_new()
         assert not clients.is_serving
         stream.acquire(2, 1)
         refused = stream.answer()

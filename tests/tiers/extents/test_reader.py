@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import google_crc32c
 import numpy as np
@@ -182,6 +184,14 @@ def test_a_shard_that_changes_while_it_is_linked_is_refused(tmp_path: Path) -> N
         edit(tmp_path / "model-0.safetensors")
         with pytest.raises(StoreFormatError, match="was changed while it was in use"):
             list(steps)
+
+
+def test_an_error_of_the_page_cache_is_one_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write_extents(tmp_path, PLANS["small"], RECORDS["small"], linked=False)
+    with open_extents(tmp_path, table) as store:
+        monkeypatch.setattr(os, "posix_fadvise", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+        with pytest.raises(StoreReadError, match=os.strerror(errno.EIO)):
+            list(link(store))
 
 
 def test_fp32_numbers_become_those_of_torch(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class Tier:
         self.pool.complete_fill(slot)
 
     def prefetched(self, key: ExpertKey) -> None:
-        self.prefetches.begin(key, Purpose.PREFETCH_REQUEST)
-        self.prefetches.complete(key)
+        self.prefetches.note_begun(key, Purpose.PREFETCH_REQUEST)
+        self.prefetches.note_arrived(key)
 
 
 def test_each_record_that_this_process_uses_is_a_hit_and_evicted_later() -> None:

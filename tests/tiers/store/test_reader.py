@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -330,6 +331,15 @@ def test_an_error_that_is_not_the_disks_has_other_advice(tmp_path: Path, error: 
     assert os.strerror(getattr(errno, error)) in cause
     assert fix.startswith(advice)
     assert "disk" not in fix
+
+
+def test_an_error_of_the_page_cache_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path)
+    monkeypatch.setattr("moetier.tiers.store.shard.try_direct", lambda _: False)
+    monkeypatch.setattr(os, "posix_fadvise", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+    with ShardStore.open(tmp_path) as store, pytest.raises(StoreReadError, match=os.strerror(errno.EIO)) as caught:
+        read_record(store, ExpertKey(1, 0))
+    assert str(shard(tmp_path, 1, layout_of()).path) in caught.value.cause
 
 
 def test_a_store_that_can_not_be_made_leaves_no_file_open(tmp_path: Path) -> None:
