@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def standing_alone(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Linear]:
-    """Return a dictionary from paths to the linear modules whose weights are only multiplied with.
+    """Return the linear modules, by path, whose weights are used for nothing but matrix products.
 
-    ``dtype``: the type in which ``model`` will be loaded. These are left out: gates; parts without experts, such as
+    ``dtype``: the type in which ``model`` will be loaded. Left out are gates; parts without experts, such as
     encoders of images and sound; and weights that the architecture's code reads directly, keeps in another type or
     shares between modules.
     """

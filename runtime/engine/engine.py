@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from moetier.runtime.devices.device import device_class
 from moetier.runtime.generation.decoding import longest_prompt
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.libraries.model_building import BUILDING
@@ -42,7 +43,7 @@ def _saved(model: Any, runner: ModelRunner, disk: PageOptions, keys: Mapping[str
     if not runner.can_resume:
         _log.warning("The model computes whole prompts: nothing of it is kept in %s.", disk.folder)
         return None
-    if model.device.type != "cpu":
+    if device_class(model.device.type).has_memory:
         raise ConfigError(
             "Keys and values are in the memory of a device; only those in host memory can be kept on disk.",
             "Keep them in memory: leave out the folder (moetier serve --kv-cache-dir).",

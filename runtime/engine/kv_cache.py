@@ -119,9 +119,9 @@ class KVCache:
     def begin(self, sequence: TokenSequence) -> None:
         """Let a sequence continue after the longest prefix of its tokens that is kept. Sets ``sequence.computed``.
 
-        At least one token is left to compute. If the last page that matches is not full, it is taken over if the
-        sequence has all its tokens, it has no snapshots, and no other sequence runs on from it; otherwise the tokens
-        that match are copied to a new page. If that raises an error, nothing has begun.
+        At least one token is left to compute. A last page that is not full is taken over under three conditions: all
+        its tokens match, it has no snapshot, and no other sequence uses it. Otherwise the matching tokens are copied to
+        a new page. If this raises an error, the sequence has not begun.
         """
         assert sequence not in self._held
         match, tokens = self._match(sequence)
@@ -147,7 +147,7 @@ class KVCache:
         held = _Held(node, [node.page for node in match.nodes])
         partial, shared = match.partial, match.shared
         self._tree.pin(node)
-        with ExitStack() as undo:
+        with ExitStack() as pinned, ExitStack() as undo:
             undo.callback(self._tree.unpin, node)
             if match.snapshot is not None:  # from now on it may be evicted
                 assert self._states is not None
@@ -159,8 +159,8 @@ class KVCache:
             ):
                 held.own = [self._tree.remove(partial)]
             elif partial is not None:
-                self._tree.pin(partial)  # it stays while a page is found for the copy
-                undo.callback(self._tree.unpin, partial)
+                self._tree.pin(partial)  # it stays until it is copied
+                pinned.callback(self._tree.unpin, partial)
                 held.own = self._take(1, held.pages)
                 undo.callback(self._free.release, held.own)
                 if held.own:
@@ -169,7 +169,6 @@ class KVCache:
                     return False
                 else:
                     shared = 0
-                self._tree.unpin(partial)
             undo.pop_all()  # the node stays pinned
         self._held[sequence] = held
         sequence.resume_at(PAGE_TOKENS * len(held.shared) + shared)

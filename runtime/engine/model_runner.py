@@ -62,11 +62,11 @@ class ModelRunner(Runner):
         inputs = self._inputs[sequence]
         if self.can_resume:
             inputs[CACHE] = self._cache_of(task)
-        ids = torch.tensor([sequence.ids[task.begin : task.end]], device=self._model.device)
+        ids = torch.tensor([sequence.ids[task.first : task.stop]], device=self._model.device)
         try:
             with torch.no_grad(), stopping(self._model, should_stop if task.tokens > 1 else None):
                 given = self._model.prepare_inputs_for_generation(
-                    ids, **_sliced(inputs, task.begin, task.end), is_first_iteration=not task.begin
+                    ids, **_sliced(inputs, task.first, task.stop), is_first_iteration=not task.first
                 )
                 if task.scores:
                     given.pop("logits_to_keep", None)  # all
@@ -81,10 +81,10 @@ class ModelRunner(Runner):
     def _cache_of(self, task: Task) -> PagedCache:
         """Return the cache of a task's sequence, with the tokens before the task. Its state must be there."""
         cache = self._caches.get(task.sequence)
-        if cache is None or not task.begin:
-            assert not (task.begin and self._has_states), "the state of the sequence was lost"
+        if cache is None or not task.first:
+            assert not (task.first and self._has_states), "the state of the sequence was lost"
             cache = self._caches[task.sequence] = PagedCache(self.memory, cache_layers(self._model))
-        cache.move(task.pages, task.begin)
+        cache.move(task.pages, task.first)
         return cache
 
     def end(self, sequence: TokenSequence) -> None:

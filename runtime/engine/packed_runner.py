@@ -111,7 +111,7 @@ class PackedRunner(ModelRunner):
             between(done / len(chunks))
             if _goes_on(part.sequence):
                 with contextlib.suppress(Stopped):
-                    (results[number],) = super().run([part], partial(_is_over, part.sequence))
+                    (results[number],) = super().run([part], partial(_should_end, part.sequence))
         return results
 
     def _in_lockstep(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
@@ -126,8 +126,8 @@ class PackedRunner(ModelRunner):
 
     def run_together(self, tasks: list[Task], should_stop: Callable[[], bool] | None) -> list[Tensor | None]:
         """Compute tasks in one forward pass. Return logits [vocabulary] as Runner says."""
-        ids = [token for task in tasks for token in task.sequence.ids[task.begin : task.end]]
-        positions = [position for task in tasks for position in range(task.begin, task.end)]
+        ids = [token for task in tasks for token in task.sequence.ids[task.first : task.stop]]
+        positions = [position for task in tasks for position in range(task.first, task.stop)]
         ends, total = list[int](), 0
         for task in tasks:
             total += task.tokens
@@ -150,11 +150,11 @@ class PackedRunner(ModelRunner):
 
 
 def _goes_on(sequence: TokenSequence) -> bool:
-    return not sequence.is_over
+    return not sequence.should_end
 
 
-def _is_over(sequence: TokenSequence) -> bool:
-    return sequence.is_over
+def _should_end(sequence: TokenSequence) -> bool:
+    return sequence.should_end
 
 
 class _Step:
@@ -170,16 +170,16 @@ class _Step:
         """Write the keys and values of all new tokens, [1, heads, tokens, width], into their pages."""
         counts = [task.tokens for task in self._tasks]
         for task, *parts in zip(self._tasks, torch.split(keys, counts, 2), torch.split(values, counts, 2), strict=True):
-            self._memory.write(layer, task.pages, task.begin, *parts)
+            self._memory.write(layer, task.pages, task.first, *parts)
 
     def parts(self, layer: int, query: Tensor) -> Iterator[PackedQuery]:
         """Yield the attention of each task: query is [1, heads, tokens, width]."""
         window = self._windows[layer]
         queries = torch.split(query, [task.tokens for task in self._tasks], 2)
         for task, pages, q in zip(self._tasks, self._pages, queries, strict=True):
-            first = 0 if window is None else max(0, task.begin - window + 1)
+            first = 0 if window is None else max(0, task.first - window + 1)
             band = Band(first, window or NO_WINDOW, pages)
-            mask = band_mask(task.tokens, task.end - first, band, query.device)
+            mask = band_mask(task.tokens, task.stop - first, band, query.device)
             yield PackedQuery(q, *self._memory.layers[layer], mask)
 
 

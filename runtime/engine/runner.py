@@ -15,34 +15,35 @@ from .sequence import TokenSequence
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The tokens of one sequence that a step computes: ``tokens`` of them from position ``begin`` on."""
+    """The tokens of one sequence that a step computes: ``tokens`` of them from position ``first`` on."""
 
     sequence: TokenSequence
-    begin: int
+    first: int
     tokens: int
-    pages: list[int]  # numbers of the pages of all tokens up to the end of these, from the sequence's first token on
+    # numbers of the sequence's pages, of all tokens before ``stop``; a list, as ``are_consecutive`` compares lists
+    pages: list[int]
 
     @property
-    def end(self) -> int:
+    def stop(self) -> int:
         """Position after the last one."""
-        return self.begin + self.tokens
+        return self.first + self.tokens
 
     @property
     def is_complete(self) -> bool:
         """Whether these are the sequence's last tokens, so that the next one can be sampled."""
-        return self.end == len(self.sequence.ids)
+        return self.stop == len(self.sequence.ids)
 
     def parts(self, max_tokens: int) -> list[Task]:
         """Return tasks of at most ``max_tokens`` tokens each, one after the other."""
         return [
-            Task(self.sequence, begin, min(max_tokens, self.end - begin), self.pages)
-            for begin in range(self.begin, self.end, max_tokens)
+            Task(self.sequence, first, min(max_tokens, self.stop - first), self.pages)
+            for first in range(self.first, self.stop, max_tokens)
         ]
 
     @property
     def scores(self) -> bool:
         """Whether the logits after each of the tokens are needed: they score the prompt."""
-        return self.sequence.request.scores_prompt and self.begin < len(self.sequence.request.ids)
+        return self.sequence.request.scores_prompt and self.first < len(self.sequence.request.ids)
 
 
 class Stopped(Exception):
@@ -86,7 +87,7 @@ class Runner(ABC):
         Args:
             tasks: several only if the runner ``computes_together``.
             should_stop: if it returns True between two layers, Stopped is raised. It is not called for long tasks:
-                these end by themselves once their sequence ``is_over``.
+                these end by themselves once their sequence ``should_end``.
             between: called with the fraction of the work that is done, between parts of long tasks. It may run other
                 tasks, and raise an error, which ends these.
         """

@@ -23,8 +23,8 @@ class StepLimits:
         max_sequences: most sequences that run at a time.
         first_chunk: most tokens of prompts in a step. If prompts are computed one by one, only for the first part of a
             prompt that runs alone; otherwise for all prompts of the step together.
-        later_chunk: as ``first_chunk``, for a later part of a prompt, or for any part while other sequences run. Only
-            if prompts are computed one by one. Attention to earlier tokens takes memory.
+        later_chunk: if prompts are computed one by one, most tokens of a later part of a prompt, and of any part while
+            other sequences run. It may be smaller than ``first_chunk``, as attention to earlier tokens takes memory.
         scored_chunk: most tokens of a prompt that is scored, as each has logits for the whole vocabulary.
         pass_tokens: a prompt with more tokens than this is long. Long prompts are computed together; between their
             parts, short ones are computed. None: prompts are computed one by one.

@@ -204,7 +204,7 @@ class TokenSequence:
         self._on_token(self, sampled)
 
     @property
-    def is_over(self) -> bool:
+    def should_end(self) -> bool:
         """Whether the rest is not to be computed: it is cancelled, or its deadline has passed. Any thread may ask."""
         deadline = self.request.deadline
         return self.is_cancelled or (deadline is not None and monotonic() >= deadline)

@@ -18,8 +18,10 @@ from .sampling import Sampler, scored
 from .scheduler import Scheduler
 from .sequence import DeadlineError, EngineError, Finish, TokenSequence
 
-PROMPT_SHARE = 3.0  # a long prompt is computed this many times as long as the step of other sequences before it
-LONGEST_SLICE = 0.3  # seconds after which others are computed, unless their step takes longer itself
+# after a step of others that took t seconds, a long prompt is computed for PROMPT_SHARE * t seconds: at most
+# LONGEST_PART, but never less than t
+PROMPT_SHARE = 3.0
+LONGEST_PART = 0.3
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ class Steps:
         self._is_closed = is_closed
         self._masks = masks
         self._samplers: dict[TokenSequence, Sampler] = {}
-        self._next_slice = 0.0  # time at which a step is computed beside long tasks
+        self._next_beside = 0.0  # time at which a step is computed beside long tasks
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -75,12 +77,12 @@ class Steps:
         short, _ = self._schedule(busy)
         self._run(short)
         now = time.monotonic()
-        self._next_slice = now + max(min(PROMPT_SHARE * (now - began), LONGEST_SLICE), now - began)
+        self._next_beside = now + max(min(PROMPT_SHARE * (now - began), LONGEST_PART), now - began)
 
     def _admit(self, busy: Collection[TokenSequence] = ()) -> None:
-        """End sequences that are over, except ``busy`` ones, and begin those for which there is room."""
+        """End sequences that should end, except ``busy`` ones, and begin those for which there is room."""
         for sequence in self.sequences:
-            if sequence.is_over and sequence not in busy:
+            if sequence.should_end and sequence not in busy:
                 self._end_early(sequence)
         try:
             while self._scheduler.begin_next():
@@ -123,7 +125,7 @@ class Steps:
             try:
                 outputs = self._compute(batch, busy)
             except Stopped:  # the others go on at once, or clients that cancel their prompts would stop them
-                if others := [task for task in batch if task.tokens == 1 and not self._is_over(task)]:
+                if others := [task for task in batch if task.tokens == 1 and not self._should_end(task)]:
                     batches.appendleft(others)
             except Exception as error:
                 if len(batch) == 1:
@@ -134,8 +136,8 @@ class Steps:
                 for task, output in zip(batch, outputs, strict=True):
                     self._advance(task, output)
 
-    def _is_over(self, task: Task) -> bool:
-        return self._is_closed() or task.sequence.is_over
+    def _should_end(self, task: Task) -> bool:
+        return self._is_closed() or task.sequence.should_end
 
     def _compute(self, tasks: list[Task], busy: Collection[TokenSequence]) -> list[Tensor | None]:
         """Return what the runner computes, which stops if a prompt among ``tasks`` is over.
@@ -146,7 +148,7 @@ class Steps:
         try:
             return self._runner.run(
                 tasks,
-                lambda: self._is_closed() or any(map(self._is_over, prompts)),
+                lambda: self._is_closed() or any(map(self._should_end, prompts)),
                 partial(self._between, tasks, busy),
             )
         finally:
@@ -160,22 +162,22 @@ class Steps:
         """
         for task in tasks:
             task.sequence.note_underway(done * task.tokens)
-        if all(map(self._is_over, tasks)):
+        if all(map(self._should_end, tasks)):
             raise Stopped
         BUILDING.let_build()
-        if time.monotonic() >= self._next_slice:
+        if time.monotonic() >= self._next_beside:
             self._step_beside(busy)
 
     def _advance(self, task: Task, output: Tensor | None) -> None:
         """Let a sequence go on after a task. ``output``: its logits, as ``Runner.run`` returns them."""
-        if self._is_long(task) and task.sequence.is_over:  # it may not have been computed
+        if self._is_long(task) and task.sequence.should_end:  # it may not have been computed
             return
         self._scheduler.note_computed(task)
         if output is None:
             return
         try:
             if task.scores:
-                self._score(task.sequence, task.begin, output)
+                self._score(task.sequence, task.first, output)
             if task.is_complete:
                 self._sample(task.sequence, output[-1] if task.scores else output)
         except Exception as error:
@@ -197,7 +199,7 @@ class Steps:
             self.end(sequence, Finish.LENGTH)
 
     def _end_early(self, sequence: TokenSequence) -> None:
-        """End a sequence that ``is_over``."""
+        """End a sequence that ``should_end``."""
         if sequence.is_cancelled:
             self.end(sequence, Finish.CANCELLED)
             return

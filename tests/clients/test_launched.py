@@ -20,7 +20,7 @@ from agent_model import write_model
 from agents import CLAUDE, CODEX, OPENCODE, PI, RUN_SECONDS, Agent, without_internet
 from http_servers import KEY, ServerProcess
 
-from moetier.tools.launch.clients import KEY as KEY_NAME
+from moetier.tools.cli.settings import API_KEY_VARIABLE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -80,7 +80,7 @@ def test_a_client_asks_as_it_is_told(
         folder.mkdir()
     subprocess.run(["git", "init", "-q", repository], check=True)
     environment = {
-        "HOME": str(home), "PATH": f"{program.parent}:{os.environ['PATH']}", KEY_NAME: KEY,
+        "HOME": str(home), "PATH": f"{program.parent}:{os.environ['PATH']}", API_KEY_VARIABLE: KEY,
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **OFFLINE,
     }  # fmt: skip
 

@@ -125,12 +125,12 @@ class ToyRunner(WrittenPages, Runner):
         logits: list[Tensor | None] = [None] * len(tasks)
         for done, (number, part) in enumerate(parts):
             between(done / len(parts))
-            if not part.sequence.is_over:
+            if not part.sequence.should_end:
                 logits[number] = self.compute(part, lambda: False)
         return logits
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:
-        ids, begin, end = task.sequence.ids, task.begin, task.end
+        ids, begin, end = task.sequence.ids, task.first, task.stop
         if should_stop():
             raise Stopped
         if end > self.fails_after:
@@ -155,10 +155,10 @@ class ToyStateRunner(WrittenStates, ToyRunner):
 
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:  # type: ignore[override]
         sequence = task.sequence
-        if task.begin:
-            assert self.states[sequence] == tuple(sequence.ids[: task.begin])
+        if task.first:
+            assert self.states[sequence] == tuple(sequence.ids[: task.first])
         logits = ToyRunner.compute(self, task, should_stop)
-        self.states[sequence] = tuple(sequence.ids[: task.end])
+        self.states[sequence] = tuple(sequence.ids[: task.stop])
         return logits
 
     def end(self, sequence: TokenSequence) -> None:

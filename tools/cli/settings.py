@@ -31,8 +31,9 @@ GENERAL_KEYS = [
     name.replace("_", "-") for name in (*(name for name, option in TIER_OPTIONS.items() if option.is_setting), *CACHE)
 ]
 CONFIG, LOG = "MOETIER_CONFIG", "MOETIER_LOG"
+API_KEY_VARIABLE = "MOETIER_API_KEY"  # it may hold the only key of a server; clients of it take the key from there
 # of moetier, and no settings
-OWN = ("MOETIER_API_KEY", CONFIG, DEBUG, HTTP_AUTHORIZATION, LEAN, LOG)
+OWN = (API_KEY_VARIABLE, CONFIG, DEBUG, HTTP_AUTHORIZATION, LEAN, LOG)
 # variables that are not settings: OWN, those of the tests, and those that Kubernetes sets for a service called moetier
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",

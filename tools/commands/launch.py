@@ -16,7 +16,8 @@ from moetier.tiers.options import command_words
 from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.foreground import run_in_foreground
 from moetier.tools.cli.parser import directory
-from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, KEY, ClientProgram, Launch, ServerModel
+from moetier.tools.cli.settings import API_KEY_VARIABLE
+from moetier.tools.launch.clients import CLIENTS, CONTEXT, FILE, ClientProgram, Launch, ServerModel
 from moetier.tools.launch.server import chosen, estimated, has_tools, models_of
 from moetier.tools.serve.keys import keys_of
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help=f"file that holds the server's key in one line (default: the key in ${KEY})",
+        help=f"file that holds the server's key in one line (default: the key in ${API_KEY_VARIABLE})",
     )
     parser.add_argument(
         "--directory",
@@ -97,7 +98,7 @@ def key_of(file: Path | None) -> str | None:
     if file is not None:
         return read_token(file, "API key")
     keys_of(None, None)  # checks the variable
-    return os.environ.get(KEY) or None
+    return os.environ.get(API_KEY_VARIABLE) or None
 
 
 def misfit(client: ClientProgram, target: ServerModel) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import CACHE, TIER_OPTIONS
+from moetier.runtime.device_names import HOST
 from moetier.tiers.layout import TRUNK_BITS
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_bits, add_option, add_prefill_argument, size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json, source
 from moetier.tools.cli.report import table
-from moetier.tools.plan.forecast import RESOURCES
+from moetier.tools.plan.forecast import PLANNED
 
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_bits(parser, TRUNK_BITS)
     ram = replace(TIER_OPTIONS["ram"], help="host memory for experts (default: as much as generate would use)")
-    for option in (ram, *(TIER_OPTIONS[name] for name in RESOURCES[1:-1])):
+    for option in (ram, *(TIER_OPTIONS[name] for name in PLANNED[1:-1])):
         add_option(parser, option)
     add_prefill_argument(parser)
     parser.add_argument(
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         memory=arguments.memory,
         cache=[(name, getattr(arguments, name)) for name in CACHE],
         say=_to_a_terminal,
-        **{name: getattr(arguments, name) for name in RESOURCES},
+        **{name: getattr(arguments, name) for name in PLANNED},
     )
     print(json.dumps(forecast, indent=2) if arguments.json else text(forecast))
 
@@ -103,7 +104,7 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     machine, memory = forecast["machine"], best["memory"]
     size = "" if forecast["source_bytes"] is None else f"{format_bytes(forecast['source_bytes'])}, "
     to_come = " (to be downloaded)" if forecast["to_download"] else ""
-    device = "no GPU" if machine["device"] == "cpu" else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
+    device = "no GPU" if machine["device"] == HOST else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
     trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in forecast["choices"]}
     sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
     disk = machine["disk"]["all"] / 1e9

@@ -11,8 +11,9 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
 from moetier.tools.cli.parser import DIRECTORY, add_model_argument, show_first
+from moetier.tools.cli.settings import API_KEY_VARIABLE
 from moetier.tools.serve.catalogue import Catalogue
-from moetier.tools.serve.keys import KEY, keys_of
+from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.options import DAY, ServeConfig, add_serving_arguments, alias, check_packages
 
 if TYPE_CHECKING:
@@ -67,12 +68,13 @@ def run(arguments: argparse.Namespace) -> None:
         if keys is None and not is_loopback(bound):
             raise ConfigError(
                 f"Other machines can reach {config.host}, and there is no API key.",
-                f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
+                f"Give --api-key-file, or set {API_KEY_VARIABLE} (make a key: openssl rand -hex 32); "
+                "or leave out --host.",
             )
         from moetier.tools.serve.models import Models
-        from moetier.tools.serve.serving import Loader
+        from moetier.tools.serve.serving import ModelLoader
 
-        with Models(catalogue, Loader(resources, config, keys), keep_alive=config.keep_alive) as models:
+        with Models(catalogue, ModelLoader(resources, config, keys), keep_alive=config.keep_alive) as models:
             names, notes = first_lines(models, config.parallel)
             with lean_imports():
                 from moetier.tools.serve.app import application

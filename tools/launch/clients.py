@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-KEY = "MOETIER_API_KEY"  # environment variable from which clients take the key
+from moetier.tools.cli.settings import API_KEY_VARIABLE
+
 PROVIDER = "moetier"  # name of the server in configurations
 NO_KEY = "none"  # stands for a key where a client demands one and the server has none
 CONTEXT = 32_768  # tokens that a client is told if the server does not know yet
@@ -82,7 +83,9 @@ class ClientProgram:
 def opencode(target: ServerModel) -> dict[str, Any]:
     """Return opencode's configuration as JSON."""
     limit = {"context": target.context, "output": target.answer}
-    options = {"baseURL": f"{target.url}/v1"} | ({} if target.key is None else {"apiKey": f"{{env:{KEY}}}"})
+    options = {"baseURL": f"{target.url}/v1"}
+    if target.key is not None:
+        options["apiKey"] = f"{{env:{API_KEY_VARIABLE}}}"
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": PROVIDER,
@@ -102,7 +105,7 @@ def pi(target: ServerModel) -> dict[str, Any]:
     provider = {
         "baseUrl": f"{target.url}/v1",
         "api": "openai-completions",
-        "apiKey": NO_KEY if target.key is None else KEY,
+        "apiKey": NO_KEY if target.key is None else API_KEY_VARIABLE,
         "models": [model],
     }
     return {"providers": {PROVIDER: provider}}
@@ -126,7 +129,7 @@ def codex(target: ServerModel) -> dict[str, Any]:
     """Return Codex's configuration, whose values are texts, and a table of texts."""
     provider = {"name": PROVIDER, "base_url": f"{target.url}/v1", "wire_api": "responses"}
     if target.key is not None:
-        provider["env_key"] = KEY
+        provider["env_key"] = API_KEY_VARIABLE
     return {
         "model": target.model,
         "model_provider": PROVIDER,
@@ -155,7 +158,7 @@ def claude(target: ServerModel) -> dict[str, str]:
     names = ("MODEL", "DEFAULT_OPUS_MODEL", "DEFAULT_SONNET_MODEL", "DEFAULT_HAIKU_MODEL")
     return {
         "ANTHROPIC_BASE_URL": target.url,
-        "ANTHROPIC_AUTH_TOKEN": NO_KEY if target.key is None else f"${KEY}",
+        "ANTHROPIC_AUTH_TOKEN": NO_KEY if target.key is None else f"${API_KEY_VARIABLE}",
         **{f"ANTHROPIC_{name}": target.model for name in names},
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(target.context),
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(target.answer),
@@ -166,7 +169,7 @@ def claude(target: ServerModel) -> dict[str, str]:
 def _claude_lines(target: ServerModel) -> str:
     lines = {name: shlex.quote(value) for name, value in claude(target).items()}
     if target.key is not None:
-        lines["ANTHROPIC_AUTH_TOKEN"] = f'"${KEY}"'  # for the shell to replace
+        lines["ANTHROPIC_AUTH_TOKEN"] = f'"${API_KEY_VARIABLE}"'  # for the shell to replace
     return "\n".join(f"export {name}={value}" for name, value in lines.items())
 
 
@@ -175,7 +178,7 @@ def _launch_claude(target: ServerModel) -> Launch:
 
 
 def _key(target: ServerModel) -> dict[str, str]:
-    return {} if target.key is None else {KEY: target.key}
+    return {} if target.key is None else {API_KEY_VARIABLE: target.key}
 
 
 def _toml(value: str | int) -> str:

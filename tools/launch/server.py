@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import ConfigError, UnavailableError
+from moetier.tools.cli.settings import API_KEY_VARIABLE
 
 SECONDS = 10.0  # longest time until the server answers
 
@@ -33,7 +34,7 @@ def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
             if error.code in (401, 403):
                 raise ConfigError(
                     f"The server at {url} does not accept the API key.",
-                    "Give the server's key: --api-key-file FILE, or the environment variable MOETIER_API_KEY.",
+                    f"Give the server's key: --api-key-file FILE, or the environment variable {API_KEY_VARIABLE}.",
                 ) from None
             reason = f"it answers with status {error.code}"
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:

@@ -17,7 +17,7 @@ from moetier.tiers.options import declare_keywords, read_all
 
 from . import forecast
 
-OPTIONS = {name: TIER_OPTIONS[name] for name in forecast.RESOURCES}
+OPTIONS = {name: TIER_OPTIONS[name] for name in forecast.PLANNED}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def plan(
         into: folder whose disk is measured; None: the current folder, or for an id on the hub that of pulled models.
         disk: speed of the disk in GB/s; None: measure it.
         memory: free memory of the machine to plan for, such as "26GiB"; None: what is free here.
-        options: those of ``load`` in RESOURCES.
+        options: those of ``load`` in PLANNED.
 
     Raises:
         MoetierError: an option or the source can't be used, or no choice works here.

@@ -18,7 +18,7 @@ from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tiers.options import command_words
 from moetier.tools.cli.parser import UsageError
 
-RESOURCES = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")
+PLANNED = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")
 """Names of the options of TierConfig that a plan has, too."""
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def plan(
         memory: free memory of the machine to plan for, such as "26GiB"; None: what is free here.
         cache: names and values of the options of an object store's cache, for the recommended command line.
         say: called with a line of progress before each measurement that takes long.
-        resources: RESOURCES, as in ``load``.
+        resources: PLANNED, as in ``load``.
     """
     from moetier.tools.convert.model_files import nearest_folder  # imports numpy, which starts threads
 

@@ -12,7 +12,8 @@ from ray.serve.context import _get_global_client
 
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tools.serve.keys import KEY, Keys
+from moetier.tools.cli.settings import API_KEY_VARIABLE
+from moetier.tools.serve.keys import Keys
 
 NAME = "moetier"  # of the application; deploying again replaces it
 PROXIES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moetier.ray.session_ids"}  # proxies inherit the controller's
@@ -60,8 +61,8 @@ def deploy(application: Any, host: str, port: int, *, keys: Keys | None) -> Addr
     if keys is None and not address.is_loopback:
         raise ConfigError(
             f"Other machines can reach Ray Serve at {address}, and there is no API key.",
-            f"Give --api-key-file, or set {KEY} here and for ray start; or end Ray Serve (serve shutdown), and leave "
-            "out --host.",
+            f"Give --api-key-file, or set {API_KEY_VARIABLE} here and for ray start; or end Ray Serve "
+            "(serve shutdown), and leave out --host.",
         )
     try:
         serve.run(application, name=NAME)

@@ -18,7 +18,7 @@ from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.middleware import App
 from moetier.tools.serve.models import Models
 from moetier.tools.serve.options import ServeConfig
-from moetier.tools.serve.serving import Loader
+from moetier.tools.serve.serving import ModelLoader
 
 from .daemon_actor import hold_daemon
 from .options import daemon_words, replica_resources
@@ -61,7 +61,7 @@ class Replica:
         folder = hold_daemon(daemon_words(arguments), partial(daemon_bytes, directory, arguments.ram))
         config = ServeConfig.of(options)
         keys = keys_of(config.api_key_file, config.api_keys)
-        loader = Loader(replica_resources(arguments, folder), config, keys)
+        loader = ModelLoader(replica_resources(arguments, folder), config, keys)
         self._models = Models(Catalogue([directory], name=config.name), loader)
         self._models.load_only()
         from moetier.tools.serve.app import application  # imports transformers, as the load does in less time

@@ -14,6 +14,6 @@ the page is a client of the same routes as any other. The package imports ``cli`
 ``runtime.engine`` and ``runtime.model``. Of other packages only ``tools.ray`` imports Starlette.
 
 On its way it is, in this order: the protocol's body; a ``Query``, with a ``ChatPrompt`` or text for each prompt; a
-``Job`` for each answer, with a ``Request``; of the engine, a ``TokenSequence``; an ``Answer``, among the ``Answers`` to
-the request; its ``Event`` values, which ``Answered`` collects; and the ``Reply`` that the protocol writes.
+``Job`` for each answer, with a ``Request``; of the engine, a ``TokenSequence``; an ``Answer``, among the
+``RequestAnswers``; its ``Event`` values, which ``Answered`` collects; and the ``Reply`` that the protocol writes.
 """

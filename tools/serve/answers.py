@@ -197,7 +197,7 @@ class Answer:
             self._pass_on([text] if self._parser is None else self._parser.feed(text))
 
     def _pass_on(self, pieces: Iterable[Any], reason: Reason = Reason.STOP) -> None:
-        """Send pieces of the answer as events. ``reason``: why the answer ends, if one of them or a stop ends it."""
+        """Send pieces of the answer as events. ``reason``: why it ends, if it ends at None or a stop string in them."""
         for piece in pieces:
             is_last = self._one_call and isinstance(piece, ToolCall)
             for passed in (*self._stops.feed(piece), *(self._stops.feed(None) if is_last else ())):

@@ -89,10 +89,12 @@ class Constraints:
             raise _refusal("tools" if form is None else form.field, error) from None
 
     def _known(self, functions: Sequence[Mapping[str, Any]], error: GrammarError) -> list[Mapping[str, Any]]:
-        """Return functions without the schemas that can't be compiled. ``error`` is that of all together.
+        """Return the functions. Those whose schemas can't be compiled lose them.
 
-        Of very many functions, only strict ones keep their schemas. Raises Refusal if a strict one can't, or if there
-        are very many.
+        ``error`` was raised when all were compiled together. If there are more than MAX_TRIED functions, only strict
+        ones are tried, and the others lose their schemas.
+
+        Raises Refusal if a strict one can't be compiled, or if there are more than MAX_TRIED functions that are strict.
         """
         if len(functions) <= MAX_TRIED:
             return [self._known_one(function) for function in functions]

@@ -23,14 +23,15 @@ from .protocols.events import Answered
 from .protocols.protocol import ApiProtocol, Reply
 from .protocols.query import Query
 from .protocols.refusal import Refusal
-from .request_answers import Answers
+from .request_answers import RequestAnswers
 from .serving import Served
 from .waiting import ended, kept_alive, on_thread, read_ahead
 
 ALIVE_SECONDS = 10.0  # longest silence of a stream
 # log probabilities of an answer in one piece: more would take 100 MB, and stop other threads for a fifth of a second
 MAX_SCORES = 1 << 17
-Submission = asyncio.Future[tuple[Reply, Answers]]  # done once all answers of a request are submitted, or it is refused
+# done once all answers of a request are submitted, or it is refused
+Submission = asyncio.Future[tuple[Reply, RequestAnswers]]
 
 
 class Endpoint:
@@ -86,7 +87,7 @@ class Endpoint:
         body = self._unknown.checked(content, content_type, self._protocol.body)
         return self._models.find(body.model), body, body.query()
 
-    async def _submit(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, Answers]:
+    async def _submit(self, pin: Pin, body: QueryBody, query: Query, user: str) -> tuple[Reply, RequestAnswers]:
         """Submit the answers that a request asks for, once its model is loaded. ``user`` is the name of its API key.
 
         Raises Refusal if the model can't be loaded, a prompt is empty or exceeds the context, or there could be too
@@ -96,7 +97,7 @@ class Endpoint:
         # on a thread, because turning a long prompt into tokens takes seconds
         jobs = await on_thread(partial(served.prompts.jobs, query, body.prompt_field, user))
         check_scores(jobs, are_kept=not body.stream or self._protocol.repeats_scores)
-        answers = Answers(served.service, served.prompts, jobs)
+        answers = RequestAnswers(served.service, served.prompts, jobs)
         return Reply(answers.id, pin.name, int(time.time()), body, answers.prompt_tokens, answers.count), answers
 
     async def _stream(self, submitted: AbstractAsyncContextManager[tuple[Pin, Submission]]) -> AsyncGenerator[str]:

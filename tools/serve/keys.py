@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.settings import API_KEY_VARIABLE
 
-KEY = "MOETIER_API_KEY"  # environment variable that may hold the only key
 MAKE_KEY = "Make a key: openssl rand -hex 32"
 MAX_NAME = 64  # letters of a key's name
 MINUTE = 60.0
@@ -79,7 +79,7 @@ def keys_of(file: Path | None, several: Path | None) -> Keys | None:
     """Return the keys of a server; None if it has none.
 
     Args:
-        file: file with the only key, in one line; None: the environment variable KEY may have it.
+        file: file with the only key, in one line; None: the environment variable API_KEY_VARIABLE may have it.
         several: TOML file with several keys. It may not be given beside ``file``.
 
     Raises ConfigError if a file can't be read, or does not hold keys.
@@ -92,9 +92,9 @@ def keys_of(file: Path | None, several: Path | None) -> Keys | None:
         return Keys(_parsed(several, read_secret(several, "API key")))
     if file is not None:
         return Keys.only(read_token(file, "API key"))
-    key = os.environ.get(KEY)
+    key = os.environ.get(API_KEY_VARIABLE)
     if key and not _is_word(key):
-        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", MAKE_KEY)
+        raise ConfigError(f"{API_KEY_VARIABLE} is not one word of printable ASCII characters.", MAKE_KEY)
     return Keys.only(key) if key else None
 
 

@@ -123,7 +123,7 @@ class Tally:
             }
 
 
-class Loaded(Protocol):
+class Measured(Protocol):
     """Interface of the parts that serve a loaded model, as far as metrics read them."""
 
     @property
@@ -131,7 +131,7 @@ class Loaded(Protocol):
         """Its ``AnswerService``."""
 
 
-Seen = tuple[str, Tally, Loaded | None]  # name, counts and, if it is loaded, what serves a model
+Seen = tuple[str, Tally, Measured | None]  # name, counts and, if it is loaded, what serves a model
 
 
 class ServeCollector(Collector):

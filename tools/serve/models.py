@@ -52,7 +52,7 @@ class LoadsModels(Protocol):
     def loaded(
         self, directory: Path, tally: Tally, options: Mapping[str, Any]
     ) -> contextlib.AbstractContextManager[Served]:
-        """Load a model, and unload it at the end of the context; as ``Loader.loaded``."""
+        """Load a model, and unload it at the end of the context; as ``ModelLoader.loaded``."""
 
 
 class _UnwantedError(Exception):
@@ -214,7 +214,10 @@ class Models(Closeable):
             del step  # an unload refers to what the model had on disk
 
     def _next(self) -> Callable[[], None] | None:
-        """Wait until a model is wanted, or was not used for long. Return what is to be done then; None at the end."""
+        """Wait until a request wants a model, or a model has been idle for ``keep_alive`` seconds.
+
+        Return the function that loads or unloads it; None once the server is closed.
+        """
         with self._changed:
             while not self._is_closed:
                 self._wanted = [entry for entry in self._wanted if entry.waiting]
@@ -350,7 +353,7 @@ class Models(Closeable):
                 gc.collect()
                 return_freed_memory()
             if self._others(entry):
-                gc.freeze()  # again, as ``Loader.loaded`` does
+                gc.freeze()  # again, as ``ModelLoader.loaded`` does
             if disk is not None:
                 with self._changed:
                     self._traffic = disk.traffic() if self._traffic is None else self._traffic + disk.traffic()

@@ -18,8 +18,7 @@ from moetier.runtime.engine.pages.page_folder import PageOptions, opened
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.options import COUNT, MAX_COUNT, TINY, Number, file_option, option, options_of, read_all
 from moetier.tools.cli.arguments import add_options, add_prefill_argument, add_speculation_arguments
-
-from .keys import KEY
+from moetier.tools.cli.settings import API_KEY_VARIABLE
 
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any free port.")
 QUEUE = Number(int, 0, MAX_COUNT, "Give 0 or more; with 0, a request that can't be computed at once is refused.")
@@ -72,8 +71,8 @@ class ServeConfig:
         metavar="NAME",
     )
     api_key_file: Path | None = file_option(
-        f"file that holds, in one line, the key that requests must send (default: the key in ${KEY}). Without a key, "
-        "the server answers only programs on this machine"
+        f"file that holds, in one line, the key that requests must send (default: the key in ${API_KEY_VARIABLE}). "
+        "Without a key, the server answers only programs on this machine"
     )
     api_keys: Path | None = file_option(
         "TOML file with several keys, each with a name, and limits of requests and tokens a minute if you like; in "

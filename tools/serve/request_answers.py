@@ -13,7 +13,7 @@ from .protocols.events import Answered, End, Event
 AT_ONCE = 8  # answers of one request that are submitted at a time, so that other requests do not wait for all of them
 
 
-class Answers:
+class RequestAnswers:
     """Answers to one or several prompts, several to each.
 
     The first answer to a prompt computes it; the others begin with its keys and values.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import TierConfig
-from moetier.runtime.devices.device import chosen_device
+from moetier.runtime.devices.device import chosen_device, device_class
 from moetier.runtime.machine.memory import Available
 from moetier.runtime.model.budgets import scratch_elements
 from moetier.runtime.moe.linear import quantized_linears
@@ -67,7 +67,7 @@ def reserved_bytes(model: Any) -> int:
     """Return how many bytes of host memory a loaded model takes, as ``Reservation`` counts them."""
     tiers = model.tiers
     arena = 0 if tiers.origin.daemon is not None else tiers.host.stats().slot_bytes
-    if model.device.type != "cpu":
+    if device_class(model.device.type).has_memory:
         return needed_bytes(arena)
     tensors = {
         tensor.data_ptr(): tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers())

@@ -36,7 +36,7 @@ class Served:
     reserved: int = 0
 
 
-class Loader:
+class ModelLoader:
     """Loads models with the options of a server."""
 
     def __init__(self, resources: Mapping[str, Any], config: ServeConfig, keys: Keys | None) -> None:

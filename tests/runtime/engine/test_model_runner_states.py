@@ -76,7 +76,7 @@ class Recording(ModelRunner):
         self.logits: torch.Tensor | None = None  # behind the last prompt
 
     def run(self, tasks: Any, *others: Any) -> Any:
-        self.computed.append((tasks[0].begin, tasks[0].end))
+        self.computed.append((tasks[0].first, tasks[0].stop))
         found = super().run(tasks, *others)
         if tasks[0].tokens > 1:
             self.logits = found[0]

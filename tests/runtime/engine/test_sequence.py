@@ -56,15 +56,15 @@ def test_only_the_first_beginning_counts_tokens_as_cached() -> None:
     assert (made.cached, made.began, made.computed) == (2, began, 0)
 
 
-def test_it_is_over_once_it_is_cancelled_or_its_deadline_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_should_end_once_it_is_cancelled_or_its_deadline_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(sequence, "monotonic", lambda: now[0])
     cancelled, late, early = (TokenSequence(Request((5,), 1, deadline=at)) for at in (None, 1010.0, 2000.0))
     assert [each.due for each in (cancelled, late, early)] == [1000.0 + WAITS, 1010.0, 1000.0 + WAITS]
-    assert not any(each.is_over for each in (cancelled, late, early))
+    assert not any(each.should_end for each in (cancelled, late, early))
     cancelled.cancel()
     now[0] = 1010.0
-    assert [each.is_over for each in (cancelled, late, early)] == [True, True, False]
+    assert [each.should_end for each in (cancelled, late, early)] == [True, True, False]
 
 
 def test_who_is_told_of_the_end_sees_its_error() -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from moetier.tiers.errors import UnavailableError
+from moetier.tools.cli.settings import API_KEY_VARIABLE
 from moetier.tools.launch.clients import CLIENTS, ServerModel
-from moetier.tools.launch.clients import KEY as KEY_NAME
 from moetier.tools.launch.server import models_of, seconds_of
 from moetier.tools.main import main
 
@@ -172,7 +172,9 @@ def test_names_reach_codex_and_a_shell_as_they_are() -> None:
     target = ServerModel("http://h:1", 'qwen-🦙 $(touch x) `y` " $MOETIER_API_KEY', 8192, "k")
     assert tomllib.loads(CLIENTS["codex"].configuration(target))["model"] == target.model
     script = CLIENTS["claude"].configuration(target) + '\nprintf "%s\\n%s" "$ANTHROPIC_MODEL" "$ANTHROPIC_AUTH_TOKEN"'
-    shell = subprocess.run(["sh", "-c", script], env={KEY_NAME: "k"}, capture_output=True, text=True, check=True)
+    shell = subprocess.run(
+        ["sh", "-c", script], env={API_KEY_VARIABLE: "k"}, capture_output=True, text=True, check=True
+    )
     assert shell.stdout.splitlines() == [target.model, "k"]
 
 

@@ -14,7 +14,7 @@ import transformers
 import moetier
 from moetier.runtime.model.name_files import register_name
 from moetier.tiers.errors import ConfigError
-from moetier.tools.commands.plan import RESOURCES
+from moetier.tools.commands.plan import PLANNED
 from moetier.tools.plan.api import Plan
 
 
@@ -38,7 +38,7 @@ def test_a_plan_is_a_frozen_report_of_what_the_command_prints(tinymix: Path, mod
 
 
 def test_it_has_the_options_of_the_command() -> None:
-    assert {*RESOURCES, "prefill_chunk"} <= {*inspect.signature(moetier.plan).parameters}
+    assert {*PLANNED, "prefill_chunk"} <= {*inspect.signature(moetier.plan).parameters}
 
 
 def test_options_are_checked(tinymix: Path) -> None:

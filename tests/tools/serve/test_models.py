@@ -38,7 +38,7 @@ from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.models import Models, _UnwantedError
 from moetier.tools.serve.options import ServeConfig
 from moetier.tools.serve.reservation import reservation_of
-from moetier.tools.serve.serving import Loader
+from moetier.tools.serve.serving import ModelLoader
 
 TEXT = "/v1/completions"
 OPTIONS = ["--daemon", "none", "--context", "512", "--parallel", "2"]
@@ -66,7 +66,7 @@ def pair(tinymix_4bit: Path, tmp_path: Path) -> list[Path]:
 
 def one_of(place: Path) -> int:
     """Bytes of memory that have room for one model, and not for two."""
-    loader = Loader(resources_of(parse(["serve", str(place), *OPTIONS])[0], sequences=2), None, None)  # type: ignore[arg-type]
+    loader = ModelLoader(resources_of(parse(["serve", str(place), *OPTIONS])[0], sequences=2), None, None)  # type: ignore[arg-type]
     reservation = reservation_of(place, loader.resources, Available(PLENTY, "the test", 0.95))
     assert reservation is not None
     return int(1.5 * reservation.nbytes)
@@ -81,7 +81,7 @@ def serving(
     config = ServeConfig.of(vars(arguments))
     given = keys.keys_of(None, config.api_keys)
     catalogue = Catalogue(arguments.directories, aliases=dict(arguments.alias))
-    loader = Loader(resources_of(arguments, sequences=config.parallel), config, given)
+    loader = ModelLoader(resources_of(arguments, sequences=config.parallel), config, given)
 
     def available() -> Available:
         return Available(whole - models._taken(), "the test", 0.95)

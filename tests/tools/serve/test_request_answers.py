@@ -19,7 +19,7 @@ from moetier.runtime.engine.sequence import Request
 from moetier.tools.serve.answers import Job
 from moetier.tools.serve.prompts import Prompts
 from moetier.tools.serve.protocols.events import Answered
-from moetier.tools.serve.request_answers import AT_ONCE, Answers
+from moetier.tools.serve.request_answers import AT_ONCE, RequestAnswers
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def service(tinymix_4bit: Path) -> Iterator[Any]:
         yield found
 
 
-def answers_of(service: Any, texts: list[str], each: int, tokens: int = 3) -> Answers:
+def answers_of(service: Any, texts: list[str], each: int, tokens: int = 3) -> RequestAnswers:
     """Begin ``each`` answers to each text."""
     prompts = Prompts(service.model, service.tokenizer, context=service.context, most_scored=service.most_scored)
     asked = [tuple(service.tokenizer(text)["input_ids"]) for text in texts]
@@ -37,10 +37,10 @@ def answers_of(service: Any, texts: list[str], each: int, tokens: int = 3) -> An
         [Job(Request(ids, tokens, {"do_sample": False}), counts_prompt=not number) for number in range(each)]
         for ids in asked
     ]
-    return Answers(service, prompts, jobs)
+    return RequestAnswers(service, prompts, jobs)
 
 
-async def complete(answers: Answers) -> list[Answered]:
+async def complete(answers: RequestAnswers) -> list[Answered]:
     found = defaultdict[int, Answered](Answered)
     async for number, event in answers.events():
         found[number].add(event)

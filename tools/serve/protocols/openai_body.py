@@ -53,7 +53,7 @@ class OpenAIBody(QueryBody):
 
     @property
     def usage_chunk(self) -> bool | None:
-        """Whether the usage has a chunk of a stream to itself, or (False) is left out; None: it is in the last one."""
+        """Where a stream says its usage. True: in a chunk of its own; False: nowhere; None: in the last chunk."""
         return None if self.stream_options is None else self.stream_options.include_usage
 
     def query_of(self, prompts: Sequence[Prompt], *, max_tokens: int | None, **more: Any) -> Query:
