@@ -204,7 +204,7 @@ def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def index_only(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is known of tinymix before it is downloaded."""
+    """A folder with tinymix's config.json and index, without its weights."""
     folder = tmp_path_factory.mktemp("index") / "tinymix"
     folder.mkdir()
     for name in ("config.json", "model.safetensors.index.json"):

@@ -1,4 +1,4 @@
-"""What a client has to know of a running server: its models, and how long its first prompt will take."""
+"""Find out what a running server offers: its models, and how long a first prompt will take."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the engine is to compute for an answer, and how the text of the answer is taken apart."""
+    """A request to the engine, and the parser that takes the answer's text apart."""
 
     engine_request: Request
     stop: Sequence[str] = ()  # strings that end the answer

@@ -1,4 +1,4 @@
-"""What a daemon's client counts of its demands, and reports to the daemon."""
+"""A daemon's client counts how its demands were met, and reports the counts to the daemon."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,23 +15,9 @@ pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 import httpx2
 from application_client import CHAT, TEXT, TOOLS, USER, answer_of, called, refused
-from http_servers import application, serving
+from http_servers import application
 
 HALF = "\ud800"  # of a character
-
-
-@pytest.fixture(scope="module")
-def app(tinymix_4bit: Path) -> Iterator[Any]:
-    with serving(tinymix_4bit, context=400) as (found, _):
-        answer_of(found, TEXT, {"prompt": "Uno"})  # whatever thread it needs is there now
-        yield found
-
-
-@pytest.fixture(scope="module")
-def engine(tinymix_4bit: Path) -> Iterator[Any]:
-    """With a context that limits no body."""
-    with serving(tinymix_4bit, context=1 << 20) as (_, found):
-        yield found
 
 
 @pytest.mark.parametrize(

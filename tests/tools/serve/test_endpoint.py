@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ import httpx2
 from application_client import CHAT, TEXT, USER, answer_of
 from http_servers import serving
 from readers import PATIENCE
-
-
-@pytest.fixture(scope="module")
-def app(tinymix_4bit: Path) -> Iterator[Any]:
-    with serving(tinymix_4bit, context=400) as (found, _):
-        answer_of(found, TEXT, {"prompt": "Uno"})  # whatever thread it needs is there now
-        yield found
-
 
 SLOW_TO_RENDER = "{% for a in range(20000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ 'a' + 5 }}"
 

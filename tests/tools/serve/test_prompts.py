@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,6 @@ import pytest
 pytest.importorskip("starlette", reason='pip install ".[serve]"')
 from application_client import CHAT, TEXT, TOOLS, USER, answer_of, called, refused
 from http_servers import application, serving
-
-
-@pytest.fixture(scope="module")
-def app(tinymix_4bit: Path) -> Iterator[Any]:
-    with serving(tinymix_4bit, context=400) as (found, _):
-        answer_of(found, TEXT, {"prompt": "Uno"})  # whatever thread it needs is there now
-        yield found
-
-
-@pytest.fixture(scope="module")
-def engine(tinymix_4bit: Path) -> Iterator[Any]:
-    """With a context that limits no body."""
-    with serving(tinymix_4bit, context=1 << 20) as (_, found):
-        yield found
 
 
 def with_template(engine: Any, template: Any) -> Any:

@@ -53,7 +53,7 @@ class OpenAIBody(QueryBody):
 
     @property
     def usage_chunk(self) -> bool | None:
-        """Where a stream says its usage. True: in a chunk of its own; False: nowhere; None: in the last chunk."""
+        """Whether a stream ends with a chunk for its usage. False: no chunk has it. None: the last chunk has it."""
         return None if self.stream_options is None else self.stream_options.include_usage
 
     def query_of(self, prompts: Sequence[Prompt], *, max_tokens: int | None, **more: Any) -> Query:
