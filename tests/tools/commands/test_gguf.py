@@ -89,6 +89,7 @@ def test_a_plan_has_it_as_the_one_choice(path: Path) -> None:
 
 
 def test_a_daemon_serves_it(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["link", str(path)]) == 0  # else a process of the daemon makes the table
     with running_daemon(path, ram="1MiB", folder=tmp_path / "daemon") as daemon:
         alone = generated(capsys, str(path), "--ram", "1MiB", "--daemon", "none")
         served = generated(capsys, str(path), "--daemon", str(daemon.folder))
