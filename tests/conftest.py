@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tqdm
-from compiled import FOLDER, prepare_folder, share_compiled
 from hypothesis import HealthCheck, settings
 from longest_first import LongestFirst
 from prepared import Prepared, for_commands, share_prepared
@@ -61,20 +60,19 @@ settings.load_profile("moetier")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share compiled kernels and prepared processes among pytest's processes; the kernels with the next run, too.
+    """Share the user's cache and prepared processes among pytest's processes; compiled kernels with the next run, too.
 
     Without pytest's cache (``-p no:cacheprovider``) all are compiled anew.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
+        user_cache = tempfile.TemporaryDirectory()
+        config.add_cleanup(user_cache.cleanup)
+        os.environ["XDG_CACHE_HOME"] = user_cache.name
         if hasattr(config, "cache"):
-            folder = prepare_folder(config.cache.mkdir("compiled-kernels"))
-        else:
-            made = tempfile.TemporaryDirectory()
-            config.add_cleanup(made.cleanup)
-            folder = Path(made.name)
-        os.environ[FOLDER] = str(folder)
+            folder = Path(user_cache.name, "moetier")
+            folder.mkdir()
+            (folder / "kernels").symlink_to(config.cache.mkdir("kernels"))
         config.add_cleanup(share_prepared())
-    share_compiled()
     if hasattr(config, "cache"):
         config.pluginmanager.register(LongestFirst(config.cache))
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue, SimpleQueue
 from typing import Any, NamedTuple
 
 import grpc
@@ -52,7 +52,7 @@ class SlotRequest:
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
-    answers: SimpleQueue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
+    answers: Queue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
     of_total: int = 0  # as in ``ExpertSource.acquire``; the message calls it ``wanted``
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)

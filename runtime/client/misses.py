@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.demands import Granted
@@ -48,7 +48,7 @@ class Misses:
         self._of_total = of_total
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
-        self._answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
+        self._answers: Queue[SlotAnswer | None] = Queue()  # no SimpleQueue, as in runtime.engine.stream
         self.missing: dict[int, None] = {}  # experts that the caller has not computed with yet
 
     def submit(self, experts: Sequence[int]) -> None:

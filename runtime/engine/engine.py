@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any
 
 from moetier.runtime.devices.device import device_class
@@ -208,7 +208,7 @@ class Engine(Closeable):
 
     def stream(self, request: Request) -> Stream:
         """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
-        tokens = SimpleQueue[int | None]()
+        tokens = Queue[int | None]()
         return Stream(
             self.submit(request, lambda _, sampled: tokens.put(sampled.token), lambda _: tokens.put(None)), tokens
         )

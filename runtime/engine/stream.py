@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from .sequence import TokenSequence
 
@@ -13,8 +13,11 @@ POLL_SECONDS = 0.05  # a stream asks this often whether its caller still wants i
 class Stream:
     """The tokens of one sequence, as they are sampled."""
 
-    def __init__(self, sequence: TokenSequence, tokens: SimpleQueue[int | None]) -> None:
-        """``tokens`` gets the sequence's tokens, then None."""
+    def __init__(self, sequence: TokenSequence, tokens: Queue[int | None]) -> None:
+        """``tokens`` gets the sequence's tokens, then None.
+
+        It is no SimpleQueue: in Python 3.11 that waits for ever if a signal comes just before its timeout is over.
+        """
         self.sequence = sequence
         self._tokens = tokens
 

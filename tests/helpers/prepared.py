@@ -57,14 +57,9 @@ SHARED = "PREPARED_PROCESSES_OF_TESTS"  # a variable of the environment: the fol
 SERVER = """
 import atexit, fcntl, gc, json, os, select, signal, socket, sys, threading, weakref
 scripts = socket.socket(fileno=int(sys.argv[1]))
-alive = int(sys.argv[4])
+alive = int(sys.argv[3])
 gc.disable()
 exec(sys.argv[2])
-if "moetier.runtime.kernels.jit.processor" in sys.modules:
-    sys.path.append(sys.argv[3])
-    from compiled import share_compiled
-    share_compiled()
-    sys.path.pop()
 if mapping := sys.modules.get("transformers.conversion_mapping"):
     mapping.get_checkpoint_conversion_mapping("")  # else each load of a model compiles its 1,000 patterns
 for finalizer in [*weakref.finalize._registry]:  # torch's: it would delete each of its operators
@@ -173,7 +168,7 @@ def serve(address: Path, alive: int, modules: Iterable[str], environment: dict[s
         listening.bind(str(address))
         listening.listen()
         numbers = (listening.fileno(), alive)
-        words = [str(numbers[0]), imports, Path(__file__).parent, str(numbers[1])]
+        words = [str(numbers[0]), imports, str(numbers[1])]
         return subprocess.Popen(
             [sys.executable, "-c", SERVER, *words],
             stdin=subprocess.DEVNULL,

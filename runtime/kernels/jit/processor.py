@@ -1,7 +1,7 @@
 """The just-in-time compiler of kernels, for this processor.
 
-LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``executable.py`` loads the code if it can. Otherwise
-LLVM's own engine loads it.
+LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``object_cache.py`` keeps the result on disk, and
+``executable.py`` loads it, if it can. Otherwise LLVM's own engine compiles and loads the code.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from .emitter import compile_lock, once
 from .executable import Executable, LinkError, can_become_executable
+from .object_cache import cached_object
 
 _TRIAL_RESULT = 42
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # numbers of a system call on x86-64, and its arguments
@@ -109,8 +111,7 @@ class Processor:
             why = "the code is linked by LLVM"
             if self._target.name == "x86-64":
                 try:
-                    code, machine = self.optimised(module, unroll, reloc="pic", codemodel="small")
-                    executable = Executable(machine.emit_object(code))
+                    executable = Executable(self._object_file(module, unroll))
                 except (LinkError, OSError) as error:
                     why = str(error)
                 else:
@@ -122,6 +123,14 @@ class Processor:
             engine.finalize_object()
             self._owners.append(engine)
             return [int(engine.get_function_address(name)) for name in names]
+
+    def _object_file(self, module: ir.Module, unroll: bool) -> bytes:
+        def compile_object() -> bytes:
+            code, machine = self.optimised(module, unroll, reloc="pic", codemodel="small")
+            return bytes(machine.emit_object(code))
+
+        how = Path(__file__).read_bytes(), llvmlite.__version__, llvm.llvm_version_info, self._cpu, unroll
+        return cached_object(f"{how} {module}", compile_object)
 
     def optimised(self, module: ir.Module, unroll: bool = True, **options: str) -> tuple[Any, Any]:
         """Return ``module`` as an optimised module of LLVM, and the target machine. ``options``: of the machine."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue, SimpleQueue
 
 import grpc
 import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
@@ -119,7 +119,7 @@ def link(daemon: Daemon, folder: Path) -> Iterator[Link]:
 
 def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], SlotAnswer | None]]:
     """Send a request for experts of block 1, and return it with what takes its next answer."""
-    answers: SimpleQueue[SlotAnswer | None] = SimpleQueue()
+    answers: Queue[SlotAnswer | None] = Queue()
     made = SlotRequest(1, dict.fromkeys(experts), answers)
     link.submit(made)
     return made, lambda: answers.get(timeout=PATIENCE)

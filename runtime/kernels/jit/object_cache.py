@@ -1,0 +1,82 @@
+"""Cache of the compiler's object files, in ``$XDG_CACHE_HOME/moetier/kernels``.
+
+LLVM takes as long to compile a model's kernels as a quarter of the imports. A file's name is a digest of all that the
+object file is made of, so its content is what the compiler would return again. It is the SHA-256 of the object file,
+and the object file. A file that is damaged, or that somebody else may have written, is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from moetier.tiers.errors import TargetError
+from moetier.tiers.store.folder import user_cache
+
+KEPT_SECONDS = 30 * 24 * 3600.0  # for which a file is kept that no process reads
+_TOUCHED_SECONDS = 24 * 3600.0  # after which a read is noted in the file's time
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cached_object(source: str, compile_object: Callable[[], bytes]) -> bytes:
+    """Return the object file that is made of ``source``: from the cache, or compiled and then kept there.
+
+    Where the cache can't be used, the object file is compiled each time.
+
+    Args:
+        source: all that the object file depends on.
+        compile_object: compiles it.
+    """
+    path = None
+    with contextlib.suppress(TargetError):
+        path = user_cache("kernels") / hashlib.sha256(source.encode()).hexdigest()
+    if path is not None and (kept := _read(path)) is not None:
+        return kept
+    made = compile_object()
+    if path is not None:
+        with contextlib.suppress(OSError):  # the next process compiles it again
+            _write(path, made)
+    return made
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the object file at ``path``; None if there is none that can be trusted."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            content = file.read()
+        digest, made = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(made).digest() != digest:
+            return None
+        if time.time() - status.st_mtime > _TOUCHED_SECONDS:
+            os.utime(path)
+    except OSError:
+        return None
+    return made
+
+
+def _write(path: Path, made: bytes) -> None:
+    """Keep an object file, and remove those that nobody has read for long. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)  # which nobody else may read or write
+    partial = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(hashlib.sha256(made).digest() + made)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink()
+        raise
+    oldest = time.time() - KEPT_SECONDS
+    for other in path.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process removes it too
+            if other.stat().st_mtime < oldest:
+                other.unlink()
