@@ -36,11 +36,6 @@ CODINGS = {
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module", params=sorted(FORMS))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """A checkpoint, and the one with decoded weights. Tests must not change them."""

@@ -214,6 +214,7 @@ def test_a_daemon_is_killed_while_it_computes(
             task = Task(kill)
             while task.thread.is_alive():
                 assert torch.equal(logits(model), expected)
+                task.thread.join(0.2)
             task.result()
             assert shares_of(model)[0].lost
 

@@ -32,8 +32,7 @@ PROMPT = "he said"
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def path(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_K", "Q6_K"))
 
 
