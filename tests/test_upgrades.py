@@ -104,7 +104,7 @@ def releases(
     environment = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(former)}
     with prepared(*FORMER_MODULES, commands=(), **environment) as former_scripts:
         release = Release(environment, former_scripts, store)
-        release("convert", tinymix, store, "--bits", 4)
+        release("convert", tinymix, store, "--bits", 4, "--fast")
         yield {"former": release, "this": Release({}, scripts, tinymix_4bit)}
 
 

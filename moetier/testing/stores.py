@@ -108,8 +108,8 @@ class StoreTests:
     @pytest.fixture(scope="class")
     @classmethod
     def large(cls, tmp_path_factory: pytest.TempPathFactory) -> Written:
-        """A store of records of 18 MB, which may be read in several pieces."""
-        written = Written(tmp_path_factory.mktemp("large"), *make_records(1, 2, 2048, 1560))
+        """A store of records of 9.6 MB, which may be read in several pieces."""
+        written = Written(tmp_path_factory.mktemp("large"), *make_records(1, 2, 1024, 1560))
         cls().write(*written)
         return written
 
@@ -258,7 +258,7 @@ class StoreTests:
         return type(self).open is StoreTests.open
 
     def test_after_an_error_no_thread_writes(self, tmp_path: Path) -> None:
-        manifest, records = make_records(1, 2, 2048, 1560)
+        manifest, records = make_records(1, 2, 1024, 1560)
         self.write(tmp_path, manifest, records)
         threads = threading.active_count()
         with self.open(tmp_path) as store:

@@ -43,12 +43,19 @@ def smallest_ram(directory: Path) -> int:
 
 
 def convert_tiny(
-    model_type: str, dtype: torch.dtype, folder: Path, *, bits: Bits = 16, trunk_bits: Bits = 16, **changes: Any
+    model_type: str,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    bits: Bits = 16,
+    trunk_bits: Bits = 16,
+    fast: bool = False,
+    **changes: Any,
 ) -> tuple[Any, Path]:
     """An ordinary tiny model, and the model directory made of it; ``changes`` go into its configuration."""
     ordinary = tiny_model(model_type, dtype, **changes)
     ordinary.save_pretrained(folder / "source")
-    convert(folder / "source", folder / "converted", bits=bits, trunk_bits=trunk_bits)
+    convert(folder / "source", folder / "converted", bits=bits, trunk_bits=trunk_bits, fast=fast)
     return ordinary, folder / "converted"
 
 

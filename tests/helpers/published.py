@@ -10,6 +10,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,7 @@ from moetier.tools.plan.fit import Fit, MachineResources, fit_of
 from moetier.tools.plan.speeds import DiskRate, MachineRates
 from moetier.tools.synthetic.checkpoint import config_of
 
-QWEN3_30B = config_of("qwen3-30b-a3b")
-MIXTRAL_8X7B = config_of("mixtral-4L") | {"num_hidden_layers": 32, "vocab_size": 32000}
-QWEN3_235B = QWEN3_30B | {
-    "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94,
-    "num_attention_heads": 64,
-}  # fmt: skip
+QWEN3_30B, GPT_OSS_20B = config_of("qwen3-30b-a3b"), config_of("gpt-oss-20b")
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16", "hidden_size": 7168,
     "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "first_k_dense_replace": 3,
@@ -41,8 +37,17 @@ DEEPSEEK_V3 = {
     "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "vocab_size": 129280,
     "max_position_embeddings": 163840,
 }  # fmt: skip
-GPT_OSS_20B = config_of("gpt-oss-20b")
-GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
+CONFIGS: dict[str, Mapping[str, Any]] = {
+    "openai/gpt-oss-20b": GPT_OSS_20B,
+    "openai/gpt-oss-120b": GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128},
+    "Qwen/Qwen3-30B-A3B": QWEN3_30B,
+    "Qwen/Qwen3-235B-A22B": QWEN3_30B | {
+        "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": config_of("mixtral-4L") | {"num_hidden_layers": 32, "vocab_size": 32000},
+    "deepseek-ai/DeepSeek-V3": DEEPSEEK_V3,
+}  # fmt: skip
 GIB = 1 << 30
 CONTEXT = 8192
 # of a machine that is not here: a disk of 3.5 GB/s, products at 20 GB/s, 2.5 us for a small operation of torch
@@ -58,28 +63,29 @@ class Way:
 
     machine: str
     free: int  # GiB of memory
-    model: str
-    config: Mapping[str, Any]
+    model: str  # its id, of CONFIGS
     daemons: int = 0
     ram: int = 0
 
 
 WAYS = (
-    Way("laptop, 16 GB", 12, "openai/gpt-oss-20b", GPT_OSS_20B),
-    Way("laptop, 16 GB", 12, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
-    Way("laptop, 32 GB", 26, "openai/gpt-oss-20b", GPT_OSS_20B),
-    Way("laptop, 32 GB", 26, "Qwen/Qwen3-30B-A3B", QWEN3_30B),
-    Way("laptop, 32 GB", 26, "mistralai/Mixtral-8x7B-Instruct-v0.1", MIXTRAL_8X7B),
-    Way("laptop, 32 GB", 26, "openai/gpt-oss-120b", GPT_OSS_120B),
-    Way("workstation, 64 GB", 56, "openai/gpt-oss-120b", GPT_OSS_120B),
-    Way("workstation, 64 GB", 56, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
-    Way("server, 256 GB", 240, "Qwen/Qwen3-235B-A22B", QWEN3_235B),
-    Way("cluster, 4 x 128 GB", 120, "deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, daemons=4, ram=100),
+    Way("laptop, 16 GB", 12, "openai/gpt-oss-20b"),
+    Way("laptop, 16 GB", 12, "Qwen/Qwen3-30B-A3B"),
+    Way("laptop, 32 GB", 26, "openai/gpt-oss-20b"),
+    Way("laptop, 32 GB", 26, "Qwen/Qwen3-30B-A3B"),
+    Way("laptop, 32 GB", 26, "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    Way("laptop, 32 GB", 26, "openai/gpt-oss-120b"),
+    Way("workstation, 64 GB", 56, "openai/gpt-oss-120b"),
+    Way("workstation, 64 GB", 56, "Qwen/Qwen3-235B-A22B"),
+    Way("server, 256 GB", 240, "Qwen/Qwen3-235B-A22B"),
+    Way("cluster, 4 x 128 GB", 120, "deepseek-ai/DeepSeek-V3", daemons=4, ram=100),
 )
 
 
-def choices_of(config: Mapping[str, Any]) -> ModelChoices:
+@cache
+def choices_of(model_id: str) -> ModelChoices:
     """Return the choices for a model of which there is only its config.json and the names of its weights."""
+    config = CONFIGS[model_id]
     model, _ = build_on_meta(config, None)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -101,7 +107,7 @@ def planned(way: Way) -> tuple[Choice, str, str, str]:
 
     The speed is that of STATED; "-" if other machines hold the experts.
     """
-    fit = fitted(choices_of(way.config), way.free)
+    fit = fitted(choices_of(way.model), way.free)
     choice = fit.choice
     assert fit.works, fit.problem
     slots: Mapping[str, int] = fit.slots
@@ -123,13 +129,14 @@ def speed_of(fit: Fit, rates: MachineRates) -> float:
 
 def gain_of(way: Way) -> float:
     """Return how many times as fast a model is if weights are multiplied at twice the rate of STATED."""
-    fit = fitted(choices_of(way.config), way.free)
+    fit = fitted(choices_of(way.model), way.free)
     return speed_of(fit, FASTER) / speed_of(fit, STATED)
 
 
-def smallest(config: Mapping[str, Any]) -> int:
+@cache
+def smallest(model_id: str) -> int:
     """Return the least whole GiB of free memory with SENSIBLE_HITS."""
-    model_choices = choices_of(config)
+    model_choices = choices_of(model_id)
 
     def is_enough(free: int) -> bool:
         fit = fitted(model_choices, free)
@@ -143,7 +150,7 @@ def row(way: Way) -> str:
     """Return the row of the table."""
     choice, share, hits, speed = planned(way)
     cells = [f"{way.machine}: {way.free} GiB", way.model, format_bytes(choice.disk_bytes), share, hits, speed]
-    return f"| {' | '.join([*cells, '-' if way.daemons else f'{smallest(way.config)} GiB'])} |"
+    return f"| {' | '.join([*cells, '-' if way.daemons else f'{smallest(way.model)} GiB'])} |"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,11 @@ VOCABULARY = 50
 
 
 PROMPTS = [[*range(1, 100)], [*range(1, 70)], [*range(1, 65)], [7] * 150, [7] * 20, [9]]
-SAVED: dict[bytes, tuple[int, ...]] = {}  # by their digests, which are what is written of them
+
+
+def digests(ids: Sequence[int]) -> list[int]:
+    """Return of each token a number that depends on it and on all before it."""
+    return [*accumulate(ids, lambda before, token: hash((before, token)), initial=0)][1:]
 
 
 class ToyLayer(NamedTuple):
@@ -30,20 +35,24 @@ class ToyLayer(NamedTuple):
 
 
 class WrittenPages:
-    """Memory of pages that has, in place of a token's keys and values, the ids of all tokens up to it."""
+    """Memory of pages that has, in place of a token's keys and values, the digest of all tokens up to it."""
 
     @property
     def state_memory(self) -> WrittenStates | None:
         return None
 
     def __init__(self) -> None:
-        self.pages: dict[int, list[tuple[int, ...]]] = {}
+        self.pages: dict[int, list[int]] = {}
 
     def write(self, pages: Sequence[int], ids: Sequence[int], begin: int, end: int) -> None:
-        for at in range(begin, end):
+        for at, digest in enumerate(digests(ids[:end])[begin:], begin):
             page = self.pages.setdefault(pages[at // PAGE_TOKENS], [])
             del page[at % PAGE_TOKENS :]
-            page.append(tuple(ids[: at + 1]))
+            page.append(digest)
+
+    def check(self, pages: Sequence[int], ids: Sequence[int]) -> None:
+        """Fail if pages do not have these tokens."""
+        assert [self.pages[pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] for at in range(len(ids))] == digests(ids)
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         self.pages[target] = self.pages[source][:tokens]
@@ -52,25 +61,23 @@ class WrittenPages:
 
     def save_page(self, page: int, tokens: int, data: memoryview) -> None:
         data[:] = bytes(len(data))
-        for at, ids in enumerate(self.pages[page][:tokens]):
-            digest = hashlib.sha256(repr(ids).encode()).digest()
-            SAVED[digest] = ids
-            data[32 * at : 32 * (at + 1)] = digest
+        for at, digest in enumerate(self.pages[page][:tokens]):
+            data[32 * at : 32 * (at + 1)] = digest.to_bytes(32, "little", signed=True)
 
     def restore_page(self, page: int, tokens: int, layout: Any, data: memoryview) -> bool:
         assert len(data) == 32 * tokens
-        digests = [bytes(data[32 * at : 32 * (at + 1)]) for at in range(tokens)]
-        self.pages[page] = [SAVED[digest] for digest in digests if any(digest)]  # a copy of a state has one
+        saved = [int.from_bytes(data[32 * at : 32 * (at + 1)], "little", signed=True) for at in range(tokens)]
+        self.pages[page] = [digest for digest in saved if digest]  # a copy of a state has one
         return bool(layout == [[32]])
 
 
 class WrittenStates(WrittenPages):
-    """Memory with the states of sequences besides: the ids of all tokens up to there. A copy takes ``size`` pages."""
+    """Memory with the states of sequences besides: the digest of the last token. A copy takes ``size`` pages."""
 
     def __init__(self, size: int = 2) -> None:
         super().__init__()
         self.size = size
-        self.states: dict[TokenSequence, tuple[int, ...]] = {}
+        self.states: dict[TokenSequence, int] = {}
 
     @property
     def state_memory(self) -> WrittenStates:
@@ -79,12 +86,11 @@ class WrittenStates(WrittenPages):
     def compute(self, pages: Sequence[int], sequence: TokenSequence, end: int) -> None:
         """Compute the tokens of a sequence up to ``end``, from its state."""
         ids, begin = sequence.ids, sequence.computed
+        self.check(pages, ids[:begin])
         if begin:
-            assert self.states[sequence] == tuple(ids[:begin])
-        for at in range(begin):
-            assert self.pages[pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] == tuple(ids[: at + 1])
+            assert self.states[sequence] == digests(ids[:begin])[-1]
         self.write(pages, ids, begin, end)
-        self.states[sequence] = tuple(ids[:end])
+        self.states[sequence] = digests(ids[:end])[-1]
 
     def state_pages(self, sequence: TokenSequence) -> int:
         return self.size if sequence in self.states else 0
@@ -95,7 +101,7 @@ class WrittenStates(WrittenPages):
             self.pages[page] = [self.states[sequence]]
 
     def load_state(self, sequence: TokenSequence, pages: list[int]) -> None:
-        (self.states[sequence],) = {tuple(self.pages[page][0]) for page in pages}
+        (self.states[sequence],) = {self.pages[page][0] for page in pages}
 
 
 class ToyRunner(WrittenPages, Runner):
@@ -135,9 +141,7 @@ class ToyRunner(WrittenPages, Runner):
             raise Stopped
         if end > self.fails_after:
             raise OSError("a disk failed")
-        assert [self.pages[task.pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] for at in range(begin)] == [
-            tuple(ids[: at + 1]) for at in range(begin)
-        ]
+        self.check(task.pages, ids[:begin])
         self.write(task.pages, ids, begin, end)
         self.computed += task.tokens
         if task.scores:
@@ -156,9 +160,9 @@ class ToyStateRunner(WrittenStates, ToyRunner):
     def compute(self, task: Task, should_stop: Callable[[], bool]) -> Tensor | None:  # type: ignore[override]
         sequence = task.sequence
         if task.first:
-            assert self.states[sequence] == tuple(sequence.ids[: task.first])
+            assert self.states[sequence] == digests(sequence.ids[: task.first])[-1]
         logits = ToyRunner.compute(self, task, should_stop)
-        self.states[sequence] = tuple(sequence.ids[: task.stop])
+        self.states[sequence] = digests(sequence.ids[: task.stop])[-1]
         return logits
 
     def end(self, sequence: TokenSequence) -> None:

@@ -54,7 +54,9 @@ def computed(
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "num_experts": 64, "num_hidden_layers": 2}
     sizes |= {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 8192}
-    _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path_factory.mktemp("peaks"), bits=4, **sizes)
+    _, directory = convert_tiny(
+        "qwen3_moe", torch.bfloat16, tmp_path_factory.mktemp("peaks"), bits=4, fast=True, **sizes
+    )
     return directory
 
 
@@ -63,7 +65,7 @@ def test_a_long_prompt_stays_within_its_control_group(model: Path) -> None:
     room = 100 * MIB
     assert read_manifest(model).stored_bytes > room
     with memory_limit(LIBRARIES + room) as group:
-        computed(group, model, TOKENS // 2)
+        computed(group, model, TOKENS // 4)
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_two_hundred_requests_by_turns_where_one_model_fits(pair: list[Path], tm
             assert found.stop() == 0
 
 
+@pytest.mark.slow  # tools/serve/test_models.py looks at arenas of this process
 def test_an_unload_returns_memory(pair: list[Path], tmp_path: Path) -> None:
     with memory_limit(LIMIT) as group:
         join = ("-c", JOIN, str(group.folder / "cgroup.procs"))

@@ -36,15 +36,16 @@ CODINGS = {
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module", params=sorted(FORMS))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """A checkpoint, and the one with decoded weights. Tests must not change them."""
     return (request.param, *save_native(tmp_path_factory.mktemp(request.param), request.param))
+
+
+@pytest.fixture(scope="module")
+def ordinary(made: tuple[str, Path, Path]) -> Any:
+    """The model of transformers with the decoded weights."""
+    return ordinary_model(made[2])
 
 
 def digest(folder: Path) -> str:
@@ -58,9 +59,9 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
     return found
 
 
-def test_records_decode_as_the_formats_own_decoder_does(made: tuple[str, Path, Path]) -> None:
-    form, native, decoded = made
-    modules = experts_modules(ordinary_model(decoded))
+def test_records_decode_as_the_formats_own_decoder_does(made: tuple[str, Path, Path], ordinary: Any) -> None:
+    form, native, _ = made
+    modules = experts_modules(ordinary)
     with open_store(native) as store:
         first = store.manifest.layout(0).projections[0]
         assert (first.coding, first.scales, first.group, first.block_rows, first.parts) == CODINGS[form]
@@ -72,12 +73,12 @@ def test_records_decode_as_the_formats_own_decoder_does(made: tuple[str, Path, P
                 assert torch.equal(decode(record, layout, p.name, out), getattr(modules[path], p.name)[key.expert])
 
 
-def test_logits_are_those_of_transformers_with_decoded_weights(made: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_with_decoded_weights(made: tuple[str, Path, Path], ordinary: Any) -> None:
     """At the smallest budget, and linked. Nothing of the checkpoint changes, and nothing is written beside it."""
-    _, native, decoded = made
+    _, native, _ = made
     before = digest(native)
     with torch.no_grad():
-        expected = ordinary_model(decoded)(input_ids=IDS).logits
+        expected = ordinary(input_ids=IDS).logits
     assert torch.equal(logits(native, ram=smallest_ram(native)), expected)
     assert digest(native) == before
     assert main(["link", str(native)]) == 0
@@ -87,26 +88,28 @@ def test_logits_are_those_of_transformers_with_decoded_weights(made: tuple[str, 
     assert digest(native) == before
 
 
-def test_quick_products_are_near(made: tuple[str, Path, Path]) -> None:
-    _, native, decoded = made
+def test_quick_products_are_near(made: tuple[str, Path, Path], ordinary: Any) -> None:
+    _, native, _ = made
     model, _ = moetier.load(native)
     with model.tiers, torch.no_grad():
         quick = model(input_ids=IDS).logits
-        exact = ordinary_model(decoded)(input_ids=IDS).logits
+        exact = ordinary(input_ids=IDS).logits
     assert (quick - exact).norm() / exact.norm() < 0.1
 
 
-def test_a_conversion_keeps_the_coding_or_decodes_it(made: tuple[str, Path, Path], tmp_path: Path) -> None:
-    _, native, decoded = made
+def test_a_conversion_keeps_the_coding_or_decodes_it(
+    made: tuple[str, Path, Path], ordinary: Any, tmp_path: Path
+) -> None:
+    _, native, _ = made
     convert(native, tmp_path / "kept", bits="native")
     with open_store(native) as extents, open_store(tmp_path / "kept") as store:
         assert store.manifest.layouts == extents.manifest.layouts
         assert read_records(store) == read_records(extents)
     with torch.no_grad():
-        expected = ordinary_model(decoded)(input_ids=IDS).logits
+        expected = ordinary(input_ids=IDS).logits
     assert torch.equal(logits(tmp_path / "kept"), expected)
     convert(native, tmp_path / "decoded", bits=16)
-    modules = experts_modules(ordinary_model(decoded))
+    modules = experts_modules(ordinary)
     for (path, expert), parameters in stored_experts(tmp_path / "decoded").items():
         for name, tensor in parameters.items():
             assert torch.equal(tensor, getattr(modules[path], name)[expert]), (path, expert, name)

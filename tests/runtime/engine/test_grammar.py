@@ -153,20 +153,17 @@ class Parent:
     city: Literal["Lecco"] | None = None
 
 
-@pytest.mark.parametrize(
-    ("prompt", "seeds"), [("Chi era?", 2), ([{"role": "user", "content": "Chi era?"}], 1)], ids=["text", "messages"]
-)
-def test_a_type_is_a_schema(loaded: tuple[Any, Any], prompt: Any, seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prompt", ["Chi era?", [{"role": "user", "content": "Chi era?"}]], ids=["text", "messages"])
+def test_a_type_is_a_schema(loaded: tuple[Any, Any], prompt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer has no other properties than the fields."""
     model, tokenizer = loaded
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN_TEMPLATE)
     with Engine.of(model) as engine:
-        for seed in range(seeds):
-            request = moetier.Request.of(tokenizer, prompt, 900, schema=Parent, decoding=SAMPLED, seed=seed)
-            answer = json.loads(tokenizer.decode([*engine.stream(request)], skip_special_tokens=True))
-            assert {*answer} <= {"children", "city"}
-            assert all([*child] == ["name", "kind"] for child in answer["children"])
-            TypeAdapter(Parent).validate_python(answer)
+        request = moetier.Request.of(tokenizer, prompt, 900, schema=Parent, decoding=SAMPLED, seed=0)
+        answer = json.loads(tokenizer.decode([*engine.stream(request)], skip_special_tokens=True))
+        assert {*answer} <= {"children", "city"}
+        assert all([*child] == ["name", "kind"] for child in answer["children"])
+        TypeAdapter(Parent).validate_python(answer)
     inputs = tokenizer("Chi era?", return_tensors="pt")
     processor = GrammarProcessor.of(tokenizer, {"enum": [[1, 2]]})
     ids = model.generate(**inputs, max_new_tokens=20, logits_processor=[processor])[0]

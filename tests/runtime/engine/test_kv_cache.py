@@ -81,8 +81,7 @@ class Cache(RuleBasedStateMachine):
         for sequence, _ in self.running:
             pages = self.cache.pages_of(sequence)
             assert len(pages) == len(set(pages))
-            for at in range(sequence.computed):
-                assert self.memory.pages[pages[at // PAGE_TOKENS]][at % PAGE_TOKENS] == tuple(sequence.ids[: at + 1])
+            self.memory.check(pages, sequence.ids[: sequence.computed])
 
     @invariant()
     def no_page_is_lost(self) -> None:

@@ -128,6 +128,7 @@ def run_in(group: Path, code: str, *arguments: object, **variables: str) -> list
 
 
 @several
+@pytest.mark.slow  # a process imports torch and loads a model
 def test_a_quota_of_version_1_for_real(tinymix_4bit: Path) -> None:
     """The quota is the outer group's, the process in the inner one. torch itself begins a thread for each CPU."""
     code = """

@@ -255,7 +255,9 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
 def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
     """`moetier bench prefill` and tests/measurements/peers.py feed the whole prompt if memory has room for that."""
     sizes = {"hidden_size": 1024, "num_attention_heads": 32, "head_dim": 128, "num_hidden_layers": 1}
-    _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes, max_position_embeddings=WHOLE)
+    _, directory = convert_tiny(
+        "qwen3_moe", torch.bfloat16, tmp_path, bits=4, fast=True, **sizes, max_position_embeddings=WHOLE
+    )
     work = {"work": "model", "directory": str(directory), "ids": [[5, 6, 7, 8] * (WHOLE // 4)], "pieces": [WHOLE]}
     command = [sys.executable, "-m", "moetier.tools.bench.child"]
     with memory_limit(LIMIT) as group:

@@ -414,6 +414,7 @@ def test_the_model_can_not_be_saved_without_its_experts(tiny: tuple[Any, Path], 
 # -- it can't ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a process imports all of transformers
 def test_without_moetier_transformers_refuses(tiny: tuple[Any, Path]) -> None:
     """And does not fill experts at random."""
     # transformers would import hqq, which this project's tests need, and with it torch's compiler

@@ -21,9 +21,8 @@ IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 
 
 @pytest.fixture
-def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def register() -> Iterator[Callable[..., None]]:
     """``moetier.register``, whose options are gone after the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield moetier.register
     moetier.register()
 

@@ -26,7 +26,7 @@ from moetier.tools.main import main
 
 TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe", "granitemoe"]
 OTHERS = sorted((REQUIRED | FURTHER) - VARYING.keys() - {*TYPES})
-QUICK = ["qwen3_next", "mimo_v2_flash"]
+QUICK = ["qwen3_next"]
 # qwen4_exp is further apart: attention of one token to chosen positions is compiled, that of many is torch's
 MEASURED = [kind for kind, varying in VARYING.items() if varying.moetier and kind not in (*QUICK, "qwen4_exp")]
 OTHER_EXPERT = 2.5  # how far a logit may move if a last bit sends a token to another expert

@@ -66,9 +66,8 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def places(original: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def places(original: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """A copy that a test may damage: the model, and the file of its trunk."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model, file = original
     folder = shutil.copytree(file.parent, tmp_path / "model")
     time.sleep(TICK)

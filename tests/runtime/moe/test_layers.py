@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from moetier.runtime.moe.snapshot import MAX_TRIALS
 from moetier.runtime.trace.recorder import Recorder
 from moetier.tiers.layout import Bits
 
+Converted = Callable[..., Path]
 BF16 = torch.bfloat16
 IDS = [5, 17, 200, 31, 99, 4, 4, 120]
 STEPS = len(IDS) - 1  # the first token finds a cache of transformers, which has no room yet
@@ -78,12 +80,22 @@ def test_which_architectures_have_such_layers(model_type: str, forms: list[Layer
     assert any(form.router for form in forms) is QUICK.get(model_type, False)
 
 
-def load(model_type: str, folder: Path, trunk_bits: Bits = 4, **options: Any) -> Any:
-    """A tiny model whose experts have 4 bits."""
-    changes: dict[str, Any] = {"head_dim": 32} | CHANGES.get(model_type, {})
-    sizes = {name: 64 for name in TINY if name.endswith("intermediate_size")}
-    with patch.dict(TINY, sizes):
-        _, directory = convert_tiny(model_type, BF16, folder, bits=4, trunk_bits=trunk_bits, **changes)
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """Return the model directory of a tiny model whose experts have 4 bits."""
+
+    @cache
+    def make(model_type: str, trunk_bits: Bits = 4) -> Path:
+        changes: dict[str, Any] = {"head_dim": 32} | CHANGES.get(model_type, {})
+        sizes = {name: 64 for name in TINY if name.endswith("intermediate_size")}
+        folder = tmp_path_factory.mktemp(model_type)
+        with patch.dict(TINY, sizes):
+            return convert_tiny(model_type, BF16, folder, bits=4, trunk_bits=trunk_bits, **changes)[1]
+
+    return make
+
+
+def load(directory: Path, **options: Any) -> Any:
     return moetier.load(directory, daemon=None, device="cpu", **options)[0]
 
 
@@ -124,8 +136,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def model(tmp_path: Path, calls: Calls) -> Iterator[Any]:
-    found = load("qwen3_moe", tmp_path, speculate="off")
+def model(converted: Converted, calls: Calls) -> Iterator[Any]:
+    found = load(converted("qwen3_moe"), speculate="off")
     with found.tiers:
         yield found
 
@@ -163,18 +175,18 @@ def both(model: Any, calls: Calls, ids: list[int] = IDS, **more: Any) -> tuple[T
 
 @pytest.mark.parametrize("model_type", CONVERTED)
 def test_a_model_says_what_it_says_without(
-    model_type: str, tmp_path: Path, calls: Calls, forms: list[LayerForm]
+    model_type: str, converted: Converted, calls: Calls, forms: list[LayerForm]
 ) -> None:
     """Beyond a sliding window of 16 tokens, too."""
-    model = load(model_type, tmp_path)
+    model = load(converted(model_type))
     with model.tiers:
         _, count = both(model, calls, IDS * 3)
     assert count == (len(IDS * 3) - 1) * len(calls.layers) > 0
     assert any(form.router for form in forms) is QUICK[model_type]
 
 
-def test_with_room_for_one_block_and_speculation(tmp_path: Path, calls: Calls) -> None:
-    model = load("qwen3_moe", tmp_path, speculate="always", ram=49152)  # bytes of six records
+def test_with_room_for_one_block_and_speculation(converted: Converted, calls: Calls) -> None:
+    model = load(converted("qwen3_moe"), speculate="always", ram=49152)  # bytes of six records
     with model.tiers:
         _, count = both(model, calls)
         assert count == STEPS * model.config.num_hidden_layers
@@ -327,9 +339,9 @@ def test_a_number_that_changes_with_each_token_ends_trials(
 
 
 @pytest.mark.parametrize(("name", "value"), [("limit", 0.1), ("alpha", 0.5), ("act_fn", torch.nn.GELU())])
-def test_other_activations_of_experts_count(name: str, value: Any, tmp_path: Path, calls: Calls) -> None:
+def test_other_activations_of_experts_count(name: str, value: Any, converted: Converted, calls: Calls) -> None:
     """Those of a prompt, too."""
-    model = load("qwen3_moe" if name == "act_fn" else "gpt_oss", tmp_path)
+    model = load(converted("qwen3_moe" if name == "act_fn" else "gpt_oss"))
     found = []
     with model.tiers:
         for _ in range(2):
@@ -341,12 +353,10 @@ def test_other_activations_of_experts_count(name: str, value: Any, tmp_path: Pat
     assert calls.count
 
 
-def test_a_matrix_of_another_kind_is_the_architectures(tmp_path: Path, calls: Calls) -> None:
+def test_a_matrix_of_another_kind_is_the_architectures(converted: Converted, calls: Calls) -> None:
     """Such as a bf16 matrix that is not read by compiled code, or a record in place of the one that is."""
     for trunk_bits, name in ((16, "weight"), (4, "record")):
-        folder = tmp_path / name
-        folder.mkdir()
-        model = load("qwen3_moe", folder, trunk_bits=trunk_bits)
+        model = load(converted("qwen3_moe", trunk_bits))
         with model.tiers:
             before, count = both(model, calls)
             module = model.model.layers[1].self_attn.v_proj
@@ -522,8 +532,8 @@ def test_only_a_model_with_products_of_records_has_them(tinymix_4bit: Path, exac
 
 
 @pytest.mark.parametrize(("model_type", "asked"), [("gpt_oss", "eager"), ("qwen3_moe", "sdpa")])
-def test_an_attention_that_was_asked_for_stays(model_type: str, asked: str, tmp_path: Path, calls: Calls) -> None:
-    model = load(model_type, tmp_path, attn_implementation=asked)
+def test_an_attention_that_was_asked_for_stays(model_type: str, asked: str, converted: Converted, calls: Calls) -> None:
+    model = load(converted(model_type), attn_implementation=asked)
     with model.tiers:
         assert model.config._attn_implementation == asked
         decode(model, IDS[:3])

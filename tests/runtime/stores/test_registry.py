@@ -78,6 +78,7 @@ def test_the_cache_of_an_object_store(tmp_path: Path) -> None:
             assert (store.where, store.is_local) == (server.address.rstrip("/"), False)
 
 
+@pytest.mark.slow  # two processes; tools/commands/test_link.py looks at the maps of a daemon
 @pytest.mark.parametrize("order", [1], indirect=True)
 def test_a_checkpoint_is_opened_without_torch(tmp_path: Path) -> None:
     """A daemon does without torch. The table, which needs it, is made in another process."""

@@ -146,7 +146,11 @@ BROKEN = {
 """,
         "leases that end together",
     ),
-    "two slots are filled at a time": ('yield Store("filling", 1)', 'yield Store("filling", 0)', "a leased miss"),
+    "two slots are filled at a time": (
+        'yield Store("filling", 1)',
+        'yield Store("filling", 0)',
+        "leases that end together",
+    ),
     "a buffer is filled while it is copied from": (
         "if copied and buffer == 1:",
         "if False:",

@@ -87,13 +87,24 @@ def test_doctor_plan_and_generate_agree_in_a_control_group(tinymix_4bit: Path) -
 
 
 def test_a_control_group_without_room_for_the_libraries(tinymix_4bit: Path) -> None:
-    """It is said before they are imported, for which the process may be killed."""
     said = limited(200 << 20, "doctor", str(tinymix_4bit))
     assert said.returncode == 1
     assert said.stdout.endswith("1 fail\n")
-    quality = ["quality", str(tinymix_4bit), "--text", str(ASSETS / "texts")]
-    for words in (["plan", str(tinymix_4bit)], ["generate", str(tinymix_4bit), "x"], quality):
-        assert limited(200 << 20, *words).stderr.startswith("Only ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "x"),
+        pytest.param(("plan",), marks=pytest.mark.slow),
+        pytest.param(("quality", "--text", str(ASSETS / "texts")), marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_say_so_before_they_import_the_libraries(tinymix_4bit: Path, words: tuple[str, ...]) -> None:
+    """For which the process may be killed."""
+    command, *more = words
+    assert limited(200 << 20, command, str(tinymix_4bit), *more).stderr.startswith("Only ")
 
 
 def limited(memory: int, *words: str) -> subprocess.CompletedProcess[str]:

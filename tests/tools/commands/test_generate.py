@@ -177,7 +177,7 @@ def test_the_outcomes_of_prefetches_are_reported_where_they_are_counted(
 
 def test_the_budget_changes_no_token(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {
-        generate(capsys, str(tinymix_4bit), PROMPT, "--ram", ram, "--max-new-tokens", "12")["text"]
+        generate(capsys, str(tinymix_4bit), PROMPT, "--ram", ram, "--max-new-tokens", "6")["text"]
         for ram in (budget(tinymix_4bit, 2), budget(tinymix_4bit, 16), "1GiB")
     }
     assert len(texts) == 1
@@ -185,7 +185,7 @@ def test_the_budget_changes_no_token(tinymix_4bit: Path, capsys: pytest.CaptureF
 
 def test_the_seed_decides_what_is_sampled(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sample(seed: int) -> str:
-        options = ("--temperature", "1.5", "--seed", str(seed), "--max-new-tokens", "16")
+        options = ("--temperature", "1.5", "--seed", str(seed), "--max-new-tokens", "6")
         text: str = generate(capsys, str(tinymix_4bit), PROMPT, *options)["text"]
         return text
 
@@ -278,7 +278,7 @@ def test_a_directory_says_how_it_samples(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": True, "temperature": 1.5, "top_k": 50}))
 
     def said(*more: str) -> str:
-        text: str = generate(capsys, str(folder), PROMPT, "--max-new-tokens", "16", *more)["text"]
+        text: str = generate(capsys, str(folder), PROMPT, "--max-new-tokens", "6", *more)["text"]
         return text
 
     assert said("--seed", "1") == said("--seed", "1") != said("--seed", "2")

@@ -32,8 +32,7 @@ PROMPT = "he said"
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def path(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_K", "Q6_K"))
 
 
@@ -89,6 +88,7 @@ def test_a_plan_has_it_as_the_one_choice(path: Path) -> None:
 
 
 def test_a_daemon_serves_it(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["link", str(path)]) == 0  # else a process of the daemon makes the table
     with running_daemon(path, ram="1MiB", folder=tmp_path / "daemon") as daemon:
         alone = generated(capsys, str(path), "--ram", "1MiB", "--daemon", "none")
         served = generated(capsys, str(path), "--daemon", str(daemon.folder))

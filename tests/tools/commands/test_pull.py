@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import edit_json, reshard, save_checkpoint, tree
@@ -26,6 +28,7 @@ from moetier.tools.convert.conversion_plan import stages
 from moetier.tools.convert.target import JOURNAL
 from moetier.tools.main import main
 
+Converted = Callable[..., dict[str, bytes]]
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
 OFFLINE = "import huggingface_hub.constants as constants; constants.HF_HUB_OFFLINE = True\n"  # read when it is imported
 NOTED = """
@@ -61,8 +64,8 @@ def served(place: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def hub(served: Hub) -> Iterator[Hub]:
-    """Each test offers repositories of its own, and takes its faults back."""
+def hub(served: Hub, models: Path) -> Iterator[Hub]:
+    """Each test pulls into a folder of its own, and takes its faults back."""
     served.asked.clear()
     yield served
     for faults in (served.refused, served.cut, served.tampered, served.instead, served.watched):
@@ -70,13 +73,8 @@ def hub(served: Hub) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def scripts(scripts: Prepared, served: Hub, place: Path) -> Prepared:
-    return scripts.extended(READ_SETTINGS, **served.settings, XDG_DATA_HOME=str(place / "data"))
-
-
-@pytest.fixture(scope="module")
-def models(place: Path) -> Path:
-    return place / "data" / "moetier" / "models"
+def scripts(scripts: Prepared, served: Hub) -> Prepared:
+    return scripts.extended(READ_SETTINGS, **served.settings)
 
 
 def offer(hub: Hub, name: str, folder: Path) -> dict[str, bytes]:
@@ -85,12 +83,19 @@ def offer(hub: Hub, name: str, folder: Path) -> dict[str, bytes]:
     return files
 
 
-def converted(name: str, folder: Path, place: Path, **options: object) -> dict[str, bytes]:
-    """What convert makes of the same in huggingface_hub's cache."""
-    snapshot = place / f"models--{name.replace('/', '--')}" / "snapshots" / REVISION
-    shutil.copytree(folder, snapshot)
-    convert(snapshot, place / "dst", **options)  # type: ignore[arg-type]
-    return tree(place / "dst")
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """What convert makes, with these options, of the same in huggingface_hub's cache."""
+
+    @cache
+    def make(name: str, folder: Path, **options: Any) -> dict[str, bytes]:
+        place = tmp_path_factory.mktemp("converted")
+        snapshot = place / f"models--{name.replace('/', '--')}" / "snapshots" / REVISION
+        shutil.copytree(folder, snapshot)
+        convert(snapshot, place / "dst", **options)
+        return tree(place / "dst")
+
+    return make
 
 
 def disk_bytes(folder: Path) -> int:
@@ -110,9 +115,15 @@ def shards_asked(hub: Hub) -> list[str]:
 
 @pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), ["--trunk-bits", "8"]])
 def test_it_is_what_convert_makes_and_files_go_as_it_does(
-    hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path, options: list[str]
+    hub: Hub,
+    scripts: Prepared,
+    converted: Converted,
+    models: Path,
+    tinymix_12: Path,
+    tmp_path: Path,
+    options: list[str],
 ) -> None:
-    name = f"acme/tinymix{len(options)}"
+    name = "acme/tinymix"
     files = offer(hub, name, tinymix_12)
     largest = max(len(data) for file, data in files.items() if file.endswith(".safetensors"))
     total = sum(len(data) for file, data in files.items() if file.endswith(".safetensors"))
@@ -125,7 +136,7 @@ def test_it_is_what_convert_makes_and_files_go_as_it_does(
     staying = 9 << 20  # tensors of the trunk, which are 7 MiB, and pages of samples
     assert max(taken) <= 3 * largest + staying < total / 2
     made = tree(folder)
-    assert made == converted(name, tinymix_12, tmp_path, fast=True, trunk_bits=8 if options else 16)
+    assert made == converted(name, tinymix_12, fast=True, trunk_bits=8 if options else 16)
     assert json.loads(made["origin.json"]) == {"id": name, "revision": REVISION}
     assert not (folder / "download").exists()
     again = scripts.run(MAIN, "pull", name, "--fast", "--json", *options)
@@ -136,32 +147,34 @@ def test_it_is_what_convert_makes_and_files_go_as_it_does(
 
 
 def test_files_go_where_the_folder_of_models_is_behind_a_link(
-    hub: Hub, scripts: Prepared, small: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, small: Path, tmp_path: Path
 ) -> None:
     """And its path has a `..` in it."""
-    offer(hub, "acme/linked", small)
+    offer(hub, "acme/small", small)
     (tmp_path / "real").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     data, there = tmp_path / "real" / ".." / "linked", list[int]()
     hub.watched.append(lambda _: there.append(len(list((tmp_path / "real").rglob("whole/*.safetensors")))))
-    result = scripts.run(MAIN, "pull", "acme/linked", "--fast", environment={"XDG_DATA_HOME": str(data)})
+    result = scripts.run(MAIN, "pull", "acme/small", "--fast", environment={"XDG_DATA_HOME": str(data)})
     assert result.returncode == 0, result.stderr
     assert len(there) == 4
     assert max(there) <= 2
-    made = tree(tmp_path / "real" / "moetier" / "models" / "acme--linked" / "4bit")
-    assert made == converted("acme/linked", small, tmp_path, fast=True)
+    made = tree(tmp_path / "real" / "moetier" / "models" / "acme--small" / "4bit")
+    assert made == converted("acme/small", small, fast=True)
 
 
-def test_a_model_of_one_file(hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path) -> None:
+def test_a_model_of_one_file(
+    hub: Hub, scripts: Prepared, converted: Converted, models: Path, small: Path, tmp_path: Path
+) -> None:
     one = reshard(small, tmp_path / "one", 1)
     offer(hub, "acme/one", one)
     result = scripts.run(MAIN, "pull", "acme/one", "--bits", "3")
     assert result.returncode == 0, result.stderr
-    assert tree(models / "acme--one" / "3bit") == converted("acme/one", one, tmp_path, bits=3)
+    assert tree(models / "acme--one" / "3bit") == converted("acme/one", one, bits=3)
 
 
 def test_what_is_kept_is_in_the_cache_and_read_there(
-    hub: Hub, scripts: Prepared, place: Path, models: Path, small: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, place: Path, models: Path, small: Path, tmp_path: Path
 ) -> None:
     """A second width downloads nothing then, and needs no network."""
     files = offer(hub, "acme/kept", small)
@@ -176,7 +189,7 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
     assert result.returncode == 0, result.stderr
     refused = scripts.run(OFFLINE + MAIN, "pull", "acme/never-seen")
     assert hub.asked == []
-    assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, tmp_path, bits=2)
+    assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, bits=2)
     assert {path.name for path in snapshot.glob("*.safetensors")} == set(shards)
     assert "The hub could not be reached for a model with the id acme/never-seen: " in failed(refused)
 
@@ -227,11 +240,11 @@ def by_block(checkpoint: Path, folder: Path, *, files: int) -> Path:
 
 
 def test_the_next_file_is_downloaded_while_blocks_are_made(
-    hub: Hub, scripts: Prepared, models: Path, apart: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, models: Path, apart: Path, tmp_path: Path
 ) -> None:
     """The first expert waits until the second file is under way, whose end waits until the first block is written."""
-    offer(hub, "acme/ahead", apart)
-    folder = models / "acme--ahead" / "4bit"
+    offer(hub, "acme/apart", apart)
+    folder = models / "acme--apart" / "4bit"
     begun, there = list[str](), list[int]()
 
     def watch(file: str) -> None:
@@ -243,11 +256,11 @@ def test_the_next_file_is_downloaded_while_blocks_are_made(
             wait_until(lambda: "0" in json.loads((folder / JOURNAL).read_bytes())["errors"])
 
     hub.watched.append(watch)
-    result = scripts.run(SLOW, tmp_path / "begun", "pull", "acme/ahead", "--fast")
+    result = scripts.run(SLOW, tmp_path / "begun", "pull", "acme/apart", "--fast")
     assert result.returncode == 0, result.stderr
     assert begun == [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
     assert max(there) == 2
-    assert tree(folder) == converted("acme/ahead", apart, tmp_path, fast=True)
+    assert tree(folder) == converted("acme/apart", apart, fast=True)
 
 
 PATIENT = """
@@ -269,13 +282,13 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_file_that_no_block_needs_comes_behind_those_that_came_ahead(
-    hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, models: Path, small: Path, tmp_path: Path
 ) -> None:
     source = by_block(small, tmp_path / "src", files=4)
     offer(hub, "acme/beside", source)
     result = scripts.run(PATIENT, "pull", "acme/beside", "--fast")
     assert result.returncode == 0, result.stderr
-    assert tree(models / "acme--beside" / "4bit") == converted("acme/beside", source, tmp_path, fast=True)
+    assert tree(models / "acme--beside" / "4bit") == converted("acme/beside", source, fast=True)
 
 
 # cut
@@ -319,10 +332,10 @@ def test_a_download_ahead_that_was_not_waited_for_says_nothing_of_its_file(
 
 
 def test_interrupted_in_a_download_ahead_it_goes_on(
-    hub: Hub, scripts: Prepared, models: Path, apart: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, models: Path, apart: Path, tmp_path: Path
 ) -> None:
-    offer(hub, "acme/stopped", apart)
-    folder, begun = models / "acme--stopped" / "4bit", list[str]()
+    offer(hub, "acme/apart", apart)
+    folder, begun = models / "acme--apart" / "4bit", list[str]()
 
     def interrupt(file: str) -> None:
         begun.append(file)
@@ -330,13 +343,13 @@ def test_interrupted_in_a_download_ahead_it_goes_on(
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
 
     hub.watched.append(interrupt)
-    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/stopped", "--fast")
+    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/apart", "--fast")
     assert (result.returncode, "Traceback" in result.stderr) == (128 + signal.SIGINT, False), result.stderr
     assert "stopped. Run the same command again" in result.stderr
-    result = scripts.run(MAIN, "pull", "acme/stopped", "--fast")
+    result = scripts.run(MAIN, "pull", "acme/apart", "--fast")
     assert result.returncode == 0, result.stderr
     assert begun.count(begun[0]) == 1
-    assert tree(folder) == converted("acme/stopped", apart, tmp_path, fast=True)
+    assert tree(folder) == converted("acme/apart", apart, fast=True)
 
 
 SYNCED = """
@@ -362,11 +375,11 @@ sys.exit(status)
 def test_a_file_is_on_the_disk_before_a_link_says_that_it_is_whole(
     hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
 ) -> None:
-    files = offer(hub, "acme/synced", small)
-    result = scripts.run(SYNCED, tmp_path / "said", "pull", "acme/synced", "--fast")
+    files = offer(hub, "acme/small", small)
+    result = scripts.run(SYNCED, tmp_path / "said", "pull", "acme/small", "--fast")
     assert result.returncode == 0, result.stderr
     said = (tmp_path / "said").read_text().splitlines()
-    place = models.resolve() / "acme--synced" / "4bit" / "download" / REVISION
+    place = models.resolve() / "acme--small" / "4bit" / "download" / REVISION
     for file in (file for file in files if file.endswith(".safetensors")):
         before = said[: said.index(f"name {place}/shards/{file}")]
         assert f"sync {place}/whole/{file}" in before
@@ -375,11 +388,11 @@ def test_a_file_is_on_the_disk_before_a_link_says_that_it_is_whole(
 
 
 def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
-    hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, models: Path, tinymix_12: Path, tmp_path: Path
 ) -> None:
     """While the seventh file is on its way."""
-    offer(hub, "acme/killed", tinymix_12)
-    folder, begun = models / "acme--killed" / "4bit", list[str]()
+    offer(hub, "acme/tinymix", tinymix_12)
+    folder, begun = models / "acme--tinymix" / "4bit", list[str]()
 
     def kill(file: str) -> None:
         begun.append(file)
@@ -387,21 +400,21 @@ def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
     hub.watched.append(kill)
-    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/killed", "--fast")
+    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/tinymix", "--fast")
     assert result.returncode == -signal.SIGKILL
     assert len(begun) == 7
     listed = scripts.run(MAIN, "list")
-    (line,) = [line for line in listed.stdout.splitlines() if line.startswith("acme/killed:4bit")]
-    assert "incomplete: moetier pull acme/killed --bits 4 --fast resumes it" in line
-    incomplete = scripts.run(MAIN, "inspect", "acme/killed:4bit")
+    (line,) = [line for line in listed.stdout.splitlines() if line.startswith("acme/tinymix:4bit")]
+    assert "incomplete: moetier pull acme/tinymix --bits 4 --fast resumes it" in line
+    incomplete = scripts.run(MAIN, "inspect", "acme/tinymix:4bit")
     assert incomplete.returncode == 1
-    assert "Resume it: moetier pull acme/killed --bits 4 --fast" in incomplete.stderr
+    assert "Resume it: moetier pull acme/tinymix --bits 4 --fast" in incomplete.stderr
     assert list(folder.rglob("*.incomplete"))
-    result = scripts.run(MAIN, "pull", "acme/killed", "--fast")
+    result = scripts.run(MAIN, "pull", "acme/tinymix", "--fast")
     assert result.returncode == 0, result.stderr
     assert "resumed: " in result.stderr
     assert begun[7:] == sorted(set(begun))[6:]  # the seventh again, and what comes behind it
-    assert tree(folder) == converted("acme/killed", tinymix_12, tmp_path, fast=True)
+    assert tree(folder) == converted("acme/tinymix", tinymix_12, fast=True)
 
 
 LESS = """
@@ -412,10 +425,10 @@ Download.keep_tensors = lambda self, names: keep(self, [name for name in names i
 
 
 def test_what_another_version_did_not_keep_is_fetched_anew(
-    hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, models: Path, small: Path, tmp_path: Path
 ) -> None:
     """It took attention for what is not read behind the blocks, and was killed while the last file was on its way."""
-    files = offer(hub, "acme/lessons", small)
+    files = offer(hub, "acme/small", small)
     *_, last = sorted(file for file in files if file.endswith(".safetensors"))
 
     def kill(file: str) -> None:
@@ -423,14 +436,14 @@ def test_what_another_version_did_not_keep_is_fetched_anew(
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
     hub.watched.append(kill)
-    result = scripts.run(LESS + NOTED, tmp_path / "pid", "pull", "acme/lessons", "--fast")
+    result = scripts.run(LESS + NOTED, tmp_path / "pid", "pull", "acme/small", "--fast")
     assert result.returncode == -signal.SIGKILL
-    folder = models / "acme--lessons" / "4bit"
+    folder = models / "acme--small" / "4bit"
     assert [path for path in folder.rglob("shards/*.safetensors") if not path.is_symlink()]
     hub.watched.clear()
-    result = scripts.run(MAIN, "pull", "acme/lessons", "--fast")
+    result = scripts.run(MAIN, "pull", "acme/small", "--fast")
     assert result.returncode == 0, result.stderr
-    assert tree(folder) == converted("acme/lessons", small, tmp_path, fast=True)
+    assert tree(folder) == converted("acme/small", small, fast=True)
 
 
 STEPS = """
@@ -466,16 +479,18 @@ for step in range(1, steps + 1, int(every)):
 """
 
 
-def test_killed_at_any_step_it_goes_on(hub: Hub, scripts: Prepared, small: Path, tmp_path: Path) -> None:
+def test_killed_at_any_step_it_goes_on(
+    hub: Hub, scripts: Prepared, converted: Converted, small: Path, tmp_path: Path
+) -> None:
     """Each change of a name in the target, or a few of them."""
-    offer(hub, "acme/steps", small)
+    offer(hub, "acme/small", small)
     work = tmp_path / "work"
     work.mkdir()
-    result = scripts.run(STEPS, "acme/steps", work, 15)
+    result = scripts.run(STEPS, "acme/small", work, 15)
     assert result.returncode == 0, result.stderr
     steps, *runs = map(json.loads, result.stdout.splitlines())
     assert steps > 30
-    wanted = converted("acme/steps", small, tmp_path, fast=True)
+    wanted = converted("acme/small", small, fast=True)
     for step, killed, again in runs:
         assert (killed, again) == (-signal.SIGKILL, 0), step
         assert tree(work / str(step)) == wanted, step
@@ -506,12 +521,12 @@ def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, smal
 
 
 def test_a_replacement_is_resumed_with_its_commit_and_listed_under_its_name(
-    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, small: Path, models: Path, tmp_path: Path
 ) -> None:
     """Until it is complete, the old model stays. A resumed run does not ask where the branch is now."""
-    files = offer(hub, "acme/again", small)
-    assert scripts.run(MAIN, "pull", "acme/again", "--fast").returncode == 0
-    folder = models / "acme--again" / "4bit"
+    files = offer(hub, "acme/small", small)
+    assert scripts.run(MAIN, "pull", "acme/small", "--fast").returncode == 0
+    folder = models / "acme--small" / "4bit"
     edit_json(folder / "origin.json", revision="f" * 40)
     before = tree(folder)
     last = max(file for file in files if file.endswith(".safetensors"))
@@ -521,19 +536,19 @@ def test_a_replacement_is_resumed_with_its_commit_and_listed_under_its_name(
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
     hub.watched.append(kill)
-    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/again", "--fast", "--overwrite")
+    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/small", "--fast", "--overwrite")
     assert result.returncode == -signal.SIGKILL
     hub.watched.clear()
     listed = json.loads(scripts.run(MAIN, "list", "--json").stdout)
-    found = [(model["name"], model["complete"]) for model in listed if "again" in model["name"]]
-    assert found == [("acme/again:4bit", True)]
+    found = [(model["name"], model["complete"]) for model in listed if "small" in model["name"]]
+    assert found == [("acme/small:4bit", True)]
     assert {name: data for name, data in tree(folder).items() if not name.startswith("download/")} == before
     hub.asked.clear()
-    result = scripts.run(MAIN, "pull", "acme/again", "--fast", "--overwrite")
+    result = scripts.run(MAIN, "pull", "acme/small", "--fast", "--overwrite")
     assert result.returncode == 0, result.stderr
     assert hub.asked
     assert not [path for path in hub.asked if "/main" in path]
-    assert tree(folder) == converted("acme/again", small, tmp_path, fast=True)
+    assert tree(folder) == converted("acme/small", small, fast=True)
     assert [path.name for path in folder.parent.iterdir()] == ["4bit"]
 
 
@@ -541,14 +556,14 @@ def test_a_replacement_is_resumed_with_its_commit_and_listed_under_its_name(
 
 
 def test_a_connection_that_breaks_is_taken_up_again(
-    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, small: Path, models: Path, tmp_path: Path
 ) -> None:
-    files = offer(hub, "acme/breaks", small)
+    files = offer(hub, "acme/small", small)
     first = min(file for file in files if file.endswith(".safetensors"))
     hub.cut[first] = [len(files[first]) // 3]
-    result = scripts.run(MAIN, "pull", "acme/breaks", "--fast")
+    result = scripts.run(MAIN, "pull", "acme/small", "--fast")
     assert result.returncode == 0, result.stderr
-    assert tree(models / "acme--breaks" / "4bit") == converted("acme/breaks", small, tmp_path, fast=True)
+    assert tree(models / "acme--small" / "4bit") == converted("acme/small", small, fast=True)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +613,7 @@ def failed(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_a_revision_that_there_is_not_and_ids_that_are_none(
-    hub: Hub, scripts: Prepared, small: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub, scripts: Prepared, small: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     offer(hub, "acme/revised", small)
     assert "it has no such revision" in failed(scripts.run(MAIN, "pull", "acme/revised", "--revision", "v9"))
@@ -609,30 +624,30 @@ def test_a_revision_that_there_is_not_and_ids_that_are_none(
         assert "is not an id on the Hugging Face hub" in cause
         assert fix.startswith("  ")
     assert not hub.asked
-    assert not (place / "data" / "moetier" / "x").exists()
+    assert not (models.parent / "x").exists()
 
 
 def test_a_file_that_never_comes_whole_can_come_later(
-    hub: Hub, scripts: Prepared, apart: Path, models: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, converted: Converted, apart: Path, models: Path, tmp_path: Path
 ) -> None:
     """First it is cut each time; then the hub's storage has another byte than the hub says. It is downloaded ahead."""
-    files = offer(hub, "acme/damaged", apart)
+    files = offer(hub, "acme/apart", apart)
     *_, last = sorted(file for file in files if file.endswith(".safetensors"))
-    hub.refused[f"/acme/damaged/resolve/{REVISION}/{last}"] = (500, "")
-    assert "malformed" not in failed(scripts.run(MAIN, "pull", "acme/damaged", "--fast"))
+    hub.refused[f"/acme/apart/resolve/{REVISION}/{last}"] = (500, "")
+    assert "malformed" not in failed(scripts.run(MAIN, "pull", "acme/apart", "--fast"))
     hub.refused.clear()
     hub.tampered.add(last)
-    said = failed(scripts.run(MAIN, "pull", "acme/damaged", "--fast"))
+    said = failed(scripts.run(MAIN, "pull", "acme/apart", "--fast"))
     assert (
-        f"{last} of acme/damaged was damaged during the download: its sha256 is not the one that the hub gives." in said
+        f"{last} of acme/apart was damaged during the download: its sha256 is not the one that the hub gives." in said
     )
     assert "run the same command again" in said.lower()
     hub.tampered.clear()
     hub.asked.clear()
-    result = scripts.run(MAIN, "pull", "acme/damaged", "--fast")
+    result = scripts.run(MAIN, "pull", "acme/apart", "--fast")
     assert result.returncode == 0, result.stderr
     assert set(shards_asked(hub)) == {last}
-    assert tree(models / "acme--damaged" / "4bit") == converted("acme/damaged", apart, tmp_path, fast=True)
+    assert tree(models / "acme--apart" / "4bit") == converted("acme/apart", apart, fast=True)
 
 
 @pytest.mark.parametrize("size", ["6m", "52m"])

@@ -45,7 +45,7 @@ def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixt
 
 def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = quality(
-        capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "512", "--bits", "2", "--method", "hqq,rounding"
+        capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "256", "--bits", "2", "--method", "hqq,rounding"
     )
     assert [row["method"] for row in rows] == ["", "hqq", "rounding"]
     _, hqq, rounding = rows
@@ -71,8 +71,8 @@ def test_there_is_no_other_method(tinymix: Path, capsys: pytest.CaptureFixture[s
 def test_changes_have_standard_errors_and_places(
     tinymix: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(perplexity, "WINDOW", 64)  # for speed
-    settings = ("--text", str(TEXTS), "--tokens", "512", "--bits", "16,2")
+    monkeypatch.setattr(perplexity, "WINDOW", 32)  # for speed
+    settings = ("--text", str(TEXTS), "--tokens", "256", "--bits", "16,2")
     assert main(["quality", str(tinymix), *settings]) == 0
     head, first, same, far, *notes = capsys.readouterr().out.splitlines()
     assert "rank" in head

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from prepared import Prepared
+from prepared import MAIN, Prepared
 from pulled_models import place
 from removals import IN_CHILD
 from terminals import Terminal
@@ -230,8 +230,8 @@ def test_rm_finishes_a_replacement_that_was_interrupted(models: Path, tmp_path: 
     assert list(folder.iterdir()) == [folder / "notes.txt"]
 
 
-def test_rm_of_a_converted_model_removes_its_folder(converted: Path, models: Path) -> None:
-    with Terminal("-m", "moetier.tools.main", "rm", "tiny", XDG_DATA_HOME=str(models.parents[1])) as terminal:
+def test_rm_of_a_converted_model_removes_its_folder(converted: Path, scripts: Prepared) -> None:
+    with Terminal(MAIN, "rm", "tiny", scripts=scripts) as terminal:
         terminal.wait_for(rf"Remove tiny in {converted} \(.*\)\? \[y/N\] ")
         terminal.type("y\n")
         terminal.wait_for("tiny: removed")

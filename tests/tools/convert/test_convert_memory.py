@@ -17,6 +17,8 @@ from moetier.tools.convert.options import Options
 from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES
 from moetier.tools.synthetic.tensors import make_synthetic
 
+pytestmark = pytest.mark.slow
+
 GIB = 1 << 30
 ALLOCATOR_BYTES = 64 << 20  # glibc's arenas, one for each thread, and what they keep
 COMMAND = [sys.executable, "-m", "moetier.tools.main"]
@@ -41,7 +43,7 @@ def weights_of(source: Path) -> tuple[int, int]:
     return plan.layout(0).weights, plan.layout(0).weights * plan.blocks[0].experts
 
 
-@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [16, 4])
 def test_the_peak_is_what_was_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: Any) -> None:
     """A block of 288 MiB, of 96 experts, beside one of 6 MiB: what the interpreter takes is the machine's."""
     wide = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 96}
@@ -60,7 +62,6 @@ def test_the_peak_is_what_was_said_before(tmp_path: Path, monkeypatch: pytest.Mo
     assert peak - idle < said + ALLOCATOR_BYTES < 2 * block / 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("geometry", "bits"), [("qwen3-8L", 4), ("qwen3-8L", 16), ("mixtral-4L", 16)])
 def test_the_peak_is_two_experts_in_fp32_and_one_gib(tmp_path: Path, geometry: str, bits: int) -> None:
     """One block is 1.1 GiB (128 experts) or 2.6 GiB (8 experts) in bf16."""
@@ -71,7 +72,6 @@ def test_the_peak_is_two_experts_in_fp32_and_one_gib(tmp_path: Path, geometry: s
     assert report["peak_bytes"] < 2 * 4 * expert + GIB
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_six_billion_parameters_in_two_gib(tmp_path: Path) -> None:
     """mixtral-4L is converted, and generates, in a control group of 2 GiB; one of its blocks is 2.6 GiB."""

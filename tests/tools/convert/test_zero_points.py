@@ -51,13 +51,16 @@ FORMS: dict[str, tuple[str, Make, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=[pytest.param(each, marks=[pytest.mark.slow] * (each == "gptq 8 bits")) for each in FORMS])
-def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """A quantised checkpoint, and one with the weights that it means."""
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=[pytest.mark.slow] * (each == "gptq 8 bits")) for each in FORMS]
+)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A quantised checkpoint, and one with the weights that it means. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("both")
     model_type, make, config = FORMS[request.param]
-    source = save_checkpoint(tmp_path / "src", model_type, shards=1)
-    quantise(source, tmp_path / "plain", make, config)
-    return source, tmp_path / "plain"
+    source = save_checkpoint(folder / "src", model_type, shards=1)
+    quantise(source, folder / "plain", make, config)
+    return source, folder / "plain"
 
 
 def same_as_plain(source: Path, plain: Path, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_a_wrong_option_is_refused_before_the_source_is_read() -> None:
         moetier.plan("/nonexistent", context="long")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow  # a process imports it all
 def test_a_program_keeps_all_of_transformers() -> None:
     """The command imports it without parts that commands never use."""
     code = (

@@ -118,11 +118,7 @@ def served(request: pytest.FixtureRequest, paths: Callable[[str], Path]) -> Iter
         yield found
 
 
-QUICK = {"qwen3_moe", "qwen3_5_moe_text", "gemma4", "mixtral", "qwen3_moe.gguf"}
-KINDS = [  # types of models with an engine each
-    pytest.param(kind, id=kind, marks=[] if kind in QUICK else [pytest.mark.slow])
-    for kind in ("qwen3_moe", "qwen3_5_moe_text", "gemma4", "mixtral", "qwen3_moe.gguf")
-]
+KINDS = ["qwen3_moe", "qwen3_5_moe_text", "gemma4", "mixtral", "qwen3_moe.gguf"]  # types of models with an engine each
 of_each_kind = pytest.mark.parametrize("served", KINDS, indirect=True)
 
 

@@ -196,7 +196,7 @@ def test_scores_of_a_prompt_are_computed_though_pages_are_there(tmp_path: Path) 
     ),
     has_states=st.booleans(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_restart_and_no_fault_changes_an_answer(
     runs: list[tuple[list[tuple[list[int], int, bool]], int, int]], has_states: bool
 ) -> None:

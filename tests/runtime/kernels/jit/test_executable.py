@@ -97,7 +97,8 @@ def test_a_model_computes_with_torch_where_no_code_can_be_run(
 
 
 @linked
-@pytest.mark.parametrize("kind", ["seccomp", pytest.param("prctl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["seccomp", "prctl"])
 def test_a_server_answers_there(kind: str, tinymix_4bit: Path, tmp_path: Path) -> None:
     """A new process: its libraries are loaded under the restriction, too."""
     server = ServerProcess(tinymix_4bit, tmp_path, under=[str(HELPERS / "restricted.py"), kind])

@@ -218,8 +218,14 @@ def test_what_is_rounded_of_a_product_is_its_input() -> None:
     assert float((y - ideal).abs().max() / ideal.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        pytest.param(bits, dtype, marks=[pytest.mark.slow] * (number % len(TYPES) != at))
+        for number, bits in enumerate(WIDTHS)
+        for at, dtype in enumerate(TYPES)
+    ],
+)
 def test_zero_points_are_taken_in_fp32(bits: Bits, dtype: torch.dtype) -> None:
     """As (c - centre) * s + (centre - z) * s; denormal scales are no others."""
     levels = levels_at_random(bits, 128, 512, 64, dtype)

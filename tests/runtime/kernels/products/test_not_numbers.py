@@ -21,9 +21,9 @@ NAN_CODES = [0x7F, 0xFF]
 
 
 def on_processors(*cases: tuple[str, ...]) -> list[Any]:
-    """Each case with each processor. Of the other processors, one of each case is quick, by turns."""
+    """Each case with each processor. Of the other processors, one of every second case is quick, by turns."""
     return [
-        pytest.param(*case, cpu, marks=[pytest.mark.slow] * (at > 0 and number % 2 == at % 2))
+        pytest.param(*case, cpu, marks=[pytest.mark.slow] * (at > 0 and number % 4 != 2 * (at - 1)))
         for number, case in enumerate(cases)
         for at, cpu in enumerate(CPUS)
     ]
@@ -59,8 +59,14 @@ def assert_same(y: Tensor, wanted: Tensor, least: float = 1e-38) -> None:
     torch.testing.assert_close(y[whole], wanted[whole], rtol=1e-5, atol=least)
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-@pytest.mark.parametrize("columns", [48, 128])
+@pytest.mark.parametrize(
+    ("columns", "cpu"),
+    [
+        pytest.param(columns, cpu, marks=[pytest.mark.slow] * (number % 2 != at))
+        for at, columns in enumerate((48, 128))
+        for number, cpu in enumerate(CPUS)
+    ],
+)
 def test_every_fp8_code_anywhere_in_a_row(columns: int, cpu: str | None) -> None:
     layout, record = coded(projection("e4m3", 256, columns, group=columns, scales="float32"))
     views = sections(record, layout)
@@ -117,7 +123,7 @@ def test_every_scale_of_a_block(coding: str, cpu: str | None) -> None:
     assert_same(y, 0.5 * weights[:, 0].expand(2, -1))
 
 
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("cpu", [None, pytest.param(CPUS[1], marks=pytest.mark.slow), CPUS[2]])
 def test_every_scale_beside_a_zero_point(cpu: str | None) -> None:
     given = every(torch.float16)
     p = Projection(NAME, len(given) // 16, 16 * 64, 4, "float16", group=64, pairs="float16_zeros")
