@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from moetier.tiers.errors import IncompleteStoreError, NotFoundError, StoreError, StoreFormatError, TargetError
 from moetier.tiers.fields import Fields
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.user_folders import user_folder
 
 from .atomic import PARTIAL, read_errors
 from .shard import ShardFile
@@ -107,13 +107,9 @@ def user_cache(name: str) -> Path:
 
     Raises TargetError if the user has no home folder.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore such a value
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError:
-            raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.") from None
-    return folder / "moetier" / name
+    if (folder := user_folder("CACHE")) is None:
+        raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.")
+    return folder / name
 
 
 def read_manifest(folder: Path) -> Manifest:
