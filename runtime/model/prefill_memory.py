@@ -109,12 +109,12 @@ class Prefill:
         return self._lockstep_bytes(min(self.lockstep.tokens, MIN_IN_LOCKSTEP))
 
     @property
-    def later(self) -> int:
+    def later_chunk(self) -> int:
         """Most tokens of a chunk after the first that fit into the same bytes, as later chunks may need masks."""
         return self._most(self.nbytes, self.tokens)
 
     @property
-    def in_lockstep(self) -> int | None:
+    def lockstep_chunk(self) -> int | None:
         """Most tokens of prompts that fit into the same bytes in lockstep; None if they can't be computed so."""
         if self.lockstep is None:
             return None

@@ -78,7 +78,7 @@ with model.tiers, torch.inference_mode():
     before = {name: own(name) for name in ("VmRSS", "RssFile", "RssShmem")}
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory begins anew
     if in_lockstep:  # ``chunk`` tokens are the whole prompt
-        runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), chunk=chunk, packs=True)
+        runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), later_chunk=chunk, packs=True)
         pages = [*range(-(-tokens // PAGE_TOKENS))]
         runner.run([Task(TokenSequence(Request((*ids[0].tolist(),), 1)), 0, tokens, pages)], lambda: False)
     cache = None
@@ -175,7 +175,7 @@ def test_prompts_in_lockstep_get_what_they_need_at_least() -> None:
     for states, tokens in ((8 << 10, 20_000), (80 << 10, MIN_IN_LOCKSTEP), (1 << 20, 400)):
         lockstep = Lockstep(tokens=1 << 20, states=states, fixed=0)
         prefill = Needs(prefill=Prefill(1 << 20, 1 << 20, lockstep, states=8192)).within(None, 4 << 30, HERE).prefill
-        assert prefill.in_lockstep == pytest.approx(tokens, rel=0.05)
+        assert prefill.lockstep_chunk == pytest.approx(tokens, rel=0.05)
         assert prefill.nbytes <= 0.5 * HERE.bytes
 
 
@@ -205,7 +205,7 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
     less = asked.within(asked.nbytes - 1)
     assert less.tokens % MIN_TOKENS == 0
     assert less.nbytes <= asked.nbytes < replace(less, tokens=less.tokens + MIN_TOKENS).nbytes
-    assert asked.later == less.tokens < 8192
+    assert asked.later_chunk == less.tokens < 8192
 
 
 @pytest.mark.parametrize("context", [96, 300])
@@ -218,8 +218,8 @@ def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tiny
     with model.tiers, Engine.of(model, max_sequences=4) as engine:
         assert isinstance(engine._runner, PackedRunner)
         prefill = model.tiers.prefill
-        assert prefill.in_lockstep is not None
-        assert prefill.in_lockstep >= (context if context < PASS_TOKENS else 4 * context)
+        assert prefill.lockstep_chunk is not None
+        assert prefill.lockstep_chunk >= (context if context < PASS_TOKENS else 4 * context)
     short = replace(prefill, context=300, tokens=300)
     less = short.within(short.nbytes - 1)
     assert (less.tokens, less.nbytes) < (300, short.nbytes)
