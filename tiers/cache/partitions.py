@@ -28,8 +28,12 @@ class Partitions:
         return sum(self._quotas)
 
     def quota(self, block: int) -> int:
-        """Return the quota of the block's partition, in slots. A demand for more records than the quota is a scan."""
+        """Return the quota of the block's partition, in slots."""
         return self._quotas[self._number_of[block]]
+
+    def is_scan(self, block: int, records: int) -> bool:
+        """Return whether a demand for so many records of a block is a scan: for more than its partition can keep."""
+        return records > self.quota(block)
 
     def has_room(self, block: int) -> bool:
         """Return whether the block's partition has fewer slots than its quota."""

@@ -275,7 +275,7 @@ class SlotPool:
         self.partitions.repair(self._slots)
 
 
-def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
+def stats_of(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
     """Return the statistics of a tier: its counters, and the state of the slots in its ``pools``."""
     pools = list(pools)
     counts = [pool.counts() for pool in pools]

@@ -70,7 +70,7 @@ class PrefetchQueue:
         if not requested:
             return False
         absent = deque([key for key in keys if pool.slot_of(key) is None])
-        is_scan = len(requested) > pool.partitions.quota(block) or (before is not None and before.is_scan)
+        is_scan = pool.partitions.is_scan(block, len(requested)) or (before is not None and before.is_scan)
         blocks[block] = BlockRequests(pool, requested, absent, is_scan)
         return bool(absent)
 

@@ -53,7 +53,7 @@ class Uses:
         self._counters.count(hits=len(keys))
         cached = [key for key in keys if pool.state_of(key) is SlotState.READY]  # others were evicted since
         self._prefetches.note_uses(cached)
-        pool.partitions.touch(reversed(cached), is_scan=len(keys) > pool.partitions.quota(block))
+        pool.partitions.touch(reversed(cached), is_scan=pool.partitions.is_scan(block, len(keys)))
 
     def take_back(self, experts: Sequence[int]) -> None:
         """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
