@@ -144,7 +144,7 @@ class Prefill:
             has_mask = attention.has_mask or not is_whole or 0 < attention.window < length
             masks[attention.window] = tokens * seen * attention.mask * has_mask
             expanded = attention.always + attention.masked * has_mask + attention.kept * (not is_whole)
-            packed = (seen if attention.window else min(seen, SEGMENT)) * attention.packed
+            packed = min(seen, SEGMENT) * attention.packed
             work = max(work, seen * expanded + packed + tokens * seen * attention.scores)
         layer = max(tokens * self.of_attention + work, tokens * self.of_block)
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))

@@ -136,12 +136,21 @@ def test_what_is_reserved_covers_what_is_taken(
     assert reserved / (4 if exact else 2) < taken <= reserved
 
 
-@pytest.mark.parametrize("tokens", [6000, pytest.param(16000, marks=pytest.mark.slow)])
-def test_what_is_reserved_for_lockstep_covers_what_it_takes(tokens: int, tmp_path: Path, scripts: Prepared) -> None:
-    """A wide model, whose hidden states of all tokens take most of the memory."""
+@pytest.mark.parametrize(
+    ("tokens", "window"),
+    [(6000, None), pytest.param(16000, None, marks=pytest.mark.slow), pytest.param(9000, 5000, marks=pytest.mark.slow)],
+)
+def test_what_is_reserved_for_lockstep_covers_what_it_takes(
+    tokens: int, window: int | None, tmp_path: Path, scripts: Prepared
+) -> None:
+    """A wide model, whose hidden states of all tokens take most of the memory. With a window, all layers have it."""
     sizes = {"hidden_size": 2048, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
-    sizes |= {"num_hidden_layers": 2, "max_position_embeddings": tokens, "moe_intermediate_size": 64}
-    _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes)
+    sizes |= {"num_hidden_layers": 2, "max_position_embeddings": tokens}
+    if window is None:
+        _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes, moe_intermediate_size=64)
+    else:
+        windows = {"sliding_window": window, "layer_types": ["sliding_attention"] * 2}
+        _, directory = convert_tiny("gpt_oss", torch.bfloat16, tmp_path, bits=4, **sizes, **windows)
     taken, reserved, _ = measured(scripts, str(directory), tokens, tokens, False, True)
     assert reserved / 2 < taken <= reserved
 
