@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.user_folders import user_folder
+from moetier.tiers.store.folder import user_folder
 
 NAME = re.compile(r"\w[\w.-]*")
 MAX_NAMES = 1000  # numbers that are tried for models whose folders have one name

@@ -16,7 +16,7 @@ from typing import Any
 
 from moetier.runtime.generation.conversation import Message
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.user_folders import user_folder
+from moetier.tiers.store.folder import user_folder
 
 MAX_LINES = 1000  # the file of lines is cut to these when it has twice as many
 MAX_CONVERSATIONS = 20
