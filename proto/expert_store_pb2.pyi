@@ -60,18 +60,18 @@ class ClientMessage(_message.Message):
     def __init__(self, acquire: _Optional[_Union[Acquire, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., uses: _Optional[_Union[Uses, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ...) -> None: ...
 
 class Acquire(_message.Message):
-    __slots__ = ("request", "block", "experts", "timeout_ms", "wanted")
+    __slots__ = ("request", "block", "experts", "timeout_ms", "of_total")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
-    WANTED_FIELD_NUMBER: _ClassVar[int]
+    OF_TOTAL_FIELD_NUMBER: _ClassVar[int]
     request: int
     block: int
     experts: _containers.RepeatedScalarFieldContainer[int]
     timeout_ms: int
-    wanted: int
-    def __init__(self, request: _Optional[int] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., timeout_ms: _Optional[int] = ..., wanted: _Optional[int] = ...) -> None: ...
+    of_total: int
+    def __init__(self, request: _Optional[int] = ..., block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., timeout_ms: _Optional[int] = ..., of_total: _Optional[int] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("request", "experts")

@@ -1,7 +1,7 @@
 """Models and processes: loading and running a model over the tiers, and the daemon that shares one copy per machine.
 
-``options`` has the declaration of an option; ``config`` declares those of loading once, for ``load``, the command
-line, settings files and the daemon. ``device_names`` has a line for each device that can compute.
+``config`` declares the options of loading once, for ``load``, the command line, settings files and the daemon.
+``device_names`` has a line for each device that can compute.
 
 All threads that moetier starts, by their names, which for several threads end in a number:
 

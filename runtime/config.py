@@ -98,7 +98,7 @@ class SpeculationMode(Enum):
     ALWAYS = "always"
 
 
-MEMORY = "memory and device"  # title of a group of options
+MEMORY_GROUP = "memory and device"  # title of a group of options
 
 
 def _memory_option(help: str, expected: str = "a size, a share or a number of bytes") -> Any:
@@ -109,7 +109,7 @@ def _memory_option(help: str, expected: str = "a size, a share or a number of by
         types=int | str | None,
         expected=expected,
         in_config=True,
-        group=MEMORY,
+        group=MEMORY_GROUP,
         metavar="SIZE",
         parse=_size,
     )
@@ -130,18 +130,18 @@ class HostTierConfig:
     policy: str = option(
         DEFAULT_POLICY,
         ". ".join(["which experts are evicted first", *(f"{name}: {POLICIES[name].summary}" for name in POLICIES)]),
-        group=MEMORY,
+        group=MEMORY_GROUP,
         choices=tuple(POLICIES),
     )
     learn: bool = option(
         False,
         "keep a list of the most used experts in $XDG_CACHE_HOME/moetier, and load those of earlier runs at the start",
-        group=MEMORY,
+        group=MEMORY_GROUP,
     )
     loaders: int = option(
         LOADERS,
         "number of experts to read from the disk at the same time",
-        group=MEMORY,
+        group=MEMORY_GROUP,
         metavar="N",
         numbers=Number(int, 1, 64),
     )
@@ -156,13 +156,13 @@ class TierConfig(HostTierConfig):
     """
 
     device_memory: Size | None = _memory_option("GPU memory for experts, where there is a GPU")
-    device: str = option("auto", device_values(), group=MEMORY, parse=check_device)
+    device: str = option("auto", device_values(), group=MEMORY_GROUP, parse=check_device)
     context: int | None = option(
         None,
         "most tokens of a prompt and its answer together; memory is reserved for their keys and values (default: what "
         "fits into --kv-cache, at most the model's own length)",
         in_config=True,
-        group=MEMORY,
+        group=MEMORY_GROUP,
         metavar="TOKENS",
         numbers=COUNT,
         short="-c",
@@ -177,7 +177,7 @@ class TierConfig(HostTierConfig):
         "bits of each number of keys and values: 8 take about half the memory, and change a text a little. Most models "
         "can use them (moetier's own attention is needed)",
         in_config=True,
-        group=MEMORY,
+        group=MEMORY_GROUP,
         choices=(16, 8),
     )
     prefill_chunk: int | None = option(
@@ -206,7 +206,7 @@ class TierConfig(HostTierConfig):
         "number of threads to compute with (default: OMP_NUM_THREADS, else the number of CPUs that this process may "
         "use by its affinity and its control group's quota)",
         expected=f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
-        group=MEMORY,
+        group=MEMORY_GROUP,
         metavar="N",
         numbers=Number(int, 1, _CPUS, f"Give 1 to {_CPUS}, the CPUs of this machine."),
         short="-t",
@@ -215,13 +215,13 @@ class TierConfig(HostTierConfig):
         False,
         'give exactly the results of transformers (experts_implementation="eager"); slower',
         in_config=True,
-        group=MEMORY,
+        group=MEMORY_GROUP,
     )
     same_bits: bool = option(
         False,
         "give a token the same bits in chunks of any size and beside any other sequences, also where prompts and a "
         "16-bit trunk are then slower: on processors with AMX (on others this is always so)",
-        group=MEMORY,
+        group=MEMORY_GROUP,
     )
     daemon: DaemonChoice = option(
         AUTO,

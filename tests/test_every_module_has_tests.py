@@ -15,19 +15,13 @@ MAX_WITH_STATE = 50
 
 CODE = "it writes compiled code, which is compared with torch as a whole"
 COMMAND = "the work of a command, which is tested with its command line"
-PROCESS = "it needs real processes, or daemons and their clients"
 
 # module -> the file under tests/ whose tests run it, and why it has no file of its own
 TESTED_BY: dict[str, tuple[str, str]] = {
-    "runtime/checkpoint/containers.py": (
-        "runtime/checkpoint/test_gguf_file.py",
-        "the tests of GGUF files open each of them by it",
-    ),
     "runtime/checkpoint/decoded_trunk.py": (
         "runtime/model/test_trunk_files.py",
         "its weights are compared with those that files of a trunk give",
     ),
-    "runtime/daemon/daemon_config.py": ("runtime/daemon/test_entry.py", PROCESS),
     "runtime/devices/cuda.py": ("tiers/device/test_tier.py", "it needs a GPU: the tests marked cuda"),
     "runtime/kernels/codings/row_codings.py": ("runtime/kernels/products/test_row_major.py", CODE),
     "runtime/kernels/codings/row_emitter.py": ("runtime/kernels/products/test_row_major.py", CODE),

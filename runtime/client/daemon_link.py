@@ -53,13 +53,13 @@ class SlotRequest:
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
     answers: Queue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
-    of_total: int = 0  # as in ``ExpertSource.acquire``; the message calls it ``wanted``
+    of_total: int = 0  # as in ``ExpertSource.acquire``
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 
     def message(self) -> pb.ClientMessage:
         """Return the message that asks for the experts still awaited."""
-        acquire = pb.Acquire(request=self.number, block=self.block, experts=list(self.awaited), wanted=self.of_total)
+        acquire = pb.Acquire(request=self.number, block=self.block, experts=list(self.awaited), of_total=self.of_total)
         return pb.ClientMessage(acquire=acquire)
 
 

@@ -102,7 +102,7 @@ class SpreadStore(Store):
             self.local.on_fault(watcher)
 
     def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Register ``watcher`` with the local store. ``shares`` says which daemons were away."""
+        """Register ``watcher`` with the local store. It is not called if a daemon was away: ``shares`` says so."""
         if self.local is not None:
             self.local.on_recovery(watcher)
 

@@ -60,7 +60,7 @@ class Client:
             number=self.number,
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
-            leases=0 if call is None else call.leases,
+            leases=0 if call is None else call.outstanding,
             hits=counts.hits,
             misses=counts.misses,
         )
@@ -91,7 +91,7 @@ class SessionCall:
         return not self._session.open_requests
 
     @property
-    def leases(self) -> int:
+    def outstanding(self) -> int:
         """Number of slots that are leased or still being loaded for the client."""
         return self._session.outstanding
 
@@ -179,7 +179,7 @@ class SessionCall:
             if self._refusal is not None:
                 raise self._refusal.fresh()
             timeout = message.timeout_ms / 1e3 if message.timeout_ms else None
-            self._session.acquire(request, keys, timeout, of_total=message.wanted)
+            self._session.acquire(request, keys, timeout, of_total=message.of_total)
         except ProtocolError:  # the request's number is in use
             raise
         except MoetierError as error:
@@ -322,7 +322,7 @@ class Clients:
         counters = []
         for model, clients in self._by_model():
             calls = [call for client in clients if (call := client.call) is not None]
-            leases = sum(call.leases for call in calls)
+            leases = sum(call.outstanding for call in calls)
             counters.append(model.stats(clients=len(clients), sessions=len(calls), leases=leases))
         return counters
 

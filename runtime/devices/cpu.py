@@ -16,7 +16,6 @@ class Cpu(ComputeDevice):
     """The processor. ``moetier doctor`` checks it in any case, so there is no diagnosis here."""
 
     title = "processor"
-    has_memory = False
 
     def __init__(self, device: torch.device | str = HOST) -> None:
         super().__init__(device)

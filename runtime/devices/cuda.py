@@ -26,7 +26,7 @@ from moetier.tiers.quant.codec import layout_for
 from moetier.tiers.quant.packing import pair_columns
 from moetier.tiers.text import format_bytes
 
-from .device import ComputeDevice, Diagnosis
+from .device import Diagnosis, MemoryDevice
 
 DRIVER = Path("/proc/driver/nvidia/version")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch without CUDA
@@ -38,11 +38,10 @@ USUAL = Form(  # what is tried without a model: 4 bits, as moetier quantises
 _cuda: Any = torch.cuda  # typed as Any, because half of its functions have no types
 
 
-class Cuda(ComputeDevice):
+class Cuda(MemoryDevice):
     """A GPU. Its tier copies records into slots in the GPU's memory."""
 
     title = "CUDA device"
-    has_memory = True
 
     @classmethod
     def is_available(cls) -> bool:

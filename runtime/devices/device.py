@@ -35,13 +35,13 @@ class ComputeDevice(ABC):
 
     Attributes:
         title: its name in errors, after "no".
-        has_memory: whether it has memory of its own. Then trunk, context and the slots of a device tier are there, and
-            ``free_memory`` and ``streams`` are implemented. Otherwise it computes with the records in the host's slots.
+        has_memory: whether it has memory of its own (``MemoryDevice``). Otherwise it computes with the records in the
+            host's slots.
         torch_device: where torch allocates the tensors that it computes with.
     """
 
     title: ClassVar[str]
-    has_memory: ClassVar[bool]
+    has_memory: ClassVar[bool] = False
 
     def __init__(self, device: torch.device | str) -> None:
         """``device``: a torch device, or a value of the option `device`, such as "cpu"."""
@@ -62,8 +62,11 @@ class ComputeDevice(ABC):
         """Return the fastest kernels that work here. Warn if the device should have faster ones."""
 
     def kernels(self, *, exact: bool = False) -> Kernels:
-        """Return the fastest kernels. With ``exact``, return kernels with the same bits as the eager model."""
-        if without_onednn():
+        """Return the fastest kernels. With ``exact``, return kernels with the same bits as the eager model.
+
+        Where oneDNN can't run, it is turned off for the whole process.
+        """
+        if turn_off_onednn_where_barred():
             warn_once(f"As {PROTECTED}, {WITHOUT_ONEDNN}.")
         return Kernels(self.torch_device) if exact else self.fast_kernels()
 
@@ -74,13 +77,19 @@ class ComputeDevice(ABC):
         """
         return None
 
+
+class MemoryDevice(ComputeDevice):
+    """A device with memory of its own, which has trunk, context and the slots of a device tier."""
+
+    has_memory = True
+
+    @abstractmethod
     def free_memory(self) -> Available:
         """Return the device's own memory that is free."""
-        raise NotImplementedError
 
+    @abstractmethod
     def streams(self) -> StreamDevice:
         """Return the streams and memory of a new device tier."""
-        raise NotImplementedError
 
 
 def device_class(name: str) -> type[ComputeDevice]:
@@ -111,8 +120,8 @@ def device_at(device: torch.device, option: str = "auto") -> ComputeDevice:
     return device_class(name)(device)
 
 
-def without_onednn() -> bool:
-    """Turn oneDNN off in torch if memory that was written can't be made executable; return whether it was turned off.
+def turn_off_onednn_where_barred() -> bool:
+    """Turn oneDNN off in this process if memory that was written can't be made executable. Return whether it is off.
 
     oneDNN compiles code of its own. If that code can't be executed, it raises "could not create a primitive".
     """

@@ -142,11 +142,11 @@ class Engine(Closeable):
         prefill = model.tiers.prefill
         check_bits(model, kv.bits)
         runner: ModelRunner
-        if prefill.in_lockstep is not None and may_pack(model):
-            chunk, later_chunk = prefill.in_lockstep, None
-            runner = PackedRunner(model, pages, chunk=prefill.later, bits=kv.bits)
+        if prefill.lockstep_chunk is not None and may_pack(model):
+            chunk, later_chunk = prefill.lockstep_chunk, None
+            runner = PackedRunner(model, pages, later_chunk=prefill.later_chunk, bits=kv.bits)
         else:
-            chunk, later_chunk = prefill.tokens, prefill.later
+            chunk, later_chunk = prefill.tokens, prefill.later_chunk
             runner = ModelRunner(model, pages, bits=kv.bits)
         saved = None if disk is None else _saved(model, runner, disk, keys)
         with contextlib.nullcontext() if saved is None else closed_on_error(saved):

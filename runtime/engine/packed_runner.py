@@ -50,12 +50,12 @@ class PackedRunner(ModelRunner):
         model: Any,
         pages: int,
         *,
-        chunk: int,
+        later_chunk: int,
         packs: bool | None = None,
         pass_tokens: int = PASS_TOKENS,
         bits: int = 16,
     ) -> None:
-        """Compute at most ``chunk`` tokens in one forward pass, and long prompts in passes of ``pass_tokens``.
+        """Compute at most ``later_chunk`` tokens in one forward pass, and long prompts in passes of ``pass_tokens``.
 
         ``packs``: whether the model ``can_pack``, in lockstep too; None: try it when several sequences or a long prompt
         come. ``bits``: those of keys and values.
@@ -63,7 +63,7 @@ class PackedRunner(ModelRunner):
         super().__init__(model, pages, bits=bits)
         self.computes_together = True
         self.pass_tokens: int = pass_tokens
-        self._chunk = chunk
+        self._later_chunk = later_chunk
         self._packs = self._packs_in_lockstep = packs
         self._ways = FasterWay()
         self.windows = windows_of(model)
@@ -96,7 +96,7 @@ class PackedRunner(ModelRunner):
         )
 
     def _one_by_one(self, tasks: list[Task], should_stop: Callable[[], bool]) -> list[Tensor | None]:
-        chunks = [task.parts(self._chunk) for task in tasks]
+        chunks = [task.parts(self._later_chunk) for task in tasks]
         outputs = [[super(PackedRunner, self).run([part], should_stop)[0] for part in parts] for parts in chunks]
         return [
             torch.cat(of_parts) if task.scores else of_parts[-1]  # type: ignore[arg-type] # each part has scores
@@ -106,7 +106,7 @@ class PackedRunner(ModelRunner):
     def _in_chunks(self, tasks: list[Task], between: Callable[[float], object]) -> list[Tensor | None]:
         """Compute long tasks of a model that can't compute them in lockstep, one after the other."""
         results: list[Tensor | None] = [None] * len(tasks)
-        chunks = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self._chunk)]
+        chunks = [(number, part) for number, task in enumerate(tasks) for part in task.parts(self._later_chunk)]
         for done, (number, part) in enumerate(chunks):
             between(done / len(chunks))
             if _goes_on(part.sequence):
@@ -272,7 +272,7 @@ def _trial(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits that must be equal: those after two prompts computed in parts, and those of the model's forward."""
     prompts = [[(7 * number + 3) % vocabulary for number in range(begin, begin + 5)] for begin in (0, 40)]
-    runner = PackedRunner(model, 2, chunk=len(prompts[0]), packs=True, bits=bits)
+    runner = PackedRunner(model, 2, later_chunk=len(prompts[0]), packs=True, bits=bits)
     sequences = [TokenSequence(Request(tuple(prompt), 1)) for prompt in prompts]
     # the first prompt but for its last token; then that token, and the whole other prompt
     runner.run_together([Task(sequences[0], 0, 4, [1])], None)

@@ -94,7 +94,7 @@ class Runner(ABC):
 
     @abstractmethod
     def end(self, sequence: TokenSequence) -> None:
-        """Forget what is kept of a sequence besides its pages, if anything is."""
+        """Free what the runner keeps of a sequence besides its pages, such as its state."""
 
     @abstractmethod
     def copy_page(self, source: int, target: int, tokens: int) -> None:

@@ -21,17 +21,17 @@ class StepLimits:
 
     Attributes:
         max_sequences: most sequences that run at a time.
-        first_chunk: most tokens of prompts in a step. If prompts are computed one by one, only for the first part of a
+        chunk: most tokens of prompts in a step. If prompts are computed one by one, only for the first part of a
             prompt that runs alone; otherwise for all prompts of the step together.
         later_chunk: if prompts are computed one by one, most tokens of a later part of a prompt, and of any part while
-            other sequences run. It may be smaller than ``first_chunk``, as attention to earlier tokens takes memory.
+            other sequences run. It may be smaller than ``chunk``, as attention to earlier tokens takes memory.
         scored_chunk: most tokens of a prompt that is scored, as each has logits for the whole vocabulary.
         pass_tokens: a prompt with more tokens than this is long. Long prompts are computed together; between their
             parts, short ones are computed. None: prompts are computed one by one.
     """
 
     max_sequences: int
-    first_chunk: int
+    chunk: int
     later_chunk: int
     scored_chunk: int
     pass_tokens: int | None = None
@@ -130,11 +130,11 @@ class Scheduler:
         prompts = sorted((s for s in running if s.remaining > 1), key=lambda sequence: sequence.last_step)
         if self._limits.pass_tokens is None:
             is_alone = len(self.running) == 1 and not self.running[0].computed
-            left, chosen = self._limits.first_chunk if is_alone else self._limits.later_chunk, prompts[:1]
+            left, chosen = self._limits.chunk if is_alone else self._limits.later_chunk, prompts[:1]
         else:
             long = [sequence for sequence in prompts if self._max_tokens(sequence) > self._limits.pass_tokens]
             short = [sequence for sequence in prompts if sequence not in long]
-            left, chosen = self._limits.first_chunk, short[:1] + long
+            left, chosen = self._limits.chunk, short[:1] + long
             if is_beside:
                 # a pass of a prompt that is not very long; the others wait for a step of their own
                 left = self._limits.pass_tokens

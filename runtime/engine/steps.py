@@ -70,7 +70,10 @@ class Steps:
         self._run(long)
 
     def _step_beside(self, busy: Collection[TokenSequence]) -> None:
-        """Compute the short tasks of a step, in the middle of long ones. ``busy``: the sequences of those."""
+        """Compute the short tasks of a step, in the middle of long ones. ``busy``: the sequences of those.
+
+        No further step is computed beside this one, as the runner calls ``_between`` for long tasks only.
+        """
         began = time.monotonic()
         self._add_arrived()
         self._admit(busy)

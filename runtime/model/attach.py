@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moetier.runtime.config import SpeculationMode, TierConfig
-from moetier.runtime.devices.device import ComputeDevice, device_at
+from moetier.runtime.devices.device import ComputeDevice, MemoryDevice, device_at
 from moetier.runtime.kernels.layer.attention import use_causal_attention
 from moetier.runtime.kernels.layer.growing_cache import use_growing_layers
 from moetier.runtime.kernels.layer.norm import use_quick_norms
@@ -120,7 +120,7 @@ def _open_tiers(
         read_manifest(location),
         config,
         kernels,
-        available=device.free_memory() if device.has_memory else memory_for_model(),
+        available=device.free_memory() if isinstance(device, MemoryDevice) else memory_for_model(),
         trunk=mapped_bytes(model),
         matrices=[linear.layout for linear in linears],
     )
@@ -155,7 +155,7 @@ def _speculate(
     tiers.speculate(
         Speculation(
             shortcuts,
-            tiers.device_tier,
+            tiers.source,
             look_ahead=config.look_ahead,
             mode=_mode(config, tiers, modules),
             most=config.prefetch,
@@ -201,7 +201,7 @@ def _attach_blocks(model: PreTrainedModel, tiers: Tiers, device: torch.device) -
         modules[block.path].tiered = TieredBlock(
             number,
             layout,
-            tiers.device_tier,
+            tiers.source,
             tiers.kernels,
             device,
             on_demand,

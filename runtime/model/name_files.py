@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.store.folder import user_folder
 
 NAME = re.compile(r"\w[\w.-]*")
 MAX_NAMES = 1000  # numbers that are tried for models whose folders have one name
@@ -22,13 +23,9 @@ MAX_NAMES = 1000  # numbers that are tried for models whose folders have one nam
 
 def data_folder() -> Path:
     """Return the folder of the user's models and names. Raises ConfigError if the user has no home folder."""
-    folder = Path(os.environ.get("XDG_DATA_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore such a value
-        try:
-            folder = Path.home() / ".local" / "share"
-        except RuntimeError:
-            raise ConfigError("There is no home folder to keep models in.", "Set XDG_DATA_HOME to a folder.") from None
-    return folder / "moetier"
+    if (folder := user_folder("DATA")) is None:
+        raise ConfigError("There is no home folder to keep models in.", "Set XDG_DATA_HOME to a folder.")
+    return folder
 
 
 def registered() -> dict[str, Path]:

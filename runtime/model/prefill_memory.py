@@ -109,12 +109,12 @@ class Prefill:
         return self._lockstep_bytes(min(self.lockstep.tokens, MIN_IN_LOCKSTEP))
 
     @property
-    def later(self) -> int:
+    def later_chunk(self) -> int:
         """Most tokens of a chunk after the first that fit into the same bytes, as later chunks may need masks."""
         return self._most(self.nbytes, self.tokens)
 
     @property
-    def in_lockstep(self) -> int | None:
+    def lockstep_chunk(self) -> int | None:
         """Most tokens of prompts that fit into the same bytes in lockstep; None if they can't be computed so."""
         if self.lockstep is None:
             return None
@@ -144,7 +144,7 @@ class Prefill:
             has_mask = attention.has_mask or not is_whole or 0 < attention.window < length
             masks[attention.window] = tokens * seen * attention.mask * has_mask
             expanded = attention.always + attention.masked * has_mask + attention.kept * (not is_whole)
-            packed = (seen if attention.window else min(seen, SEGMENT)) * attention.packed
+            packed = min(seen, SEGMENT) * attention.packed
             work = max(work, seen * expanded + packed + tokens * seen * attention.scores)
         layer = max(tokens * self.of_attention + work, tokens * self.of_block)
         return self.fixed + int(SPARE * (tokens * self.states + layer + sum(masks.values())))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moetier.runtime.config import SpeculationMode, TierConfig
-from moetier.runtime.devices.device import ComputeDevice
+from moetier.runtime.devices.device import ComputeDevice, MemoryDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.moe.block import refuse_copy
@@ -85,7 +85,7 @@ class Tiers(Closeable):
             )
             undo.callback(origin.close)
             tier: HostViews | DeviceTier = HostViews(origin.host)
-            if device.has_memory:
+            if isinstance(device, MemoryDevice):
                 tier = DeviceTier(
                     origin.host,
                     manifest,
@@ -103,15 +103,16 @@ class Tiers(Closeable):
             undo.pop_all()
         is_wanted = config.prefill_chunk is not None or not needs.prefill.resumes
         if is_wanted and tiers.prefill_chunk < (tokens := needs.prefill.tokens):
-            what = "to compute %s tokens of a prompt together" if needs.prefill.resumes else "for a prompt of %s tokens"
-            _log.warning(f"Memory leaves room {what}, not %s.", f"{tiers.prefill_chunk:,}", f"{tokens:,}")
+            room = f"{tiers.prefill_chunk:,} tokens"
+            what = f"to compute {room} of a prompt together" if needs.prefill.resumes else f"for a prompt of {room}"
+            _log.warning("Memory leaves room %s, not %s.", what, f"{tokens:,}")
         return tiers
 
     def __init__(
         self,
         manifest: Manifest,
         origin: Origin,
-        device_tier: HostViews | DeviceTier,
+        source: HostViews | DeviceTier,
         kernels: Kernels,
         prefill: Prefill,
         kv: KVBudget = NO_KV,
@@ -123,12 +124,12 @@ class Tiers(Closeable):
         self.kv = kv  # memory for keys and values, and the context
         self.host = origin.host
         self.where = origin.where  # text for a user: where the experts come from
-        self.device_tier = device_tier
+        self.source = source
         self.kernels = kernels
         self.speculation: Speculation | None = None  # set by ``speculate``
         self.hooks = Observation()  # hooks on the model, besides those of the speculation
         self._trunk_files = trunk_files
-        self.close_sources = partial(_close_sources, device_tier, origin)  # without a reference to the model
+        self.close_sources = partial(_close_sources, source, origin)  # without a reference to the model
 
     @property
     def prefill_chunk(self) -> int:
@@ -142,7 +143,7 @@ class Tiers(Closeable):
 
     def stats(self) -> list[TierStats]:
         """Return the counters of the host tier and, on a GPU, of the device tier."""
-        return [self.host.stats(), *([self.device_tier.stats()] if isinstance(self.device_tier, DeviceTier) else [])]
+        return [self.host.stats(), *([self.source.stats()] if isinstance(self.source, DeviceTier) else [])]
 
     def describe_context(self) -> str:
         """Return the length of the context, and what its keys and values cost, for a user."""
@@ -166,9 +167,9 @@ class Tiers(Closeable):
                 self.speculation.detach()
 
 
-def _close_sources(device_tier: HostViews | DeviceTier, origin: Origin) -> None:
+def _close_sources(source: HostViews | DeviceTier, origin: Origin) -> None:
     with contextlib.closing(origin):
-        device_tier.close()
+        source.close()
 
 
 def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) -> None:

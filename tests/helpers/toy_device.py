@@ -8,18 +8,17 @@ from typing import ClassVar
 import torch
 from fake_device import prompt_device
 
-from moetier.runtime.devices.device import ComputeDevice, Diagnosis
+from moetier.runtime.devices.device import Diagnosis, MemoryDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.slots import Form, Make, SlotKernels, slot_kernels
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.stream import StreamDevice
 
 
-class Toy(ComputeDevice):
+class Toy(MemoryDevice):
     """A device with slots of its own. Its memory is the host's, and torch calls it a CPU."""
 
     title = "toy"
-    has_memory = True
     block_kernels: ClassVar[Make | None] = None  # makes kernels for a block's experts in its slots
 
     def __init__(self, device: torch.device | str) -> None:

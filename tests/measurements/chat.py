@@ -19,6 +19,7 @@ import moetier
 from moetier.runtime.generation.conversation import Conversation
 from moetier.tools.bench.output import Spread
 from moetier.tools.chat.answer import Answering, ChatReply
+from moetier.tools.chat.options import AnswerOptions
 
 SECOND = "And what came of it in the end?"
 ANSWER = 8  # tokens
@@ -44,12 +45,11 @@ def main() -> None:
     with model.tiers:
         ids = tokenizer(arguments.text.read_text())["input_ids"]
         ids = (ids * (arguments.tokens // len(ids) + 1))[: arguments.tokens]
-        conversation = Conversation(tokenizer, system=None, context=context, room=ANSWER)
+        conversation = Conversation(tokenizer, system=None, context=context, answer_tokens=ANSWER)
 
         def answer(prompt: list[int], engine: moetier.Engine) -> ChatReply:
-            answering = Answering(
-                model, tokenizer, engine, {"do_sample": False}, seed=0, is_plain=conversation.is_plain
-            )
+            options = AnswerOptions({"temperature": 0})
+            answering = Answering(model, tokenizer, engine, options, is_plain=conversation.is_plain)
             return answering.answer(prompt, most=ANSWER, is_interrupted=lambda: False, echo=False)
 
         first = tokenizer.decode(ids)

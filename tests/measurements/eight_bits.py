@@ -31,7 +31,7 @@ def filled(model: Any, tokens: int, bits: int) -> tuple[PackedRunner, list[int]]
     """Return a runner whose pages hold random keys and values of ``tokens`` tokens, and the numbers of the pages."""
     config, random = model.config.get_text_config(decoder=True), torch.Generator().manual_seed(1)
     pages = [*range(-(-(tokens + ANSWER) // PAGE_TOKENS))]
-    runner = PackedRunner(model, len(pages), chunk=PAGE_TOKENS, bits=bits)
+    runner = PackedRunner(model, len(pages), later_chunk=PAGE_TOKENS, bits=bits)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
         numbers = torch.randn(2, 1, config.num_key_value_heads, tokens, width, generator=random).to(model.dtype)

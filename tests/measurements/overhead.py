@@ -122,7 +122,7 @@ def load_warm(directory: Path, ram: str) -> Any:
     model, _ = moetier.load(directory, ram=budget, daemon=None, speculate="off")
     for number, block in enumerate(model.tiers.manifest.blocks):
         for expert in range(block.experts):
-            assert all(lease.validate() for lease in model.tiers.device_tier.acquire([ExpertKey(number, expert)]))
+            assert all(lease.validate() for lease in model.tiers.source.acquire([ExpertKey(number, expert)]))
     return model
 
 

@@ -160,7 +160,8 @@ class Expert:
                 seconds = [a + b for a, b in zip(seconds, [*spent, 0.0], strict=True)]
                 spent.clear()
         with patch.object(expert_kernels, "run_all", run_one_by_one):
-            self._kernels.add_up(outputs, torch.ones(len(x), 1))
+            rows, bounds = torch.arange(len(x)), torch.arange(len(x) + 1)
+            self._kernels.add_up(outputs, torch.ones(len(x)), rows, bounds, torch.empty_like(outputs))
         seconds[-1] = spent[0]
         return seconds
 

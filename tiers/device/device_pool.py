@@ -9,7 +9,7 @@ import torch
 
 from moetier.tiers.cache.budget import partitions_of, slot_ranges
 from moetier.tiers.cache.policies import POLICIES
-from moetier.tiers.cache.pool import SlotPool, snapshot
+from moetier.tiers.cache.pool import SlotPool, stats_of
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.manifest import Manifest
@@ -126,7 +126,7 @@ class DeviceSlots:
 
     def stats(self) -> TierStats:
         """Return the tier's counters, and the present state of its slots."""
-        return snapshot(self._counters, self.pools.values())
+        return stats_of(self._counters, self.pools.values())
 
 
 def _allocate(device: StreamDevice, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:

@@ -62,11 +62,11 @@ class DeviceDemand:
         """Note that records are not on the device."""
         self.lacks_records = True
 
-    def begin_filling(self, slot: PoolSlot, key: ExpertKey) -> None:
+    def begin_fill(self, slot: PoolSlot, key: ExpertKey) -> None:
         """Note that a slot will be LOADING."""
         self.filling = (slot, key)
 
-    def end_filling(self) -> None:
+    def end_fill(self) -> None:
         """Note that the slot is no longer LOADING."""
         self.filling = None
 
@@ -213,7 +213,7 @@ class DeviceFill:
         return choose(may_borrow=True) if slot is None else slot
 
     def _begin_fill(self, demand: DeviceDemand, slot: PoolSlot, key: ExpertKey, *, is_prefetch: bool = False) -> None:
-        demand.begin_filling(slot, key)
+        demand.begin_fill(slot, key)
         evicted = demand.pool.begin_fill(slot, key, is_scan=demand.is_scan, is_prefetch=is_prefetch)
         if evicted is not None:
             self._counters.count(evictions=1)
@@ -242,7 +242,7 @@ class DeviceFill:
         self._counters.count(bytes_in=pool.slot_bytes)
         self._copies.complete(copy, pool, slot)
         pool.complete_fill(slot)
-        self._end_filling(demand)
+        self._end_fill(demand)
         if began is not None:
             pool.pin(slot)
             self._admit(demand, slot, began)
@@ -263,11 +263,11 @@ class DeviceFill:
         slot, key = demand.filling
         self._promoter.outcomes.note_aborted(key)
         demand.pool.abort_fill(slot)
-        self._end_filling(demand)
+        self._end_fill(demand)
         self._copies.abort(demand.pool, slot)
 
-    def _end_filling(self, demand: DeviceDemand) -> None:
-        demand.end_filling()
+    def _end_fill(self, demand: DeviceDemand) -> None:
+        demand.end_fill()
         self._monitor.wake()
 
     def _admit(self, demand: DeviceDemand, slot: PoolSlot, began: float) -> None:

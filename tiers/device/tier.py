@@ -305,7 +305,7 @@ class DeviceTier:
             return None
         block, hits, missing = keys[0].block, list[ExpertKey](), list[ExpertKey]()
         pool = self._slots.pool(block)
-        demand.begin(pool, is_scan=max(len(keys), of_total) > pool.partitions.quota(block))
+        demand.begin(pool, is_scan=pool.partitions.is_scan(block, max(len(keys), of_total)))
         self._demands[demand] = None
         if self._promotes:
             self._promoter.replace(block, (), ())

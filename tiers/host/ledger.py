@@ -20,28 +20,29 @@ that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An 
 leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
 that does not return its slots can't block other callers.
 
-The tier calls some parts itself: ``slots``, ``loads`` for its loaders, the warm-up and ``page_order``, ``uses``,
-``waiting`` for the timekeeper, and ``counters``. Sessions use ``manifest`` and ``uses``.
+The tier calls methods of the ledger, and gives two of its parts to others: ``loads`` to loaders and ``page_order``, and
+``uses`` to sessions and to what finds records without a demand. It reads quotas from ``slots``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.cache.pool import SlotState, snapshot
+from moetier.tiers.cache.pool import SlotState, stats_of
 from moetier.tiers.errors import MoetierError, StoreError
-from moetier.tiers.layout import ExpertKey, PoolSlot
+from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted
 from .loads import LoadLimits, Loads
-from .prefetch import PrefetchQueue, Uses
+from .prefetch import PrefetchQueue
 from .slots import HostSlots
+from .uses import Uses
 from .waiting import Notifier, WaitingDemands
 
 
@@ -72,13 +73,13 @@ class Ledger:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = manifest
-        self.counters = TierCounters("host")
+        self._counters = TierCounters("host")
         self.slots = HostSlots(manifest, layout, policy)
-        self._prefetches = PrefetchQueue(self.counters, clock)
-        self.uses = Uses(self.slots.pool_of, self.counters, self._prefetches)
+        self._prefetches = PrefetchQueue(self._counters, clock)
+        self.uses = Uses(self.slots.pool_of, self._counters, self._prefetches)
         self.waiting = WaitingDemands(notifier, clock)
         rest = {self.slots.pools[array]: blocks for array, blocks in manifest.members.items()} if loads_rest else {}
-        self.loads = Loads(directory, self.counters, self._prefetches, self.waiting, notifier, limits, rest)
+        self.loads = Loads(directory, self._counters, self._prefetches, self.waiting, notifier, limits, rest)
         self._directory = directory
         self._notifier = notifier
         self._clock = clock
@@ -92,7 +93,19 @@ class Ledger:
 
     def stats(self) -> TierStats:
         """Return a snapshot of the counters and of the state of the slots."""
-        return snapshot(self.counters, self.slots.pools.values())
+        return stats_of(self._counters, self.slots.pools.values())
+
+    def absent(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
+        """Return those of ``keys`` whose records are not READY. Callers need not hold the lock."""
+        return [key for key in keys if not self.slots.is_ready(key)]
+
+    def recover(self, kept: Mapping[TierSlot, ExpertKey]) -> None:
+        """Make slots READY that hold intact records of a reclaimed arena. ``kept`` has the keys of these records."""
+        self.slots.recover(kept)
+
+    def note_recovery(self) -> None:
+        """Count a read that failed, but succeeded from a mirror."""
+        self._counters.count(failures=1)
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
@@ -111,7 +124,7 @@ class Ledger:
         pool, caller = demand.pool, demand.caller
         caller.register(demand)
         distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
-        demand.begin(distinct, is_scan=max(len(distinct), of_total) > pool.partitions.quota(demand.block))
+        demand.begin(distinct, is_scan=pool.partitions.is_scan(demand.block, max(len(distinct), of_total)))
         if not of_total:
             self._prefetches.replace(pool, demand.block, (), requester)
         elif demand.is_scan:
@@ -232,7 +245,17 @@ class Ledger:
         if self._prefetches.replace(self.slots.pool_of[block], block, keys, caller):
             self.loads.wake_loaders_for_prefetches()
 
+    def warm(self, hottest: Iterable[Sequence[ExpertKey]]) -> None:
+        """Queue records of each block for the warm-up (``Loads.warm``). Raises the same errors as ``begin``."""
+        self.check_open()
+        for pool, keys in zip(self.slots.pool_of, hottest, strict=True):
+            self.loads.warm(pool, keys)
+
     # -- asynchronous callers -----------------------------------------------------------------------------------------
+
+    def expire(self) -> float | None:
+        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
+        return self.waiting.expire()
 
     def serve(self) -> None:
         """Advance all asynchronous demands that can go on. Others are advanced by the threads of their callers.
@@ -272,7 +295,7 @@ class Ledger:
 
     def _end_wait(self, demand: Demand) -> None:
         if demand.waits_since is not None:
-            self.counters.count_wait(demand.end_wait(self._clock()))
+            self._counters.count_wait(demand.end_wait(self._clock()))
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
@@ -284,13 +307,13 @@ class Ledger:
                 break
             match demand.pool.state_of(key):
                 case SlotState.READY:  # another load has brought the record since this demand began
-                    self.counters.count(joined=1)
+                    self._counters.count(joined=1)
                     slot = demand.pool.pin_ready(key)
                     assert slot is not None
                     demand.hold(key, slot)
                     self._prefetches.note_uses((key,))
                 case SlotState.LOADING:  # a prefetch or another demand has begun to load the record
-                    self.counters.count(joined=1)
+                    self._counters.count(joined=1)
                     self.loads.join(demand, key)
                 case SlotState.EMPTY:
                     may_load = may_load and self.loads.begin_for(demand, key)

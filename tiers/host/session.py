@@ -201,4 +201,4 @@ class Timekeeper:
 
     @transition
     def _expire(self) -> float | None:
-        return self._ledger.waiting.expire()
+        return self._ledger.expire()

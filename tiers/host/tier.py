@@ -29,8 +29,8 @@ from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
 from .page_order import PageOrder
-from .prefetch import Uses
 from .session import Session, Timekeeper
+from .uses import Uses
 from .waiting import Notifier
 
 # leases that are available together, and whether they are the last of the demand
@@ -77,8 +77,9 @@ class HostTier(Closeable):
             store: reads the records.
             slots: a dictionary from the name of each zarr array to a number of slots, as ``slots_for`` returns it.
             loaders: number of threads that read records.
-            arena: a reclaimed arena with the same numbers of slots; None to create an arena. The intact records of a
-                reclaimed arena are READY without a read, and processes that have mapped the arena can go on using it.
+            arena: a reclaimed arena with the same numbers of slots, which the tier closes, also if this fails; None to
+                create an arena. The intact records of a reclaimed arena are READY without a read, and processes that
+                have mapped the arena can go on using it.
             policy: the policy of eviction, a key of ``POLICIES``.
             loads_rest: whether a tier with room for all records of one layout reads them all, in the background, once
                 half of them are there or on their way.
@@ -118,7 +119,7 @@ class HostTier(Closeable):
             undo.callback(self.close)
             if arena is not None:
                 kept = recover(arena, self.manifest, loaders)
-                self._ledger.slots.recover(kept)
+                self._ledger.recover(kept)
                 self.recovered = len(kept)
             self._loaders.start(loaders)
             undo.pop_all()
@@ -245,9 +246,7 @@ class HostTier(Closeable):
 
     @transition
     def _warm(self, hottest: Sequence[Sequence[ExpertKey]]) -> None:
-        self._ledger.check_open()
-        for pool, keys in zip(self._ledger.slots.pool_of, hottest, strict=True):
-            self._ledger.loads.warm(pool, keys)
+        self._ledger.warm(hottest)
 
     def ready_experts(self, block: int) -> list[int]:
         """Return the experts of a block whose records are READY now."""
@@ -260,8 +259,7 @@ class HostTier(Closeable):
         This takes no lock, so the result may be out of date when the caller gets it.
         """
         self._monitor.fork_guard.check()
-        is_ready = self._ledger.slots.is_ready
-        return [key for key in keys if not is_ready(key)]
+        return self._ledger.absent(keys)
 
     # -- other processes, statistics, the end --------------------------------------------------------------------------
 
@@ -302,7 +300,7 @@ class HostTier(Closeable):
     @transition
     def _count_failure(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
-        self._ledger.counters.count(failures=1)
+        self._ledger.note_recovery()
 
     @property
     def fault(self) -> StoreError | None:

@@ -27,6 +27,7 @@ JOURNAL = "conversion.json"  # in the model directory until the conversion ends:
 ORIGIN = "origin.json"  # in the model directory, if the checkpoint is from the Hugging Face hub: its id and commit
 MIRRORS = "mirrors.json"  # in the model directory: the folders of the mirrors
 CACHE = "store-cache.json"  # in a cache of a model in an object store: the model's address, and the cache's limit
+BELOW_HOME = {"CACHE": ".cache", "DATA": ".local/share", "STATE": ".local/state"}  # the user's folders
 NEW = "~new"  # suffix of the folder beside a model directory in which the model is made that will replace it
 REPLACED = "replaced~"  # in a model directory that has just replaced another: the folder of the old one
 FETCHED = METADATA + PARTIAL  # in a cache: the manifest until all records are there
@@ -102,18 +103,28 @@ def is_cache(folder: Path) -> bool:
     return (folder.parent / CACHE).exists() and not (folder / METADATA).exists()
 
 
+def user_folder(kind: str) -> Path | None:
+    """Return ``moetier`` in ``$XDG_CACHE_HOME`` or the like (XDG Base Directory Specification 0.8).
+
+    ``kind`` is a key of BELOW_HOME. Returns None if the variable names no folder and the user has no home folder.
+    """
+    folder = Path(os.environ.get(f"XDG_{kind}_HOME", ""))
+    if not folder.is_absolute():  # the specification says to ignore such a value
+        try:
+            folder = Path.home() / BELOW_HOME[kind]
+        except RuntimeError:
+            return None
+    return folder / "moetier"
+
+
 def user_cache(name: str) -> Path:
-    """Return the path ``name`` in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8).
+    """Return the path ``name`` in ``$XDG_CACHE_HOME/moetier``.
 
     Raises TargetError if the user has no home folder.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore such a value
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError:
-            raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.") from None
-    return folder / "moetier" / name
+    if (folder := user_folder("CACHE")) is None:
+        raise TargetError("There is no home folder for a cache.", "Set XDG_CACHE_HOME to a folder.")
+    return folder / name
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -29,9 +29,9 @@ from .reader import ShardStore
 from .shard import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 
 MIN_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
-MEMORY = 1.0  # seconds of reading over which the rate of a disk is averaged
+RATE_SECONDS = 1.0  # seconds of reading over which the rate of a disk is averaged
 FAILURES = 3  # number of failures in a row after which a copy is set aside
-REST = 60.0  # seconds for which a copy is set aside
+REST_SECONDS = 60.0  # seconds for which a copy is set aside
 STALE = 10.0  # seconds without a read after which the rate of a disk is measured again
 
 _log = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ class MirroredStore(WrapperStore):
         with self._lock:
             rests = copy.note_failure(key, error, time.monotonic())
         if rests:
-            _log.warning("%s is set aside for %.0f s: %s", copy.store.folder.parent, REST, error.cause)
+            _log.warning("%s is set aside for %.0f s: %s", copy.store.folder.parent, REST_SECONDS, error.cause)
 
 
 class _Copy:
@@ -329,7 +329,7 @@ class _Copy:
             self.damaged.add(key)
         self.failures += 1
         if rests := self.failures >= FAILURES and now >= self.rests_until:
-            self.rests_until = now + REST
+            self.rests_until = now + REST_SECONDS
         return rests
 
     def begin(self, now: float) -> None:
@@ -341,7 +341,7 @@ class _Copy:
     def end(self, now: float, length: int) -> None:
         """Note that a read of ``length`` bytes ends at the time ``now``. Time that several reads share counts once."""
         passed, self._since = now - self._since, now
-        fades = math.exp(-passed / MEMORY)
+        fades = math.exp(-passed / RATE_SECONDS)
         self._bytes = fades * self._bytes + length
         self._seconds = fades * self._seconds + passed
         self._reading -= 1

@@ -16,6 +16,7 @@ from typing import Any
 
 from moetier.runtime.generation.conversation import Message
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.store.folder import user_folder
 
 MAX_LINES = 1000  # the file of lines is cut to these when it has twice as many
 MAX_CONVERSATIONS = 20
@@ -26,13 +27,8 @@ _UNFOLD = str.maketrans("\r", "\n")
 
 def state_folder() -> Path | None:
     """Return the user's folder for the state of chats; None if the user has no home folder."""
-    folder = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore such a value
-        try:
-            folder = Path.home() / ".local" / "state"
-        except RuntimeError:
-            return None
-    return folder / "moetier" / "chat"
+    folder = user_folder("STATE")
+    return None if folder is None else folder / "chat"
 
 
 class LineHistory:

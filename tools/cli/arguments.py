@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetier.runtime.config import MEMORY, OF_HOST_TIER, TIER_OPTIONS, Size, TierConfig
+from moetier.runtime.config import MEMORY_GROUP, OF_HOST_TIER, TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.generation.decoding import DECODING, ONE_SEQUENCE, SAMPLING, penalties_of, sampling_of
 from moetier.runtime.wire.address import CREDENTIALS, Credentials
 from moetier.tiers.layout import BITS, Bits
@@ -21,7 +21,7 @@ def _in_groups(*titles: str) -> tuple[str, ...]:
     return tuple(name for name, option in TIER_OPTIONS.items() if option.group in titles)
 
 
-RESOURCES = _in_groups(MEMORY, "daemon")
+RESOURCES = _in_groups(MEMORY_GROUP, "daemon")
 SPECULATION = _in_groups("speculation")  # only commands for generating text have these
 
 

@@ -101,14 +101,14 @@ def run(arguments: argparse.Namespace) -> None:
         _log.warning("%s", short)
     import transformers
 
-    from moetier.runtime.devices.device import without_onednn
+    from moetier.runtime.devices.device import turn_off_onednn_where_barred
     from moetier.runtime.machine.threads import use_threads
     from moetier.tools.quality.quality import measure_checkpoint, measure_directory, read_texts, ways_of
 
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
     use_threads(arguments.threads)
-    without_onednn()
+    turn_off_onednn_where_barred()
     if converted:
         rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
     else:

@@ -96,7 +96,7 @@ class Encoder:
                 reading, held = 2 * itemsize * max(sizes), itemsize * max(sizes) + codes
             else:
                 reading, held = itemsize * block.experts * (sum(sizes) + max(sizes)) + codes, codes
-            records = self._slots(layout.record_bytes) * layout.record_bytes
+            records = self._buffers(layout.record_bytes) * layout.record_bytes
             peak = max(peak, reading + (self.workers - 1) * held + self.workers * band + records)
         return peak
 
@@ -109,7 +109,7 @@ class Encoder:
         return max((8 * layout.weights for layout in self.manifest.layouts.values()), default=0) + (1 << 30)
 
     def records(self, blocks: Sequence[int]) -> Generator[tuple[Bytes, WeightDeviation]]:
-        """Yield the record and the weight error of each expert of ``blocks``, which are numbers of blocks, in order.
+        """Yield the record of each expert of ``blocks`` (numbers, in order), and how far its weights deviate.
 
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
@@ -118,24 +118,24 @@ class Encoder:
         )
         free: SimpleQueue[Bytes] = SimpleQueue()  # buffers: one for each task, and one for the record that is yielded
         size = max((self.manifest.layout(block).record_bytes for block in blocks), default=0)
-        slots = self._slots(size)
-        for _ in range(min(slots, len(waiting))):
+        buffers = self._buffers(size)
+        for _ in range(min(buffers, len(waiting))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
         ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightDeviation]]]] = deque()
         merging = Merging()
         with pool_of(self.workers) as pool:
             while waiting or ahead:
-                while waiting and len(ahead) < slots and self._may_start(waiting[0], ahead):
+                while waiting and len(ahead) < buffers and self._may_start(waiting[0], ahead):
                     key = waiting.popleft()
                     ahead.append((key, pool.submit(self._encode, key, free, merging)))
                 key, future = ahead.popleft()
-                record, error = future.result()
+                record, deviation = future.result()
                 if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
                     merging.release()  # all experts of the block are encoded
-                yield record[: self.manifest.layout(key.block).record_bytes], error
+                yield record[: self.manifest.layout(key.block).record_bytes], deviation
                 free.put(record)
 
-    def _slots(self, record_bytes: int) -> int:
+    def _buffers(self, record_bytes: int) -> int:
         """Return how many records are in memory at any one time: one for each worker, and finished ones."""
         return self.workers + max(1, min(MAX_QUEUED, QUEUED_BYTES // max(1, record_bytes)))
 

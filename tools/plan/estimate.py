@@ -199,7 +199,7 @@ def long_prompts(model: Any, fit: Fit, caching: Caching, rates: MachineRates) ->
     Those that do not fit into the context are left out. ``model``: on the meta device.
     """
     choice, prefill = fit.choice, fit.needs.prefill
-    together = prefill.in_lockstep or prefill.tokens
+    together = prefill.lockstep_chunk or prefill.tokens
     layers = model.config.get_text_config(decoder=True).per_layer_config
     heads = [
         layer.num_attention_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
@@ -309,7 +309,7 @@ def _choice(model_choices: ModelChoices, fit: Fit, resources: MachineResources, 
         "device_slots": None if fit.device_slots is None else sum(fit.device_slots.values()),
         "all_resident": fit.all_resident,
         "streams": fit.streams,
-        "prefill_chunk": min(fit.needs.prefill.in_lockstep or fit.needs.prefill.tokens, fit.needs.kv.context),
+        "prefill_chunk": min(fit.needs.prefill.lockstep_chunk or fit.needs.prefill.tokens, fit.needs.kv.context),
         "hit_ratio": caching.mean(choice.manifest),
         "hit_curve": caching.curve,
         "memory": memory_of(fit, resources),

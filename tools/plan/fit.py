@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import TierConfig
-from moetier.runtime.devices.device import ComputeDevice
+from moetier.runtime.devices.device import ComputeDevice, MemoryDevice
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import MARGIN_BYTES, MARGIN_SHARE, Available
 from moetier.runtime.model.budgets import ModelMemory, Needs
@@ -48,7 +48,7 @@ class MachineResources:
 
         ``host``: free memory of the host; ``idle_bytes``: memory of a process that has imported what a model needs.
         """
-        on_device = device.free_memory() if device.has_memory else None
+        on_device = device.free_memory() if isinstance(device, MemoryDevice) else None
         return cls(host, device, on_device, free_bytes(into), idle_bytes, into)
 
 

@@ -26,7 +26,7 @@ from moetier.tiers.threads import start_thread
 from .catalogue import Catalogue
 from .keys import Keys
 from .metrics import Tally
-from .pins import Pin, PinnedModel, refuse
+from .pins import ModelEntry, Pin, refuse
 from .protocols.refusal import ENDING, Refusal, log_failure, unknown_model
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded, which takes less time and memory
@@ -86,7 +86,7 @@ class Models(Closeable):
         # guards: ``_entries``, ``_wanted``, ``_thread``, ``_is_ending``, ``_is_closed``, ``_traffic``
         self._changed = threading.Condition()
         self._entries = {name: self._entry_of(name) for name in catalogue.models()}
-        self._wanted: list[PinnedModel] = []  # for which requests wait, in the order of the first of them
+        self._wanted: list[ModelEntry] = []  # for which requests wait, in the order of the first of them
         self._thread: threading.Thread | None = None
         self._is_ending = self._is_closed = False
         self._traffic: Traffic | None = None  # of keys and values on disk, of the models that were unloaded
@@ -124,11 +124,11 @@ class Models(Closeable):
                 self._wake()
             return pin
 
-    def _entry_of(self, name: str) -> PinnedModel:
+    def _entry_of(self, name: str) -> ModelEntry:
         keys = self._loader.keys
-        return PinnedModel(name, Tally([""] if keys is None else keys.names))
+        return ModelEntry(name, Tally([""] if keys is None else keys.names))
 
-    def _let_use(self, entry: PinnedModel, pins: list[Pin]) -> None:
+    def _let_use(self, entry: ModelEntry, pins: list[Pin]) -> None:
         """Let requests use a loaded model. The caller holds ``_changed``."""
         assert entry.served is not None
         for pin in pins:
@@ -233,7 +233,7 @@ class Models(Closeable):
                 self._changed.wait(seconds)
         return None
 
-    def _provide(self, entry: PinnedModel) -> None:
+    def _provide(self, entry: ModelEntry) -> None:
         """Load a model for the requests that wait for it, or refuse them."""
         refusal = None
         try:
@@ -253,7 +253,7 @@ class Models(Closeable):
             else:
                 refuse(pins, refusal)
 
-    def _load(self, entry: PinnedModel, options: Mapping[str, Any]) -> None:
+    def _load(self, entry: ModelEntry, options: Mapping[str, Any]) -> None:
         """Load a model, with ``options`` in place of the server's. Others go if memory turns out to be too small.
 
         Raises _UnwantedError if no request waits for it any longer.
@@ -265,16 +265,16 @@ class Models(Closeable):
             options = options if self._others(entry) else {}
         self._keep(entry, *opened)
 
-    def _check_wanted(self, entry: PinnedModel) -> None:
+    def _check_wanted(self, entry: ModelEntry) -> None:
         with self._changed:
             if not entry.waiting:
                 raise _UnwantedError
 
-    def _keep(self, entry: PinnedModel, served: Served, closing: contextlib.ExitStack) -> None:
+    def _keep(self, entry: ModelEntry, served: Served, closing: contextlib.ExitStack) -> None:
         with self._changed:
             entry.keep(served, closing)
 
-    def _opened(self, entry: PinnedModel, options: Mapping[str, Any]) -> tuple[Served, contextlib.ExitStack] | None:
+    def _opened(self, entry: ModelEntry, options: Mapping[str, Any]) -> tuple[Served, contextlib.ExitStack] | None:
         """Return a loaded model, with what unloads it; None if memory is too small beside others."""
         began = time.monotonic()
         try:
@@ -288,7 +288,7 @@ class Models(Closeable):
                 raise
             return None
 
-    def _make_room(self, entry: PinnedModel) -> Mapping[str, Any]:
+    def _make_room(self, entry: ModelEntry) -> Mapping[str, Any]:
         """Unload models until there is memory for another one. Return the options with which it is to be loaded.
 
         The memory is what it would take if no other were loaded. Raises BudgetError, before any is unloaded, if it does
@@ -310,11 +310,11 @@ class Models(Closeable):
         self._whole = self._available()
         return {}
 
-    def _others(self, entry: PinnedModel) -> list[PinnedModel]:
+    def _others(self, entry: ModelEntry) -> list[ModelEntry]:
         with self._changed:
             return [other for other in self._entries.values() if other.served is not None and other is not entry]
 
-    def _first_to_go(self, entry: PinnedModel) -> PinnedModel:
+    def _first_to_go(self, entry: ModelEntry) -> ModelEntry:
         """Return the model that was not used for longest, of those without a request if there is one."""
         return min(self._others(entry), key=lambda other: (other.pins > 0, other.used))
 
@@ -322,7 +322,7 @@ class Models(Closeable):
         with self._changed:
             return sum(entry.served.reserved for entry in self._entries.values() if entry.served is not None)
 
-    def _unload(self, entry: PinnedModel, wanted: PinnedModel) -> None:
+    def _unload(self, entry: ModelEntry, wanted: ModelEntry) -> None:
         """Unload a model for ``wanted``, which needs its memory, once no request uses it.
 
         Raises _UnwantedError if no request waits for ``wanted`` any longer.
@@ -335,7 +335,7 @@ class Models(Closeable):
             unload = self._take_out(entry)
         unload()
 
-    def _take_out(self, entry: PinnedModel) -> Callable[[], None]:
+    def _take_out(self, entry: ModelEntry) -> Callable[[], None]:
         """Let no further request use a model, and return what unloads it. The caller holds ``_changed``."""
         served, closing = entry.take_out()
         disk = served.service.disk

@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # transformers is imported when a model is loaded
 
 
 @dataclass(eq=False)
-class PinnedModel:
-    """State of a model.
+class ModelEntry:
+    """State of a model: whether it is loaded, what uses it, and what waits for it.
 
     All but ``name`` and ``tally`` is read, and changed by the methods, under the lock of ``Models``. But
     ``is_loading`` is set without the lock: it is only said to clients that wait.
@@ -91,7 +91,7 @@ class PinnedModel:
 class Pin:
     """A request's hold on a model, from its arrival to its end. A context manager."""
 
-    def __init__(self, entry: PinnedModel, release: Callable[[Pin], None]) -> None:
+    def __init__(self, entry: ModelEntry, release: Callable[[Pin], None]) -> None:
         self.entry = entry
         self.future: Future[Served] = Future()
         self._release = release

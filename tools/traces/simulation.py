@@ -134,7 +134,7 @@ class SimulatedTier:
         in a host tier. Keys in ``kept`` are then touched as by an ordinary demand.
         """
         missing = [key for key in keys if self._pool.slot_of(key) is None]
-        if is_prompt and len(keys) > self._pool.partitions.quota(keys[0].block):
+        if is_prompt and self._pool.partitions.is_scan(keys[0].block, len(keys)):
             self._stream(keys, missing, kept)
         else:
             for key in reversed(keys):

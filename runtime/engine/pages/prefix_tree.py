@@ -27,7 +27,7 @@ class StateSnapshot:
     used: int  # time at which it was last matched or added
 
     def remove(self) -> list[int]:
-        """Note that it is no longer in the tree, and return its pages."""
+        """Note that the snapshot is no longer in the tree, and return its pages."""
         pages, self.pages = self.pages, []
         return pages
 

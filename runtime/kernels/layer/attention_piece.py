@@ -14,6 +14,7 @@ and 2^(score - m), for s, by the value's.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class KeyPiece(NamedTuple):
     sight: Sight
 
 
-class PieceEmitter(WordEmitter):
+class PieceEmitter(WordEmitter, ABC):
     """Emits attention over one piece of keys. The function takes a context.
 
     With few rows (``has_few_rows``: at most ROWS at once), keys are read in place. With more, keys and values are
@@ -228,17 +229,17 @@ class PieceEmitter(WordEmitter):
             self._soften(scores, begin, end, self.result_of(result, index))
         self._unite(piece, row, count, sight, result)
 
+    @abstractmethod
     def sight_of(self, row: Value) -> Sight:
         """Emit the range of the present piece's positions that row ``row`` of the queries attends to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_mask(self, scores: Value, row: Value, begin: Value, end: Value) -> None:
         """Emit the addition of a mask, times LOG2_E, to a row's scores from position ``begin`` to before ``end``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled(self, scores: Value) -> Value:
         """Emit a vector of scores times the scaling and LOG2_E."""
-        raise NotImplementedError
 
     def result_of(self, results: Value, row: Value) -> Value:
         """Emit a pointer to the results of a row: s [V], m, z, as ``result_numbers`` says."""

@@ -17,7 +17,7 @@ from moetier.runtime.libraries.torch_internals import flash_attention
 
 TILE = 64  # tokens or keys
 STRIP = 256  # tokens that are computed together; keys after a strip are left out
-SEGMENT = 4096  # keys of a call, more only with a larger window: torch packs a copy of them
+SEGMENT = 4096  # most keys of a call: torch packs a copy of them
 
 
 def attend_with_torch(
@@ -58,27 +58,31 @@ def attend_with_torch(
         missing = (width - part.shape[3], (first - last) % TILE)
         return F.pad(part, (0, missing[0], 0, missing[1])) if any(missing) else part
 
+    def attend_to(strip: Tensor, low: int, high: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what ``flash_attention`` does for the keys from ``low`` to before ``high``."""
+        return flash_attention(strip, some(key, low, high), some(value, low, high), mask=mask, scale=scaling)
+
+    def mask_of(rows: Tensor, low: int, high: int) -> Tensor:
+        """Return the mask of tokens at the positions ``rows`` [tokens, 1], for keys as ``some`` returns them."""
+        columns = torch.arange(low, high + (low - high) % TILE)
+        hidden = (columns > rows) | (columns <= rows - window)
+        return torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
+
     for begin in range(0, tokens, STRIP):
         end = min(begin + STRIP, tokens)
         first, last = length - tokens + begin, length - tokens + end  # positions of the strip's tokens
         strip = query[:, :, begin:end]
         if missing := (begin - end) % TILE:
             strip = F.pad(strip, (0, 0, 0, missing))
-        # all tokens see the keys before ``own``, unless there is a window
-        seen = max(0, first - window + 1) // TILE * TILE
-        own = first // TILE * TILE if last <= window else seen
-        bounds = [*range(seen, own, SEGMENT), own]
-        parts = [
-            flash_attention(strip, some(key, a, b), some(value, a, b), mask=None, scale=scaling)
-            for a, b in itertools.pairwise(bounds)
-        ]
-        keys, rows = some(key, own, last), torch.arange(first, first + strip.shape[2])[:, None]
-        columns = torch.arange(own, own + keys.shape[2])
-        hidden = (columns > rows) | (columns <= rows - window)
-        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
-        y, logs = flash_attention(strip, keys, some(value, own, last), mask=mask, scale=scaling)
-        for other, other_logs in parts:  # each has a share of the probabilities
-            total = torch.logaddexp(logs, other_logs)
+        rows = torch.arange(first, first + strip.shape[2])[:, None]
+        # all tokens see the keys from ``seen`` to before ``own``; a window hides some in the first segment
+        seen, has_window = max(0, first - window + 1) // TILE * TILE, last > window
+        own = seen if has_window and last - seen <= SEGMENT else first // TILE * TILE
+        y, logs = attend_to(strip, own, last, mask_of(rows, own, last))
+        for low, high in itertools.pairwise([*range(seen, own, SEGMENT), own]):
+            mask = mask_of(rows, low, high) if has_window and low == seen else None
+            other, other_logs = attend_to(strip, low, high, mask)
+            total = torch.logaddexp(logs, other_logs)  # each has a share of the probabilities
             y = y * (logs - total).exp().unsqueeze(3) + other * (other_logs - total).exp().unsqueeze(3)
             logs = total
         if sinks is not None:  # a sink has a share, too, and no value

@@ -135,7 +135,7 @@ def test_what_is_granted_is_leased_until_it_is_released(clients: Clients, gate: 
         assert {(each.granted.request, each.granted.expert) for each in granted} == {(7, 1), (7, 2)}
         assert not stream.call.is_idle
         stream.say(release=pb.Release(request=7, experts=[1]))
-        wait_until(lambda: stream.call.leases == 1)
+        wait_until(lambda: stream.call.outstanding == 1)
         stream.say(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[1, 2, 1])]))
         stream.say(release=pb.Release(request=7))
         wait_until(lambda: stream.call.is_idle)
@@ -152,7 +152,7 @@ def test_a_second_stream_ends_the_first_and_its_leases(clients: Clients, gate: G
         assert isinstance(first.answer(), pb.ServerMessage)
         with streaming(clients, "a") as second:
             assert isinstance(first.answer(), UnavailableError)
-            assert first.call.leases == 0
+            assert first.call.outstanding == 0
             second.acquire(1, 0)
             assert isinstance(second.answer(), pb.ServerMessage)
             (stats,) = clients.stats()

@@ -21,6 +21,7 @@ from stores import layout_of, make_store
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
@@ -325,6 +326,29 @@ def test_a_fault_of_ours_is_told_and_logged(
         client.open_stream()
         client.acquire(1, 0, [0])
         assert client.granted().expert == 0
+
+
+def test_a_fault_of_ours_in_a_single_call_is_told_and_logged(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(_: object) -> None:
+        raise ZeroDivisionError
+
+    with (
+        ShardStore.open(store[0]) as opened,
+        HostTier(opened, slots={"records": 6}) as host,
+        local_daemon(host, store[1], store[0], tmp_path / "d") as folder,
+        RawClient(folder, store[1]) as client,
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(HostedModel, "describe", fault)
+            with pytest.raises(grpc.RpcError) as caught:
+                client.stub.Describe(pb.DescribeRequest(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "ZeroDivisionError" in error_of(caught.value).cause
+        assert any(record.exc_info for record in caplog.records), "with its traceback"
+        assert client.stub.Describe(pb.DescribeRequest(), timeout=PATIENCE).pid == os.getpid()
+    caplog.clear()  # a kept traceback has the frames of gRPC's call, and these the server's threads
 
 
 # -- who may ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.device_names import DEVICES, check_device
 from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.devices.cuda import Cuda
-from moetier.runtime.devices.device import ComputeDevice, Diagnosis, chosen_device, device_at, device_class
+from moetier.runtime.devices.device import (
+    ComputeDevice,
+    Diagnosis,
+    MemoryDevice,
+    chosen_device,
+    device_at,
+    device_class,
+)
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.device.tier import DeviceTier
@@ -33,10 +41,9 @@ def test_every_registered_class_keeps_the_contract(name: str) -> None:
     found = device_class(name)
     assert issubclass(found, ComputeDevice)
     assert found.title
-    assert isinstance(found.has_memory, bool)
+    assert found.has_memory == issubclass(found, MemoryDevice)
+    assert not inspect.isabstract(found)
     assert all(isinstance(each, Diagnosis) for each in found.diagnose())
-    for method in ("free_memory", "streams"):
-        assert (getattr(found, method) is not getattr(ComputeDevice, method)) == found.has_memory
 
 
 def test_only_its_own_module_names_cuda() -> None:
@@ -79,7 +86,7 @@ def test_a_device_of_one_line_loads_a_model_and_generates_the_same_tokens(tinymi
         with model.tiers:
             ids = tokenizer("Il vecchio", return_tensors="pt").input_ids
             texts.append(model.generate(ids, max_new_tokens=8, do_sample=False).tolist())
-            assert isinstance(model.tiers.device_tier, DeviceTier) == (options["device"] == "toy")
+            assert isinstance(model.tiers.source, DeviceTier) == (options["device"] == "toy")
     assert texts[0] == texts[1]
     assert model.tiers.snapshot()["device"]["misses"] > 0
 

@@ -44,7 +44,11 @@ def test_many_requests_leave_nothing(model: Any, count: int) -> None:
     """Prompts begin alike in part; one of five is cancelled; there are pages for a few at a time."""
     random_ = random.Random(0)
     with Engine(
-        PackedRunner(model, PAGES, chunk=64, pass_tokens=100), pages=PAGES, max_sequences=6, chunk=64, context=CONTEXT
+        PackedRunner(model, PAGES, later_chunk=64, pass_tokens=100),
+        pages=PAGES,
+        max_sequences=6,
+        chunk=64,
+        context=CONTEXT,
     ) as engine:
         ask(engine, random_, WARM)
         before = in_use()

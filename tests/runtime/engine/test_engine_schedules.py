@@ -119,7 +119,7 @@ def test_company_changes_no_bit(model: Model, seed: int) -> None:
         Engine(
             ModelRunner(client, pages)
             if pass_tokens is None
-            else PackedRunner(client, pages, chunk=chunk, pass_tokens=pass_tokens),
+            else PackedRunner(client, pages, later_chunk=chunk, pass_tokens=pass_tokens),
             **{"pages": pages, "max_sequences": most, "chunk": chunk, "context": CONTEXT, "later_chunk": later},
         ) as engine,
     ):

@@ -57,7 +57,9 @@ def test_every_type_generates_through_the_engine_what_generate_gives(model_type:
     packs, pages = can_pack(model, near=0.01), 12
     if model_type in PACKED:
         assert packs
-    runner = PackedRunner(model, pages, chunk=32, packs=True, pass_tokens=10) if packs else ModelRunner(model, pages)
+    runner = (
+        PackedRunner(model, pages, later_chunk=32, packs=True, pass_tokens=10) if packs else ModelRunner(model, pages)
+    )
     expected = wanted(model)
     with Engine(runner, pages=pages, max_sequences=3, chunk=32, context=200) as engine:
         # the second time after pages of the first; or the third time after a snapshot of the second

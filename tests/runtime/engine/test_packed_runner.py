@@ -44,7 +44,7 @@ class Recorded(PackedRunner):
     """Notes the logits of each sequence's tokens."""
 
     def __init__(self, model: Any, pass_tokens: int) -> None:
-        super().__init__(model, PAGES, chunk=1000, packs=True, pass_tokens=pass_tokens)
+        super().__init__(model, PAGES, later_chunk=1000, packs=True, pass_tokens=pass_tokens)
         self.logits: dict[TokenSequence, list[Tensor]] = {}
 
     def run(self, tasks: Any, *more: Any) -> list[Tensor | None]:  # type: ignore[override]
@@ -102,7 +102,7 @@ def test_company_changes_no_token(model: Any, seed: int) -> None:
         assert not engine.sequences
 
 
-@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, chunk=64, packs=True, pass_tokens=10)])
+@pytest.mark.parametrize("runner_of", [ModelRunner, partial(PackedRunner, later_chunk=64, packs=True, pass_tokens=10)])
 def test_prompts_are_scored_by_the_models_own_probabilities(model: Any, runner_of: Callable[..., ModelRunner]) -> None:
     """In company, in chunks, and after another request with the same prompt; biases and samplers change no score."""
     prompts = [[*range(3, 3 + length)] for length in (150, 140, 1)]
@@ -202,7 +202,7 @@ def test_a_model_whose_trial_fails_is_not_packed(monkeypatch: pytest.MonkeyPatch
 
 def test_a_cancelled_prompt_ends_between_two_layers(model: Any) -> None:
     with Engine(
-        PackedRunner(model, PAGES, chunk=1000, packs=True), pages=PAGES, max_sequences=2, chunk=1000, context=800
+        PackedRunner(model, PAGES, later_chunk=1000, packs=True), pages=PAGES, max_sequences=2, chunk=1000, context=800
     ) as engine:
         stream = engine.stream(Request((5,) * 700, 5, {"do_sample": False}))
         stream.sequence.cancel()
@@ -230,7 +230,7 @@ def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatc
 
 def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: Any) -> None:
     """They are computed in chunks, and one that is cancelled stops no other."""
-    runner, shares = PackedRunner(model, PAGES, chunk=10, packs=False, pass_tokens=20), list[float]()
+    runner, shares = PackedRunner(model, PAGES, later_chunk=10, packs=False, pass_tokens=20), list[float]()
     long, other = (TokenSequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))
     tasks = [Task(long, 0, 55, [*range(1)]), Task(other, 0, 55, [1])]
 

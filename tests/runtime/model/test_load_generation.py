@@ -147,7 +147,7 @@ def _take_decoded(ordinary: Any, tiered: Any) -> None:
     for number, block in enumerate(tiered.tiers.manifest.blocks):
         layout = tiered.tiers.manifest.layout(number)
         keys = [ExpertKey(number, expert) for expert in range(block.experts)]
-        for lease in tiered.tiers.device_tier.acquire(keys):
+        for lease in tiered.tiers.source.acquire(keys):
             for projection in layout.projections:
                 assert projection.name in EXPERT_PARAMETERS
                 assert projection.bits < 16

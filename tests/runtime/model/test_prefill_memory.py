@@ -78,7 +78,7 @@ with model.tiers, torch.inference_mode():
     before = {name: own(name) for name in ("VmRSS", "RssFile", "RssShmem")}
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory begins anew
     if in_lockstep:  # ``chunk`` tokens are the whole prompt
-        runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), chunk=chunk, packs=True)
+        runner = PackedRunner(model, -(-tokens // PAGE_TOKENS), later_chunk=chunk, packs=True)
         pages = [*range(-(-tokens // PAGE_TOKENS))]
         runner.run([Task(TokenSequence(Request((*ids[0].tolist(),), 1)), 0, tokens, pages)], lambda: False)
     cache = None
@@ -136,12 +136,21 @@ def test_what_is_reserved_covers_what_is_taken(
     assert reserved / (4 if exact else 2) < taken <= reserved
 
 
-@pytest.mark.parametrize("tokens", [6000, pytest.param(16000, marks=pytest.mark.slow)])
-def test_what_is_reserved_for_lockstep_covers_what_it_takes(tokens: int, tmp_path: Path, scripts: Prepared) -> None:
-    """A wide model, whose hidden states of all tokens take most of the memory."""
+@pytest.mark.parametrize(
+    ("tokens", "window"),
+    [(6000, None), pytest.param(16000, None, marks=pytest.mark.slow), pytest.param(9000, 5000, marks=pytest.mark.slow)],
+)
+def test_what_is_reserved_for_lockstep_covers_what_it_takes(
+    tokens: int, window: int | None, tmp_path: Path, scripts: Prepared
+) -> None:
+    """A wide model, whose hidden states of all tokens take most of the memory. With a window, all layers have it."""
     sizes = {"hidden_size": 2048, "head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
-    sizes |= {"num_hidden_layers": 2, "max_position_embeddings": tokens, "moe_intermediate_size": 64}
-    _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes)
+    sizes |= {"num_hidden_layers": 2, "max_position_embeddings": tokens}
+    if window is None:
+        _, directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path, bits=4, **sizes, moe_intermediate_size=64)
+    else:
+        windows = {"sliding_window": window, "layer_types": ["sliding_attention"] * 2}
+        _, directory = convert_tiny("gpt_oss", torch.bfloat16, tmp_path, bits=4, **sizes, **windows)
     taken, reserved, _ = measured(scripts, str(directory), tokens, tokens, False, True)
     assert reserved / 2 < taken <= reserved
 
@@ -175,7 +184,7 @@ def test_prompts_in_lockstep_get_what_they_need_at_least() -> None:
     for states, tokens in ((8 << 10, 20_000), (80 << 10, MIN_IN_LOCKSTEP), (1 << 20, 400)):
         lockstep = Lockstep(tokens=1 << 20, states=states, fixed=0)
         prefill = Needs(prefill=Prefill(1 << 20, 1 << 20, lockstep, states=8192)).within(None, 4 << 30, HERE).prefill
-        assert prefill.in_lockstep == pytest.approx(tokens, rel=0.05)
+        assert prefill.lockstep_chunk == pytest.approx(tokens, rel=0.05)
         assert prefill.nbytes <= 0.5 * HERE.bytes
 
 
@@ -205,7 +214,7 @@ def test_a_whole_needs_no_masks_but_its_chunks_do() -> None:
     less = asked.within(asked.nbytes - 1)
     assert less.tokens % MIN_TOKENS == 0
     assert less.nbytes <= asked.nbytes < replace(less, tokens=less.tokens + MIN_TOKENS).nbytes
-    assert asked.later == less.tokens < 8192
+    assert asked.later_chunk == less.tokens < 8192
 
 
 @pytest.mark.parametrize("context", [96, 300])
@@ -218,8 +227,8 @@ def test_prompts_of_short_contexts_are_computed_beside_others(context: int, tiny
     with model.tiers, Engine.of(model, max_sequences=4) as engine:
         assert isinstance(engine._runner, PackedRunner)
         prefill = model.tiers.prefill
-        assert prefill.in_lockstep is not None
-        assert prefill.in_lockstep >= (context if context < PASS_TOKENS else 4 * context)
+        assert prefill.lockstep_chunk is not None
+        assert prefill.lockstep_chunk >= (context if context < PASS_TOKENS else 4 * context)
     short = replace(prefill, context=300, tokens=300)
     less = short.within(short.nbytes - 1)
     assert (less.tokens, less.nbytes) < (300, short.nbytes)

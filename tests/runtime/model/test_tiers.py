@@ -36,7 +36,7 @@ def test_by_default_everything_that_fits_is_held(directory: Path) -> None:
 
 def test_the_snapshot_is_json_with_each_tier_by_name(directory: Path) -> None:
     with Tiers.open(directory, TierConfig.of(ram=smallest_ram(directory)), CPU) as tiers:
-        for lease in tiers.device_tier.acquire([ExpertKey(1, 3), ExpertKey(1, 4)]):
+        for lease in tiers.source.acquire([ExpertKey(1, 3), ExpertKey(1, 4)]):
             assert lease.record.dtype == torch.uint8
             assert len(lease.record) == tiers.manifest.layout(1).record_bytes
         found = json.loads(json.dumps(tiers.snapshot()))
@@ -48,7 +48,7 @@ def test_closing_ends_every_tier(directory: Path) -> None:
     tiers = Tiers.open(directory, TierConfig.of(), CPU)
     tiers.close()
     tiers.close()
-    for source in (tiers.device_tier, tiers.host):
+    for source in (tiers.source, tiers.host):
         with pytest.raises(ClosedError) as caught:
             list(source.acquire([ExpertKey(0, 0)]))
         assert "device" not in caught.value.cause, "a CPU's user has none"

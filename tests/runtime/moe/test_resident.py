@@ -41,7 +41,7 @@ def compute(model: Any, experts: list[int], on_demand: Callable[..., None] | Non
 
 
 def acquire(model: Any, *experts: int) -> None:
-    for lease in model.tiers.device_tier.acquire([ExpertKey(BLOCK, expert) for expert in experts]):
+    for lease in model.tiers.source.acquire([ExpertKey(BLOCK, expert) for expert in experts]):
         assert lease.validate()
 
 
@@ -90,7 +90,7 @@ def test_a_few_tokens_take_no_lease_and_have_the_bits_of_those_that_do(
     with monkeypatch.context() as leased:
         leased.setattr(quick, "BATCH_OUTPUTS", 4)
         expected = few_tokens(model)
-    monkeypatch.setattr(type(model.tiers.device_tier), "acquire", None)
+    monkeypatch.setattr(type(model.tiers.source), "acquire", None)
     before, demands = model.tiers.host.stats(), list[tuple[Any, ...]]()
     assert torch.equal(few_tokens(model, lambda *arguments: demands.append(arguments)), expected)
     after = model.tiers.host.stats()

@@ -133,7 +133,7 @@ def test_a_fill_that_is_left_is_undone(filling: Filling) -> None:
     demand = DeviceDemand(filling.pool, caller=1)
     slot = filling.pool.choose(KEY.block)
     assert slot is not None
-    demand.begin_filling(slot, KEY)
+    demand.begin_fill(slot, KEY)
     filling.pool.begin_fill(slot, KEY)
     filling.fill.end(demand)
     assert filling.pool.state_of(KEY) is SlotState.EMPTY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -189,14 +191,14 @@ class LedgerMachine(RuleBasedStateMachine):
         """For as long as any other lease."""
         pool = self.ledger.slots.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, ThreadCaller(len(self.callers))), [])
-        before = self.ledger.counters.snapshot()
+        before = self.ledger.stats()
         with self.monitor.transition():
             slot = self.ledger.lease_for_copy(caller.demand, key)
             assert (slot is not None) == ((pool.state_of(key) is SlotState.READY) and not pool.starved)
             if slot is not None:
                 caller.held = [(key, slot)]
                 self.callers.append(caller)
-            assert self.ledger.counters.snapshot() == before
+            assert replace(self.ledger.stats(), leased=before.leased) == before
             if used:
                 self.ledger.uses.note_copies([key])
 
@@ -268,7 +270,7 @@ class LedgerMachine(RuleBasedStateMachine):
         failed = {id(client): len(client.failed) for client in self.clients}
         self.now += seconds
         with self.monitor.transition():
-            until = self.ledger.waiting.expire()
+            until = self.ledger.expire()
         assert until is None or self.now < until <= self.now + PATIENCE
         if seconds == PATIENCE:
             for client, request in waiting:
@@ -397,7 +399,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not any(pool._pins)
             assert not pool.starved
         assert not list(self.ledger.loads)
-        assert self.ledger.waiting.expire() is None, "no demand waits"
+        assert self.ledger.expire() is None, "no demand waits"
 
 
 TestLedger = LedgerMachine.TestCase

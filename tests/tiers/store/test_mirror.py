@@ -154,7 +154,7 @@ def test_a_quicker_disk_reads_more(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_disk_that_was_slow_for_a_while_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path)
     monkeypatch.setattr(mirror, "STALE", 0.2)
-    monkeypatch.setattr(mirror, "MEMORY", 0.1)
+    monkeypatch.setattr(mirror, "RATE_SECONDS", 0.1)
     reads = Reads(monkeypatch, a=0.005, b=0.2)
     with open_both(tmp_path) as store:
         for _ in range(3):
@@ -226,13 +226,13 @@ def test_a_copy_that_fails_is_set_aside_and_tried_again(
                 assert read(store, key) == records[key]
         assert len(recovered) == mirror.FAILURES
         assert [said for said in caplog.messages if f"{tmp_path / bad} is set aside for 60 s" in said]
-        later[0] += mirror.REST + 1
+        later[0] += mirror.REST_SECONDS + 1
         assert read(store, KEY) == records[KEY]
         assert len(recovered) == mirror.FAILURES + 1, "it is tried, and set aside again"
         assert read(store, KEY) == records[KEY]
         assert len(recovered) == mirror.FAILURES + 1
         path.write_bytes(whole)
-        later[0] += mirror.REST + 1
+        later[0] += mirror.REST_SECONDS + 1
         before = reads.bytes[bad]
         for _ in range(100):  # a read that other work has slowed down makes the next ones smaller
             assert read(store, KEY) == records[KEY]

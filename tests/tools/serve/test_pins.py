@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moetier.tools.serve.metrics import Tally
-from moetier.tools.serve.pins import Pin, PinnedModel, refuse
+from moetier.tools.serve.pins import ModelEntry, Pin, refuse
 from moetier.tools.serve.protocols.refusal import Refusal
 
 
@@ -19,19 +19,19 @@ def served(*, is_alive: bool = True) -> Any:
 
 
 def test_a_model_is_ready_while_it_is_loaded_can_compute_and_stays() -> None:
-    entry = PinnedModel("m", Tally())
+    entry = ModelEntry("m", Tally())
     assert not entry.is_ready
     entry.keep(served(), contextlib.ExitStack())
     assert entry.is_ready
     with entry.draining():
         assert not entry.is_ready
     assert entry.is_ready
-    assert not PinnedModel("m", Tally(), served(is_alive=False)).is_ready
+    assert not ModelEntry("m", Tally(), served(is_alive=False)).is_ready
 
 
 def test_a_request_gets_the_model_and_releases_it_once() -> None:
     released: list[Pin] = []
-    model, entry = served(), PinnedModel("m", Tally())
+    model, entry = served(), ModelEntry("m", Tally())
 
     async def use() -> Any:
         with Pin(entry, released.append) as pin:
@@ -48,7 +48,7 @@ def test_a_request_gets_the_model_and_releases_it_once() -> None:
 
 
 def test_it_says_what_it_waits_for() -> None:
-    entry = PinnedModel("m", Tally())
+    entry = ModelEntry("m", Tally())
     pin = Pin(entry, lambda _: None)
     assert pin.say() == "m waits to be loaded"
     with entry.loading():
@@ -58,7 +58,7 @@ def test_it_says_what_it_waits_for() -> None:
 
 def test_what_is_taken_out_is_no_longer_ready_and_unloads_once() -> None:
     unloaded: list[str] = []
-    model, entry, closing = served(), PinnedModel("m", Tally()), contextlib.ExitStack()
+    model, entry, closing = served(), ModelEntry("m", Tally()), contextlib.ExitStack()
     closing.callback(unloaded.append, "m")
     entry.keep(model, closing)
     assert entry.take_out() == (model, closing)
@@ -70,14 +70,14 @@ def test_what_is_taken_out_is_no_longer_ready_and_unloads_once() -> None:
 
 
 def test_requests_that_wait_are_taken_once() -> None:
-    entry = PinnedModel("m", Tally())
+    entry = ModelEntry("m", Tally())
     entry.waiting.append(pin := Pin(entry, lambda _: None))
     assert entry.take_waiting() == [pin]
     assert entry.take_waiting() == []
 
 
 def test_requests_that_wait_are_refused_and_those_that_were_cancelled_are_not() -> None:
-    pin, cancelled = (Pin(PinnedModel("m", Tally()), lambda _: None) for _ in range(2))
+    pin, cancelled = (Pin(ModelEntry("m", Tally()), lambda _: None) for _ in range(2))
     cancelled.future.cancel()
     refuse([cancelled, pin], Refusal(503, "no memory"))
     with pytest.raises(Refusal, match="no memory"):

@@ -51,6 +51,16 @@ def test_it_is_what_compiled_code_says(tokens: int, length: int, window: int, si
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [SEGMENT - STRIP - TILE, SEGMENT, SEGMENT + 1, 5000, 8700])
+def test_a_large_window_is_divided(window: int) -> None:
+    """The first segment of keys has those that the window hides from some of the tokens only."""
+    query, key, value = numbers(1, 2 * STRIP + 3, 9000, WIDTH)
+    with torch.inference_mode():
+        ours = attend(query, key, value, window=window)
+        theirs = attend_with_torch(query, key, value, length=9000, window=window)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(not this_processor().has_amx, reason="compiled code is faster on processors without AMX")
 @pytest.mark.parametrize("same_bits", [False, True])
 def test_prompts_use_it_unless_a_token_must_have_the_same_bits(same_bits: bool) -> None:
