@@ -16,6 +16,7 @@ from pathlib import Path
 import published
 import pytest
 from daemons import running_daemon
+from http_servers import ServerProcess
 from packaging.requirements import Requirement
 
 from moetier.tools.main import build_parser
@@ -121,6 +122,7 @@ TASKS = {  # what a newcomer wants: the sections to read for it, by page; "": wh
     "read a plan": {"choosing": ["Reading a plan"]},
     "get a checkpoint going": {"quickstart": ["Use your own model"], "choosing": ["Without a conversion"]},
     "serve it to a client": {"serve": ["", "Clients"]},
+    "get JSON from a server": {"serve": ["", "Structured output"]},
     "share it between two processes": {"sharing": ["", "What is shared"]},
     "find out why it is slow": {"faq": ["Why is it slow?"], "choosing": ["Reading the report"]},
 }
@@ -185,6 +187,18 @@ def test_the_program_for_structured_output_runs(tinymix_4bit: Path, capsys: pyte
     answers = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == 2
     assert all(answer.keys() == {"name"} and len(answer["name"]) <= 20 for answer in answers)
+
+
+def test_the_program_for_a_server_runs(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = re.findall(r"^```python\n(.*?)^```", (DOCS / "serve.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    server = ServerProcess(tinymix_4bit, tmp_path, ["--name", "tinymix-4bit", "--daemon", "none"], key="")
+    try:
+        exec(program.replace("http://localhost:8000", server.url), {})
+    finally:
+        server.stop()
+    answer, _, person = capsys.readouterr().out.rstrip().rpartition("name=")
+    assert len(answer.split()) > 10
+    assert len(ast.literal_eval(person)) <= 20
 
 
 SOURCES = [path for name in ("tools", "runtime", "tiers", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
