@@ -21,6 +21,16 @@ from .help_format import HelpFormatter
 
 EXIT_USAGE = 2  # the status that argparse uses
 NUMBERS = {int: "a whole number", float: "a number"}
+OF_LLAMA_CPP = {  # options of llama.cpp -> attributes of the arguments that stand for them here
+    "-p": "prompt",
+    "--n-predict": "max_new_tokens",
+    "--predict": "max_new_tokens",
+    "--ctx-size": "context",
+    "-s": "seed",
+    "-ngl": "device_memory",
+    "--gpu-layers": "device_memory",
+    "--n-gpu-layers": "device_memory",
+}
 
 
 class UsageError(ConfigError):
@@ -95,7 +105,7 @@ class CommandParser(argparse.ArgumentParser):
             self._is_inside = False
         if more:
             if more[0].startswith("-") and " " not in more[0]:
-                self._refuse(f"{self._name('moetier')} has no option {more[0]}.")
+                self._refuse_option(more[0])
             self._refuse(
                 f"{self._name()} takes no further argument, but there is {more[0]!r}.",
                 "If a text has several words, put it in quotes. ",
@@ -143,9 +153,20 @@ class CommandParser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             # argparse takes a word with a space for a value, and accepts an unambiguous beginning of an option
             if name.startswith("--") and " " not in word and not any(option.startswith(name) for option in options):
-                argument = next((a for a in self._actions if not a.option_strings and f"--{a.dest}" == name), None)
-                advice = _nearest(name, options) if argument is None else f"Give {_name_of(argument)} without {name}. "
-                self._refuse(f"{self._name('moetier')} has no option {name}.", advice)
+                self._refuse_option(name)
+
+    def _refuse_option(self, name: str) -> NoReturn:
+        """Exit with a message for an option that the command does not have."""
+        own = self._option_string_actions
+        dest = OF_LLAMA_CPP.get(name, name.removeprefix("--"))
+        argument = next((a for a in self._actions if a.dest == dest), None)
+        if argument is None:
+            advice = _nearest(name, [option for option in own if option.startswith("--")])
+        elif argument.option_strings:
+            advice = f"Give {_name_of(argument)}. "
+        else:
+            advice = f"Give {_name_of(argument)} without {name}. "
+        self._refuse(f"{self._name('moetier')} has no option {name}.", advice)
 
     def _refuse(self, cause: str, advice: str = "") -> NoReturn:
         self.exit(EXIT_USAGE, f"moetier: {redacted(cause)}\n  {advice}{self.prog} --help shows the usage.\n")
