@@ -199,6 +199,11 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[s
             f"The experts are quantised already, with {plain(forecast['quantised_with'])}, and lose quality when they "
             "are quantised again: --bits 16 keeps their values."
         )
+    if forecast["perhaps_native"] is not None:
+        lines.append(
+            f"config.json says that the weights are quantised ({plain(forecast['perhaps_native'])}): convert and pull "
+            "keep them with --bits native in place of the bits below, if they can. A plan of the hub's model says more."
+        )
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")
     elif best["streams"]:

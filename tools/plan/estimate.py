@@ -257,6 +257,7 @@ def estimate(
         "to_download": headers is not None and headers.on_hub,
         "names_code": headers is not None and headers.names_code,
         "quantised_with": model_choices.quantised_with,
+        "perhaps_native": model_choices.perhaps_native,
         "shapes": "converted" if headers is None else "headers" if headers.shaped else "the index, and the model",
         "blocks": len(manifest.blocks),
         "experts": max(block.experts for block in manifest.blocks),

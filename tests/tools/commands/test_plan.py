@@ -178,6 +178,15 @@ def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(
     assert converted["recommended"]["pull"] is None
 
 
+def test_weights_that_may_be_kept_are_said_without_their_headers(index_only: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(index_only, tmp_path / "source"))
+    assert "--bits native" not in text(plan(source, bits=[4], disk=GB_PER_S))
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (source / "config.json").write_text(json.dumps(config))
+    said = text(plan(source, bits=[4], disk=GB_PER_S))
+    assert "weights are quantised (mxfp4): convert and pull keep them with --bits native" in said
+
+
 def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(index_only, bits=[4], disk=GB_PER_S)
     assert found["context"] == json.loads((index_only / "config.json").read_text())["max_position_embeddings"] == 2048
