@@ -25,7 +25,6 @@ from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import add_json, add_model_argument, check_utf8, show_first, utf8
 from moetier.tools.cli.progress import prompt_bar
 from moetier.tools.cli.report import Timing, details, line, run_json, summary
-from moetier.tools.rates.hardware import CpuTimes, busy
 
 EXAMPLES = (
     'moetier generate ./mixtral-4bit "To be, or not to be" --ram 6GiB',
@@ -52,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
+    from moetier.tools.rates.hardware import CpuTimes, busy
+
     resources = resources_of(arguments)
     decoding = decoding_of(arguments)
     prompt = _text_of_input(AT_FIRST) if arguments.prompt is None else arguments.prompt

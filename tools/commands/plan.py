@@ -18,7 +18,6 @@ from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json, source
 from moetier.tools.cli.report import table
 from moetier.tools.plan.forecast import PLANNED
-from moetier.tools.rates.hardware import busy
 
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
@@ -174,6 +173,8 @@ def _row(forecast: dict[str, Any], choice: dict[str, Any]) -> list[str]:
 
 def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[str, Any]]) -> list[str]:
     """Return what the table means, and the recommended commands. ``same``: the choices of the table."""
+    from moetier.tools.rates.hardware import busy
+
     recommended, memory = forecast["recommended"], best["memory"]
     count, bits, trunk_bits = forecast["records"], best["bits"], best["trunk_bits"]
     what = "It runs" if forecast["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
