@@ -198,8 +198,10 @@ def _fix(name: str) -> str:
     ids = dict.fromkeys(tagged.rpartition(":")[0] for tagged in names if ":" in tagged)
     near = difflib.get_close_matches(name, [*names, *ids], n=3)
     ways = [f"`moetier list` has {', '.join(near)}"] if near else []
-    if "/" in name:
+    if "/" in name and ":" in name:
         ways.append(f"pull it: moetier pull {shlex.join(pulling(name))}")
+    elif "/" in name:
+        ways.append(f"see moetier plan {shlex.quote(name)}, which ends with the commands to pull and run it")
     if not ways:
         ways.append("check the name: moetier list shows all models, and moetier convert makes model directories")
     said = "; or ".join(ways)

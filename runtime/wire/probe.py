@@ -83,14 +83,22 @@ class RunningDaemon:
         return [(model, stats.get(model.digest)) for model in self.card.models]
 
 
-def running_daemons() -> list[RunningDaemon]:
-    """Probe the daemons in ``runtime_folder()``, and return those that still run."""
+def client_processes(stats: pb.StatsReply) -> dict[str, list[int]]:
+    """Return the process ids of the clients of each model, by digest; none if ``stats`` has no details."""
+    return {
+        model.digest: sorted({client.pid for client in details.clients})
+        for model, details in zip(stats.models, stats.details, strict=False)
+    }
+
+
+def running_daemons(*, details: bool = False) -> list[RunningDaemon]:
+    """Probe the daemons in ``runtime_folder()``, and return those that still run. ``details`` is as in ``stats``."""
     daemons = []
     for address, card in known_daemons().items():
         assert address.folder is not None
         try:
             with probe(address, timeout=PS_TIMEOUT) as connected:
-                daemons.append(RunningDaemon(address.folder, card, connected.stats()))
+                daemons.append(RunningDaemon(address.folder, card, connected.stats(details=details)))
         except DaemonError:
             if _is_running(card, address.folder):
                 daemons.append(RunningDaemon(address.folder, card, None))

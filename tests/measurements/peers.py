@@ -22,7 +22,7 @@ from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.options import COUNT
 from moetier.tiers.text import format_bytes
 from moetier.tools.bench.model import Work
-from moetier.tools.bench.output import Spread, add_bench_arguments, alternate, check_bench, report
+from moetier.tools.bench.output import Spread, add_bench_arguments, alternate, begin_bench, report
 from moetier.tools.bench.sandbox import fresh
 from moetier.tools.bench.token_ids import add_token_arguments
 from moetier.tools.cli.arguments import add_option, size
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; return 0. Raises MoetierError."""
-    check_bench(arguments)
+    began = begin_bench(arguments)
     if arguments.gguf is None and (arguments.checkpoint is None or arguments.prefill):
         raise UsageError("There is no peer to measure.", "Give --gguf FILE; or --checkpoint SRC, without --prefill.")
     threads = arguments.threads or usable_cpus()
@@ -88,7 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
     limit = "none" if arguments.limit is None else arguments.limit
     notes = [f"limit    {limit}; {'a prompt' if arguments.prefill else 'steps'} of {work.source}"]
     machine = Machine.here(threads=threads, place=arguments.directory)
-    return report(arguments, machine, rows, results, notes=notes, limit=arguments.limit, prefill=arguments.prefill)
+    return report(
+        arguments, began, machine, rows, results, notes=notes, limit=arguments.limit, prefill=arguments.prefill
+    )
 
 
 def engines_of(arguments: argparse.Namespace, work: Work, threads: int) -> dict[str, Engine]:

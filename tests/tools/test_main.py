@@ -117,6 +117,11 @@ def test_short_options_are_those_of_llama_cpp(model: list[str]) -> None:
         (["generate", "-m", "DIR", "to", "be"], "generate takes no further argument, but there is 'be'.", "quotes"),
         (["chat", "DIR", "-m", "OTHER"], "chat takes no further argument, but there is 'DIR'.", "quotes"),
         (["serve", "DIR", "-n", "4"], "serve has no option -n.", "moetier serve --help"),
+        (["generate", "DIR", "-p", "to be"], "generate has no option -p.", "Give PROMPT without -p."),
+        (["generate", "DIR", "--n-predict", "8"], "no option --n-predict.", "Give -n/--max-new-tokens."),
+        (["serve", "DIR", "--ctx-size", "8192"], "serve has no option --ctx-size.", "Give -c/--context."),
+        (["serve", "DIR", "-ngl", "99"], "serve has no option -ngl.", "Give --device-memory."),
+        (["convert", "SRC", "DST", "-ngl", "99"], "convert has no option -ngl.", "  moetier convert --help"),
         (["generate", "DIR", "a\udcff"], "PROMPT: The value is not UTF-8 text.", "iconv"),
         (["chat", "DIR", "--system", "a\udcff"], "--system: The value is not UTF-8 text.", "iconv"),
         (

@@ -23,7 +23,7 @@ from moetier.tools.cli.settings import without_settings
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.reads import DISK_SECONDS, NO_FIO, RandomReads, fio_version
 
-from .output import Spread, add_bench_arguments, alternate, check_bench, report
+from .output import Spread, add_bench_arguments, alternate, begin_bench, report
 from .sandbox import drop_page_cache
 
 EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1",)
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
     ``others`` is a dictionary from the names of further ways to functions that return what ``convert_once`` returns.
     Raises MoetierError.
     """
-    check_bench(arguments)
+    began = begin_bench(arguments)
     if not (files := sorted(arguments.source.glob("*.safetensors"))):
         raise CheckpointError(f"{arguments.source} has no safetensors files.", "Give the folder of a checkpoint.")
     fio = fio_version()
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
     ]
     machine = Machine.here(place=arguments.source, fio=fio)
     rates = {"disk_bytes_per_s": disk.to_json(), "disk_by": reads.by}
-    report(arguments, machine, rows, results, notes=notes, rates=rates)
+    report(arguments, began, machine, rows, results, notes=notes, rates=rates)
 
 
 def convert_once(source: Path, into: Path | None, options: list[str], files: list[Path]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import DIRECTORY, directory
-from moetier.tools.rates.hardware import Machine
+from moetier.tools.rates.hardware import CpuTimes, Machine
 from moetier.tools.rates.reads import RandomReads, fio_version
 
 from .bound import rows_of
 from .model import Floor, Rated, RunLimits, Work, result_of
-from .output import Spread, alternate
+from .output import Spread, alternate, busy_notes
 from .sandbox import fresh
 from .token_ids import fixed_ids
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the block. Raises MoetierError, for example if decoding can't be measured in the time given."""
     from moetier.runtime.stores.registry import read_manifest
 
-    began, folder = time.monotonic(), arguments.directory
+    began, times, folder = time.monotonic(), CpuTimes.read(), arguments.directory
     manifest, fio = read_manifest(folder), fio_version()
     child = {"directory": str(folder.absolute()), "threads": arguments.threads, "ram": arguments.ram}
     parts = {"decoding": (DECODED, len(DECODED) - 1 - WARM), f"a prompt of {PROMPT[-1]} tokens": (PROMPT, 1)}
@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
                 raise
             results[name] = error.cause
     threads = next(result["threads"] for result in results.values() if isinstance(result, dict))
-    print(block(Machine.here(threads=threads, place=folder, fio=fio), manifest, arguments.ram, results))
+    machine = Machine.here(threads=threads, place=folder, fio=fio)
+    print(block(machine, manifest, arguments.ram, results, busy_notes(times)))
 
 
 def measure(folder: Path, manifest: Manifest, child: dict[str, Any], work: Work, until: float) -> dict[str, Any]:
@@ -112,14 +113,23 @@ def beginning(work: Work, pieces: int, seconds: float) -> Work:
     return replace(work, ids=[ids[: sum(kept)] for ids in work.ids], pieces=kept, measured=measured)
 
 
-def block(machine: Machine, manifest: Manifest, ram: str | None, results: Mapping[str, dict[str, Any] | str]) -> str:
-    """Return the measurements as Markdown. Of ``results``, one that is a text says why a part was not measured."""
+def block(
+    machine: Machine,
+    manifest: Manifest,
+    ram: str | None,
+    results: Mapping[str, dict[str, Any] | str],
+    notes: Sequence[str] = (),
+) -> str:
+    """Return the measurements as Markdown. Of ``results``, one that is a text says why a part was not measured.
+
+    ``notes``: lines about the machine that begin with a word.
+    """
     measured = [result for result in results.values() if isinstance(result, dict)]
     first = measured[0]
     sizes = f"{len(manifest.blocks)} blocks, {manifest.record_count} experts, {format_bytes(manifest.stored_bytes)}"
     about = {
         "machine": machine.text().removeprefix("machine").strip(),
-        **dict(note.split(maxsplit=1) for note in first["notes"]),
+        **dict(note.split(maxsplit=1) for note in (*notes, *first["notes"])),
         "model": f"{manifest.model}: {sizes}; experts of {manifest.bits} bits, trunk of {manifest.trunk_bits}",
         "digest": manifest.digest,
         "settings": f"--ram {ram or '(default)'}: {first['slots']} of {first['records']} experts in memory; "

@@ -13,7 +13,7 @@ from moetier.tools.cli.parser import add_directory
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.reads import GB, NO_FIO, RandomReads, fio_version, read_rate
 
-from .output import Spread, add_bench_arguments, alternate, check_bench, report
+from .output import Spread, add_bench_arguments, alternate, begin_bench, report
 
 if TYPE_CHECKING:
     from moetier.tiers.store.base import Store
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from moetier.runtime.stores.registry import open_store
     from moetier.tiers.source import LOADERS
 
-    check_bench(arguments)
+    began = begin_bench(arguments)
     fio = fio_version()
     with open_store(arguments.directory, damaged=True) as store:
         reads = RandomReads.of_records(arguments.directory)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     notes = [f"page cache {page_cache}", *([] if fio else [NO_FIO])]
     machine = Machine.here(place=arguments.directory, fio=fio)
-    report(arguments, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
+    report(arguments, began, machine, rows, results, notes=notes, by=reads.by, page_cache=page_cache)
 
 
 def store_rate(store: Store, record_bytes: int, depth: int, seconds: float) -> float:

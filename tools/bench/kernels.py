@@ -18,7 +18,7 @@ from moetier.tools.rates import products as rates
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.reads import GB
 
-from .output import Spread, add_bench_arguments, alternate, check_bench, report
+from .output import Spread, add_bench_arguments, alternate, begin_bench, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
-    check_bench(arguments)
+    began = begin_bench(arguments)
     rows = arguments.rows or list(ROWS)
     layouts = dict(_layouts(arguments))
     import torch
@@ -93,7 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = str(rates.activation_dtype()).removeprefix("torch.")
     by = " or ".join(sorted({result["bound_by"] for result in results}))
     notes = [f"memory   read at the rate of torch's {by} over 512 MiB, whichever is quickest; activations in {dtype}"]
-    report(arguments, Machine.here(threads=torch.get_num_threads()), table, results, notes=notes, activations=dtype)
+    report(
+        arguments, began, Machine.here(threads=torch.get_num_threads()), table, results, notes=notes, activations=dtype
+    )
 
 
 def result_of(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +21,13 @@ from moetier.tiers.source import LOADERS
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import add_directory
+from moetier.tools.cli.report import format_seconds
 from moetier.tools.rates.hardware import Machine
 from moetier.tools.rates.products import UNCACHED_BYTES
 from moetier.tools.rates.reads import DISK_SECONDS, GB, NO_FIO, RandomReads, fio_version
 
 from .bound import Bound, BoundRates, need_of, rows_of, verdict
-from .output import Spread, add_bench_arguments, alternate, check_bench, report
+from .output import Interrupted, Spread, add_bench_arguments, alternate, begin_bench, report
 from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
 
@@ -141,13 +144,13 @@ class Floor:
 def measure(arguments: argparse.Namespace, work: Work) -> None:
     """Measure ``work`` with every combination of --limit and --ram; print and write the results.
 
-    The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. Raises
-    MoetierError.
+    The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. After
+    SIGINT or SIGTERM, what was measured until then is printed. Raises MoetierError.
     """
     from moetier.runtime.checkpoint.containers import container_of
     from moetier.runtime.stores.registry import read_manifest
 
-    check_bench(arguments)
+    began = begin_bench(arguments)
     several = [
         RunLimits(None if limit is None else Size.parse(limit).of(machine_memory()), ram)
         for limit in arguments.limit or [None]
@@ -161,6 +164,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
     feed = child | {"work": "model"} | work.to_json()
 
     _say("the memory of an idle process, and which experts the tokens use")
+    start = time.monotonic()
     idle = fresh(child | {"work": "idle"})
     seen = fresh(feed | {"record": True}, files=files)
     floor = Floor(manifest, seen["used"], seen["trunk_bytes"], seen["kv_bytes"], idle["peak_bytes"])
@@ -169,18 +173,33 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
     ways: dict[Any, Any] = rated.ways(child, work)
     for limits in several:
         ways[limits] = partial(fresh, feed | {"ram": limits.ram}, limit=limits.limit, files=files)
-    measured = alternate(arguments.rounds, ways, say=_say)
+    seconds = len(several) * (time.monotonic() - start) + 2 * KERNEL_SECONDS + DISK_SECONDS
+    whole = format_seconds(arguments.rounds * seconds)
+    _say(f"{arguments.rounds} rounds take about {whole}; Ctrl-C prints what was measured until then")
+    interrupted_in = None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        measured = alternate(arguments.rounds, ways, say=_say)
+    except Interrupted as stop:
+        measured, interrupted_in = stop.results, 1 + min(map(len, stop.results.values()))
+        several = [limits for limits in several if measured[limits]]
+        if not several:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     page_cache = measured[several[0]][-1]["page_cache"]
 
     rates, rates_json, notes = rated.summary(measured["disk"], measured["rates"], work)
     results = [result_of(limits, measured[limits], work, floor, rates) for limits in several]
     report(
         arguments,
+        began,
         Machine.here(threads=seen["threads"], place=folder, fio=fio),
         [list(TABLE), *map(_row, results)],
         results,
         notes=[*notes, f"tokens   {work.source}; page cache {page_cache}", *([] if fio else [NO_FIO])],
         ends=[_reading(result) for result in results],
+        interrupted_in=interrupted_in,
         rates=rates_json,
         tokens={
             "source": work.source,

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from moetier.tiers.errors import TargetError
 from moetier.tiers.options import COUNT
-from moetier.tools.cli.report import table
-from moetier.tools.rates.hardware import Machine
+from moetier.tools.cli.report import format_seconds, table
+from moetier.tools.rates.hardware import CpuTimes, Machine, busy
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -62,6 +62,14 @@ class Spread:
         return middle if len(self.runs) == 1 else f"{middle} ({low} to {high})"
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended the runs. ``results`` has those that ended before, as ``alternate`` would return them."""
+
+    def __init__(self, results: dict[Any, list[Any]]) -> None:
+        super().__init__()
+        self.results = results
+
+
 def alternate(
     rounds: int,
     ways: Mapping[K, Callable[[], T]],
@@ -73,7 +81,7 @@ def alternate(
 
     Each round begins with another way; every second round goes through the ways in reverse. After the first round, none
     begins that would not end before ``until``, a time of ``time.monotonic``, if it took as long as the longest. Before
-    each run, ``say`` is called with a line of progress.
+    each run, ``say`` is called with a line of progress. Raises Interrupted at Ctrl-C.
     """
     results: dict[K, list[T]] = {name: [] for name in ways}
     names, times = [*ways], [time.monotonic()]
@@ -83,9 +91,13 @@ def alternate(
             break
         first = number % len(names)
         order = names[first:] + names[:first]
-        for name in order if number % 2 == 0 else reversed(order):
-            say(f"round {number + 1} of {rounds}: {name}")
-            results[name].append(ways[name]())
+        left = f", about {format_seconds((rounds - number) * longest)} left" if number else ""
+        try:
+            for name in order if number % 2 == 0 else reversed(order):
+                say(f"round {number + 1} of {rounds}{left}: {name}")
+                results[name].append(ways[name]())
+        except KeyboardInterrupt:
+            raise Interrupted(results) from None
         times.append(time.monotonic())
     return results
 
@@ -102,44 +114,62 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, as one JSON object")
 
 
-def check_bench(arguments: argparse.Namespace) -> None:
-    """Raise TargetError if the folder of the --json file does not exist. Call this before measuring."""
+def begin_bench(arguments: argparse.Namespace) -> CpuTimes:
+    """Return the CPU times at the beginning, for ``report``. Raises TargetError if --json names no existing folder."""
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise TargetError(
             f"There is no folder {arguments.json.parent}.", "Make it, or give --json a path in another folder."
         )
+    return CpuTimes.read()
 
 
 def report(
     arguments: argparse.Namespace,
+    began: CpuTimes,
     machine: Machine,
     rows: list[list[str]],
     results: list[dict[str, Any]],
     *,
     notes: list[str] | None = None,
     ends: list[str] | None = None,
+    interrupted_in: int | None = None,
     **more: Any,
 ) -> None:
     """Print the machine, the table ``rows``, the ``notes``, and ``ends``, sentences that say what the table means.
 
-    With --json, write the results to a file too.
+    With --json, write the results to a file too. It has the machine, the notes, ``results`` (a JSON object for each row
+    of the table) and the fields ``more``. A note says if other processes used the CPUs since ``began``.
 
-    The file has the machine, the notes, ``results`` (a JSON object for each row of the table) and the fields ``more``.
+    ``interrupted_in``: the round in which Ctrl-C has ended the runs; None: it has not. If it has, this raises
+    KeyboardInterrupt at the end.
     """
     from moetier.tiers.store.atomic import write_durably
 
+    rounds = str(arguments.rounds)
+    if interrupted_in is not None:
+        rounds += f", interrupted in round {interrupted_in}"
+        more["interrupted_in"] = interrupted_in
+    notes = [*(notes or []), *busy_notes(began)]
     print(machine.text())
-    print(f"rounds   {arguments.rounds}: median (least to most)")
+    print(f"rounds   {rounds}: median (least to most)")
     print(table(rows))
-    for line in (*(notes or []), *(ends or [])):
+    for line in (*notes, *(ends or [])):
         print(line)
     if arguments.json is not None:
         document = {
             "command": arguments.what,
             "rounds": arguments.rounds,
             "machine": asdict(machine),
-            "notes": notes or [],
+            "notes": notes,
             **more,
             "results": results,
         }
         write_durably(arguments.json, json.dumps(document, indent=2).encode() + b"\n")
+    if interrupted_in is not None:
+        raise KeyboardInterrupt
+
+
+def busy_notes(began: CpuTimes) -> list[str]:
+    """Return a note that other processes used the CPUs since ``began``; none if that changes little."""
+    said = busy(began.used_by_others())
+    return [f"busy     {said} meanwhile: without them it is faster"] if said else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.redaction import redacted
 
+from .advice import name_of, nearest, option_advice
 from .help_format import HelpFormatter
 
 EXIT_USAGE = 2  # the status that argparse uses
@@ -78,7 +78,7 @@ class CommandParser(argparse.ArgumentParser):
             self._check_options(own)
             rest = words[len(own) :]
             if rest and rest[0] not in commands:
-                advice = self.of_others.get(rest[0]) or _nearest(rest[0], commands)
+                advice = self.of_others.get(rest[0]) or nearest(rest[0], commands)
                 self._refuse(f"There is no {self._name('command')} {rest[0]!r}.", advice)
             parsed, more = super().parse_known_args(args, namespace)
             if not rest and not more:
@@ -95,7 +95,7 @@ class CommandParser(argparse.ArgumentParser):
             self._is_inside = False
         if more:
             if more[0].startswith("-") and " " not in more[0]:
-                self._refuse(f"{self._name('moetier')} has no option {more[0]}.")
+                self._refuse_option(more[0])
             self._refuse(
                 f"{self._name()} takes no further argument, but there is {more[0]!r}.",
                 "If a text has several words, put it in quotes. ",
@@ -112,18 +112,16 @@ class CommandParser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, arg_string)
         except MoetierError as error:
-            self.exit(EXIT_USAGE, f"moetier: {_name_of(action)}: {redacted(error.cause)}\n  {error.fix}\n")
+            self.exit(EXIT_USAGE, f"moetier: {name_of(action)}: {redacted(error.cause)}\n  {error.fix}\n")
         except argparse.ArgumentError as error:
             said = f"{arg_string!r} is not {NUMBERS.get(value_type, f'of the form {action.metavar}')}"
             if isinstance(error.__context__, argparse.ArgumentTypeError):
                 said = error.message
-            self._refuse(f"{_name_of(action)}: {said}.")
+            self._refuse(f"{name_of(action)}: {said}.")
 
     def _check_value(self, action, value):  # type: ignore[no-untyped-def]  # as argparse declares it
         if action.choices is not None and value not in action.choices:
-            self._refuse(
-                f"{_name_of(action)} can't be {value}.", f"Choose from {', '.join(map(str, action.choices))}. "
-            )
+            self._refuse(f"{name_of(action)} can't be {value}.", f"Choose from {', '.join(map(str, action.choices))}. ")
 
     def error(self, message: str) -> NoReturn:
         """Exit with a message for a mistake that argparse found. The usage is not printed: it may have twenty lines."""
@@ -143,9 +141,11 @@ class CommandParser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             # argparse takes a word with a space for a value, and accepts an unambiguous beginning of an option
             if name.startswith("--") and " " not in word and not any(option.startswith(name) for option in options):
-                argument = next((a for a in self._actions if not a.option_strings and f"--{a.dest}" == name), None)
-                advice = _nearest(name, options) if argument is None else f"Give {_name_of(argument)} without {name}. "
-                self._refuse(f"{self._name('moetier')} has no option {name}.", advice)
+                self._refuse_option(name)
+
+    def _refuse_option(self, name: str) -> NoReturn:
+        """Exit with a message for an option that the command does not have."""
+        self._refuse(f"{self._name('moetier')} has no option {name}.", option_advice(name, self._actions))
 
     def _refuse(self, cause: str, advice: str = "") -> NoReturn:
         self.exit(EXIT_USAGE, f"moetier: {redacted(cause)}\n  {advice}{self.prog} --help shows the usage.\n")
@@ -179,16 +179,6 @@ def show_first(parser: argparse.ArgumentParser, *names: str) -> None:
         group._group_actions = [action for action in group._group_actions if action not in actions]
     options = parser._optionals._group_actions
     options[1:1] = actions  # after --help
-
-
-def _name_of(action: argparse.Action) -> str:
-    return "/".join(action.option_strings) or str(action.metavar or action.dest.upper())
-
-
-def _nearest(word: str, names: Iterable[str]) -> str:
-    """Return a question that suggests the word of ``names`` nearest to ``word``, or "" if none is near."""
-    matches = difflib.get_close_matches(word, list(names), n=1)
-    return f"Did you mean {matches[0]}? " if matches else ""
 
 
 # help of an argument that names a directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +216,14 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
         # a daemon's prefetches are left out: they are for all its clients together (``moetier stats`` shows them)
         *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
     ]
+
+
+def with_processes(clients: object, processes: Sequence[int]) -> str:
+    """Return a number of clients, with the ids of their ``processes`` or of three: "2 (processes 41, 42)"."""
+    known = [str(process) for process in processes if process]  # 0: in a PID namespace that the daemon can't see
+    more = ", ..." if len(known) > 3 else ""
+    what = "process" if len(known) == 1 else "processes"
+    return f"{clients} ({what} {', '.join(known[:3])}{more})" if known else str(clients)
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     code = report_of(work, arguments.json)
     if code == 0 and (name := register_name(arguments.target)) is not None:
-        print(f"Every command takes it by the name {name}. Next: moetier chat {name}", file=sys.stderr)
+        print(f"Every command takes it by the name {name}. Next: {following(arguments.target, name)}", file=sys.stderr)
     return code
+
+
+def following(folder: Path, name: str) -> str:
+    """Return the command to try a model with that is called ``name``.
+
+    A model without a chat template and without settings for sampling is a base model, which repeats itself if the most
+    likely token is always taken, and may never stop.
+    """
+    settings = [folder / "tokenizer_config.json", folder / "generation_config.json"]
+    known: dict[str, Any] = {}
+    for file in settings:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known |= json.loads(file.read_text())
+    is_base = not (folder / "chat_template.jinja").exists() and not known.get("chat_template")
+    return f"moetier chat {name}" + (" -n 64 --temperature 0.6" if is_base and not known.get("do_sample") else "")
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

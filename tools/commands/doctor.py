@@ -73,7 +73,9 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
     from moetier.runtime.machine.memory import shortage
     from moetier.tools.doctor import machine, model_directory
     from moetier.tools.doctor.machine import State, fail, findings_of
+    from moetier.tools.rates.hardware import CpuTimes
 
+    times = CpuTimes.read()
     light = {"python": machine.python, "libraries": machine.libraries, "config": machine.configuration}
     others: dict[str, Callable[[], Iterator[Finding]]] = {
         "cpu": machine.processor,
@@ -97,3 +99,4 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
         if any(finding.state is State.FAIL for finding in of_store):
             return  # broken records can't be used to measure the disk
     yield from findings_of("disk", partial(model_directory.disk, directory, seconds))
+    yield from findings_of("load", partial(machine.others, times))

@@ -24,7 +24,7 @@ from moetier.tools.cli.failure import show
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import add_json, add_model_argument, check_utf8, show_first, utf8
 from moetier.tools.cli.progress import prompt_bar
-from moetier.tools.cli.report import Timing, details, run_json, summary
+from moetier.tools.cli.report import Timing, details, line, run_json, summary
 
 EXAMPLES = (
     'moetier generate ./mixtral-4bit "To be, or not to be" --ram 6GiB',
@@ -51,12 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command. Raises MoetierError."""
+    from moetier.tools.rates.hardware import CpuTimes, busy
+
     resources = resources_of(arguments)
     decoding = decoding_of(arguments)
     prompt = _text_of_input(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give a prompt as an argument, or on standard input.")
 
+    times = CpuTimes.read()
     with loaded(arguments.directory, resources) as (model, tokenizer, load_seconds):
         import torch
         import transformers
@@ -69,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         report = run_json(timing, model.tiers, reads)
         short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
+        if said := busy(times.used_by_others()):
+            short += "\n" + line("busy", f"{said} meanwhile: without them it is faster")
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 
     if arguments.json:

@@ -28,6 +28,7 @@ EXAMPLES = (
 )
 LONG_SECONDS = 30.0  # of a first prompt after which advice is given
 URL = "http://127.0.0.1:8000"
+FIT = "Serve a model whose chat template has tools, with a context that is long enough (moetier serve --context N)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the configuration, or start the program and return its status. Raises MoetierError.
 
-    The status of printing is 1 if the model can't be used with the program.
+    If the model can't be used with the program, that is printed first, the status is 1, and nothing is started.
     """
     client = CLIENTS[arguments.client]
     if arguments.words and not arguments.starts:
@@ -74,17 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
     tools = has_tools(url, key, model)
     target = ServerModel(url, model["id"], model.get("max_model_len") or CONTEXT, key, tools)
     out = sys.stderr if arguments.starts else sys.stdout
+    if unfit := misfit(client, target):
+        if arguments.starts:
+            raise ConfigError(unfit, FIT)
+        print(f"moetier: {unfit}\n  {FIT} Its configuration would be:", file=sys.stderr, flush=True)
+    program = program_of(client) if arguments.starts else ""
     if not arguments.starts:
         print(f"# {client.place}\n{client.configuration(target)}", flush=True)
-    line = unfit = misfit(client, target)
-    if arguments.estimate and not unfit:
-        line = first_prompt(client, target, arguments.directory)
-    if line:
-        print(line, file=out, flush=True)
-    if arguments.starts:
-        return start(client, client.launch(target), arguments.words)
     if unfit:
         return EXIT_ERROR
+    if arguments.estimate and (line := first_prompt(client, target, arguments.directory)):
+        print(line, file=out, flush=True)
+    if arguments.starts:
+        return start(program, client.launch(target), arguments.words)
     given = {"url": url, "model": arguments.model, "api_key_file": arguments.api_key_file}
     words = command_words((name, value) for name, value in given.items() if value not in (None, URL))
     print(f"\n# or, without a change of files: {shlex.join(['moetier', 'launch', arguments.client, *words, '--run'])}")
@@ -102,7 +105,7 @@ def key_of(file: Path | None) -> str | None:
 
 
 def misfit(client: ClientProgram, target: ServerModel) -> str:
-    """Return a line that says why a model can't be used with a program; "" if nothing speaks against it."""
+    """Return a sentence that says why a model can't be used with a program; "" if nothing speaks against it."""
     reasons = []
     if client.prompt_tokens >= target.context:
         reasons.append(
@@ -110,7 +113,7 @@ def misfit(client: ClientProgram, target: ServerModel) -> str:
         )
     if target.has_tools is False:
         reasons.append("its chat template has no tools")
-    return f"\n# {target.model} can't be used with {client.command}: {'; '.join(reasons)}." if reasons else ""
+    return f"{target.model} can't be used with {client.command}: {'; '.join(reasons)}." if reasons else ""
 
 
 def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None) -> str:
@@ -131,10 +134,15 @@ def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None)
     return text + (" A shorter way: pi." if seconds > LONG_SECONDS and client.command != "pi" else "")
 
 
-def start(client: ClientProgram, launch: Launch, words: Sequence[str]) -> int:
-    """Run a program until it ends, and return its status. Raises ConfigError if it is not installed."""
+def program_of(client: ClientProgram) -> str:
+    """Return the path of a program. Raises ConfigError if it is not installed."""
     if (program := shutil.which(client.command)) is None:
         raise ConfigError(f"{client.command} is not on the PATH.", f"Install it: npm install -g {client.package}")
+    return program
+
+
+def start(program: str, launch: Launch, words: Sequence[str]) -> int:
+    """Run the program at a path until it ends, and return its status."""
     environment = os.environ | launch.environment
     with tempfile.TemporaryDirectory(prefix="moetier-launch-") as folder:
         path = folder

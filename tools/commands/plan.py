@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=size,
         metavar="SIZE",
-        help="plan for a machine with so much free memory (default: this machine's)",
+        help="plan for another machine, with so much free memory (default: this machine's); --disk is its disk's speed",
     )
     parser.add_argument(
         "--into",
         type=Path,
         metavar="FOLDER",
         help="folder whose disk is measured (default: the current folder; for an id on the hub, the folder into which "
-        "moetier pull puts models)",
+        "moetier pull puts models). It must have room for the model; with --memory, only if --into is given",
     )
     parser.add_argument("--disk", type=float, metavar="GB/S", help="speed of the disk, instead of measuring it")
     add_json(parser)
@@ -96,7 +96,7 @@ def text(forecast: dict[str, Any]) -> str:
     same = [choice for choice in forecast["choices"] if choice["trunk_bits"] == recommended["trunk_bits"]]
     best = next(choice for choice in same if all(choice[key] == recommended[key] for key in ("bits", "native")))
     rows = [_row(forecast, choice) for choice in sorted(same, key=lambda choice: -choice["bits"])]
-    lines = [*_heading(forecast, best), "", table([HEAD, *rows]), "", *_sentences(forecast, best)]
+    lines = [*_heading(forecast, best), "", table([HEAD, *rows]), "", *_sentences(forecast, best, same)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -107,13 +107,12 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     device = "no GPU" if machine["device"] == HOST else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
     trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in forecast["choices"]}
     sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
-    disk = machine["disk"]["all"] / 1e9
     return [
         f"model    {plain(forecast['model'])}: {size}{forecast['blocks']} blocks of {forecast['experts']} experts, top-"
         f"{forecast['top_k']}{to_come}",
         f"machine  {format_bytes(machine['memory_bytes'])} of memory free ({machine['memory_limiter']}), {device}, "
         f"{machine['workers']} CPUs",
-        f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
+        f"disk     {_disk(machine)}",
         f"trunk    {sizes}",
         f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values"
         f"{_at_the_end(best)}; {best['prefill_chunk']} tokens of a prompt are computed together: "
@@ -121,6 +120,13 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         *_prompts(best["prompts"]),
         *_cold_start(forecast["cold_start"]),
     ]
+
+
+def _disk(machine: dict[str, Any]) -> str:
+    free, rate = machine["disk_free_bytes"], f"{machine['disk']['all'] / 1e9:.2f} GB/s ({machine['disk_by']})"
+    if free is not None:
+        return f"{format_bytes(free)} free, {rate}"
+    return rate if machine["disk_by"] == "given" else f"{rate}, of this machine: --disk gives another's"
 
 
 def _prompts(prompts: list[dict[str, Any]]) -> list[str]:
@@ -165,7 +171,10 @@ def _row(forecast: dict[str, Any], choice: dict[str, Any]) -> list[str]:
     return [*row, _rate(prefill["tokens_per_s"]), prefill["by"]]
 
 
-def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
+def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[str, Any]]) -> list[str]:
+    """Return what the table means, and the recommended commands. ``same``: the choices of the table."""
+    from moetier.tools.rates.hardware import busy
+
     recommended, memory = forecast["recommended"], best["memory"]
     count, bits, trunk_bits = forecast["records"], best["bits"], best["trunk_bits"]
     what = "It runs" if forecast["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
@@ -177,7 +186,11 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     if best["device_slots"] is not None:
         lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory.")
     else:
-        lines.append(f"Hits are estimated from the trace {best['hit_curve']}. Speeds are those of this moment.")
+        said = busy(forecast["machine"]["cpus_of_others"])
+        moment = f"{said[0].upper()}{said[1:]} meanwhile: without them, expect more." if said else ""
+        lines.append(
+            f"Hits are estimated from the trace {best['hit_curve']}. {moment or 'Speeds are those of this moment.'}"
+        )
     if best["as_it_is"]:
         lines.append("No conversion is needed: the files of the checkpoint are used as downloaded.")
     elif any(choice["as_it_is"] for choice in forecast["choices"]):
@@ -187,6 +200,11 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
             f"The experts are quantised already, with {plain(forecast['quantised_with'])}, and lose quality when they "
             "are quantised again: --bits 16 keeps their values."
         )
+    if forecast["perhaps_native"] is not None:
+        lines.append(
+            f"config.json says that the weights are quantised ({plain(forecast['perhaps_native'])}): convert and pull "
+            "keep them with --bits native in place of the bits below, if they can. A plan of the hub's model says more."
+        )
     if best["all_resident"]:
         lines.append("Everything stays in memory once it has been read. More memory would not help.")
     elif best["streams"]:
@@ -195,6 +213,11 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
             f"Caching hardly helps: {best['slots']:,} slots are fewer than the {experts:,} "
             "experts that one token uses, so most experts are read again for each token."
         )
+    if (free := forecast["without_ram"]) is not None:
+        lines.append(_without_ram(free, count))
+    if bad := [choice for choice in same if not choice["works"]]:
+        least = min(bad, key=lambda choice: choice["disk_bytes"])
+        lines.append(f"{least['bits']} bits{' or more' if len(bad) > 1 else ''} can't be used: {least['problem']}")
     cards = [
         f"{card['card']} {_rate(card['tokens_per_s_at_most'])}, with {card['slots']:,} experts in its memory"
         for card in best["cards"]
@@ -203,6 +226,13 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     if cards and best["disk_bytes"] >= MIN_FOR_CARDS:
         lines.append(f"On a GPU at most, in tokens/s, by data sheets and not measured: {'; '.join(cards)}.")
     return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
+
+
+def _without_ram(free: dict[str, Any], count: int) -> str:
+    """Return what a choice is like with as much memory as there is. ``count``: number of all experts."""
+    slots = f"all {count:,}" if free["all_resident"] else f"{free['slots']:,} of {count:,}"
+    speed = "" if free["decode"] is None else f": {_rate(free['decode']['tokens_per_s'])} tokens/s"
+    return f"Without --ram, {slots} experts have room in memory{speed}."
 
 
 def _time(seconds: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import add_json
-from moetier.tools.cli.report import format_seconds, table
+from moetier.tools.cli.report import format_seconds, table, with_processes
 
 if TYPE_CHECKING:
     from moetier.runtime.wire.probe import RunningDaemon
@@ -29,14 +29,16 @@ def run(arguments: argparse.Namespace) -> None:
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 
-    daemons = [_look(daemon) for daemon in running_daemons()]
+    daemons = [_look(daemon) for daemon in running_daemons(details=True)]
     text = _text(daemons) if daemons else f"No daemon runs in {runtime_folder()}."
     print(json.dumps(daemons, indent=2) if arguments.json else text)
 
 
 def _look(daemon: RunningDaemon) -> dict[str, Any]:
     from moetier.runtime.model.names import listed_name
+    from moetier.runtime.wire.probe import client_processes
 
+    processes = {} if daemon.stats is None else client_processes(daemon.stats)
     return {
         "folder": str(daemon.folder),
         "pid": daemon.card.pid,
@@ -54,6 +56,7 @@ def _look(daemon: RunningDaemon) -> dict[str, Any]:
             }
             | (
                 {"ready": now.host.ready, "slots": now.host.slots, "clients": now.clients, "leases": now.leases}
+                | {"client_pids": processes.get(model.digest, [])}
                 | ({"fault": now.fault} if now.fault else {})
                 if now is not None
                 else {}
@@ -79,7 +82,7 @@ def _text(daemons: list[dict[str, Any]]) -> str:
                     plain(model["digest"][:DIGEST_CHARS]),
                     format_bytes(model["budget_bytes"]),
                     "bad shards" if "fault" in model else ready,
-                    str(model.get("clients", "?")),
+                    with_processes(model.get("clients", "?"), model.get("client_pids", [])),
                     format_seconds(daemon["uptime_s"]) if first else "",
                     plain(daemon["listen"] or "-") if first else "",
                 ]

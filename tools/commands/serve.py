@@ -102,7 +102,12 @@ def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
         service = served.service
         tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
         context = f"{tiers.describe_context()}; at most {parallel} requests are computed together"
-        return names, [context, f"the experts are held by {tiers.where}", bits, disk_line(service.disk, tiers.kv)]
+        held = f"the experts are held by {tiers.where}"
+        if tiers.origin.daemon is not None:
+            host = tiers.host.stats()
+            held += f", with room for {host.slots} of {tiers.manifest.record_count}: --ram has no effect here (with "
+            held += "--daemon none, this process would hold them)"
+        return names, [context, held, bits, disk_line(service.disk, tiers.kv)]
 
 
 def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:

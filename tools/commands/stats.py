@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     address = address_of(arguments.address)
     with probe(address, credentials(arguments)) as daemon:
-        now = daemon.describe(), _named(daemon.stats(), address)
+        now = daemon.describe(), _named(daemon.stats(details=True), address)
         if arguments.watch is None:
             print(json.dumps(to_json(address, *now), indent=2) if arguments.json else _text(address, *now))
             return
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(_HEAD, flush=True)
             while True:
                 time.sleep(arguments.watch)
-                before, now = now, (daemon.describe(), _named(daemon.stats(), address))
+                before, now = now, (daemon.describe(), _named(daemon.stats(details=True), address))
                 print(json.dumps(to_json(address, *now)) if arguments.json else changes(before, now), flush=True)
 
 
@@ -82,6 +82,9 @@ def _named(stats: StatsReply, address: Address) -> StatsReply:
 
 def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> dict[str, Any]:
     """Return the counters since the daemon's start as JSON, in bytes and seconds."""
+    from moetier.runtime.wire.probe import client_processes
+
+    processes = client_processes(stats)
     return {
         "address": str(address),
         "version": described.version,
@@ -90,7 +93,7 @@ def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> di
         "uptime_s": stats.uptime_s,
         "models": [
             {field.name: getattr(model, field.name) for field in model.DESCRIPTOR.fields if field.name != "host"}
-            | {"host": _tier(model.host)}
+            | {"client_pids": processes.get(model.digest, []), "host": _tier(model.host)}
             for model in stats.models
         ],
     }
@@ -117,8 +120,10 @@ def address_of(text: str | None) -> Address:
 
 
 def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
-    from moetier.tools.cli.report import format_seconds, prefetch_text
+    from moetier.runtime.wire.probe import client_processes
+    from moetier.tools.cli.report import format_seconds, prefetch_text, with_processes
 
+    processes = client_processes(stats)
     lines = [
         f"{address}: process {described.pid}, moetier {plain(described.version)}, up {format_seconds(stats.uptime_s)}"
     ]
@@ -137,7 +142,8 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
             f"{host.failures:,} failures",
             f"  prefetch  {prefetch_text(host)}",
             *([f"  preloaded {host.warmed:,} experts, {host.recalled:,} of them used"] if host.warmed else []),
-            f"  clients   {model.clients}, {model.sessions} of them connected; they use {model.leases} experts now",
+            f"  clients   {with_processes(model.clients, processes.get(model.digest, []))}, {model.sessions} of them "
+            f"connected; they use {model.leases} experts now",
             f"  requests  {model.requests:,} for missing experts, {format_bytes(model.session_bytes_in)} received, "
             f"{format_bytes(model.session_bytes_out)} sent; {model.used:,} hits reported",
             f"  fetches   {model.fetches:,} by other machines, {format_bytes(model.fetched_bytes)} sent",

@@ -21,6 +21,7 @@ from moetier.runtime.machine.threads import usable_cpus, use_threads
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.failure import as_options, plain
+from moetier.tools.rates.hardware import CpuTimes, Machine, busy
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -146,13 +147,21 @@ def configuration() -> Iterator[Finding]:
 
 def processor() -> Iterator[Finding]:
     """Report the CPU and the cores that this process may use."""
-    from moetier.tools.rates.hardware import Machine
-
     machine, usable = Machine.here(), usable_cpus()
     quota = f", of which a control group's quota allows {usable}" if usable < machine.cores else ""
     yield ok(
         "cpu", f"{machine.cpu} ({', '.join(machine.features) or platform.machine()}), {machine.cores} cores{quota}"
     )
+
+
+def others(times: CpuTimes) -> Iterator[Finding]:
+    """Report other processes if they have left too little of the CPUs since ``times`` were read."""
+    if said := busy(times.used_by_others()):
+        yield warn(
+            "load",
+            f"{said} during these checks: measured speeds are too low, here and in plan and bench",
+            "End them, or set --threads to the number of free cores.",
+        )
 
 
 def kernel() -> Iterator[Finding]:

@@ -111,7 +111,8 @@ def plan(
         trunk_bits: bits per weight of everything else to choose from; None: all.
         into: folder whose disk is measured; None: the current folder, or for an id on the hub that of pulled models.
         disk: speed of the disk in GB/s; None: measure it.
-        memory: free memory of the machine to plan for, such as "26GiB"; None: what is free here.
+        memory: free memory of another machine to plan for, such as "26GiB"; None: what is free here. If it is given,
+            free space is only checked in ``into``.
         options: those of ``load`` in PLANNED.
 
     Raises:

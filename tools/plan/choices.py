@@ -184,6 +184,7 @@ class ModelChoices:
     choices: tuple[Choice, ...]
     passing_bytes: int = 0  # most bytes of downloaded files that are on the disk at any one time during a conversion
     quantised_with: str | None = None  # format of experts that records can't hold as they are stored; None: they can
+    perhaps_native: str | None = None  # format that config.json names, if there are no headers to tell more
 
     @property
     def source_bytes(self) -> int:
@@ -237,7 +238,8 @@ def open_choices(source: str | Path) -> ModelChoices:
             choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
             usable = as_it_is and bits == own and trunk_bits == 16
             choices.append(replace(choice, as_it_is=usable, native=bits == NATIVE))
-    return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing, quantised)
+    stated = None if headers.shaped or not checkpoint.quantization else checkpoint.quantised_with
+    return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing, quantised, stated)
 
 
 def _is_usable(folder: Path) -> bool:

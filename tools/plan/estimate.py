@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
-from moetier.runtime.model.names import tag_of
+from moetier.runtime.model.names import listed_name, tag_of
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tools.cli.failure import as_options
@@ -257,6 +257,7 @@ def estimate(
         "to_download": headers is not None and headers.on_hub,
         "names_code": headers is not None and headers.names_code,
         "quantised_with": model_choices.quantised_with,
+        "perhaps_native": model_choices.perhaps_native,
         "shapes": "converted" if headers is None else "headers" if headers.shaped else "the index, and the model",
         "blocks": len(manifest.blocks),
         "experts": max(block.experts for block in manifest.blocks),
@@ -265,8 +266,9 @@ def estimate(
         "context": best.needs.kv.context,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(resources, speeds),
-        "choices": [_choice(model_choices, fit, resources, speeds) for fit in fits],
+        "choices": [choice_entry(model_choices, fit, resources, speeds) for fit in fits],
         "recommended": _recommended(model_choices, best, options, None if pulls else resources.into),
+        "without_ram": None,
     }
 
 
@@ -281,13 +283,15 @@ def _machine(resources: MachineResources, speeds: Speeds) -> dict[str, Any]:
         "disk_free_bytes": resources.disk_free,
         "disk_by": speeds.disk_by,
         "workers": speeds.workers,
+        "cpus_of_others": speeds.others,
         "disk": asdict(speeds.disk),
         "rates": asdict(speeds.rates) if speeds.rates else None,
         "quantising_weights_per_s": dict(speeds.quantising),
     }
 
 
-def _choice(model_choices: ModelChoices, fit: Fit, resources: MachineResources, speeds: Speeds) -> dict[str, Any]:
+def choice_entry(model_choices: ModelChoices, fit: Fit, resources: MachineResources, speeds: Speeds) -> dict[str, Any]:
+    """Return the estimates for one choice, as an entry of ``choices``."""
     choice = fit.choice
     entry: dict[str, Any] = {
         "bits": choice.bits,
@@ -362,7 +366,8 @@ def _recommended(model_choices: ModelChoices, best: Fit, options: Sequence[str],
 
     ``into``: the folder for `moetier convert`; None to recommend `moetier pull`.
     """
-    headers, choice, directory = model_choices.headers, best.choice, model_choices.source
+    headers, choice = model_choices.headers, best.choice
+    directory = (headers is None and listed_name(Path(model_choices.source))) or model_choices.source
     pull = convert = None
     if headers is not None and not choice.as_it_is:
         source, code = shlex.quote(model_choices.source), " --ignore-code" if headers.names_code else ""

@@ -38,7 +38,7 @@ class MachineResources:
     host: Available
     device: ComputeDevice
     on_device: Available | None  # None if it has no memory
-    disk_free: int  # bytes, on the disk of ``into``
+    disk_free: int | None  # bytes, on the disk of ``into``; None: the disk is that of another machine
     idle_bytes: int  # memory that such a process takes
     into: Path  # folder in which the model directory will be
 
@@ -126,10 +126,10 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, resources: Machin
     if headers.on_hub:
         needed += model_choices.passing_bytes
         what = f"A model directory with {choice.options}, and files of the checkpoint during the conversion, take"
-    if needed <= resources.disk_free:
+    if resources.disk_free is None or needed <= resources.disk_free:
         return None
     return DiskSpaceError(
-        f"{what} {format_bytes(needed)} in {resources.into}; {format_bytes(resources.disk_free)} are free.",
+        f"{what} {format_bytes(needed)} in {resources.into.resolve()}; {format_bytes(resources.disk_free)} are free.",
         "Free some space, or name another disk with --into.",
     )
 

@@ -43,7 +43,8 @@ def plan(
         trunk_bits: bits per weight of the trunk to choose from; None: all.
         into: folder whose disk is measured; None: for a hub id the folder of pulled models, else the current folder.
         disk: speed of the disk in GB/s; None: measure it.
-        memory: free memory of the machine to plan for, such as "26GiB"; None: what is free here.
+        memory: free memory of another machine to plan for, such as "26GiB"; None: what is free here. If it is given,
+            free space is only checked in ``into``.
         cache: names and values of the options of an object store's cache, for the recommended command line.
         say: called with a line of progress before each measurement that takes long.
         resources: PLANNED, as in ``load``.
@@ -67,7 +68,7 @@ def plan(
         from moetier.runtime.machine.threads import usable_cpus, use_threads
 
         from .choices import open_choices
-        from .estimate import estimate
+        from .estimate import choice_entry, estimate
         from .fit import Fit, MachineResources, by_preference, fit_of, impossible
         from .speeds import Speeds
 
@@ -82,7 +83,11 @@ def plan(
     kernels, machine = device.kernels(), MachineResources.measure(device, place, memory_for_model(), resident_bytes())
     if memory is not None:
         left = Size.parse(memory).of(machine.host.bytes + PROCESS_BYTES) - PROCESS_BYTES
-        machine = replace(machine, host=Available(max(left, 0), f"--memory {memory}"))
+        machine = replace(
+            machine,
+            host=Available(max(left, 0), f"--memory {memory}"),
+            disk_free=None if into is None else machine.disk_free,
+        )
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
 
@@ -97,6 +102,10 @@ def plan(
     speeds = Speeds.measure(model_choices, choices, machine, disk, config.threads or usable_cpus())
     words = _words(resources)
     forecast = estimate(model_choices, fits, working[0], machine, speeds, options=words, pulls=pulls)
+    if config.ram is not None and not working[0].all_resident:
+        free = fit_of(model_choices, working[0].choice, replace(config, ram=None), machine, kernels)
+        if free.slot_count > working[0].slot_count:
+            forecast["without_ram"] = choice_entry(model_choices, free, machine, speeds)
     cold = _cold_start(source, forecast, cache) if model_choices.headers is None else {"cold_start": None}
     return forecast | cold
 

@@ -13,6 +13,8 @@ from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
 from moetier.tiers.source import LOADERS
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
 from moetier.tiers.store.folder import GROUP, is_cache
+from moetier.tools.convert.model_files import free_bytes
+from moetier.tools.rates.hardware import CpuTimes
 from moetier.tools.rates.products import (
     TIMES,
     UNCACHED_BYTES,
@@ -103,6 +105,7 @@ class Speeds:
     rates: MachineRates | None
     quantising: Mapping[Bits, float]  # weights a second of one worker, by bits
     workers: int  # of a conversion
+    others: float = 0.0  # CPUs that other processes used meanwhile
 
     @classmethod
     def measure(
@@ -114,6 +117,7 @@ class Speeds:
         workers: int,
     ) -> Speeds:
         """Measure all speeds, for a few seconds. ``disk``: the disk's rate in GB/s; None to measure it."""
+        times = CpuTimes.read()
         if disk is None:
             rate, by = _disk_rate(model_choices, choices, resources)
         else:
@@ -121,7 +125,8 @@ class Speeds:
         rates = MachineRates.measure(rate, choices, resources) if not resources.device.has_memory else None
         measured_choices = choices if model_choices.headers is not None else ()
         widths = {bits for choice in measured_choices for bits in (choice.bits, choice.trunk_bits)} - {16}
-        return cls(rate, by, rates, quantising_rates(sorted(widths)), workers)
+        quantising = quantising_rates(sorted(widths))
+        return cls(rate, by, rates, quantising, workers, times.used_by_others())
 
 
 def _disk_rate(
@@ -140,7 +145,7 @@ def _disk_rate(
         elif headers is not None and (files := _files_on(resources.into, headers.checkpoint.tensors.values())):
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
-            size = probe_bytes(max(choice.disk_bytes for choice in choices), resources.disk_free)
+            size = probe_bytes(max(choice.disk_bytes for choice in choices), free_bytes(resources.into))
             reads, what = stack.enter_context(RandomReads.of_new_file(resources.into, size, block)), "a temporary file"
         # during the first half, one read is in flight
         one, several = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))

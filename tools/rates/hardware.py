@@ -1,18 +1,22 @@
-"""Description of the machine on which something is measured: CPU, memory, disk, and versions of software."""
+"""The machine on which something is measured: its CPU, memory, disk and software, and what else it does meanwhile."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moetier.runtime.machine.memory import machine_memory
+from moetier.runtime.machine.threads import usable_cpus
 from moetier.tiers.text import format_bytes
 
 PACKAGES = ("moetier", "torch", "transformers", "accelerate", "llama_cpp_python")
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # kernels are chosen by these
+FREE = 0.75  # share of the CPUs for this process; if others leave less, measured speeds are too low
+WORKING = (0, 1, 2, 5, 6, 7)  # fields of a CPU in /proc/stat that count its work: all but idle and waiting for a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,36 @@ class Machine:
             *(f"{name} {number}" for name, number in self.versions.items()),
         ]
         return f"machine  {'; '.join(parts)}"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Seconds that the CPUs of this process have worked until now, and how many of them for this process."""
+
+    now: float
+    work: float
+    own: float  # children that have ended are included
+
+    @classmethod
+    def read(cls) -> CpuTimes:
+        """Read the times from the system."""
+        cpus = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        ticks = sum(int(fields[1 + place]) for fields in lines if fields[0] in cpus for place in WORKING)
+        return cls(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
+
+    def used_by_others(self) -> float:
+        """Return how many CPUs other processes have used since, on average."""
+        end = CpuTimes.read()
+        others = (end.work - self.work) - (end.own - self.own)
+        return max(others, 0.0) / max(end.now - self.now, 1e-3)
+
+
+def busy(others: float) -> str:
+    """Return that other processes used ``others`` CPUs, if that makes measured speeds too low; otherwise ""."""
+    cpus = len(os.sched_getaffinity(0))
+    is_busy = cpus - others < FREE * usable_cpus()
+    return f"other processes used {others:.1f} of {cpus} CPUs" if is_busy else ""
 
 
 def _cpu() -> tuple[str, set[str]]:

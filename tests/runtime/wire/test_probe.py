@@ -47,7 +47,8 @@ def test_a_model_gets_the_counters_of_its_digest(folder: Path, monkeypatch: pyte
     stats = pb.ModelStats(name="acme/tiny", digest=MODEL.digest, clients=3)
 
     class Answers:
-        def stats(self) -> pb.StatsReply:
+        def stats(self, *, details: bool) -> pb.StatsReply:
+            assert not details
             return pb.StatsReply(models=[pb.ModelStats(digest="cd" * 32), stats])
 
     @contextmanager

@@ -40,7 +40,9 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def test_a_block_has_rates_beside_bounds_and_what_they_depend_on() -> None:
     manifest, machine = make_plan(), Machine.here(threads=2)
-    found = rows(block(machine, manifest, "4GiB", {"decoding": RESULT, "a prompt": "It took too long."}))
+    results = {"decoding": RESULT, "a prompt": "It took too long."}
+    found = rows(block(machine, manifest, "4GiB", results, ["busy     other processes used 2.0 of 2 CPUs"]))
+    assert found["busy"] == ["other processes used 2.0 of 2 CPUs"]
     assert found["decoding"] == ["12.00 (10.00 to 20.00)", "24.00", "disk", "0.50", "75.0%", "1 MiB", "1 GiB"]
     assert found["a prompt"][0] == "It took too long."
     assert found["kernels"] == ["5.00 GB/s / and more"]

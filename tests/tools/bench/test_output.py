@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 
-from moetier.tools.bench.output import Spread, alternate
+import pytest
+
+from moetier.tools.bench.output import Interrupted, Spread, alternate, busy_notes
+from moetier.tools.rates.hardware import CpuTimes
 
 
 def test_every_way_once_a_round_and_none_always_first() -> None:
@@ -21,6 +26,30 @@ def test_no_round_begins_that_would_end_too_late() -> None:
     soon, later = time.monotonic(), time.monotonic() + 300
     assert alternate(3, {"a": lambda: 1}, until=soon) == {"a": [1]}
     assert alternate(3, {"a": lambda: 1}, until=later) == {"a": [1, 1, 1]}
+
+
+def test_what_was_measured_before_ctrl_c_is_kept() -> None:
+    """The interrupted run is not; and it is told how long the rest takes."""
+    told: list[str] = []
+    runs = iter([1, 2, 3])
+
+    def way() -> int:
+        if (number := next(runs, None)) is None:
+            raise KeyboardInterrupt
+        return number
+
+    with pytest.raises(Interrupted) as caught:
+        alternate(3, {"a": way, "b": way}, say=told.append)
+    assert caught.value.results == {"a": [1, 3], "b": [2]}
+    assert told == ["round 1 of 3: a", "round 1 of 3: b", *(f"round 2 of 3, about 0 s left: {n}" for n in "ab")]
+
+
+def test_a_note_says_that_the_machine_was_busy() -> None:
+    now = CpuTimes.read()
+    worked = replace(now, now=now.now - 100, work=now.work - 100 * len(os.sched_getaffinity(0)))
+    (note,) = busy_notes(worked)
+    assert note.startswith("busy     other processes used ")
+    assert busy_notes(replace(now, now=now.now - 1e6)) == []
 
 
 def test_a_spread() -> None:

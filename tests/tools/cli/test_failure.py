@@ -87,7 +87,8 @@ def test_a_gguf_file_that_is_missing_is_no_folder(
     words: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*words, name, *{"convert": ["DST"], "generate": ["to be"]}.get(words[0], [])]) == 1
+    more = {"convert": ["DST"], "generate": ["to be"], "serve": ["--port", "0"]}
+    assert main([*words, name, *more.get(words[0], [])]) == 1
     said = "".join(capsys.readouterr())
     assert re.search(rf"There is no file \S*{name}\.", said), said
     assert "Check the path of the GGUF file." in said

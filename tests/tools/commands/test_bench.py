@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +202,31 @@ def test_decode(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "bench: round 1 of 1: the model --limit 900 MiB --ram 7MiB\n" in progress
     assert all(word in said for word in ("tokens/s", "bound", "in its group", "900 MiB", "7MiB"))
     assert said.splitlines()[-1].startswith("--limit 900 MiB --ram 7MiB: You reach ")
+
+
+def test_what_decode_has_measured_is_printed_if_it_is_stopped(
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second round, by SIGTERM as by Ctrl-C."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+        if line.startswith("round 2 of 3"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(bench_model, "_say", say)
+    before = signal.getsignal(signal.SIGTERM)
+    options = ["--tokens", "2", "--warm", "1", "--prompt", "4", "--json", str(tmp_path / "found.json")]
+    assert main(["bench", "decode", str(tinymix_4bit), *options]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    said, progress = capsys.readouterr()
+    assert re.search(r"^3 rounds take about \d+.*; Ctrl-C prints", progress, re.MULTILINE)
+    assert "rounds   3, interrupted in round 2: median (least to most)\n" in said
+    assert said.splitlines()[-1].startswith("You reach ")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found.pop("interrupted_in") == 2
+    (result,) = check(found)
+    assert len(result["tokens_per_s"]["runs"]) == 1
 
 
 def test_more_tokens_than_the_context_has_are_not_measured(tinymix_4bit: Path) -> None:

@@ -35,7 +35,7 @@ from moetier.tiers.manifest import FileSum
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ShardStore
-from moetier.tools.commands.convert import options_of
+from moetier.tools.commands.convert import following, options_of
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
@@ -57,6 +57,20 @@ def uncut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 # what is made
+
+
+def test_the_next_command_suits_the_model(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base model repeats itself without a temperature."""
+    source = save_checkpoint(tmp_path / "tiny-moe")
+    ends = {}
+    for name, template in (("base", ""), ("talks", "{{ messages }}")):
+        if template:
+            (source / "chat_template.jinja").write_text(template)
+        assert main(["convert", str(source), str(tmp_path / name), "--fast"]) == 0
+        ends[name] = capsys.readouterr().err.splitlines()[-1].partition("Next: ")[2]
+    assert ends == {"base": "moetier chat base -n 64 --temperature 0.6", "talks": "moetier chat talks"}
+    (tmp_path / "base" / "generation_config.json").write_text('{"do_sample": true}')
+    assert following(tmp_path / "base", "base") == "moetier chat base"
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Path:
 def test_a_machine_that_is_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As this one, on which the tests run. A disk may be slow, a processor old: that is a warning."""
     monkeypatch.chdir(tmp_path)
-    found = list(findings(None, seconds=SECONDS))
+    found = [finding for finding in findings(None, seconds=SECONDS) if finding.name != "load"]  # of other tests
     assert [finding.name for finding in found] == [*NAMES, "O_DIRECT", "disk"]
     assert [finding for finding in found if finding.state is State.FAIL] == []
     assert all(finding.found and bool(finding.advice) == (finding.state is not State.OK) for finding in found)
@@ -39,7 +39,8 @@ def test_a_machine_that_is_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_command_with_a_model(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(tinymix_4bit), "--checksums", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [finding["name"] for finding in found["findings"]] == [*NAMES, "store", "O_DIRECT", "disk"]
+    names = [finding["name"] for finding in found["findings"]]
+    assert names in ([*NAMES, "store", "O_DIRECT", "disk"], [*NAMES, "store", "O_DIRECT", "disk", "load"])
     by_name = {finding["name"]: finding for finding in found["findings"]}
     assert "every byte is as it was written" in by_name["store"]["found"]
     assert "the trunk takes" in by_name["memory"]["found"]

@@ -48,7 +48,8 @@ decode    4 tokens, [\\d.]+ tokens/s
 hits      host [\\d.]+% of \\d+; waiting for misses took [\\d.]+% of the time
 read      [\\d.]+ MiB, [\\d.]+ [KM]iB a token
 memory    [\\d.]+ MiB at its peak
-"""
+(busy      other processes used [\\d.]+ of \\d+ CPUs meanwhile: .*
+)?"""
 LONG = r"""
 experts   of this process
 tier +slots +hits +misses +hit ratio +read +a token +evictions +wait p50 +p99 +of time

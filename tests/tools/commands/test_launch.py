@@ -87,8 +87,12 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    return both(capsys, *words, status=status)[0]
+
+
+def both(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> tuple[str, str]:
     assert main(["launch", *words, "--no-estimate"]) == status
-    return capsys.readouterr().out
+    return capsys.readouterr()
 
 
 def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,13 +116,17 @@ def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.C
 
 
 def test_it_says_what_a_model_lacks(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = printed(capsys, "opencode", "--url", url, "--model", "one", status=1)
+    said, first = both(capsys, "opencode", "--url", url, "--model", "one", status=1)
     assert "--run" not in said
     lacks = "its context has 4,000 tokens, and the program's first prompt about 10,104; its chat template has no tools"
-    assert f"\n# one can't be used with opencode: {lacks}.\n" in said
+    assert first.startswith(f"moetier: one can't be used with opencode: {lacks}.\n")
+    assert first.endswith("Its configuration would be:\n")
     assert '"tool_call": false' in said
-    said = printed(capsys, "pi", "--url", url, "--model", "one", status=1)
-    assert "# one can't be used with pi: its chat template" in said
+    said, first = both(capsys, "pi", "--url", url, "--model", "one", status=1)
+    assert first.startswith("moetier: one can't be used with pi: its chat template")
+    said, first = both(capsys, "pi", "--url", url, "--model", "one", "--run", status=1)
+    assert said == "", "nothing is started"
+    assert first.startswith("moetier: one can't be used with pi: its chat template")
     said = printed(capsys, "opencode", "--url", url, "--model", "two")  # it is not loaded, and is not for this
     assert '"tool_call": true' in said
     assert "can't" not in said
@@ -227,7 +235,7 @@ def test_what_can_not_be_used_is_said(
     assert "There is no server of moetier at http://127.0.0.1:1" in error("--url", "http://127.0.0.1:1")
     assert "There is no server of moetier at file:///etc" in error("--url", "file:///etc")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "Install it: npm install -g @mariozechner/pi-coding-agent" in error("--url", url, "--model", "one", "--run")
+    assert "Install it: npm install -g @mariozechner/pi-coding-agent" in error("--url", url, "--model", "two", "--run")
     monkeypatch.setenv("MOETIER_API_KEY", "another")
     assert "does not accept the API key" in error("--url", url)
 

@@ -108,7 +108,7 @@ def test_converted_and_linked_models_have_names(
 ) -> None:
     source = Path(shutil.copytree(tinymix, tmp_path / "of mine"))
     assert main(["convert", str(source), str(tmp_path / "tiny"), "--fast", "--trunk-bits", "8"]) == 0
-    assert "moetier chat tiny\n" in capsys.readouterr().err
+    assert "Next: moetier chat tiny -n 64 --temperature 0.6\n" in capsys.readouterr().err
     assert main(["link", str(source)]) == 0
     both = listed(capsys)
     tiny, linked = both["tiny"], both["of-mine"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,48 @@ def test_memory_of_another_machine(tinymix_4bit: Path) -> None:
         plan(tinymix_4bit, memory="much", disk=GB_PER_S)
 
 
+def test_the_disk_of_another_machine_is_not_this_ones(
+    index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its room is not known, unless its folder is given."""
+    with mounted("tmpfs", tmp_path / "disk", "size=20m") as disk:
+        monkeypatch.chdir(disk)
+        try:
+            here = plan(index_only, trunk_bits=[4], disk=GB_PER_S)
+            there = plan(index_only, trunk_bits=[4], disk=GB_PER_S, memory="900TiB")
+            given = plan(index_only, trunk_bits=[4], disk=GB_PER_S, memory="900TiB", into=disk)
+            measured = text(plan(index_only, bits=[4], trunk_bits=[4], memory="900TiB"))
+        finally:
+            monkeypatch.undo()
+    works = [[choice["works"] for choice in found["choices"]] for found in (here, there, given)]
+    assert works == [[False, False, True, True, True], [True] * 5, [False, False, True, True, True]]
+    assert "\n8 bits or more can't be used: A model directory with --bits 8 --trunk-bits 4 takes " in text(here)
+    assert "free, 1.00 GB/s (given)\n" in text(here)
+    assert "\ndisk     1.00 GB/s (given)\n" in text(there)
+    assert "can't be used" not in text(there)
+    assert there["machine"]["disk_free_bytes"] is None
+    assert "of this machine: --disk gives another's\n" in measured
+
+
+def test_what_the_machine_permits_is_said_beside_less(tinymix_4bit: Path) -> None:
+    """With --ram, what would be without; unless that is no more."""
+    found = plan(tinymix_4bit, ram="3MiB", context=512, disk=GB_PER_S)
+    whole = plan(tinymix_4bit, context=512, disk=GB_PER_S)
+    assert found["without_ram"]["slots"] == whole["choices"][0]["slots"] == 64
+    assert re.search(
+        r"^Without --ram, all 64 experts have room in memory: [\d.]+ tokens/s\.$", text(found), re.MULTILINE
+    )
+    assert whole["without_ram"] is None
+    assert "Without --ram" not in text(whole)
+    assert plan(tinymix_4bit, ram="800TiB", context=512, disk=GB_PER_S)["without_ram"] is None
+
+
+def test_speeds_of_a_busy_machine_are_said_to_be_too_low(tinymix_4bit: Path) -> None:
+    found = plan(tinymix_4bit, disk=GB_PER_S)
+    for others, said in ((0.0, "Speeds are those of this moment."), (1e3, "Other processes used 1000.0 of ")):
+        assert said in text(found | {"machine": found["machine"] | {"cpus_of_others": others}})
+
+
 def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(index_only), "--trunk-bits", "4", "--disk", "1.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -133,6 +176,15 @@ def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(
         f"moetier generate {folder} --ram 1MiB {model}",
     ]
     assert converted["recommended"]["pull"] is None
+
+
+def test_weights_that_may_be_kept_are_said_without_their_headers(index_only: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(index_only, tmp_path / "source"))
+    assert "--bits native" not in text(plan(source, bits=[4], disk=GB_PER_S))
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (source / "config.json").write_text(json.dumps(config))
+    said = text(plan(source, bits=[4], disk=GB_PER_S))
+    assert "weights are quantised (mxfp4): convert and pull keep them with --bits native" in said
 
 
 def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,9 @@ from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.model.name_files import register_name
+from moetier.runtime.wire.probe import client_processes
 from moetier.tiers.manifest import Manifest
-from moetier.tools.cli.report import format_seconds
+from moetier.tools.cli.report import format_seconds, with_processes
 from moetier.tools.commands.stats import changes
 
 SLOT = layout_of().slot_bytes
@@ -95,7 +96,7 @@ def test_it_lists_daemons_with_their_models(daemon: DaemonProcess, store: tuple[
         assert re.split(r"  +", head) == heads
         words = row.split()
         assert words[:4] == [str(daemon.folder), str(daemon.pid), store[1].model, store[1].digest[:12]]
-        assert words[4:10] == ["192", "KiB", "3", "of", "12", "1"]
+        assert words[4:12] == ["192", "KiB", "3", "of", "12", "1", "(process", f"{os.getpid()})"]
         assert words[-1] == "-"
         (found,) = json.loads(said(runtime, "ps", "--json"))
         assert 0 < found.pop("uptime_s") < 3600
@@ -116,6 +117,7 @@ def test_it_lists_daemons_with_their_models(daemon: DaemonProcess, store: tuple[
                     "slots": 12,
                     "clients": 1,
                     "leases": 2,
+                    "client_pids": [os.getpid()],
                 }
             ],
         }
@@ -217,6 +219,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
     assert (found["pid"], found["address"], found["version"]) == (daemon.pid, str(daemon.folder), daemon.card.version)
     (model,) = found["models"]
     counted = {name: model[name] for name in ("name", "digest", "clients", "sessions", "leases", "requests", "used")}
+    assert model["client_pids"] == [os.getpid()]
     assert counted == {
         "name": store[1].model,
         "digest": store[1].digest,
@@ -238,7 +241,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
         "uses 4 of an expert: 1 hits, in memory (25.0%); 3 misses, not in memory, of which 0 waited for a read already",
         "reads 48 KiB; 0 experts made room for others; 0 failures",
         "prefetch 0 read, 0 useful, 0 late, 0 wasted; 0 cancelled; up to 0.00 s of waiting saved",
-        "clients 1, 1 of them connected; they use 2 experts now",
+        f"clients 1 (process {os.getpid()}), 1 of them connected; they use 2 experts now",
         "requests 2 for missing experts, ",
         "fetches 0 by other machines, 0 B sent",
     ):
@@ -273,7 +276,7 @@ def test_experts_that_were_read_as_all_fit(store: tuple[Path, Manifest], runtime
 def test_every_counter_of_the_contract_is_in_the_json(daemon: DaemonProcess, runtime: Path) -> None:
     model = daemon.stats()
     (found,) = json.loads(said(runtime, "stats", "--json"))["models"]
-    assert set(found) == {field.name for field in model.DESCRIPTOR.fields}
+    assert set(found) == {field.name for field in model.DESCRIPTOR.fields} | {"client_pids"}
     assert set(found["host"]) == {field.name for field in model.host.DESCRIPTOR.fields}
 
 
@@ -409,3 +412,15 @@ def test_a_reader_that_has_enough(daemon: DaemonProcess, runtime: Path) -> None:
 )
 def test_times_for_people(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_clients_are_named_by_their_processes() -> None:
+    """Three at most; one in another PID namespace has none, and a daemon of an older version may name none."""
+    clients = [pb.Client(number=n, pid=pid) for n, pid in enumerate((42, 9, 42, 0))]
+    stats = pb.StatsReply(models=[pb.ModelStats(digest="d", clients=4)], details=[pb.Details(clients=clients)])
+    assert client_processes(stats) == {"d": [0, 9, 42]}
+    assert client_processes(pb.StatsReply(models=stats.models)) == {}
+    assert with_processes(4, [0, 9, 42]) == "4 (processes 9, 42)"
+    assert with_processes(1, [9]) == "1 (process 9)"
+    assert with_processes(9, [1, 2, 3, 4]) == "9 (processes 1, 2, 3, ...)"
+    assert with_processes("?", []) == "?"
