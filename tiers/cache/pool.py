@@ -26,8 +26,7 @@ from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .budget import Partition
-from .partitions import Partitions
-from .policies import DEFAULT_POLICY, POLICIES, Policy
+from .policies import DEFAULT_POLICY, POLICIES, Partitions, Policy
 
 
 class SlotState(Enum):

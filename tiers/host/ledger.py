@@ -40,9 +40,8 @@ from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted
 from .loads import LoadLimits, Loads
-from .prefetch import PrefetchQueue
+from .prefetch import PrefetchQueue, Uses
 from .slots import HostSlots
-from .uses import Uses
 from .waiting import Notifier, WaitingDemands
 
 

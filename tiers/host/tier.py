@@ -29,8 +29,8 @@ from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
 from .page_order import PageOrder
+from .prefetch import Uses
 from .session import Session, Timekeeper
-from .uses import Uses
 from .waiting import Notifier
 
 # leases that are available together, and whether they are the last of the demand

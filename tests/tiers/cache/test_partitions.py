@@ -5,8 +5,7 @@ from __future__ import annotations
 from stores import keys
 
 from moetier.tiers.cache.budget import Partition
-from moetier.tiers.cache.partitions import Partitions
-from moetier.tiers.cache.policies import POLICIES
+from moetier.tiers.cache.policies import POLICIES, Partitions
 from moetier.tiers.layout import ExpertKey
 
 
