@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 COMMIT = "f517865c12ee77379391eabacc760b91735ce0e9"  # of the former release
 # its folders, each after a folder to put it in, which make the package moetier, as in its wheel
 CONTENTS = (("", "moetier"), ("moetier/", "proto", "tiers", "runtime", "tools"))
-# what its commands import
+# what its commands import, without hqq, which transformers would import, and with it torch's compiler
 FORMER_MODULES = (
+    "without_hqq",
     "moetier.tools.convert",
     "moetier.tools.conversion",
     "moetier.tools.generate",
@@ -63,6 +64,7 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for prefix, *folders in CONTENTS:
         archive = [*git, "archive", f"--prefix={prefix}", COMMIT, *folders]
         subprocess.run(["tar", "-x", "-C", source], input=subprocess.check_output(archive), check=True)
+    (source / "without_hqq.py").write_text("import sys\n\nsys.modules['hqq'] = None\n")
     return source
 
 

@@ -97,7 +97,7 @@ def test_three_hold_a_third_each_and_one_is_killed_under_load(
 
     def caller(host: HostTier, seed: int) -> int:
         chance, count = random.Random(seed), 0
-        while not over.wait(0.002):
+        while not over.is_set():
             block = chance.randrange(4)
             wanted = [ExpertKey(block, expert) for expert in chance.sample(range(12), 4)]
             seen = {lease.key: bytes(lease.record) for lease in host.acquire(wanted)}
@@ -275,7 +275,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
         def load(reader: SpreadStore) -> float:
             """The longest that a record took."""
             longest = 0.0
-            while not over.wait(0.01):
+            while not over.is_set():
                 for key in LARGE_RECORDS:
                     began = time.monotonic()
                     read(reader, key, LARGE_RECORDS)

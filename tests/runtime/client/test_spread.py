@@ -183,7 +183,7 @@ def test_nothing_is_lost_while_daemons_come_and_go_under_load(
 
     def load(reader: SpreadStore, seed: int) -> int:
         chance, count = random.Random(seed), 0
-        while not over.wait(0.002):
+        while not over.is_set():
             read(reader, chance.choice(KEYS))
             count += 1
         return count
