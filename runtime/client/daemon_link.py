@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, Queue, SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import grpc
@@ -30,6 +30,7 @@ from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
+from moetier.tiers.inbox import Inbox
 from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.threads import start_thread
 
@@ -52,7 +53,7 @@ class SlotRequest:
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
-    answers: Queue[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
+    answers: Inbox[SlotAnswer | None]  # None: the daemon has gone away or come back, or the link was closed
     of_total: int = 0  # as in ``ExpertSource.acquire``
     is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from queue import Empty, Queue
+from queue import Empty
 
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.inbox import Inbox
 from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.locks import POLL_SECONDS
 from moetier.tiers.source import Lease
@@ -48,7 +49,7 @@ class Misses:
         self._of_total = of_total
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
-        self._answers: Queue[SlotAnswer | None] = Queue()  # no SimpleQueue, as in runtime.engine.stream
+        self._answers = Inbox[SlotAnswer | None]()
         self.missing: dict[int, None] = {}  # experts that the caller has not computed with yet
 
     def submit(self, experts: Sequence[int]) -> None:
@@ -127,7 +128,7 @@ class Misses:
     def _next_answer(self, due: float) -> SlotAnswer | None:
         """Return the next answer; None if there is none before ``due`` (monotonic clock), or within POLL_SECONDS."""
         try:
-            return self._answers.get(timeout=min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
+            return self._answers.get(min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
         except Empty:
             return None
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 from moetier.runtime.devices.device import device_class
@@ -20,6 +19,7 @@ from moetier.runtime.model.context import longest_context
 from moetier.runtime.model.names import listed_name
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
+from moetier.tiers.inbox import Inbox
 from moetier.tiers.threads import start_thread
 
 from .kv_cache import KVCache
@@ -208,7 +208,7 @@ class Engine(Closeable):
 
     def stream(self, request: Request) -> Stream:
         """Begin to compute a request, and return the stream of its tokens. Raises what ``submit`` raises."""
-        tokens = Queue[int | None]()
+        tokens = Inbox[int | None]()
         return Stream(
             self.submit(request, lambda _, sampled: tokens.put(sampled.token), lambda _: tokens.put(None)), tokens
         )

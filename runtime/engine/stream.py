@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from queue import Empty, Queue
+from queue import Empty
+
+from moetier.tiers.inbox import Inbox
 
 from .sequence import TokenSequence
 
@@ -13,11 +16,8 @@ POLL_SECONDS = 0.05  # a stream asks this often whether its caller still wants i
 class Stream:
     """The tokens of one sequence, as they are sampled."""
 
-    def __init__(self, sequence: TokenSequence, tokens: Queue[int | None]) -> None:
-        """``tokens`` gets the sequence's tokens, then None.
-
-        It is no SimpleQueue: in Python 3.11 that waits for ever if a signal comes just before its timeout is over.
-        """
+    def __init__(self, sequence: TokenSequence, tokens: Inbox[int | None]) -> None:
+        """``tokens`` gets the sequence's tokens, then None."""
         self.sequence = sequence
         self._tokens = tokens
 
@@ -35,7 +35,8 @@ class Stream:
         finally:
             self.sequence.cancel()
             while self.sequence.finish is None:
-                self._tokens.get()
+                with contextlib.suppress(Empty):
+                    self._tokens.get(POLL_SECONDS)
         if self.sequence.error is not None:
             raise self.sequence.error
 
@@ -44,6 +45,6 @@ class Stream:
             if should_stop():
                 self.sequence.cancel()
             try:
-                return self._tokens.get(timeout=POLL_SECONDS)
+                return self._tokens.get(POLL_SECONDS)
             except Empty:
                 continue

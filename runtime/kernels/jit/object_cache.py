@@ -56,10 +56,11 @@ def _read(path: Path) -> bytes | None:
         digest, made = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(made).digest() != digest:
             return None
-        if time.time() - status.st_mtime > _TOUCHED_SECONDS:
-            os.utime(path)
     except OSError:
         return None
+    if time.time() - status.st_mtime > _TOUCHED_SECONDS:
+        with contextlib.suppress(OSError):  # the disk is read-only
+            os.utime(path)
     return made
 
 

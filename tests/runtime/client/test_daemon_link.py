@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue, SimpleQueue
+from queue import SimpleQueue
 
 import grpc
 import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
@@ -28,6 +28,7 @@ from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.errors import ClosedError, MissingExpertError
 from moetier.tiers.host.demands import Failed, Granted
+from moetier.tiers.inbox import Inbox
 from moetier.tiers.layout import ExpertKey
 
 
@@ -119,10 +120,10 @@ def link(daemon: Daemon, folder: Path) -> Iterator[Link]:
 
 def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], SlotAnswer | None]]:
     """Send a request for experts of block 1, and return it with what takes its next answer."""
-    answers: Queue[SlotAnswer | None] = Queue()
+    answers = Inbox[SlotAnswer | None]()
     made = SlotRequest(1, dict.fromkeys(experts), answers)
     link.submit(made)
-    return made, lambda: answers.get(timeout=PATIENCE)
+    return made, lambda: answers.get(PATIENCE)
 
 
 def test_each_expert_is_granted_once_and_an_error_ends_the_request(link: Link, daemon: Daemon) -> None:
