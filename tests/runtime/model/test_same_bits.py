@@ -30,7 +30,7 @@ QUICK = ["qwen3_next"]
 # qwen4_exp is further apart: attention of one token to chosen positions is compiled, that of many is torch's
 MEASURED = [kind for kind, varying in VARYING.items() if varying.moetier and kind not in (*QUICK, "qwen4_exp")]
 OTHER_EXPERT = 2.5  # how far a logit may move if a last bit sends a token to another expert
-SCATTER = 0.06  # of a share of 150 tokens, which has a standard deviation of up to 0.04
+SCATTER = 0.06  # of a share of one prompt's 150 tokens, which has a standard deviation of up to 0.04
 TRUNKS = [4, 8, 16]
 BEYOND = 530  # tokens: more than a piece of attention
 
@@ -63,8 +63,9 @@ def widths() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MEASURED)])
 def test_logits_are_no_further_apart_than_in_plain_transformers(kind: str, tmp_path: Path) -> None:
-    found, plain = apart(kind, tmp_path, prompts=1)
-    assert found.share <= plain.share + SCATTER
+    prompts = 1 if kind in QUICK else 4
+    found, plain = apart(kind, tmp_path, prompts=prompts)
+    assert found.share <= plain.share + SCATTER / prompts**0.5
     assert found.largest <= max(1.2 * plain.largest, OTHER_EXPERT)
 
 
