@@ -124,6 +124,7 @@ def test_prometheus_finds_something_for_each_query(scraped: Scraped, tmp_path: P
         wait_until(lambda: [one["value"][1] for one in prometheus.query('up{job="moetier"}')] == ["1", "1"])
 
 
+@pytest.mark.slow
 def test_a_picture_of_it_has_every_panel(scraped: Scraped, tmp_path: Path) -> None:
     """As docs/figures/dashboard.py draws it; legends are of what was scraped."""
     binary = shutil.which("prometheus")

@@ -138,6 +138,7 @@ def test_an_editable_install_shows_no_file_twice(installed: Installed) -> None:
     assert len({path.resolve() for path in files}) == len(files) > 100
 
 
+@pytest.mark.slow
 def test_an_editable_install_made_with_setuptools_is_replaced(installed: Installed, tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     python = environment(tmp_path / "former")

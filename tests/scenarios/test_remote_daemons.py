@@ -246,6 +246,7 @@ def is_read(store: RemoteStore, key: ExpertKey) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: Path, token: Path) -> None:
     """TLS across a network of its own. With another daemon nothing is missed; alone it is an error by the deadline, and
     right again when packets flow."""

@@ -200,7 +200,8 @@ print(most)
 """
 
 
-@pytest.mark.parametrize("reserve", [pytest.param(0, marks=pytest.mark.slow), 200 << 20])
+@pytest.mark.slow
+@pytest.mark.parametrize("reserve", [0, 200 << 20])
 def test_the_largest_that_is_named_can_be_had_for_real(reserve: int) -> None:
     """Every page of it, and of the reserve, in a control group of 1 GiB that kills who takes more."""
     with memory_limit(GIB) as group:

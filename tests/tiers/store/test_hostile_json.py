@@ -217,6 +217,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
     """200 MB of JSON, and the largest accepted document of the most expensive kind."""
     large = tmp_path / "large"

@@ -46,6 +46,7 @@ def optional_modules() -> set[str]:
     return {MODULES.get(name, name.replace("-", "_")) for name in extras - needed - {"moetier"}}
 
 
+@pytest.mark.slow
 def test_it_needs_only_what_moetier_always_has(made: Path) -> None:
     code = (
         f"import sys; sys.modules |= dict.fromkeys({sorted(optional_modules())!r})\n"

@@ -62,6 +62,7 @@ def test_doctor_names_the_address(server: FolderServer, capsys: pytest.CaptureFi
         capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_probes")
 def test_plan_says_how_long_a_cold_start_takes(
     server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]

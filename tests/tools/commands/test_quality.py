@@ -43,6 +43,7 @@ def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixt
     assert errors == sorted(errors)
 
 
+@pytest.mark.slow
 def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = quality(
         capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "256", "--bits", "2", "--method", "hqq,rounding"

@@ -68,6 +68,7 @@ def test_a_device_tier_and_a_link(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["tokens_per_s"] == pytest.approx(1e10 / (result["copies_per_token"] * 2**20))
 
 
+@pytest.mark.slow
 def test_several_traces_and_slots_of_its_own_choice(capsys: pytest.CaptureFixture[str]) -> None:
     run(MIXTRAL, GPT_OSS, "--policy", "lru", "--json")
     reports = json.loads(capsys.readouterr().out)["traces"]
