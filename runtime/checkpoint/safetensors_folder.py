@@ -14,7 +14,7 @@ from moetier.runtime.formats.tensors import MAX_NAME, StoredTensor, read_tensors
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.extents.table import read_table
 from moetier.tiers.small_names import COPIED, DOWNLOADED, SETTINGS, VOCABULARY
-from moetier.tiers.store.folder import remaking
+from moetier.tiers.store.folder import MAX_LEVELS, is_deep, remaking
 from moetier.tiers.text import some
 
 from . import hub
@@ -167,18 +167,23 @@ def contained(folder: Path, name: str) -> Path:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Return the object in a checkpoint's JSON file.
 
-    Raises CheckpointError if the file can't be read or is not a JSON object, and UnsafeCheckpointError if ``name``
-    leads out of ``folder``.
+    Raises CheckpointError if the file can't be read, is not a JSON object or is nested too deeply, and
+    UnsafeCheckpointError if ``name`` leads out of ``folder``.
     """
     path = contained(folder, name)
     try:
         value = json.loads(path.read_bytes())
+        deep = is_deep(value)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {name}.", "Give the folder of a Hugging Face checkpoint.") from None
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}).", DOWNLOAD_AGAIN) from error
+    except RecursionError:
+        deep = True
+    if deep:
+        raise CheckpointError(f"{path} has values that are nested in more than {MAX_LEVELS} levels.", DOWNLOAD_AGAIN)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object.", DOWNLOAD_AGAIN)
     return value

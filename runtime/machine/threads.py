@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .memory import control_groups
+from .memory import ControlGroup, control_groups
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these variables a user sets torch's number of threads
 
@@ -24,18 +24,26 @@ def usable_cpus(root: Path = Path("/")) -> int:
     part of each period; with fewer, a part of the quota is never used. Rounding costs at most half a CPU either way.
     The affinity already respects the cpuset. ``root`` is as in ``control_groups``.
     """
-    cpus = len(os.sched_getaffinity(0))
-    quotas = [quota for group in control_groups("cpu", root) if (quota := _quota(group.folder, group.version))]
-    return max(1, min(cpus, *(int(quota + 0.5) for quota in quotas))) if quotas else cpus
+    return max(1, int(cpu_limit(root)[0] + 0.5))
 
 
-def _quota(folder: Path, version: int) -> float | None:
+def cpu_limit(root: Path = Path("/")) -> tuple[float, ControlGroup | None]:
+    """Return how many CPUs this process may use, and the control group whose quota that is; None: it is the affinity.
+
+    ``root`` is as in ``control_groups``.
+    """
+    limits: list[tuple[float, ControlGroup | None]] = [(len(os.sched_getaffinity(0)), None)]
+    limits += ((quota, group) for group in control_groups("cpu", root) if (quota := _quota(group)))
+    return min(limits, key=lambda limit: limit[0])
+
+
+def _quota(group: ControlGroup) -> float | None:
     """Return the CPU quota of a control group, such as 1.5 CPUs; None if it has none."""
     try:
-        if version == 2:
-            quota, period = (folder / "cpu.max").read_text().split()
+        if group.version == 2:
+            quota, period = (group.folder / "cpu.max").read_text().split()
         else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = ((group.folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max" for no quota
         return None

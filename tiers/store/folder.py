@@ -235,7 +235,7 @@ def parse_json(data: bytes, where: str, fix: str, *, limit: int = MAX_JSON_BYTES
         raise StoreFormatError(f"{where} has more than {limit:,} bytes, the most that moetier writes.", fix)
     try:
         value = json.loads(data, parse_int=_whole)
-        deep = _is_deep(value)
+        deep = is_deep(value)
     except ValueError as error:
         raise StoreFormatError(f"{where} is not JSON ({error}).", fix) from error
     except RecursionError:
@@ -247,7 +247,7 @@ def parse_json(data: bytes, where: str, fix: str, *, limit: int = MAX_JSON_BYTES
     return value
 
 
-def _is_deep(value: object) -> bool:
+def is_deep(value: object) -> bool:
     """Return whether a value has more than MAX_LEVELS levels. A recursive function could overflow the stack."""
     level: list[Any] = [[value]]
     for _ in range(MAX_LEVELS + 2):

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.redaction import redacted
 
-from .advice import name_of, nearest, option_advice
+from .advice import OF_LLAMA_CPP, name_of, nearest, option_advice
 from .help_format import HelpFormatter
 
 EXIT_USAGE = 2  # the status that argparse uses
@@ -136,11 +136,12 @@ class CommandParser(argparse.ArgumentParser):
         return self.prog.removeprefix("moetier").strip() or of_none
 
     def _check_options(self, words: Iterable[str]) -> None:
-        options = [name for name in self._option_string_actions if name.startswith("--")]
         for word in takewhile("--".__ne__, words):
             name = word.partition("=")[0]
-            # argparse takes a word with a space for a value, and accepts an unambiguous beginning of an option
-            if name.startswith("--") and " " not in word and not any(option.startswith(name) for option in options):
+            # argparse takes a word with a space for a value, accepts an unambiguous beginning of a long option, and
+            # would read -ngl as -n gl
+            is_option = name in OF_LLAMA_CPP or (name.startswith("--") and " " not in word)
+            if is_option and not any(option.startswith(name) for option in self._option_string_actions):
                 self._refuse_option(name)
 
     def _refuse_option(self, name: str) -> NoReturn:

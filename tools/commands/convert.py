@@ -72,13 +72,14 @@ def following(folder: Path, name: str) -> str:
     A model without a chat template and without settings for sampling is a base model, which repeats itself if the most
     likely token is always taken, and may never stop.
     """
-    settings = [folder / "tokenizer_config.json", folder / "generation_config.json"]
-    known: dict[str, Any] = {}
-    for file in settings:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            known |= json.loads(file.read_text())
-    is_base = not (folder / "chat_template.jinja").exists() and not known.get("chat_template")
-    return f"moetier chat {name}" + (" -n 64 --temperature 0.6" if is_base and not known.get("do_sample") else "")
+
+    def setting(file: str, key: str) -> Any:
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            return json.loads((folder / file).read_bytes()).get(key)
+
+    has_template = (folder / "chat_template.jinja").exists() or setting("tokenizer_config.json", "chat_template")
+    is_base = not has_template and not setting("generation_config.json", "do_sample")
+    return f"moetier chat {name}" + (" -n 64 --temperature 0.6" if is_base else "")
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

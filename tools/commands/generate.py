@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         report = run_json(timing, model.tiers, reads)
         short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
-        if said := busy(times.used_by_others()):
+        is_alone = model.tiers.origin.daemon is None and not model.tiers.origin.shares()  # daemons work for it, too
+        if is_alone and (said := busy(times.used_by_others())):
             short += "\n" + line("busy", f"{said} meanwhile: without them it is faster")
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 

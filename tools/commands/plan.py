@@ -158,8 +158,7 @@ def _cold_start(cold: dict[str, Any] | None) -> list[str]:
 
 def _row(forecast: dict[str, Any], choice: dict[str, Any]) -> list[str]:
     convert = "-" if choice["convert_s"] is None else _time(choice["convert_s"])
-    name = f"{choice['bits']} bits" + (", native" if choice["native"] else "")
-    head = [name, str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
+    head = [_name(choice), str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
     if not choice["works"]:
         return [*head, "no", "-", "-", "-", "-", "-", "-"]
     share = f"{choice['slots'] / forecast['records']:.0%}"
@@ -169,6 +168,22 @@ def _row(forecast: dict[str, Any], choice: dict[str, Any]) -> list[str]:
         return [*row, "-", "-", "-", "-", "-"]
     row += [format_bytes(round(decode["read_bytes_per_token"])), _rate(decode["tokens_per_s"]), decode["by"]]
     return [*row, _rate(prefill["tokens_per_s"]), prefill["by"]]
+
+
+def _name(choice: dict[str, Any]) -> str:
+    return f"{choice['bits']} bits" + (", native" if choice["native"] else "")
+
+
+def _bad(same: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence that says which of the choices ``same`` can't be used, and why; none if all can."""
+    bad = sorted(
+        (choice for choice in same if not choice["works"]), key=lambda choice: (choice["bits"], choice["disk_bytes"])
+    )
+    if not bad:
+        return []
+    are_largest = all(choice["bits"] < bad[0]["bits"] for choice in same if choice["works"])
+    names = f"{bad[0]['bits']} bits or more" if len(bad) > 1 and are_largest else " and ".join(map(_name, bad))
+    return [f"{names} can't be used: {bad[0]['problem']}"]
 
 
 def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[str, Any]]) -> list[str]:
@@ -215,9 +230,7 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[s
         )
     if (free := forecast["without_ram"]) is not None:
         lines.append(_without_ram(free, count))
-    if bad := [choice for choice in same if not choice["works"]]:
-        least = min(bad, key=lambda choice: choice["disk_bytes"])
-        lines.append(f"{least['bits']} bits{' or more' if len(bad) > 1 else ''} can't be used: {least['problem']}")
+    lines += _bad(same)
     cards = [
         f"{card['card']} {_rate(card['tokens_per_s_at_most'])}, with {card['slots']:,} experts in its memory"
         for card in best["cards"]

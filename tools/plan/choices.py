@@ -238,7 +238,8 @@ def open_choices(source: str | Path) -> ModelChoices:
             choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
             usable = as_it_is and bits == own and trunk_bits == 16
             choices.append(replace(choice, as_it_is=usable, native=bits == NATIVE))
-    stated = None if headers.shaped or not checkpoint.quantization else checkpoint.quantised_with
+    named = (checkpoint.quantization or {}).get("quant_method")
+    stated = str(named) if named and not headers.shaped else None
     return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing, quantised, stated)
 
 

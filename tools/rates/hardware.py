@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -9,14 +10,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moetier.runtime.machine.memory import machine_memory
-from moetier.runtime.machine.threads import usable_cpus
+from moetier.runtime.machine.memory import ControlGroup, machine_memory
+from moetier.runtime.machine.threads import cpu_limit, usable_cpus
 from moetier.tiers.text import format_bytes
 
 PACKAGES = ("moetier", "torch", "transformers", "accelerate", "llama_cpp_python")
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # kernels are chosen by these
 FREE = 0.75  # share of the CPUs for this process; if others leave less, measured speeds are too low
-WORKING = (0, 1, 2, 5, 6, 7)  # fields of a CPU in /proc/stat that count its work: all but idle and waiting for a disk
+WORKING = (0, 1, 2, 5, 6)  # fields of a CPU in /proc/stat that count its work here, not that of other machines
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +72,21 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class CpuTimes:
-    """Seconds that the CPUs of this process have worked until now, and how many of them for this process."""
+    """Seconds that the CPUs of this process have worked until now, and how many of them for this process.
+
+    With a quota, only the work of the quota's control group is counted. What uses the CPUs outside it is not seen.
+    """
 
     now: float
     work: float
     own: float  # children that have ended are included
 
     @classmethod
-    def read(cls) -> CpuTimes:
-        """Read the times from the system."""
-        cpus = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-        ticks = sum(int(fields[1 + place]) for fields in lines if fields[0] in cpus for place in WORKING)
-        return cls(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
+    def read(cls, root: Path = Path("/")) -> CpuTimes:
+        """Read the times from the system. ``root`` is as in ``control_groups``."""
+        _, group = cpu_limit(root)
+        work = _work_of_machine(root) if group is None else _work_of(group)
+        return cls(time.monotonic(), work, sum(os.times()[:4]))
 
     def used_by_others(self) -> float:
         """Return how many CPUs other processes have used since, on average."""
@@ -94,9 +97,26 @@ class CpuTimes:
 
 def busy(others: float) -> str:
     """Return that other processes used ``others`` CPUs, if that makes measured speeds too low; otherwise ""."""
-    cpus = len(os.sched_getaffinity(0))
-    is_busy = cpus - others < FREE * usable_cpus()
-    return f"other processes used {others:.1f} of {cpus} CPUs" if is_busy else ""
+    cpus = usable_cpus()
+    return f"other processes used {others:.1f} of {cpus} CPUs" if cpus - others < FREE * cpus else ""
+
+
+def _work_of_machine(root: Path) -> float:
+    """Return the seconds that the CPUs of this process have worked for all processes of the machine."""
+    cpus = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = [line.split() for line in (root / "proc/stat").read_text().splitlines()]
+    ticks = sum(int(fields[1 + place]) for fields in lines if fields[0] in cpus for place in WORKING)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _work_of(group: ControlGroup) -> float:
+    """Return the seconds that CPUs have worked for the processes of a control group; 0 if that can't be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if group.version == 2:
+            stat = dict(line.split() for line in (group.folder / "cpu.stat").read_text().splitlines())
+            return int(stat["usage_usec"]) / 1e6
+        return int((group.folder / "cpuacct.usage").read_text()) / 1e9
+    return 0.0
 
 
 def _cpu() -> tuple[str, set[str]]:

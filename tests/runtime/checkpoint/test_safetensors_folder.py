@@ -110,6 +110,14 @@ def test_code_that_a_part_of_the_config_names_is_refused(source: Path) -> None:
         open_checkpoint(source)
 
 
+@pytest.mark.parametrize("levels", [150, 600, 100_000])  # json itself refuses only the last
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", INDEX])
+def test_values_that_are_nested_too_deeply_are_refused(source: Path, file: str, levels: int) -> None:
+    (source / file).write_text('{"a":' * levels + "0" + "}" * levels)
+    with pytest.raises(CheckpointError, match=f"{file} has values that are nested in more than 100 levels"):
+        open_checkpoint(source)
+
+
 def test_what_a_config_names_to_be_loaded_is_not_carried_over(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", attn_implementation="evil/kernel", kernel_config={"x": 1}, fusion_config={"y": 1})
     convert(source, tmp_path / "dst", fast=True)

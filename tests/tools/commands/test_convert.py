@@ -73,6 +73,25 @@ def test_the_next_command_suits_the_model(models: Path, tmp_path: Path, capsys: 
     assert following(tmp_path / "base", "base") == "moetier chat base"
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "generation", "is_base"),
+    [
+        ('{"chat_template": "x"}', '{"chat_template": null}', False),
+        ('{"do_sample": true}', '{"do_sample": false}', True),
+        ("[" * 100_000, "{}", True),  # the tokenizer can't be loaded then, which chat says
+        ('{"chat_template": "x"}', "[]", False),
+        ("", '{"do_sample": true}', False),
+    ],
+    ids=["a template", "settings of the other file", "nested too deeply", "no object", "no JSON"],
+)
+def test_each_file_says_its_own_about_the_next_command(
+    tokenizer: str, generation: str, is_base: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(tokenizer)
+    (tmp_path / "generation_config.json").write_text(generation)
+    assert ("--temperature" in following(tmp_path, "one")) == is_base
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_every_width_says_what_it_made(source: Path, tmp_path: Path, bits: Bits) -> None:
     report = convert(source, tmp_path / "dst", bits=bits)

@@ -26,6 +26,7 @@ from moetier.tiers.text import format_bytes
 from moetier.tools.cli.daemon_reads import DaemonReads, DaemonWatch
 from moetier.tools.cli.report import Timing
 from moetier.tools.main import main
+from moetier.tools.rates.hardware import CpuTimes
 
 PROMPT = "def read_lines(path):"
 
@@ -153,6 +154,19 @@ def test_a_daemon_that_reads_and_is_lost_and_comes_back_is_reported(tinymix_4bit
                 r"[\d.]+ MiB were read from the local store instead",
                 reads.text(),
             )
+
+
+def test_a_daemon_that_works_for_it_is_no_other_process(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it listens: nothing is said of a busy machine then."""
+    monkeypatch.setattr(CpuTimes, "used_by_others", lambda _: 1e3)
+    options = [str(tinymix_4bit), PROMPT, "--max-new-tokens", "1", "--daemon"]
+    extra = ["--listen", "127.0.0.1:0", "--insecure"]
+    with running_daemon(tinymix_4bit, folder=tmp_path / "d", extra=extra) as daemon:
+        for place in (["none"], [str(daemon.folder)], [daemon.card.listen, "--insecure"]):
+            assert main(["generate", *options, *place]) == 0
+            assert ("\nbusy " in capsys.readouterr().err) == (place == ["none"])
 
 
 def test_the_outcomes_of_prefetches_are_reported_where_they_are_counted(

@@ -14,6 +14,7 @@ from checkpoints import save_checkpoint
 from faults import mounted
 from hubs import MODEL, READ_SETTINGS, serve_hub
 from prepared import Prepared
+from quantised_checkpoints import quantise_mxfp4
 from stores import NASTY
 
 import moetier
@@ -185,6 +186,34 @@ def test_weights_that_may_be_kept_are_said_without_their_headers(index_only: Pat
     (source / "config.json").write_text(json.dumps(config))
     said = text(plan(source, bits=[4], disk=GB_PER_S))
     assert "weights are quantised (mxfp4): convert and pull keep them with --bits native" in said
+    config["quantization_config"] = {"bits": 4}  # convert takes the weights for what their types say
+    (source / "config.json").write_text(json.dumps(config))
+    assert "--bits native" not in text(plan(source, bits=[4], disk=GB_PER_S))
+
+
+BAD = {  # choices that don't work, the smallest first -> what is said of them
+    ("8 bits", "16 bits"): "8 bits or more",
+    ("16 bits",): "16 bits",
+    ("4 bits", "4 bits, native", "8 bits", "16 bits"): "4 bits or more",
+    ("4 bits", "8 bits", "16 bits"): "4 bits and 8 bits and 16 bits",  # native ones have 4 bits, and work
+    ("4 bits, native", "16 bits"): "4 bits, native and 16 bits",
+}
+
+
+def test_choices_that_can_not_be_used_are_named(tmp_path: Path) -> None:
+    """The reason is that of the smallest of them."""
+    source = save_checkpoint(tmp_path / "source", "gpt_oss", shards=1)
+    quantise_mxfp4(source)
+    found = plan(source, trunk_bits=[16], disk=GB_PER_S)
+    names = [f"{each['bits']} bits" + (", native" if each["native"] else "") for each in found["choices"]]
+    assert set(names) == {"16 bits", "8 bits", "4 bits", "4 bits, native", "3 bits", "2 bits"}
+    for bad, said in BAD.items():
+        works = [{"works": name not in bad, "problem": f"No room for {name}."} for name in names]
+        choices = [each | state for each, state in zip(found["choices"], works, strict=True)]
+        best = next(each for each in choices if each["works"])
+        recommended = found["recommended"] | {key: best[key] for key in ("bits", "native")}
+        lines = text(found | {"choices": choices, "recommended": recommended}).splitlines()
+        assert [line for line in lines if "can't be used" in line] == [f"{said} can't be used: No room for {bad[0]}."]
 
 
 def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
