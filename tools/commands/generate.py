@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         report = run_json(timing, model.tiers, reads)
         short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
         if said := busy(times.used_by_others()):
-            short += "\n" + line("busy", f"{said} meanwhile: without them it is faster")
+            short += "\n" + line("busy", f"{said} meanwhile: without them it may be twice as fast; run it again then")
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 
     if arguments.json:
