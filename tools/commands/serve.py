@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,20 +63,22 @@ def run(arguments: argparse.Namespace) -> None:
     catalogue = Catalogue(arguments.directories, name=config.name, aliases=dict(arguments.alias))
     keys = keys_of(config.api_key_file, config.api_keys)
     check_packages("moetier serve")
-    from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
+    from moetier.tools.serve.listen import Server, bind, is_loopback, is_wildcard, url_of
 
     with bind(config.host, config.port) as bound:
         if keys is None and not is_loopback(bound):
             raise ConfigError(
                 f"Other machines can reach {config.host}, and there is no API key.",
-                f"Give --api-key-file, or set {API_KEY_VARIABLE} (make a key: openssl rand -hex 32); "
-                "or leave out --host.",
+                f"Give --api-key-file, or set {API_KEY_VARIABLE} (make a key: openssl rand -hex 32); --api-keys if "
+                "there are several users; or leave out --host.",
             )
         from moetier.tools.serve.models import Models
         from moetier.tools.serve.serving import ModelLoader
 
         with Models(catalogue, ModelLoader(resources, config, keys), keep_alive=config.keep_alive) as models:
             names, notes = first_lines(models, config.parallel)
+            if is_wildcard(bound):
+                notes.insert(0, f"for other machines: {url_of(bound, socket.gethostname())}/v1")
             with lean_imports():
                 from moetier.tools.serve.app import application
             Server(
