@@ -330,7 +330,10 @@ def test_what_can_not_work_is_said(
     ("options", "warnings"),
     [
         (["--ram", "999TiB"], [r"--ram 999TiB is more than the \S+ \wiB of (this machine|the control group \S+)\. .*"]),
-        (["--context", "100000"], [r"--context 100000 is more than the 2048 tokens that the model was trained for\."]),
+        (
+            ["--context", "100000"],
+            [r"--context 100000 is more than the model was trained for: the context is 2,048 tokens\."],
+        ),
         (["--ram", "100%", "--context", "2048"], []),
         ([], []),
     ],
