@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.config import AUTO
 from moetier.runtime.libraries.lean import lean_imports
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.text import format_bytes, some
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         from moetier.tools.serve.serving import ModelLoader
 
         with Models(catalogue, ModelLoader(resources, config, keys), keep_alive=config.keep_alive) as models:
-            names, notes = first_lines(models, config.parallel)
+            names, notes = first_lines(models, config.parallel, shares=arguments.daemon == AUTO)
             if is_wildcard(bound):
                 notes.insert(0, f"for other machines: {url_of(bound, socket.gethostname())}/v1")
             with lean_imports():
@@ -112,10 +113,10 @@ def bound_socket(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
+def first_lines(models: Models, parallel: int, *, shares: bool) -> tuple[str, list[str]]:
     """Return the names of the models, and lines to print below them. A single model is loaded for that.
 
-    ``parallel``: most requests that are computed together.
+    ``parallel``: most requests that are computed together; ``shares``: whether a daemon would be used if there was one.
     """
     names = ", ".join(models.catalogue.models())
     if not models.catalogue.has_one:
@@ -131,6 +132,8 @@ def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
             host = tiers.host.stats()
             held += f", with room for {host.slots} of {tiers.manifest.record_count}: --ram has no effect here (with "
             held += "--daemon none, this process would hold them)"
+        elif shares:
+            held += "; to share them with other processes, start a daemon first"
         return names, [context, held, bits, disk_line(service.disk, tiers.kv)]
 
 

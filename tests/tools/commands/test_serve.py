@@ -481,7 +481,7 @@ def test_the_models_of_another_server_at_the_port_are_said(
     assert fix == "  Give another --host or --port."
 
 
-def test_a_context_that_the_model_was_not_trained_for_is_not_promised(
+def test_it_promises_no_context_that_was_not_trained_and_says_how_to_share(
     tinymix_4bit: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["serve", str(tinymix_4bit), "--context", "4096", "--daemon", "none"]
@@ -489,8 +489,9 @@ def test_a_context_that_the_model_was_not_trained_for_is_not_promised(
     config = ServeConfig.of(vars(arguments))
     loader = ModelLoader(resources_of(arguments, sequences=1), config, None)
     with Models(Catalogue([tinymix_4bit]), loader) as models:
-        _, (context, *_) = first_lines(models, 1)
+        _, (context, held, *_) = first_lines(models, 1, shares=True)
     assert context.startswith("a context of 2,048 tokens (")
+    assert held == "the experts are held by this process; to share them with other processes, start a daemon first"
     assert "--context 4096 is more than the model was trained for: the context is 2,048 tokens." in caplog.text
 
 
