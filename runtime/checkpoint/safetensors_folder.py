@@ -300,5 +300,6 @@ def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
             "Get the checkpoint as safetensors.",
         )
     return CheckpointError(
-        f"{place} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
+        f"{place} has neither {WEIGHTS} nor {INDEX}.",
+        f"Give the folder of a checkpoint in safetensors. For moetier plan, {INDEX} beside config.json is enough.",
     )

@@ -73,9 +73,9 @@ class KVBudget:
         """Bytes of all pages."""
         return self.pages * self.page_bytes
 
-    def describe(self) -> str:
-        """Return what the context costs, for a user."""
-        what = f"a context of {self.context:,} tokens"
+    def describe(self, context: int) -> str:
+        """Return what the context of a model, in tokens, costs, for a user."""
+        what = f"a context of {context:,} tokens"
         return f"{what} ({format_bytes(self.nbytes)} for keys and values)" if self.page_bytes else what
 
 

@@ -172,4 +172,4 @@ def report(
 def busy_notes(began: CpuTimes) -> list[str]:
     """Return a note that other processes used the CPUs since ``began``; none if that changes little."""
     said = busy(began.used_by_others())
-    return [f"busy     {said} meanwhile: without them it is faster"] if said else []
+    return [f"busy     {said} meanwhile: without them it may be twice as fast; run it again then"] if said else []

@@ -73,4 +73,5 @@ def _warn(model: Any, ram: str | None, context: int | None) -> None:
             limits.limiter,
         )
     if context is not None and (trained := longest_context(model.config)) and context > trained:
-        _log.warning("--context %d is more than the %d tokens that the model was trained for.", context, trained)
+        said = f"--context {context} is more than the model was trained for: the context is {trained:,} tokens."
+        _log.warning("%s", said)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .daemon_reads import DaemonReads
 
 
+SLOW = 0.2  # share of the time that waiting for misses may take before the report says what would help
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Token counts and times of one generation, or the sum of several."""
@@ -89,6 +92,19 @@ def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: fl
         lines.append(line("read", f"{format_bytes(nbytes)}, {format_bytes(nbytes / max(tokens, 1))} a token"))
     lines += [line("memory", f"{format_bytes(peak_bytes)} at its peak"), *_sources(tiers, reads)]
     return "\n".join(lines)
+
+
+def slow_line(timing: Timing, tiers: Tiers, ram: str | None) -> str | None:
+    """Return a line that says what would help if waiting for misses took long; None if it did not, or nothing helps.
+
+    ``ram`` is the option for memory for experts. A tier with room for all experts reads each of them only once.
+    """
+    host = tiers.host.stats()
+    share = tier_json(host, timing)["wait_share"]
+    if tiers.origin.daemon is not None or share <= SLOW or host.slots >= tiers.manifest.record_count:
+        return None
+    more = "free more memory" if ram is None else "give experts more memory with --ram, or leave it out"
+    return line("slow", f"misses took {share:.0%} of the time: {more}; moetier plan says what that gives")
 
 
 def run_report(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> str:

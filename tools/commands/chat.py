@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
                 as_json=arguments.json,
                 status=status,
             )
-            dialogue.say(f"{dialogue.title}; {model.tiers.describe_context()}")
+            dialogue.say(f"{dialogue.title}; {model.tiers.describe_context(context)}")
             if conversation.is_plain:
                 dialogue.say("the model has no chat template: a plain one is used, which the model may not understand")
             if arguments.resume:

@@ -24,7 +24,7 @@ from moetier.tools.cli.failure import show
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import add_json, add_model_argument, check_utf8, show_first, utf8
 from moetier.tools.cli.progress import prompt_bar
-from moetier.tools.cli.report import Timing, details, line, run_json, summary
+from moetier.tools.cli.report import Timing, details, line, run_json, slow_line, summary
 
 EXAMPLES = (
     'moetier generate ./mixtral-4bit "To be, or not to be" --ram 6GiB',
@@ -72,9 +72,11 @@ def run(arguments: argparse.Namespace) -> None:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         report = run_json(timing, model.tiers, reads)
         short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
+        slow = slow_line(timing, model.tiers, arguments.ram)
         is_alone = model.tiers.origin.daemon is None and not model.tiers.origin.shares()  # daemons work for it, too
         if is_alone and (said := busy(times.used_by_others())):
-            short += "\n" + line("busy", f"{said} meanwhile: without them it is faster")
+            short += "\n" + line("busy", f"{said} meanwhile: without them it may be twice as fast; run it again then")
+        short += f"\n{slow}" if slow else ""
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 
     if arguments.json:

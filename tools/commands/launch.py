@@ -29,6 +29,7 @@ EXAMPLES = (
 LONG_SECONDS = 30.0  # of a first prompt after which advice is given
 URL = "http://127.0.0.1:8000"
 FIT = "Serve a model whose chat template has tools, with a context that is long enough (moetier serve --context N)."
+FIT_OTHER = "Serve another model, which was trained for a longer context, and whose chat template has tools."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
     key = key_of(arguments.api_key_file)
     model = chosen(models_of(url, key), arguments.model, url)
     tools = has_tools(url, key, model)
-    target = ServerModel(url, model["id"], model.get("max_model_len") or CONTEXT, key, tools)
+    target = ServerModel(
+        url, model["id"], model.get("max_model_len") or CONTEXT, key, tools, model.get("trained_context")
+    )
     out = sys.stderr if arguments.starts else sys.stdout
     if unfit := misfit(client, target):
+        fix = FIT_OTHER if is_trained_for_less(client, target) else FIT
         if arguments.starts:
-            raise ConfigError(unfit, FIT)
-        print(f"moetier: {unfit}\n  {FIT} Its configuration would be:", file=sys.stderr, flush=True)
+            raise ConfigError(unfit, fix)
+        print(f"moetier: {unfit}\n  {fix} Its configuration would be:", file=sys.stderr, flush=True)
     program = program_of(client) if arguments.starts else ""
     if not arguments.starts:
         print(f"# {client.place}\n{client.configuration(target)}", flush=True)
@@ -107,13 +111,23 @@ def key_of(file: Path | None) -> str | None:
 def misfit(client: ClientProgram, target: ServerModel) -> str:
     """Return a sentence that says why a model can't be used with a program; "" if nothing speaks against it."""
     reasons = []
-    if client.prompt_tokens >= target.context:
+    if is_trained_for_less(client, target):
+        reasons.append(
+            f"it was trained for {target.trained:,} tokens, and the program's first prompt has about "
+            f"{client.prompt_tokens:,}"
+        )
+    elif client.prompt_tokens >= target.context:
         reasons.append(
             f"its context has {target.context:,} tokens, and the program's first prompt about {client.prompt_tokens:,}"
         )
     if target.has_tools is False:
         reasons.append("its chat template has no tools")
     return f"{target.model} can't be used with {client.command}: {'; '.join(reasons)}." if reasons else ""
+
+
+def is_trained_for_less(client: ClientProgram, target: ServerModel) -> bool:
+    """Return whether a model was trained for a shorter context than the program's first prompt needs."""
+    return target.trained is not None and target.trained <= client.prompt_tokens
 
 
 def first_prompt(client: ClientProgram, target: ServerModel, given: Path | None) -> str:

@@ -201,11 +201,10 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[s
     if best["device_slots"] is not None:
         lines.append(f"{best['device_slots']:,} of them fit into the GPU's memory.")
     else:
-        said = busy(forecast["machine"]["cpus_of_others"])
-        moment = f"{said[0].upper()}{said[1:]} meanwhile: without them, expect more." if said else ""
-        lines.append(
-            f"Hits are estimated from the trace {best['hit_curve']}. {moment or 'Speeds are those of this moment.'}"
-        )
+        moment = "Speeds are those of this moment."
+        if said := busy(forecast["machine"]["cpus_of_others"]):
+            moment = f"{said[0].upper()}{said[1:]} meanwhile: without them it may be twice as fast. Run it again then."
+        lines.append(f"Hits are estimated from the trace {best['hit_curve']}. {moment}")
     if best["as_it_is"]:
         lines.append("No conversion is needed: the files of the checkpoint are used as downloaded.")
     elif any(choice["as_it_is"] for choice in forecast["choices"]):
@@ -238,7 +237,7 @@ def _sentences(forecast: dict[str, Any], best: dict[str, Any], same: list[dict[s
     ]
     if cards and best["disk_bytes"] >= MIN_FOR_CARDS:
         lines.append(f"On a GPU at most, in tokens/s, by data sheets and not measured: {'; '.join(cards)}.")
-    return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
+    return lines + [command for name in ("pull", "convert", "chat", "serve") if (command := recommended[name])]
 
 
 def _without_ram(free: dict[str, Any], count: int) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.config import AUTO
 from moetier.runtime.libraries.lean import lean_imports
-from moetier.tiers.errors import ConfigError
-from moetier.tiers.text import format_bytes
+from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tiers.text import format_bytes, some
 from moetier.tools.cli.arguments import add_resource_arguments, resources_of
 from moetier.tools.cli.parser import DIRECTORY, add_model_argument, show_first
 from moetier.tools.cli.settings import API_KEY_VARIABLE
@@ -28,6 +31,7 @@ EXAMPLES = (
 )
 
 TOLD = 8_000  # tokens of a prompt for which the line at the start says what --kv-cache-dir reads
+OTHER_SECONDS = 2.0  # longest wait for the answer of another server at the port
 SPARE_CONNECTIONS = 128  # connections for health checks, metrics, and clients between two requests
 
 
@@ -62,20 +66,22 @@ def run(arguments: argparse.Namespace) -> None:
     catalogue = Catalogue(arguments.directories, name=config.name, aliases=dict(arguments.alias))
     keys = keys_of(config.api_key_file, config.api_keys)
     check_packages("moetier serve")
-    from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
+    from moetier.tools.serve.listen import Server, is_loopback, is_wildcard, url_of
 
-    with bind(config.host, config.port) as bound:
+    with bound_socket(config.host, config.port) as bound:
         if keys is None and not is_loopback(bound):
             raise ConfigError(
                 f"Other machines can reach {config.host}, and there is no API key.",
-                f"Give --api-key-file, or set {API_KEY_VARIABLE} (make a key: openssl rand -hex 32); "
-                "or leave out --host.",
+                f"Give --api-key-file, or set {API_KEY_VARIABLE} (make a key: openssl rand -hex 32); --api-keys if "
+                "there are several users; or leave out --host.",
             )
         from moetier.tools.serve.models import Models
         from moetier.tools.serve.serving import ModelLoader
 
         with Models(catalogue, ModelLoader(resources, config, keys), keep_alive=config.keep_alive) as models:
-            names, notes = first_lines(models, config.parallel)
+            names, notes = first_lines(models, config.parallel, shares=arguments.daemon == AUTO)
+            if is_wildcard(bound):
+                notes.insert(0, f"for other machines: {url_of(bound, socket.gethostname())}/v1")
             with lean_imports():
                 from moetier.tools.serve.app import application
             Server(
@@ -88,10 +94,29 @@ def run(arguments: argparse.Namespace) -> None:
             print(traffic_line(config.kv_cache_dir, models.traffic), flush=True)
 
 
-def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a bound socket, as ``bind`` does. The error names the models of another server that answers there."""
+    from moetier.tools.launch.server import models_of
+    from moetier.tools.serve.listen import bind
+
+    try:
+        return bind(host, port)
+    except ConfigError as error:
+        models: list[dict[str, Any]] = []
+        with contextlib.suppress(MoetierError):
+            models = models_of(f"http://{f'[{host}]' if ':' in host else host}:{port}", None, OTHER_SECONDS)
+        names = [model["id"] for model in models if model.get("owned_by") == "moetier"]
+        if not names:
+            raise
+        raise ConfigError(
+            f"{error.cause.removesuffix('.')}. Another server of moetier answers there, with {some(names)}.", error.fix
+        ) from None
+
+
+def first_lines(models: Models, parallel: int, *, shares: bool) -> tuple[str, list[str]]:
     """Return the names of the models, and lines to print below them. A single model is loaded for that.
 
-    ``parallel``: most requests that are computed together.
+    ``parallel``: most requests that are computed together; ``shares``: whether a daemon would be used if there was one.
     """
     names = ", ".join(models.catalogue.models())
     if not models.catalogue.has_one:
@@ -101,12 +126,14 @@ def first_lines(models: Models, parallel: int) -> tuple[str, list[str]]:
     with models.load_only() as served:
         service = served.service
         tiers, bits = service.model.tiers, bits_of(varying_part_here(service.model))
-        context = f"{tiers.describe_context()}; at most {parallel} requests are computed together"
+        context = f"{tiers.describe_context(service.context)}; at most {parallel} requests are computed together"
         held = f"the experts are held by {tiers.where}"
         if tiers.origin.daemon is not None:
             host = tiers.host.stats()
             held += f", with room for {host.slots} of {tiers.manifest.record_count}: --ram has no effect here (with "
             held += "--daemon none, this process would hold them)"
+        elif shares:
+            held += "; to share them with other processes, start a daemon first"
         return names, [context, held, bits, disk_line(service.disk, tiers.kv)]
 
 

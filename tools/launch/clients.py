@@ -28,6 +28,7 @@ class ServerModel:
         url: the URL of the server, without /v1.
         model: name of the model.
         context: most tokens of a prompt and its answer.
+        trained: tokens of the longest context that the model was trained for; None: not known.
         key: the API key; None: the server has none.
         has_tools: whether the model's chat template has tools; None: not known.
     """
@@ -37,6 +38,7 @@ class ServerModel:
     context: int = CONTEXT
     key: str | None = None
     has_tools: bool | None = None
+    trained: int | None = None
 
     @property
     def answer(self) -> int:

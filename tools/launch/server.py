@@ -18,15 +18,15 @@ from moetier.tools.cli.settings import API_KEY_VARIABLE
 SECONDS = 10.0  # longest time until the server answers
 
 
-def models_of(url: str, key: str | None) -> list[dict[str, Any]]:
-    """Return what a server says of its models.
+def models_of(url: str, key: str | None, seconds: float = SECONDS) -> list[dict[str, Any]]:
+    """Return what a server says of its models, if it answers within ``seconds``.
 
     Raises UnavailableError if no server of moetier answers, and ConfigError if the key is missing or wrong.
     """
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("it is no address of HTTP")
-        with urllib.request.urlopen(_request(f"{url}/v1/models", key), timeout=SECONDS) as answer:
+        with urllib.request.urlopen(_request(f"{url}/v1/models", key), timeout=seconds) as answer:
             models = json.load(answer)["data"]
         return [model for model in models if _is_valid(model)]
     except urllib.error.HTTPError as error:
@@ -72,9 +72,10 @@ def _request(url: str, key: str | None) -> urllib.request.Request:
 
 def _is_valid(model: dict[str, Any]) -> bool:
     """Return whether a model can be named in configurations and on a terminal."""
-    name, aliases, context = model["id"], model.get("aliases"), model.get("max_model_len")
-    is_context = context is None or (type(context) is int and context > 0)
-    return isinstance(name, str) and name.isprintable() and isinstance(aliases or [], list) and is_context
+    name, aliases = model["id"], model.get("aliases")
+    contexts = [model.get(field) for field in ("max_model_len", "trained_context")]
+    are_contexts = all(context is None or (type(context) is int and context > 0) for context in contexts)
+    return isinstance(name, str) and name.isprintable() and isinstance(aliases or [], list) and are_contexts
 
 
 def chosen(models: list[dict[str, Any]], name: str | None, url: str) -> dict[str, Any]:

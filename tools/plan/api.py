@@ -80,7 +80,7 @@ class Plan:
             context=plan["context"],
             choices=choices,
             recommended=next(one for one in choices if all(getattr(one, key) == best[key] for key in keys)),
-            commands=tuple(command for name in ("pull", "convert", "generate") if (command := best[name])),
+            commands=tuple(command for name in ("pull", "convert", "chat", "serve") if (command := best[name])),
             text=json.dumps(plan),
         )
 

@@ -34,6 +34,7 @@ from .fit import Fit, MachineResources, memory_of
 from .speeds import MachineRates, Speeds
 
 FILE = "hit_curves.json"
+USES = ("chat", "serve")  # commands that use the model, which a plan recommends last
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +246,7 @@ def estimate(
     Args:
         fits: the choices to estimate, each with its slots and bytes on this machine (see ``Fit``).
         best: the one of ``fits`` that is recommended.
-        options: options of `moetier generate` to recommend, as words of a command line.
+        options: options of `moetier chat` and `moetier serve` to recommend, as words of a command line.
         pulls: whether to recommend `moetier pull`, not `moetier convert`.
     """
     manifest, headers = best.choice.manifest, model_choices.headers
@@ -380,12 +381,11 @@ def _recommended(model_choices: ModelChoices, best: Fit, options: Sequence[str],
             stem = model_choices.name.rpartition("/")[2]
             directory = str(into / (f"{stem}-native" if choice.native else f"{stem}-{choice.bits}bit"))
             convert = f"moetier convert {source} {shlex.quote(directory)} {choice.options}{code}"
-    words = ["moetier", "generate", directory, *options, "Once upon a time"]
     return {
         "bits": choice.bits,
         "trunk_bits": choice.trunk_bits,
         "native": choice.native,
         "pull": pull,
         "convert": convert,
-        "generate": shlex.join(words),
+        **{use: shlex.join(["moetier", use, directory, *options]) for use in USES},
     }

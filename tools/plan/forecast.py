@@ -45,7 +45,7 @@ def plan(
         disk: speed of the disk in GB/s; None: measure it.
         memory: free memory of another machine to plan for, such as "26GiB"; None: what is free here. If it is given,
             free space is only checked in ``into``.
-        cache: names and values of the options of an object store's cache, for the recommended command line.
+        cache: names and values of the options of an object store's cache, for the recommended command lines.
         say: called with a line of progress before each measurement that takes long.
         resources: PLANNED, as in ``load``.
     """
@@ -120,7 +120,7 @@ def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | N
 
 
 def _words(resources: dict[str, Any]) -> list[str]:
-    """Return those ``resources`` that differ from the defaults of `moetier generate`, as words of a command line."""
+    """Return those ``resources`` that differ from the defaults, as words of a command line."""
     given = {name: resources[name] for name in TIER_OPTIONS if name in resources}
     return command_words((name, value) for name, value in given.items() if value != TIER_OPTIONS[name].default)
 
@@ -128,13 +128,14 @@ def _words(resources: dict[str, Any]) -> list[str]:
 def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return what changes in the ``forecast`` if ``source`` is the cache of a model in an object store.
 
-    The recommended command line then has the address, with the options ``cache``.
+    The recommended command lines then have the address, with the options ``cache``.
     """
     from .cold import cold_start
+    from .estimate import USES
 
     cold, recommended = cold_start(Path(source)), forecast["recommended"]
     if cold is None:
         return {"cold_start": None}
     words = [cold["address"], *command_words(cache)]
-    generate = recommended["generate"].replace(shlex.quote(str(source)), shlex.join(words))
-    return {"source": cold["address"], "recommended": recommended | {"generate": generate}, "cold_start": cold}
+    uses = {use: recommended[use].replace(shlex.quote(str(source)), shlex.join(words)) for use in USES}
+    return {"source": cold["address"], "recommended": recommended | uses, "cold_start": cold}

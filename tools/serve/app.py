@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from moetier.runtime.daemon.metrics import registry_of
+from moetier.runtime.model.context import longest_context
 
 from .endpoint import ALIVE_SECONDS, BodyEndpoint, Endpoint
 from .keys import Keys, RateLimits
@@ -92,11 +93,16 @@ def _plain_routes(models: Models) -> Iterator[Route]:
 
     def cards() -> dict[str, dict[str, Any]]:
         with models.seen() as seen:
-            contexts = {name: None if served is None else served.service.context for name, _, served in seen}
+            services = {name: None if served is None else served.service for name, _, served in seen}
         return {
             name: card_of(name, created)
-            | {"aliases": models.catalogue.aliases_of(name), "loaded": context is not None, "max_model_len": context}
-            for name, context in contexts.items()
+            | {
+                "aliases": models.catalogue.aliases_of(name),
+                "loaded": service is not None,
+                "max_model_len": None if service is None else service.context,
+                "trained_context": None if service is None else longest_context(service.model.config),
+            }
+            for name, service in services.items()
         }
 
     def list_models(_: Request) -> Response:  # no coroutine, so Starlette runs it on a thread: it reads folders

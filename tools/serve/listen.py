@@ -53,9 +53,17 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
-def url_of(bound: socket.socket) -> str:
-    """Return the URL of a bound socket."""
+def is_wildcard(bound: socket.socket) -> bool:
+    """Return whether a socket is bound to all addresses of this machine."""
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_unspecified
+
+
+def url_of(bound: socket.socket, name: str | None = None) -> str:
+    """Return the URL of a bound socket on this machine, or with another ``name`` of its host."""
     host, port = bound.getsockname()[:2]
+    if is_wildcard(bound):
+        host = "::1" if ":" in host else "127.0.0.1"
+    host = name or host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

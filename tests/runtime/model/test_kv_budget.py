@@ -81,7 +81,7 @@ def test_a_model_without_keys_and_values_has_the_context_that_is_asked_for() -> 
 
 
 def test_the_cost_is_told() -> None:
-    assert budget().describe() == "a context of 6,400 tokens (100 MiB for keys and values)"
+    assert budget().describe(6400) == "a context of 6,400 tokens (100 MiB for keys and values)"
 
 
 def test_a_loaded_model_has_the_budget(tinymix_4bit: Path) -> None:

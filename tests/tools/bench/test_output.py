@@ -49,6 +49,7 @@ def test_a_note_says_that_the_machine_was_busy() -> None:
     worked = replace(now, now=now.now - 100, work=now.work - 100 * len(os.sched_getaffinity(0)))
     (note,) = busy_notes(worked)
     assert note.startswith("busy     other processes used ")
+    assert note.endswith(" CPUs meanwhile: without them it may be twice as fast; run it again then")
     assert busy_notes(replace(now, now=now.now - 1e6)) == []
 
 

@@ -24,7 +24,7 @@ from moetier.tiers.errors import StoreReadError
 from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.daemon_reads import DaemonReads, DaemonWatch
-from moetier.tools.cli.report import Timing
+from moetier.tools.cli.report import Timing, slow_line
 from moetier.tools.main import main
 from moetier.tools.rates.hardware import CpuTimes
 
@@ -50,6 +50,7 @@ hits      host [\\d.]+% of \\d+; waiting for misses took [\\d.]+% of the time
 read      [\\d.]+ MiB, [\\d.]+ [KM]iB a token
 memory    [\\d.]+ MiB at its peak
 (busy      other processes used [\\d.]+ of \\d+ CPUs meanwhile: .*
+)?(slow      misses took [\\d.]+% of the time: give experts more memory with --ram, or leave it out; .*
 )?"""
 LONG = r"""
 experts   of this process
@@ -70,6 +71,27 @@ def test_it_streams_the_text_and_then_reports(scripts: Prepared, tinymix_4bit: P
     assert re.fullmatch(SHORT, result.stderr), result.stderr
     result = scripts.run(MAIN, *words, "--verbose")
     assert re.fullmatch(SHORT + LONG, result.stderr), result.stderr
+
+
+def test_the_report_of_a_slow_run_says_what_helps(tinymix_4bit: Path) -> None:
+    """Unless all experts have room: then each was read once."""
+    for records, is_slow in ((16, True), (64, False)):
+        model, tokenizer = moetier.load(tinymix_4bit, ram=budget(tinymix_4bit, records), daemon=None)
+        assert tokenizer is not None
+        with model.tiers:
+            model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8)
+            seconds = model.tiers.host.stats().wait_seconds
+            slow = slow_line(Timing(8, 8, 0.0, 4 * seconds), model.tiers, "1MiB")
+            quick = slow_line(Timing(8, 8, 0.0, 6 * seconds), model.tiers, "1MiB")
+            free = slow_line(Timing(8, 8, 0.0, 4 * seconds), model.tiers, None)
+        assert quick is None
+        if is_slow:
+            said = "slow      misses took 25% of the time: give experts more memory with --ram, or leave it out; "
+            assert slow == f"{said}moetier plan says what that gives"
+            assert free is not None
+            assert "--ram" not in free
+        else:
+            assert slow is None
 
 
 def test_the_report_adds_up(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +366,10 @@ def test_what_can_not_work_is_said(
     ("options", "warnings"),
     [
         (["--ram", "999TiB"], [r"--ram 999TiB is more than the \S+ \wiB of (this machine|the control group \S+)\. .*"]),
-        (["--context", "100000"], [r"--context 100000 is more than the 2048 tokens that the model was trained for\."]),
+        (
+            ["--context", "100000"],
+            [r"--context 100000 is more than the model was trained for: the context is 2,048 tokens\."],
+        ),
         (["--ram", "100%", "--context", "2048"], []),
         ([], []),
     ],

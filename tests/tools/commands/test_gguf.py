@@ -84,7 +84,7 @@ def test_a_plan_has_it_as_the_one_choice(path: Path) -> None:
     assert found["recommended"]["convert"] is None
     assert choice["trunk_bits"] == found["recommended"]["trunk_bits"] == 8
     assert " at 8 bits\n" in text(found), "the trunk, which is in Q8_0"
-    assert f"moetier generate {path}" in text(found)
+    assert f"moetier chat {path}" in text(found)
 
 
 def test_a_daemon_serves_it(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

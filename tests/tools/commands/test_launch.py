@@ -44,6 +44,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         models = [
             {"id": "one", "aliases": ["first"], "loaded": True, "max_model_len": 4000},
             {"id": "two", "aliases": [], "loaded": False, "max_model_len": None},
+            {"id": "three", "loaded": True, "max_model_len": 2048, "trained_context": 2048},
         ]
         body = json.dumps({"data": models}).encode()
         self.send_response(200 if may else 401)
@@ -131,6 +132,10 @@ def test_it_says_what_a_model_lacks(url: str, capsys: pytest.CaptureFixture[str]
     assert '"tool_call": true' in said
     assert "can't" not in said
     assert said.endswith(f"moetier launch opencode --url {url} --model two --run\n")
+    _, first = both(capsys, "opencode", "--url", url, "--model", "three", status=1)
+    assert "it was trained for 2,048 tokens, and the program's first prompt has about 10,104" in first
+    assert "--context" not in first, "the model has no longer one"
+    assert "Serve another model" in first
 
 
 @pytest.mark.parametrize("name", CLIENTS)
@@ -229,8 +234,8 @@ def test_what_can_not_be_used_is_said(
         assert main(["launch", "pi", "--no-estimate", *words]) != 0
         return capsys.readouterr().err
 
-    assert "has 2 models: one, two" in error("--url", url)
-    assert "has no model 'three'" in error("--url", url, "--model", "three")
+    assert "has 3 models: one, two, three" in error("--url", url)
+    assert "has no model 'four'" in error("--url", url, "--model", "four")
     assert "Give --run" in error("--url", url, "word")
     assert "There is no server of moetier at http://127.0.0.1:1" in error("--url", "http://127.0.0.1:1")
     assert "There is no server of moetier at file:///etc" in error("--url", "file:///etc")

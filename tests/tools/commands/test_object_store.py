@@ -69,11 +69,11 @@ def test_plan_says_how_long_a_cold_start_takes(
 ) -> None:
     arguments = ["plan", server.address, "--disk", "1", "--into", str(tmp_path), "--json"]
     assert main([*arguments, "--store-cache", "my cache", "--store-cache-size", "1GiB"]) == 0
-    words = shlex.split(json.loads(capsys.readouterr().out)["recommended"]["generate"])
+    words = shlex.split(json.loads(capsys.readouterr().out)["recommended"]["chat"])
     assert words[2:7] == [server.address, "--store-cache", "my cache", "--store-cache-size", "1GiB"]
     assert main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert "--store-cache" not in plan["recommended"]["generate"]
+    assert "--store-cache" not in plan["recommended"]["chat"]
     cold = plan["cold_start"]
     assert cold["address"] == server.address
     assert cold["experts_s"] == pytest.approx(cold["experts_bytes"] / cold["bytes_per_s"])

@@ -22,15 +22,21 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 import httpx2
 import openai
 from daemons import running_daemon
-from http_servers import KEY, ServerProcess
+from http_servers import KEY, ServerProcess, listening, serving
 from openai import AsyncOpenAI, OpenAI
 from prometheus import scrape
 from prometheus_client.parser import text_string_to_metric_families as parsed
 from readers import PATIENCE
 from threads import wait_until
 
+from moetier.tools.cli.arguments import resources_of
+from moetier.tools.commands.serve import first_lines
 from moetier.tools.launch.server import has_tools, models_of
-from moetier.tools.main import main
+from moetier.tools.main import build_parser, main
+from moetier.tools.serve.catalogue import Catalogue
+from moetier.tools.serve.models import Models
+from moetier.tools.serve.options import ServeConfig
+from moetier.tools.serve.serving import ModelLoader
 
 PROMPT = "La mattina seguente, don Rodrigo"
 NAME = "small"
@@ -96,6 +102,7 @@ def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, tog
 
 def test_launch_finds_out_that_the_template_has_no_tools(server: ServerProcess) -> None:
     (model,) = models_of(server.url, KEY)
+    assert (model["max_model_len"], model["trained_context"]) == (1500, 2048)
     assert has_tools(server.url, KEY, model) is False
     assert has_tools(server.url, KEY, model | {"loaded": False}) is None, "that would load it"
 
@@ -462,6 +469,30 @@ def test_a_port_that_is_taken_is_said(tinymix_4bit: Path, capsys: pytest.Capture
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(tinymix_4bit), "--port", str(taken.getsockname()[1])]) == 1
     assert "can't listen on" in capsys.readouterr().err
+
+
+def test_the_models_of_another_server_at_the_port_are_said(
+    tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tinymix_4bit, context=256) as (app, _), listening(app) as url:
+        assert main(["serve", str(tinymix_4bit), "--port", url.rpartition(":")[2]]) == 1
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert cause.endswith(": Address already in use. Another server of moetier answers there, with small.")
+    assert fix == "  Give another --host or --port."
+
+
+def test_it_promises_no_context_that_was_not_trained_and_says_how_to_share(
+    tinymix_4bit: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["serve", str(tinymix_4bit), "--context", "4096", "--daemon", "none"]
+    arguments = build_parser().parse_args(words)
+    config = ServeConfig.of(vars(arguments))
+    loader = ModelLoader(resources_of(arguments, sequences=1), config, None)
+    with Models(Catalogue([tinymix_4bit]), loader) as models:
+        _, (context, held, *_) = first_lines(models, 1, shares=True)
+    assert context.startswith("a context of 2,048 tokens (")
+    assert held == "the experts are held by this process; to share them with other processes, start a daemon first"
+    assert "--context 4096 is more than the model was trained for: the context is 2,048 tokens." in caplog.text
 
 
 def test_a_key_that_is_none_is_said(

@@ -29,7 +29,7 @@ def test_a_plan_is_a_frozen_report_of_what_the_command_prints(tinymix: Path, mod
     assert plan.recommended in plan.choices
     assert plan.recommended.works
     assert 0 < (plan.recommended.hit_ratio or 0) <= 1
-    assert plan.commands[-1].startswith("moetier generate ")
+    assert plan.commands[-1].startswith("moetier serve ")
     document = plan.to_json()
     assert Plan.of(document) == plan
     assert [choice["bits"] for choice in document["choices"]] == [choice.bits for choice in plan.choices]

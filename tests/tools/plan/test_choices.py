@@ -81,8 +81,9 @@ def test_an_index_that_names_something_else(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="has neither"):
+    with pytest.raises(CheckpointError, match="has neither") as caught:
         open_headers(tmp_path)
+    assert caught.value.fix.endswith(f"For moetier plan, {INDEX} beside config.json is enough.")
 
 
 OPEN = """

@@ -49,7 +49,7 @@ def test_8_bits_are_recommended_where_all_experts_stay_in_memory(index_only: Pat
     assert "More memory would not help" in text(found)
     less = plan(index_only, ram="8MiB", context=256, disk=GB_PER_S)
     assert (less["recommended"]["bits"], less["recommended"]["trunk_bits"]) == (4, 8)
-    assert less["recommended"]["generate"].startswith("moetier generate tinymix-4bit --ram 8MiB --context 256 ")
+    assert less["recommended"]["chat"] == "moetier chat tinymix-4bit --ram 8MiB --context 256"
     assert "caching" not in text(less).lower()
 
 

@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from threads import wait_until
 
 from moetier.tools.serve.keys import Key, Keys, RateLimits, digest_of
-from moetier.tools.serve.listen import LingeringTransport, Server, bind
+from moetier.tools.serve.listen import LingeringTransport, Server, bind, is_wildcard, url_of
 from moetier.tools.serve.middleware import MAX_BYTES, AccessControl, RequestLimits
 
 MOST, CONNECTIONS = 3, 8
@@ -60,6 +60,16 @@ class Application:
             await send({"type": "http.response.body", "body": str(length).encode()})
         finally:
             self.ended.set()
+
+
+def test_a_wildcard_address_is_named_as_clients_can_use_it() -> None:
+    with bind("0.0.0.0", 0) as bound:
+        port = bound.getsockname()[1]
+        assert is_wildcard(bound)
+        assert url_of(bound) == f"http://127.0.0.1:{port}"
+        assert url_of(bound, "big") == f"http://big:{port}"
+    with bind("127.0.0.1", 0) as bound:
+        assert not is_wildcard(bound)
 
 
 @pytest.fixture
