@@ -12,14 +12,19 @@ import sys
 import tomllib
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import published
 import pytest
 from daemons import running_daemon
 from http_servers import ServerProcess
 from packaging.requirements import Requirement
+from transformers import AutoTokenizer
 
+from moetier.tools.launch.clients import CLIENTS
 from moetier.tools.main import build_parser
+from moetier.tools.serve.call_syntax import syntax_of
+from moetier.tools.serve.parsing import form_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -122,6 +127,7 @@ TASKS = {  # what a newcomer wants: the sections to read for it, by page; "": wh
     "read a plan": {"choosing": ["Reading a plan"]},
     "get a checkpoint going": {"quickstart": ["Use your own model"], "choosing": ["Without a conversion"]},
     "serve it to a client": {"serve": ["", "Clients"]},
+    "serve it to colleagues": {"serve": ["", "For colleagues", "API keys"]},
     "get JSON from a server": {"serve": ["", "Structured output"]},
     "share it between two processes": {"sharing": ["", "What is shared"]},
     "find out why it is slow": {"faq": ["Why is it slow?"], "choosing": ["Reading the report"]},
@@ -249,6 +255,30 @@ def test_the_readme_says_what_twice_the_rate_of_products_gains() -> None:
     gains = [published.gain_of(way) for way in published.WAYS if not way.daemons]
     said = f"twice the rate it is {min(gains):.1f} to {max(gains):.1f} times as fast"
     assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_a_plan_says_what_the_page_says_of_programs_for_coding() -> None:
+    page = " ".join((DOCS / "serve.md").read_text().split())
+    for said in (published.coding(8), published.coding(16), *map(published.first_prompt, CLIENTS)):
+        assert said in page
+
+
+def test_a_plan_says_what_the_page_says_of_a_second_machine() -> None:
+    """With 26 GiB, with 56, and with both."""
+    choices = published.choices_of("openai/gpt-oss-120b")
+    one, other, both = (published.speed_of(published.fitted(choices, free), published.STATED) for free in (26, 56, 82))
+    said = f"gpt-oss-120b gives {one:.1f} tokens/s with 26 GiB, {other:.1f} with 56 and {both:.1f} with both"
+    assert said in " ".join((DOCS / "machines.md").read_text().split())
+
+
+@pytest.mark.parametrize("model_id", published.CONFIGS)
+def test_tool_calls_are_recognised_of_the_models_that_the_page_names(model_id: str, tinymix: Path) -> None:
+    """By transformers' templates for the type of model; a tokenizer may come with a template of its own."""
+    model_type = published.CONFIGS[model_id]["model_type"]
+    form = form_of(
+        SimpleNamespace(config=SimpleNamespace(model_type=model_type)), AutoTokenizer.from_pretrained(tinymix)
+    )
+    assert (form is not None and syntax_of(form.template) is not None) == ("Qwen3" in model_id)
 
 
 def test_the_readme_begins_with_what_one_needs() -> None:

@@ -1,6 +1,7 @@
 """Sizes of some published models, and what `moetier plan` says of them with a given memory.
 
-``python tests/helpers/published.py`` prints the rows of the table of "Which way for me" in README.md.
+``python tests/helpers/published.py`` prints the rows of the table of "Which way for me" in README.md, and what
+"Programs for coding" in docs/serve.md says of a plan.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 from moetier.runtime.machine.memory import PROCESS_BYTES, Available
 from moetier.tiers.layout import BITS
-from moetier.tiers.text import format_bytes
+from moetier.tools.launch.clients import CLIENTS
 from moetier.tools.plan.choices import Choice, ModelChoices, open_choices
-from moetier.tools.plan.estimate import CONTEXT_TOKENS, Caching, token_cost
+from moetier.tools.plan.estimate import CONTEXT_TOKENS, Caching, long_prompts, token_cost
 from moetier.tools.plan.fit import Fit, MachineResources, fit_of
 from moetier.tools.plan.speeds import DiskRate, MachineRates
 from moetier.tools.synthetic.checkpoint import config_of
@@ -54,6 +55,7 @@ CONTEXT = 8192
 DISK, OPERATION = DiskRate(3.5e9, 3.5e9, 4), 2.5e-6
 STATED = MachineRates(DISK, 20e9, dict.fromkeys(BITS, 20e9), dict.fromkeys(BITS, 200e9), 20e9, OPERATION)
 FASTER = MachineRates(DISK, 40e9, dict.fromkeys(BITS, 40e9), dict.fromkeys(BITS, 400e9), 40e9, OPERATION)
+CODING, CODING_CONTEXT = "Qwen/Qwen3-30B-A3B", 32768  # the model for programs for coding
 SENSIBLE_HITS = 0.8  # share of a token's experts that is in memory with the least sensible memory
 
 
@@ -94,12 +96,13 @@ def choices_of(model_id: str) -> ModelChoices:
         return open_choices(folder)
 
 
-def fitted(model_choices: ModelChoices, free: int) -> Fit:
-    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB of memory."""
+def fitted(model_choices: ModelChoices, free: int, **options: int) -> Fit:
+    """Return how the choice of 4 bits with a trunk of 8 fits into ``free`` GiB. ``options``: of TierConfig."""
     (choice,), cpu = model_choices.chosen([4], [8]), Cpu()
     available = Available(free * GIB - PROCESS_BYTES, "this machine")
     resources = MachineResources(available, cpu, None, disk_free=1 << 50, idle_bytes=0, into=Path())
-    return fit_of(model_choices, choice, TierConfig.of(context=CONTEXT), resources, cpu.kernels())
+    config = TierConfig.of(**{"context": CONTEXT, **options})
+    return fit_of(model_choices, choice, config, resources, cpu.kernels())
 
 
 def planned(way: Way) -> tuple[Choice, str, str, str]:
@@ -118,6 +121,15 @@ def planned(way: Way) -> tuple[Choice, str, str, str]:
     caching = Caching.of(choice.manifest, slots)
     speed = "-" if way.daemons else f"{speed_of(fit, STATED):.1f}"
     return choice, "all" if share == 1 else f"{share:.0%}", f"{caching.mean(choice.manifest):.0%}", speed
+
+
+def download(model_id: str) -> int:
+    """Return the GiB of the checkpoint's weights: of 16 bits, but for gpt-oss's experts, which MXFP4 keeps in 4.25."""
+    model_choices = choices_of(model_id)
+    ((choice,), nbytes) = model_choices.chosen([16], [16]), model_choices.source_bytes
+    if "gpt-oss" in model_id:
+        nbytes -= round(choice.manifest.stored_bytes * (1 - 4.25 / 16))
+    return round(nbytes / GIB)
 
 
 def speed_of(fit: Fit, rates: MachineRates) -> float:
@@ -149,9 +161,27 @@ def smallest(model_id: str) -> int:
 def row(way: Way) -> str:
     """Return the row of the table."""
     choice, share, hits, speed = planned(way)
-    cells = [f"{way.machine}: {way.free} GiB", way.model, format_bytes(choice.disk_bytes), share, hits, speed]
-    return f"| {' | '.join([*cells, '-' if way.daemons else f'{smallest(way.model)} GiB'])} |"
+    sizes = ["-" if way.daemons else str(download(way.model)), f"{choice.disk_bytes / GIB:.0f}"]
+    cells = [f"{way.machine}: {way.free}", way.model, *sizes, share, hits, speed]
+    return f"| {' | '.join([*cells, '-' if way.daemons else str(smallest(way.model))])} |"
+
+
+def coding(kv_bits: int) -> str:
+    """Return what a laptop of 16 GB permits with a context that programs for coding need."""
+    fit = fitted(choices_of(CODING), WAYS[0].free, context=CODING_CONTEXT, kv_bits=kv_bits)
+    manifest = fit.choice.manifest
+    share, hits = sum(fit.slots.values()) / manifest.record_count, Caching.of(manifest, fit.slots).mean(manifest)
+    return f"{share:.0%} of the experts in memory, hits of {hits:.0%}, {speed_of(fit, STATED):.1f} tokens/s"
+
+
+def first_prompt(program: str) -> str:
+    """Return the first cells of the row of a program for coding, with the minutes of its first prompt."""
+    tokens, model_choices = CLIENTS[program].prompt_tokens, choices_of(CODING)
+    fit = fitted(model_choices, WAYS[0].free, context=CODING_CONTEXT, kv_bits=8)
+    caching = Caching.of(fit.choice.manifest, fit.slots)
+    (prompt,) = long_prompts(model_choices.model, fit, caching, STATED, [tokens])
+    return f"| `{program}` | about {round(tokens, -2):,} | {prompt['seconds'] / 60:.0f}"
 
 
 if __name__ == "__main__":
-    print(*map(row, WAYS), sep="\n")
+    print(*map(row, WAYS), coding(16), coding(8), *map(first_prompt, CLIENTS), sep="\n")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -194,8 +194,10 @@ def prompt_cost(choice: Choice, caching: Caching, rates: MachineRates, tokens: i
     return Cost(disk, kernels, overhead, memory, overlaps=True)
 
 
-def long_prompts(model: Any, fit: Fit, caching: Caching, rates: MachineRates) -> list[dict[str, Any]]:
-    """Return the seconds and the bytes read for a process's first prompt of each of LONG_PROMPTS, as JSON.
+def long_prompts(
+    model: Any, fit: Fit, caching: Caching, rates: MachineRates, lengths: Iterable[int] = LONG_PROMPTS
+) -> list[dict[str, Any]]:
+    """Return the seconds and the bytes read for a process's first prompt of each of ``lengths``, as JSON.
 
     Those that do not fit into the context are left out. ``model``: on the meta device.
     """
@@ -207,7 +209,7 @@ def long_prompts(model: Any, fit: Fit, caching: Caching, rates: MachineRates) ->
         for layer in layers
     ]
     prompts = []
-    for tokens in (tokens for tokens in LONG_PROMPTS if tokens <= fit.needs.kv.context):
+    for tokens in (tokens for tokens in lengths if tokens <= fit.needs.kv.context):
         passes = -(-tokens // together)
         cost = prompt_cost(choice, caching, rates, -(-tokens // passes))
         # scores and sums of values: each token attends to half of the others on average
