@@ -66,6 +66,7 @@ are taken, and the rule for the fields.
         _Piece._lock            the read of one piece, which one thread makes (``tiers.store.shard``)
         CachedStore._lock       the opening of the client of an object store, and counts (``tiers.objects.cache``)
         CachedStore._keeping    fetched records that are yet to be written (``tiers.objects.cache``)
+        Inbox._arrived          nothing: it wakes the thread that waits for items (``tiers.inbox``)
         Objects._lock           counts of requests, and when failures are logged (``tiers.objects.client``)
         checkpoint_store._lock  the table of a checkpoint, which one thread makes (``stores.checkpoint_store``)
     computing
