@@ -245,7 +245,11 @@ def test_dependencies_are_all_explained_and_no_others() -> None:
     } == {extra: names for extra, names in wanted.items() if names and extra not in ("", *DEV)}
 
 
-@pytest.mark.parametrize("way", published.WAYS, ids=lambda way: f"{way.model}-{way.free}")
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.slow] * (number % 2)) for number, way in enumerate(published.WAYS)],
+    ids=lambda way: f"{way.model}-{way.free}",
+)
 def test_a_plan_says_what_the_readme_says(way: published.Way) -> None:
     """Size, experts in memory, hits, speed and least sensible memory of a row in "Which way for me"."""
     assert published.row(way) in (ROOT / "README.md").read_text()

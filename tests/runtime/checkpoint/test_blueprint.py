@@ -43,7 +43,8 @@ def source_trunk(source: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "model_type",
     [
-        *sorted(REQUIRED),
+        *sorted(REQUIRED)[::2],
+        *(pytest.param(t, marks=pytest.mark.slow) for t in sorted(REQUIRED)[1::2]),
         *sorted(TELLING),
         *(pytest.param(t, marks=pytest.mark.slow) for t in sorted(FURTHER - TELLING)),
     ],

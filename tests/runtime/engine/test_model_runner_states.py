@@ -99,7 +99,10 @@ RESTARTED = [
     pytest.param(each, True, marks=[pytest.mark.slow] * (each not in {"qwen3_next", "nemotron_h", "glm_moe_dsa"}))
     for each in ALL
 ]
-KEPT = [pytest.param(*each.values, False, marks=each.marks) for each in TYPES]
+KEPT = [
+    pytest.param(*each.values, False, marks=[*each.marks, *[pytest.mark.slow] * (number % 2)])
+    for number, each in enumerate(TYPES)
+]
 
 
 @pytest.mark.parametrize(("model_type", "is_restarted"), [*KEPT, *RESTARTED])

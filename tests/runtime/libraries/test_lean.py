@@ -55,6 +55,7 @@ print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * 
 COMPILED = "[2, 0] False tensor([2.])"
 
 
+@pytest.mark.slow
 def test_generating_imports_and_keeps_little(tinymix_4bit: Path) -> None:
     said, anonymous, modules, searched, found, compiled = run(GENERATE, str(tinymix_4bit)).splitlines()
     assert UNUSED & set(modules.split()) == set()

@@ -204,6 +204,7 @@ def test_decode(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said.splitlines()[-1].startswith("--limit 900 MiB --ram 7MiB: You reach ")
 
 
+@pytest.mark.slow
 def test_what_decode_has_measured_is_printed_if_it_is_stopped(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,8 +104,8 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path) -> None:
     assert choice["as_it_is"]
     assert choice["convert_s"] is None
     assert found["recommended"]["convert"] is None
-    assert found["recommended"]["generate"].startswith(f"moetier generate {shlex.quote(str(tinymix))} ")
-    assert f"moetier generate {shlex.quote(str(tinymix))}" in text(found)
+    assert found["recommended"]["chat"] == f"moetier chat {shlex.quote(str(tinymix))}"
+    assert f"moetier chat {shlex.quote(str(tinymix))}" in text(found)
     found = plan(tinymix, bits=[16, 4], trunk_bits=[16], disk=1.0)
     assert [each["as_it_is"] for each in found["choices"]] == [each["bits"] == 16 for each in found["choices"]]
     assert "With experts of 16 bits no conversion is needed: the files are used as downloaded." in text(found)

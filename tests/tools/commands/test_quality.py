@@ -69,6 +69,7 @@ def test_there_is_no_other_method(tinymix: Path, capsys: pytest.CaptureFixture[s
     assert "'hqq,best' has an unknown method" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_changes_have_standard_errors_and_places(
     tinymix: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,9 @@ def is_place(value: Any) -> bool:
 
 
 KINDS = ["qwen3_moe", "qwen3_5_moe_text", "mixtral"]
-of_each_kind = pytest.mark.parametrize("ask", KINDS, indirect=True)
+of_each_kind = pytest.mark.parametrize(
+    "ask", [*KINDS[:2], pytest.param(KINDS[2], marks=pytest.mark.slow)], indirect=True
+)
 of_one_kind = pytest.mark.parametrize("ask", KINDS[:1], indirect=True)
 
 

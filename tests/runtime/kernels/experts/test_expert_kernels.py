@@ -155,7 +155,7 @@ CODED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("number", range(len(CODED)))
-@pytest.mark.parametrize("activation", [WAYS[0], WAYS[4], WAYS[8]], ids=str)
+@pytest.mark.parametrize("activation", [WAYS[0], pytest.param(WAYS[4], marks=pytest.mark.slow), WAYS[8]], ids=str)
 def test_records_in_the_coding_of_a_checkpoint(activation: Activation, number: int) -> None:
     """Gates and ups are rows of one part, as gpt-oss has them, or of two parts. Every coding and activation is there
     with biases and without."""

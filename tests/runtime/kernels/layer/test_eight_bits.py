@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from instructions import FEATURES, processor_with
+from pairwise import each_two
 
 from moetier.runtime.kernels.layer.attend import attend
 from moetier.runtime.kernels.layer.attention_piece import PIECE
@@ -14,7 +15,8 @@ from moetier.runtime.kernels.layer.eight_bits import SCALE_BYTES, in_codes
 from moetier.runtime.kernels.layer.paged_cache import PageMemory
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+TYPES = [torch.float32, torch.bfloat16]
+DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["fp32", "bf16"])
 
 
 def from_codes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -23,7 +25,7 @@ def from_codes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (codes.float() * scale.float()).to(dtype)
 
 
-@pytest.fixture(params=FEATURES)
+@pytest.fixture
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``attend`` compute with some of this processor's instructions."""
     chosen = processor_with(request.param)
@@ -44,16 +46,17 @@ def test_a_number_is_near_its_code_times_the_scale(dtype: torch.dtype) -> None:
     assert not from_codes(in_codes(torch.zeros(2, 16)), dtype).any()
 
 
-@DTYPES
-@pytest.mark.parametrize(
-    ("heads", "widths", "given"),
-    [(6, (64, 64), {}), (2, (48, 80), {"window": 300, "first": 200}), (16, (32, 16), {"window": 40, "first": 511})],
-    ids=["causal", "window", "short window"],
-)
+CASES: dict[str, tuple[int, tuple[int, int], dict[str, int]]] = {
+    "causal": (6, (64, 64), {}),
+    "window": (2, (48, 80), {"window": 300, "first": 200}),
+    "short window": (16, (32, 16), {"window": 40, "first": 511}),
+}
+
+
+@pytest.mark.parametrize(("processor", "dtype", "case"), each_two(FEATURES, TYPES, CASES), indirect=["processor"])
 @pytest.mark.usefixtures("processor")
-def test_attention_reads_the_quantised_numbers(
-    dtype: torch.dtype, heads: int, widths: tuple[int, int], given: dict[str, int]
-) -> None:
+def test_attention_reads_the_quantised_numbers(dtype: torch.dtype, case: str) -> None:
+    heads, widths, given = CASES[case]
     length = 2 * PIECE - 150
     query = some(1, heads, length, widths[0], dtype=dtype)
     key, value = (in_codes(some(1, 2, length, width, seed=width, dtype=dtype)) for width in widths)

@@ -160,7 +160,13 @@ def some_records() -> Iterator[tuple[Bits, int, str]]:
         yield from ((bits, group, pairs) for bits in some)
 
 
-@pytest.mark.parametrize(("bits", "group", "pairs"), [*some_records()])
+RECORDS = [*some_records()]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "pairs"),
+    [*RECORDS[::2], *(pytest.param(*each, marks=pytest.mark.slow) for each in RECORDS[1::2])],
+)
 def test_products_where_records_lie(bits: Bits, group: int, pairs: str) -> None:
     """Every type and shape with every width, and with every kind of pairs, but not with every two of them, as each is
     compiled anew; of the records that there are by default, every shape. Some also on one of the other processors, by
