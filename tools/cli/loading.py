@@ -73,5 +73,5 @@ def _warn(model: Any, ram: str | None, context: int | None) -> None:
             limits.limiter,
         )
     if context is not None and (trained := longest_context(model.config)) and context > trained:
-        said = f"--context {context} is more than the model was trained for: the context is {trained:,} tokens."
+        said = f"--context {context} is more than the {trained:,} tokens of the model's training: no more are used."
         _log.warning("%s", said)

@@ -138,7 +138,7 @@ class CommandParser(argparse.ArgumentParser):
     def _check_options(self, words: Iterable[str]) -> None:
         for word in takewhile("--".__ne__, words):
             name = word.partition("=")[0]
-            # argparse takes a word with a space for a value, accepts an unambiguous beginning of a long option, and
+            # argparse accepts an unambiguous beginning of a long option, takes --word with a space for a value, and
             # would read -ngl as -n gl
             is_option = name in OF_LLAMA_CPP or (name.startswith("--") and " " not in word)
             if is_option and not any(option.startswith(name) for option in self._option_string_actions):

@@ -97,11 +97,11 @@ def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: fl
 def slow_line(timing: Timing, tiers: Tiers, ram: str | None) -> str | None:
     """Return a line that says what would help if waiting for misses took long; None if it did not, or nothing helps.
 
-    ``ram`` is the option for memory for experts. A tier with room for all experts reads each of them only once.
+    ``ram`` is the option for memory for experts. Without evictions each expert is read once: memory would not help.
     """
     host = tiers.host.stats()
     share = tier_json(host, timing)["wait_share"]
-    if tiers.origin.daemon is not None or share <= SLOW or host.slots >= tiers.manifest.record_count:
+    if tiers.origin.daemon is not None or share <= SLOW or not host.evictions:
         return None
     more = "free more memory" if ram is None else "give experts more memory with --ram, or leave it out"
     return line("slow", f"misses took {share:.0%} of the time: {more}; moetier plan says what that gives")

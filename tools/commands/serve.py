@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         with Models(catalogue, ModelLoader(resources, config, keys), keep_alive=config.keep_alive) as models:
             names, notes = first_lines(models, config.parallel, shares=arguments.daemon == AUTO)
-            if is_wildcard(bound):
+            if is_wildcard(bound) and socket.gethostname() != "localhost":
                 notes.insert(0, f"for other machines: {url_of(bound, socket.gethostname())}/v1")
             with lean_imports():
                 from moetier.tools.serve.app import application
@@ -102,6 +103,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         return bind(host, port)
     except ConfigError as error:
+        if not (isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE):
+            raise
         models: list[dict[str, Any]] = []
         with contextlib.suppress(MoetierError):
             models = models_of(f"http://{f'[{host}]' if ':' in host else host}:{port}", None, OTHER_SECONDS)
@@ -134,11 +137,11 @@ def first_lines(models: Models, parallel: int, *, shares: bool) -> tuple[str, li
             held += "--daemon none, this process would hold them)"
         elif shares:
             held += "; to share them with other processes, start a daemon first"
-        return names, [context, held, bits, disk_line(service.disk, tiers.kv)]
+        return names, [context, held, bits, disk_line(service.disk, tiers.kv, service.context)]
 
 
-def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:
-    """Return how long keys and values are kept, and how to keep them longer."""
+def disk_line(disk: SavedPages | None, kv: KVBudget, context: int) -> str:
+    """Return how long keys and values are kept, and how to keep them longer. ``context``: most tokens of a sequence."""
     if disk is not None:
         options = disk.options
         days = options.seconds / DAY
@@ -146,7 +149,7 @@ def disk_line(disk: SavedPages | None, kv: KVBudget) -> str:
     text = "keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: prompts that begin alike"
     from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
-    tokens = min(TOLD, kv.context)
+    tokens = min(TOLD, context)
     if not kv.page_bytes:
         return text
     nbytes = format_bytes(tokens // PAGE_TOKENS * kv.page_bytes)

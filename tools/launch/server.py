@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from moetier.tiers.errors import ConfigError, UnavailableError
 from moetier.tools.cli.settings import API_KEY_VARIABLE
 
 SECONDS = 10.0  # longest time until the server answers
+MAX_BYTES = 1 << 20  # of an answer
 
 
 def models_of(url: str, key: str | None, seconds: float = SECONDS) -> list[dict[str, Any]]:
@@ -27,7 +29,7 @@ def models_of(url: str, key: str | None, seconds: float = SECONDS) -> list[dict[
         if not url.startswith(("http://", "https://")):
             raise ValueError("it is no address of HTTP")
         with urllib.request.urlopen(_request(f"{url}/v1/models", key), timeout=seconds) as answer:
-            models = json.load(answer)["data"]
+            models = json.loads(_content(answer, seconds))["data"]
         return [model for model in models if _is_valid(model)]
     except urllib.error.HTTPError as error:
         with error:
@@ -37,9 +39,19 @@ def models_of(url: str, key: str | None, seconds: float = SECONDS) -> list[dict[
                     f"Give the server's key: --api-key-file FILE, or the environment variable {API_KEY_VARIABLE}.",
                 ) from None
             reason = f"it answers with status {error.code}"
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise UnavailableError(f"There is no server of moetier at {url}: {reason}.", "Start one: moetier serve DIR")
+
+
+def _content(answer: http.client.HTTPResponse, seconds: float) -> bytes:
+    """Return the body of an answer. Raises ValueError if it is long, or takes more than ``seconds``, and OSError."""
+    content, deadline = b"", time.monotonic() + seconds
+    while piece := answer.read1(MAX_BYTES):
+        content += piece
+        if len(content) > MAX_BYTES or time.monotonic() > deadline:
+            raise ValueError("its answer has no end")
+    return content
 
 
 def has_tools(url: str, key: str | None, model: dict[str, Any]) -> bool | None:

@@ -18,6 +18,8 @@ from moetier.tiers.options import declare_keywords, read_all
 from . import forecast
 
 OPTIONS = {name: TIER_OPTIONS[name] for name in forecast.PLANNED}
+# of a plan, in their order; one of an earlier version has "generate" in place of the last two
+COMMANDS = ("pull", "convert", "generate", "chat", "serve")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Plan:
             context=plan["context"],
             choices=choices,
             recommended=next(one for one in choices if all(getattr(one, key) == best[key] for key in keys)),
-            commands=tuple(command for name in ("pull", "convert", "chat", "serve") if (command := best[name])),
+            commands=tuple(command for name in COMMANDS if (command := best.get(name))),
             text=json.dumps(plan),
         )
 

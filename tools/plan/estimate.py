@@ -34,7 +34,8 @@ from .fit import Fit, MachineResources, memory_of
 from .speeds import MachineRates, Speeds
 
 FILE = "hit_curves.json"
-USES = ("chat", "serve")  # commands that use the model, which a plan recommends last
+# commands that use the model, which a plan recommends last, with options of their own: a plan is for one sequence
+USES: dict[str, tuple[str, ...]] = {"chat": (), "serve": ("--parallel", "1")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,5 +390,5 @@ def _recommended(model_choices: ModelChoices, best: Fit, options: Sequence[str],
         "native": choice.native,
         "pull": pull,
         "convert": convert,
-        **{use: shlex.join(["moetier", use, directory, *options]) for use in USES},
+        **{use: shlex.join(["moetier", use, directory, *options, *own]) for use, own in USES.items()},
     }

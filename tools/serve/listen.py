@@ -44,7 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"The server can't listen on {host} port {port}: {said}.", "Give another --host or --port."
-        ) from None
+        ) from error
     return bound
 
 
@@ -251,7 +251,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, then call ``ready``."""
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another server was bound to the address, too, and has begun to listen
+            address = "".join(map(url_of, sockets or ()))
+            raise ConfigError(
+                f"The server can't listen on {address}: {error.strerror}.", "Give another --host or --port."
+            ) from None
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -74,7 +74,7 @@ def _write(path: Path, made: bytes) -> None:
             file.write(hashlib.sha256(made).digest() + made)
         partial.replace(path)
     except BaseException:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         raise
     oldest = time.time() - KEPT_SECONDS
     for other in path.parent.iterdir():

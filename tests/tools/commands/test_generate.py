@@ -368,7 +368,7 @@ def test_what_can_not_work_is_said(
         (["--ram", "999TiB"], [r"--ram 999TiB is more than the \S+ \wiB of (this machine|the control group \S+)\. .*"]),
         (
             ["--context", "100000"],
-            [r"--context 100000 is more than the model was trained for: the context is 2,048 tokens\."],
+            [r"--context 100000 is more than the 2,048 tokens of the model's training: no more are used\."],
         ),
         (["--ram", "100%", "--context", "2048"], []),
         ([], []),

@@ -199,6 +199,15 @@ def test_models_that_can_not_be_named_are_left_out(body: bytes) -> None:
         assert models_of(url, None) == []
 
 
+@pytest.mark.parametrize("body", [b"[" * 100_000, b" " * (2 << 20)], ids=["nested", "long"])
+def test_an_answer_that_can_not_be_read_is_of_no_server_of_ours(body: bytes) -> None:
+    with (
+        raw_server(b"HTTP/1.0 200 OK\r\n\r\n" + b'{"data": ' + body) as url,
+        pytest.raises(UnavailableError, match="There is no server of moetier"),
+    ):
+        models_of(url, None)
+
+
 def test_what_is_no_http_is_no_server() -> None:
     with raw_server(b"220 mail\r\n") as url, pytest.raises(UnavailableError, match="There is no server of moetier"):
         models_of(url, None)

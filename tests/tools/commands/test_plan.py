@@ -128,7 +128,7 @@ def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytes
     assert len(table) == 6
     assert max(map(len, table)) <= 100
     assert lines[-3].endswith("tinymix-8bit --bits 8 --trunk-bits 4")
-    assert lines[-2:] == ["moetier chat tinymix-8bit", "moetier serve tinymix-8bit"]
+    assert lines[-2:] == ["moetier chat tinymix-8bit", "moetier serve tinymix-8bit --parallel 1"]
 
 
 def test_code_that_a_checkpoint_names_is_left_alone_and_said(index_only: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(
     assert pulled["last"] == [
         f"moetier pull {MODEL} --bits 4 --trunk-bits 8",
         f"moetier chat {MODEL}:4bit-trunk8bit {options}",
-        f"moetier serve {MODEL}:4bit-trunk8bit {options}",
+        f"moetier serve {MODEL}:4bit-trunk8bit {options} --parallel 1",
     ]
     assert pulled["recommended"]["convert"] is None
     assert converted["machine"]["disk_folder"] == str(tmp_path)
@@ -179,7 +179,7 @@ def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(
     assert converted["last"] == [
         f"moetier convert {MODEL} {folder} --bits 4 --trunk-bits 8",
         f"moetier chat {folder} {options}",
-        f"moetier serve {folder} {options}",
+        f"moetier serve {folder} {options} --parallel 1",
     ]
     assert converted["recommended"]["pull"] is None
 

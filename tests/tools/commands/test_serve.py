@@ -492,7 +492,7 @@ def test_it_promises_no_context_that_was_not_trained_and_says_how_to_share(
         _, (context, held, *_) = first_lines(models, 1, shares=True)
     assert context.startswith("a context of 2,048 tokens (")
     assert held == "the experts are held by this process; to share them with other processes, start a daemon first"
-    assert "--context 4096 is more than the model was trained for: the context is 2,048 tokens." in caplog.text
+    assert "--context 4096 is more than the 2,048 tokens of the model's training: no more are used." in caplog.text
 
 
 def test_a_key_that_is_none_is_said(

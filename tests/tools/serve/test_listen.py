@@ -21,6 +21,7 @@ from readers import PATIENCE
 from starlette.applications import Starlette
 from threads import wait_until
 
+from moetier.tiers.errors import ConfigError
 from moetier.tools.serve.keys import Key, Keys, RateLimits, digest_of
 from moetier.tools.serve.listen import LingeringTransport, Server, bind, is_wildcard, url_of
 from moetier.tools.serve.middleware import MAX_BYTES, AccessControl, RequestLimits
@@ -140,6 +141,15 @@ def error_of(body: str) -> dict[str, Any]:
     error: dict[str, Any] = json.loads(body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return error
+
+
+def test_of_two_servers_that_start_together_one_says_that_it_can_not_listen(application: Application) -> None:
+    """Both are bound, as neither listens yet."""
+    with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        server = Server(application, connections=CONNECTIONS, ready=lambda: None, ending=lambda: None)
+        with pytest.raises(ConfigError, match=f"can't listen on {url_of(second)}: Address already in use"):
+            server.run([second])
 
 
 def test_the_bytes_that_arrive_are_counted(address: tuple[str, int], application: Application) -> None:
