@@ -60,7 +60,7 @@ format: .venv/.ready-dev  ## put the code into its form
 # Tests wait for other processes and for timeouts: five at once keep two processors busy. One that hangs where Python
 # runs no signal handler ends its worker, with the stacks of all threads.
 test: .venv/.ready-test  ## the tests, but for the slow ones
-	$(RUN) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
+	$(RUN) -m pytest -n 5 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
 test-slow: .venv/.ready-test  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[ray]"  # not for `make test`: 79 MB, and 40 packages
