@@ -1,8 +1,8 @@
 """Cache of the compiler's object files, in ``$XDG_CACHE_HOME/moetier/kernels``.
 
-LLVM takes as long to compile a model's kernels as a quarter of the imports. A file's name is a digest of all that the
-object file is made of, so its content is what the compiler would return again. It is the SHA-256 of the object file,
-and the object file. A file that is damaged, or that somebody else may have written, is not used.
+LLVM takes a second of the processor's time to compile a model's kernels. The name of a cached file is a digest of
+everything that the compiler is given, so the file holds what the compiler would return again. The file begins with the
+SHA-256 of the object file, which follows. A damaged file, and one that another user owns or may write, is ignored.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, made: bytes) -> None:
-    """Keep an object file, and remove those that nobody has read for long. Raises OSError."""
+    """Write an object file, and remove files that were not read for KEPT_SECONDS. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent)  # which nobody else may read or write
+    descriptor, name = tempfile.mkstemp(dir=path.parent)  # its mode is 0600
     partial = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -85,7 +85,7 @@ def offer(hub: Hub, name: str, folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """What convert makes, with these options, of the same in huggingface_hub's cache."""
+    """Return a function that converts a checkpoint in huggingface_hub's cache, once for each set of options."""
 
     @cache
     def make(name: str, folder: Path, **options: Any) -> dict[str, bytes]:

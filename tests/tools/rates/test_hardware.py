@@ -1,4 +1,4 @@
-"""What other processes take of the CPUs is measured, and said if it matters."""
+"""The CPU time of other processes is measured. It is reported if it slows this one down."""
 
 from __future__ import annotations
 
