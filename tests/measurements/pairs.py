@@ -3,12 +3,13 @@
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python --decode DIR --ram 2GiB
     python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python -- convert SOURCE {new} --bits 4
 
-Options such as ``--rounds`` go before OLD in the second form.
+Options such as ``--pairs`` go before OLD in the second form.
 
-With ``--decode``, each release loads the model once, in a process of its own, and both decode the same tokens by turns,
-or with ``--prompt`` run the same prompts; the other process sleeps meanwhile. Otherwise a whole command is timed, in
-which ``{new}`` stands for a path that does not exist yet. Prints both medians, and how many times as fast NEW is: the
-geometric mean of the ratios, with its 95 % interval over the rounds.
+With ``--decode``, each pair is two new processes, one of each release, as two processes of one release may differ by
+5 %. Each loads the model, and both decode the same tokens by turns, or with ``--prompt`` run the same prompts; one
+sleeps while the other works. A process's figure is the mean of its turns. Otherwise a whole command is timed, in which
+``{new}`` stands for a path that does not exist yet. Prints both medians, and how many times as fast NEW is: the
+geometric mean of the ratios, with its 95 % interval over the pairs.
 """
 
 from __future__ import annotations
@@ -22,37 +23,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from speculation import student
 
-STEPS = 32  # tokens of a round
+STEPS = 32  # tokens of a turn
 # for each line that it reads, decodes STEPS tokens or runs a prompt, and prints the seconds of a step
 DECODER = """
 import statistics, sys, time, warnings, torch, moetier
 warnings.simplefilter("ignore")
 model, _ = moetier.load(sys.argv[1], ram=sys.argv[2], daemon=None, speculate="off")
 random = torch.Generator().manual_seed(0)
+prompt = int(sys.argv[3])
+
+def turn():
+    steps = [prompt] if prompt else [1] * (STEPS + 1)
+    seconds, past = [], None
+    for ids in torch.randint(1000, (1, sum(steps)), generator=random).split(steps, dim=1):
+        began = time.perf_counter()
+        past = model(ids, past_key_values=past, use_cache=not prompt, logits_to_keep=1).past_key_values
+        seconds.append(time.perf_counter() - began)
+    return statistics.mean(seconds[1:] or seconds)
+
 with torch.no_grad():
     model(torch.randint(1000, (1, 1024), generator=random), use_cache=False)  # loads what there is room for
-prompt = int(sys.argv[3])
-for line in sys.stdin:
-    if prompt:
-        ids = torch.randint(1000, (1, prompt), generator=random)
-        began = time.perf_counter()
-        with torch.no_grad():
-            model(ids, use_cache=False, logits_to_keep=1)
-        print(time.perf_counter() - began, flush=True)
-        continue
-    ids = torch.randint(1000, (1, STEPS + 1), generator=random)
-    seconds, past = [], None
-    with torch.no_grad():
-        for step in range(STEPS + 1):
-            began = time.perf_counter()
-            past = model(ids[:, step : step + 1], past_key_values=past, use_cache=True).past_key_values
-            seconds.append(time.perf_counter() - began)
-    print(statistics.mean(seconds[1:]), flush=True)
+    for line in sys.stdin:
+        print(turn(), flush=True)
 """.replace("STEPS", str(STEPS))
 
 
@@ -60,24 +56,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", help="an interpreter with a release of moetier")
     parser.add_argument("new", help="another")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--decode", metavar="DIR", help="a model directory")
     parser.add_argument("--prompt", type=int, default=0, metavar="N", help="with --decode: run prompts of N tokens")
+    parser.add_argument("--turns", type=int, default=3, help="with --decode: of each process (default: %(default)s)")
     parser.add_argument("--ram", default="80%", help="for its experts (default: %(default)s)")
     parser.add_argument("command", nargs="*", metavar="ARGUMENT", help="of moetier, behind --")
     arguments = parser.parse_args()
-    seconds: dict[str, list[float]] = {"old": [], "new": []}
-    with contextlib.ExitStack() as ends:
-        if arguments.decode:
-            measure = {name: decoder(ends, getattr(arguments, name), arguments) for name in seconds}
-        else:
-            measure = {name: partial(run, getattr(arguments, name), arguments.command) for name in seconds}
-        for call in measure.values():
-            call()  # caches fill
-        for number in range(arguments.rounds):
-            for name in ("old", "new") if number % 2 == 0 else ("new", "old"):
-                seconds[name].append(measure[name]())
-            print(f"{number + 1}: {seconds['old'][-1]:.4g} {seconds['new'][-1]:.4g}", file=sys.stderr, flush=True)
+    pairs = [pair(arguments, number) for number in range(arguments.pairs + (not arguments.decode))]
+    seconds = {name: [figures[name] for figures in pairs[-arguments.pairs :]] for name in ("old", "new")}
     print(
         f"old {statistics.median(seconds['old']):.4g} s, new {statistics.median(seconds['new']):.4g} s: "
         f"{times_as_fast(seconds['old'], seconds['new'])}"
@@ -92,8 +79,25 @@ def times_as_fast(old: list[float], new: list[float]) -> str:
     return f"{math.exp(mean):.3f} times as fast ({low:.3f} to {high:.3f}), {len(logs)} pairs"
 
 
+def pair(arguments: argparse.Namespace, number: int) -> dict[str, float]:
+    """Run the work with each release, in an order that depends on ``number``, and return the seconds of each."""
+    order = ("old", "new") if number % 2 == 0 else ("new", "old")
+    if not arguments.decode:
+        seconds = {name: run(getattr(arguments, name), arguments.command) for name in order}
+    else:
+        with contextlib.ExitStack() as ends:
+            decode = {name: decoder(ends, getattr(arguments, name), arguments) for name in order}
+            turns: dict[str, list[float]] = {"old": [], "new": []}
+            for turn in range(arguments.turns + 1):
+                for name in order if turn % 2 == 0 else reversed(order):
+                    turns[name].append(decode[name]())
+            seconds = {name: statistics.fmean(turns[name][1:]) for name in order}  # in the first, caches fill
+    print(f"{number + 1}: {seconds['old']:.4g} {seconds['new']:.4g}", file=sys.stderr, flush=True)
+    return seconds
+
+
 def decoder(ends: contextlib.ExitStack, python: str, arguments: argparse.Namespace) -> Callable[[], float]:
-    """Start a process that has loaded a model, and return a function that runs one round in it and returns seconds."""
+    """Start a process that loads a model, and return a function that runs one turn in it and returns seconds."""
     words = [python, "-c", DECODER, arguments.decode, arguments.ram, str(arguments.prompt)]
     process = ends.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     ends.callback(process.kill)
