@@ -5,11 +5,11 @@
 
 Options such as ``--pairs`` go before OLD in the second form.
 
-With ``--decode``, each pair is two new processes, one of each release, as two processes of one release may differ by
-5 %. Each loads the model, and both decode the same tokens by turns, or with ``--prompt`` run the same prompts; one
-sleeps while the other works. A process's figure is the mean of its turns. Otherwise a whole command is timed, in which
-``{new}`` stands for a path that does not exist yet. Prints both medians, and how many times as fast NEW is: the
-geometric mean of the ratios, with its 95 % interval over the pairs.
+With ``--decode``, each pair is two new processes, one of each release, since two processes of one release may differ by
+10 %. Run it as root, so that free memory is compacted before each. Both load the model, and decode the same tokens by
+turns, or with ``--prompt`` run the same prompts; one sleeps while the other works. A process's figure is the mean of
+its turns. Otherwise a whole command is timed, in which ``{new}`` stands for a path that does not exist yet. Prints both
+medians, and how many times as fast NEW is: the geometric mean of the ratios, with its 95 % interval over the pairs.
 """
 
 from __future__ import annotations
@@ -86,14 +86,27 @@ def pair(arguments: argparse.Namespace, number: int) -> dict[str, float]:
         seconds = {name: run(getattr(arguments, name), arguments.command) for name in order}
     else:
         with contextlib.ExitStack() as ends:
-            decode = {name: decoder(ends, getattr(arguments, name), arguments) for name in order}
+            decode: dict[str, Callable[[], float]] = {}
+            for name in order:
+                compact_memory()
+                decode[name] = decoder(ends, getattr(arguments, name), arguments)
+                decode[name]()  # loads the model, and caches fill
             turns: dict[str, list[float]] = {"old": [], "new": []}
-            for turn in range(arguments.turns + 1):
-                for name in order if turn % 2 == 0 else reversed(order):
+            for turn in range(arguments.turns):
+                for name in reversed(order) if turn % 2 == 0 else order:
                     turns[name].append(decode[name]())
-            seconds = {name: statistics.fmean(turns[name][1:]) for name in order}  # in the first, caches fill
+            seconds = {name: statistics.fmean(turns[name]) for name in order}
     print(f"{number + 1}: {seconds['old']:.4g} {seconds['new']:.4g}", file=sys.stderr, flush=True)
     return seconds
+
+
+def compact_memory() -> None:
+    """Let the kernel join its free memory, so that all processes begin alike. Does nothing without the right to it.
+
+    The disk reads more slowly into memory whose pages are scattered, and what is scattered depends on who came first.
+    """
+    with contextlib.suppress(PermissionError):
+        Path("/proc/sys/vm/compact_memory").write_text("1")
 
 
 def decoder(ends: contextlib.ExitStack, python: str, arguments: argparse.Namespace) -> Callable[[], float]:
