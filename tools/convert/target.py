@@ -16,7 +16,14 @@ from pathlib import Path
 from moetier.runtime.checkpoint.config_json import carried
 from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import INDEX, contained
-from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
+from moetier.tiers.errors import (
+    DOWNLOAD_AGAIN,
+    CheckpointError,
+    DiskSpaceError,
+    StoreError,
+    TargetError,
+    TargetExistsError,
+)
 from moetier.tiers.manifest import FORMAT, FileSum, Manifest
 from moetier.tiers.small_names import COPIED
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably
@@ -26,6 +33,7 @@ from moetier.tiers.store.folder import (
     METADATA,
     ORIGIN,
     PLAN,
+    parse_json,
     read_json,
     read_origin,
     read_plan,
@@ -274,6 +282,7 @@ def _without_code(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     if path.suffix == ".json" and b'"auto_map"' in data:
+        parse_json(data, str(path), DOWNLOAD_AGAIN, limit=len(data))  # refuses what the next line can't read
         parsed = json.loads(
             data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"}
         )
