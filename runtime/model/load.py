@@ -40,7 +40,7 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.options import declare_keywords, read_all
-from moetier.tiers.store.folder import check_directory, command
+from moetier.tiers.store.folder import check_directory, command, read_json, remaking
 from moetier.tiers.store.trunk import check_trunk
 from moetier.tiers.text import some
 
@@ -152,6 +152,8 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
     """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
     check_directory(location)
     manifest, config_json = read_manifest(location), config_of(location)
+    if (settings := location / "generation_config.json").exists():  # transformers ignores one that is not JSON
+        read_json(settings, remaking(settings, "Copy the file from the source again, or remove it."))
     model_class = _model_class(config_json)
     if is_checkpoint(location):
         check_shards(location)

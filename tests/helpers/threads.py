@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Generic, TypeVar
 
 import pytest
@@ -74,9 +74,18 @@ def sleeps(thread: threading.Thread) -> bool:
 
 def joins(thread: threading.Thread) -> bool:
     """Return whether the thread waits for the end of another."""
+    return _is_in(thread, threading.Thread.join.__code__)
+
+
+def waits(thread: threading.Thread) -> bool:
+    """Return whether the thread waits for a condition."""
+    return _is_in(thread, threading.Condition.wait.__code__)
+
+
+def _is_in(thread: threading.Thread, code: CodeType) -> bool:
     frame = current_frames().get(thread.ident or 0)
     while frame is not None:
-        if frame.f_code is threading.Thread.join.__code__:
+        if frame.f_code is code:
             return True
         frame = frame.f_back
     return False

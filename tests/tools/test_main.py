@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from prepared import MAIN, Prepared
 from readers import PATIENCE
 from stores import NASTY
 
+from moetier.tiers.store.folder import REPLACED
 from moetier.tools.main import COMMANDS, build_parser, main
 
 
@@ -52,6 +54,21 @@ def test_help_imports_the_command_alone_and_nothing_heavy(command: tuple[str, ..
     commands, heavy = result.stderr.strip()[1:-1].split("] [")
     assert set(re.findall(r"\w+", commands)) <= named
     assert not heavy
+
+
+def test_rm_of_a_converted_model_imports_nothing_heavy_that_it_does_not_use(tmp_path: Path, tinymix_4bit: Path) -> None:
+    """Not even if it finishes a replacement: numpy alone is needed, for checksums."""
+    folder = Path(shutil.copytree(tinymix_4bit, tmp_path / "tiny"))
+    shutil.copytree(tinymix_4bit, folder / REPLACED)
+    code = (
+        "import sys; from pathlib import Path; from moetier.runtime.model.name_files import register_name\n"
+        f"from moetier.tools.main import main; register_name(Path({str(folder)!r}))\n"
+        f"print(main(['rm', 'tiny', '--yes']), {{*{HEAVY!r}}} & {{*sys.modules}}, file=sys.stderr)"
+    )
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stderr == "0 {'numpy'}\n"
+    assert not folder.exists()
 
 
 def test_a_users_mistake_gets_two_lines_and_no_traceback(tmp_path: Path) -> None:

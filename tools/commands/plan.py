@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in (ram, *(TIER_OPTIONS[name] for name in PLANNED[1:-1])):
         add_option(parser, option)
     add_prefill_argument(parser)
+    parallel = "number of requests that serve computes together, and whose keys and values are counted"
+    add_option(parser, replace(TIER_OPTIONS["sequences"], name="parallel", metavar="N", help=parallel))
     parser.add_argument(
         "--memory",
         type=size,
@@ -70,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         into=arguments.into,
         disk=arguments.disk,
         memory=arguments.memory,
+        parallel=arguments.parallel,
         cache=[(name, getattr(arguments, name)) for name in CACHE],
         say=_to_a_terminal,
         **{name: getattr(arguments, name) for name in PLANNED},
@@ -107,6 +110,7 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     device = "no GPU" if machine["device"] == HOST else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
     trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in forecast["choices"]}
     sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
+    requests = f" of {forecast['parallel']} requests" if forecast["parallel"] > 1 else ""
     return [
         f"model    {plain(forecast['model'])}: {size}{forecast['blocks']} blocks of {forecast['experts']} experts, top-"
         f"{forecast['top_k']}{to_come}",
@@ -114,7 +118,7 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
         f"{machine['workers']} CPUs",
         f"disk     {_disk(machine)}",
         f"trunk    {sizes}",
-        f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values"
+        f"context  {forecast['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values{requests}"
         f"{_at_the_end(best)}; {best['prefill_chunk']} tokens of a prompt are computed together: "
         f"{format_bytes(memory['computing_bytes'])}",
         *_prompts(best["prompts"]),

@@ -125,7 +125,16 @@ def _remove(name: str, folder: Path) -> list[Path]:
     In the folder of pulled models no others are kept. Raises TargetError if the model is in use.
     """
     from moetier.tiers.store.folder import GROUP, REPLACED, replacement_folder
-    from moetier.tools.convert.model_files import check_unused, delete, delete_empty_folders, empty, locked
+    from moetier.tools.convert.model_files import (
+        check_unused,
+        delete,
+        delete_empty_folders,
+        empty,
+        files_of_users,
+        foreign_copies,
+        locked,
+        outside_store,
+    )
 
     # first, as a conversion that writes to this folder would put a new model in the place of the removed one
     if replacement_folder(folder).exists() or (folder / REPLACED).exists():
@@ -142,8 +151,6 @@ def _remove(name: str, folder: Path) -> list[Path]:
         if _is_pulled(folder):
             others = [path for path in folder.iterdir() if path != store]
         else:
-            from moetier.tools.convert.target import files_of_users, foreign_copies, outside_store
-
             kept = sorted([*files_of_users(folder), *foreign_copies(folder)])
             others = [path for path in outside_store(folder) if path not in kept]
         if linked:

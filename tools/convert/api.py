@@ -19,7 +19,7 @@ from moetier.tiers.store.folder import JOURNAL, replacement_folder
 
 from .conversion import Conversion, ConversionReport
 from .mirror_writer import mirror_to
-from .model_files import check_unused
+from .model_files import DOWNLOAD, check_unused, copied_files, is_ours, remove
 from .options import CONVERT_OPTIONS, DEFAULT_BITS, Options
 from .replacement import (
     discard,
@@ -32,7 +32,7 @@ from .replacement import (
     set_aside,
 )
 from .streaming import Download, open_on_hub
-from .target import DOWNLOAD, check_place, copied_files, is_ours, remove, revision_under_way
+from .target import check_place, revision_under_way
 
 
 def convert(

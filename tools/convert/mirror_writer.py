@@ -19,8 +19,8 @@ from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter, is_complete
 from moetier.tools.cli.progress import ByteProgress
 
-from .model_files import empty, free_bytes, locked
-from .target import check_place, freed_bytes, is_ours, outside_store
+from .model_files import empty, free_bytes, freed_bytes, is_ours, locked, outside_store
+from .target import check_place
 
 
 def make_mirror(directory: Path, target: Path, *, quiet: bool = True, overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Files of a model directory: remove them, find processes that use them, measure them, and check those that must exist.
+"""Files of a model directory: tell which are moetier's, remove them, find processes that use them, and measure them.
 
 A removal first deletes the store's metadata, so that an interrupted removal leaves nothing that looks like a complete
 model. The store's own folder is deleted last: it marks the directory as moetier's, so that the removal can be resumed.
@@ -9,17 +9,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.containers import container_of
 from moetier.runtime.machine.memory import mapped_files
-from moetier.tiers.errors import MoetierError, StoreFormatError, TargetError
-from moetier.tiers.small_names import SETTINGS
-from moetier.tiers.store.atomic import sync_folder
-from moetier.tiers.store.folder import GROUP, METADATA
+from moetier.tiers.errors import MoetierError, StoreError, StoreFormatError, TargetError
+from moetier.tiers.manifest import FileSum
+from moetier.tiers.small_names import COPIED, SETTINGS
+from moetier.tiers.store.atomic import PARTIAL, sync_folder
+from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, ORIGIN, read_manifest
+from moetier.tiers.store.trunk import INDEX
+
+from .model_card import CARD, is_card
+
+CONFIG = "config.json"
+DOWNLOAD = "download"  # has a folder of each downloaded commit, which is deleted when the conversion is finished
+WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}|{MIRRORS}")
+COMMIT = re.compile(r"[0-9a-f]{40}")  # on the hub; a digest has more characters
 
 
 @contextlib.contextmanager
@@ -136,3 +147,88 @@ def disk_bytes(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):  # it was renamed or removed meanwhile
                 taken += os.lstat(Path(place, name)).st_blocks * 512
     return taken
+
+
+def is_ours(folder: Path) -> bool:
+    """Return whether a conversion wrote, or began to write, the folder: whether it has a store."""
+    return (folder / GROUP).is_dir()
+
+
+def remove(folder: Path, kept: Sequence[Path] = ()) -> None:
+    """Remove everything that moetier writes into a model directory, except the store's own folder, which is left empty.
+
+    Files in ``kept`` stay. Raises TargetError if a conversion is writing into the folder.
+    """
+    with locked(str(folder), folder):
+        empty(folder, [path for path in outside_store(folder) if path not in kept])
+
+
+def files_of_users(folder: Path) -> list[Path]:
+    """Return the files and links in a model directory that moetier did not write and would not remove."""
+    ours = {*_beside_store(folder)}
+    apart = {folder / GROUP, *downloaded_folders(folder)}
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if (path.is_symlink() or not path.is_dir()) and path not in ours and not apart & {path, *path.parents}
+    ]
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Return the files in a model directory that moetier would have copied from a checkpoint."""
+    return [path for path in _beside_store(folder) if COPIED.fullmatch(path.relative_to(folder).as_posix())]
+
+
+def foreign_copies(folder: Path) -> list[Path]:
+    """Return the ``copied_files`` that the conversion is not known to have written, as they are now."""
+    sums: Mapping[str, FileSum] = {}
+    with contextlib.suppress(StoreError):
+        sums = read_manifest(folder / GROUP).copied
+    return [
+        path
+        for path in copied_files(folder)
+        if path.is_symlink()
+        or not path.is_file()
+        or file_sum(path.read_bytes()) != sums.get(path.relative_to(folder).as_posix())
+    ]
+
+
+def file_sum(data: bytes) -> FileSum:
+    """Return the size and the checksum of a file's content."""
+    return FileSum(len(data), crc32c(data))
+
+
+def outside_store(folder: Path) -> list[Path]:
+    """Return the files and folders in a model directory that moetier writes, except the store."""
+    return [*downloaded_folders(folder), *_beside_store(folder)]
+
+
+def _beside_store(folder: Path) -> Iterator[Path]:
+    """Yield the paths in ``folder`` of files that moetier writes, except the store's and downloaded files."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
+        ours = WRITTEN.fullmatch(name) or COPIED.fullmatch(name) or (name == CARD and is_card(path))
+        if ours and (path.is_symlink() or not path.is_dir()):
+            yield path
+
+
+def freed_bytes(folder: Path) -> int:
+    """Return how many bytes of the disk ``remove`` frees.
+
+    Downloaded files, which have a second name, do not count: the forecast of the space that is needed leaves them out,
+    too.
+    """
+    statuses = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
+    return sum(512 * file.st_blocks for file in statuses if file.st_nlink == 1)  # else another name keeps the data
+
+
+def downloaded_folders(folder: Path) -> list[Path]:
+    """Return the folders of downloaded commits. All else in the folder DOWNLOAD is the user's."""
+    path = folder / DOWNLOAD
+    if not path.is_dir() or path.is_symlink():
+        return []
+    return [
+        commit
+        for commit in sorted(path.iterdir())
+        if COMMIT.fullmatch(commit.name) and commit.is_dir() and not commit.is_symlink()
+    ]

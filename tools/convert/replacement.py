@@ -19,6 +19,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.store.atomic import disk_errors, exchange, rename_durably, sync_folder, write_durably
@@ -34,10 +35,11 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.mirror import read_mirrors
 
-from .conversion import Conversion, ConversionReport
 from .model_card import CARD, is_card
-from .model_files import delete, delete_empty_folders, locked
-from .target import copied_files, files_of_users, is_ours, remove
+from .model_files import copied_files, delete, delete_empty_folders, files_of_users, is_ours, locked, remove
+
+if TYPE_CHECKING:
+    from .conversion import Conversion, ConversionReport
 
 FIRST = (
     "--replace-first, which removes the old model before the new one is made: it is lost then, even if the conversion "

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,29 +16,43 @@ from pathlib import Path
 from moetier.runtime.checkpoint.config_json import carried
 from moetier.runtime.checkpoint.containers import Checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import INDEX, contained
-from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
+from moetier.tiers.errors import (
+    DOWNLOAD_AGAIN,
+    CheckpointError,
+    DiskSpaceError,
+    StoreError,
+    TargetError,
+    TargetExistsError,
+)
 from moetier.tiers.manifest import FORMAT, FileSum, Manifest
 from moetier.tiers.small_names import COPIED
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably
-from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import (
     GROUP,
     JOURNAL,
     METADATA,
-    MIRRORS,
     ORIGIN,
     PLAN,
+    parse_json,
     read_json,
-    read_manifest,
     read_origin,
     read_plan,
 )
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import is_complete
-from moetier.tools.convert.model_files import free_bytes
 
-from .model_card import CARD, LIBRARY, is_card
-from .model_files import delete, empty, locked
+from .model_card import LIBRARY
+from .model_files import (
+    COMMIT,
+    CONFIG,
+    DOWNLOAD,
+    delete,
+    downloaded_folders,
+    file_sum,
+    free_bytes,
+    freed_bytes,
+    is_ours,
+)
 from .trunk_writer import TrunkFile, index_of
 
 METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)", "native": "their checkpoint"}
@@ -77,11 +90,7 @@ def difference(earlier: Manifest, asked: Manifest) -> str:
     return "; ".join([*said, *([f"its manifest differs in {', '.join(rest)}"] if rest else [])])
 
 
-CONFIG = "config.json"
-DOWNLOAD = "download"  # has a folder of each downloaded commit, which is deleted when the conversion is finished
-WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}|{MIRRORS}")
 SLACK_BYTES = 1 << 20  # allowed for folders and small files
-COMMIT = re.compile(r"[0-9a-f]{40}")  # on the hub; a digest has more characters
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ class Target:
     @property
     def copied(self) -> dict[str, FileSum]:
         """The sums of the files of the checkpoint in ``small``, by name."""
-        return {name: _sum(data) for name, data in self.small.items() if COPIED.fullmatch(name)}
+        return {name: file_sum(data) for name, data in self.small.items() if COPIED.fullmatch(name)}
 
     def read_journal(self) -> dict[int, float]:
         """Return the relative errors of the blocks that earlier runs finished, by number; {} if they can't be read."""
@@ -217,7 +226,7 @@ class Target:
             if path.exists():
                 path.unlink()
                 sync_folder(path.parent)
-        for path in _downloaded(self.folder):
+        for path in downloaded_folders(self.folder):
             delete(path)
         with contextlib.suppress(OSError):  # there is none, or it has files of the user
             (self.folder / DOWNLOAD).rmdir()
@@ -233,11 +242,6 @@ def revision_under_way(folder: Path, name: str) -> str | None:
     return plan.source_digest if plan and plan.model == name and COMMIT.fullmatch(plan.source_digest) else None
 
 
-def is_ours(folder: Path) -> bool:
-    """Return whether a conversion wrote, or began to write, the folder: whether it has a store."""
-    return (folder / GROUP).is_dir()
-
-
 def check_place(folder: Path, source: Path) -> None:
     """Raise TargetError if ``folder`` and ``source`` are the same, or if one of them contains the other."""
     target, source = folder.resolve(), source.resolve()
@@ -246,85 +250,6 @@ def check_place(folder: Path, source: Path) -> None:
             f"{folder} and the source {source} overlap.",
             "Choose a folder that neither contains the source nor lies in it.",
         )
-
-
-def remove(folder: Path, kept: Sequence[Path] = ()) -> None:
-    """Remove everything that moetier writes into a model directory, except the store's own folder, which is left empty.
-
-    Files in ``kept`` stay. Raises TargetError if a conversion is writing into the folder.
-    """
-    with locked(str(folder), folder):
-        empty(folder, [path for path in outside_store(folder) if path not in kept])
-
-
-def files_of_users(folder: Path) -> list[Path]:
-    """Return the files and links in a model directory that moetier did not write and would not remove."""
-    ours = {*_beside_store(folder)}
-    apart = {folder / GROUP, *_downloaded(folder)}
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if (path.is_symlink() or not path.is_dir()) and path not in ours and not apart & {path, *path.parents}
-    ]
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """Return the files in a model directory that moetier would have copied from a checkpoint."""
-    return [path for path in _beside_store(folder) if COPIED.fullmatch(path.relative_to(folder).as_posix())]
-
-
-def foreign_copies(folder: Path) -> list[Path]:
-    """Return the ``copied_files`` that the conversion is not known to have written, as they are now."""
-    sums: Mapping[str, FileSum] = {}
-    with contextlib.suppress(StoreError):
-        sums = read_manifest(folder / GROUP).copied
-    return [
-        path
-        for path in copied_files(folder)
-        if path.is_symlink()
-        or not path.is_file()
-        or _sum(path.read_bytes()) != sums.get(path.relative_to(folder).as_posix())
-    ]
-
-
-def _sum(data: bytes) -> FileSum:
-    return FileSum(len(data), crc32c(data))
-
-
-def outside_store(folder: Path) -> list[Path]:
-    """Return the files and folders in a model directory that moetier writes, except the store."""
-    return [*_downloaded(folder), *_beside_store(folder)]
-
-
-def _beside_store(folder: Path) -> Iterator[Path]:
-    """Yield the paths in ``folder`` of files that moetier writes, except the store's and downloaded files."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
-        ours = WRITTEN.fullmatch(name) or COPIED.fullmatch(name) or (name == CARD and is_card(path))
-        if ours and (path.is_symlink() or not path.is_dir()):
-            yield path
-
-
-def freed_bytes(folder: Path) -> int:
-    """Return how many bytes of the disk ``remove`` frees.
-
-    Downloaded files, which have a second name, do not count: the forecast of the space that is needed leaves them out,
-    too.
-    """
-    statuses = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
-    return sum(512 * file.st_blocks for file in statuses if file.st_nlink == 1)  # else another name keeps the data
-
-
-def _downloaded(folder: Path) -> list[Path]:
-    """Return the folders of downloaded commits. All else in the folder DOWNLOAD is the user's."""
-    path = folder / DOWNLOAD
-    if not path.is_dir() or path.is_symlink():
-        return []
-    return [
-        commit
-        for commit in sorted(path.iterdir())
-        if COMMIT.fullmatch(commit.name) and commit.is_dir() and not commit.is_symlink()
-    ]
 
 
 def small_files(
@@ -357,6 +282,7 @@ def _without_code(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     if path.suffix == ".json" and b'"auto_map"' in data:
+        parse_json(data, str(path), DOWNLOAD_AGAIN, limit=len(data))  # refuses what the next line can't read
         parsed = json.loads(
             data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"}
         )

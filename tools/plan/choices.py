@@ -41,8 +41,8 @@ from moetier.tiers.store.folder import check_directory, read_manifest, store_fol
 from moetier.tiers.store.trunk import check_trunk, trunk_records
 from moetier.tiers.text import some
 from moetier.tools.convert.conversion_plan import ConversionPlan, most_bytes
+from moetier.tools.convert.model_files import is_ours
 from moetier.tools.convert.options import NATIVE, Options
-from moetier.tools.convert.target import is_ours
 from moetier.tools.convert.trunk_writer import SPELLINGS
 
 if TYPE_CHECKING:

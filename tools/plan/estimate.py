@@ -34,8 +34,7 @@ from .fit import Fit, MachineResources, memory_of
 from .speeds import MachineRates, Speeds
 
 FILE = "hit_curves.json"
-# commands that use the model, which a plan recommends last, with options of their own: a plan is for one sequence
-USES: dict[str, tuple[str, ...]] = {"chat": (), "serve": ("--parallel", "1")}
+USES = ("chat", "serve")  # commands that use the model, which a plan recommends last
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +241,7 @@ def estimate(
     speeds: Speeds,
     *,
     options: Sequence[str],
+    parallel: int = 1,
     pulls: bool = False,
 ) -> dict[str, Any]:
     """Return the estimates as the JSON object that ``moetier plan --json`` prints.
@@ -250,6 +250,7 @@ def estimate(
         fits: the choices to estimate, each with its slots and bytes on this machine (see ``Fit``).
         best: the one of ``fits`` that is recommended.
         options: options of `moetier chat` and `moetier serve` to recommend, as words of a command line.
+        parallel: most requests that `moetier serve` computes together.
         pulls: whether to recommend `moetier pull`, not `moetier convert`.
     """
     manifest, headers = best.choice.manifest, model_choices.headers
@@ -268,10 +269,11 @@ def estimate(
         "top_k": max(block.top_k for block in manifest.blocks),
         "records": manifest.record_count,
         "context": best.needs.kv.context,
+        "parallel": parallel,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(resources, speeds),
         "choices": [choice_entry(model_choices, fit, resources, speeds) for fit in fits],
-        "recommended": _recommended(model_choices, best, options, None if pulls else resources.into),
+        "recommended": _recommended(model_choices, best, options, parallel, None if pulls else resources.into),
         "without_ram": None,
     }
 
@@ -365,10 +367,13 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
     return max(moved, quantised)
 
 
-def _recommended(model_choices: ModelChoices, best: Fit, options: Sequence[str], into: Path | None) -> dict[str, Any]:
+def _recommended(
+    model_choices: ModelChoices, best: Fit, options: Sequence[str], parallel: int, into: Path | None
+) -> dict[str, Any]:
     """Return the recommended bits, and command lines to make and to run the model.
 
-    ``into``: the folder for `moetier convert`; None to recommend `moetier pull`.
+    ``parallel``: most requests that `moetier serve` computes together; ``into``: the folder for `moetier convert`; None
+    to recommend `moetier pull`.
     """
     headers, choice = model_choices.headers, best.choice
     directory = (headers is None and listed_name(Path(model_choices.source))) or model_choices.source
@@ -390,5 +395,6 @@ def _recommended(model_choices: ModelChoices, best: Fit, options: Sequence[str],
         "native": choice.native,
         "pull": pull,
         "convert": convert,
-        **{use: shlex.join(["moetier", use, directory, *options, *own]) for use, own in USES.items()},
+        "chat": shlex.join(["moetier", "chat", directory, *options]),
+        "serve": shlex.join(["moetier", "serve", directory, *options, "--parallel", str(parallel)]),
     }

@@ -31,6 +31,7 @@ def plan(
     into: Path | None = None,
     disk: float | None = None,
     memory: str | int | None = None,
+    parallel: int = 1,
     cache: Sequence[tuple[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
     **resources: Any,
@@ -45,6 +46,7 @@ def plan(
         disk: speed of the disk in GB/s; None: measure it.
         memory: free memory of another machine to plan for, such as "26GiB"; None: what is free here. If it is given,
             free space is only checked in ``into``.
+        parallel: number of requests that are computed together, whose keys and values are counted.
         cache: names and values of the options of an object store's cache, for the recommended command lines.
         say: called with a line of progress before each measurement that takes long.
         resources: PLANNED, as in ``load``.
@@ -56,7 +58,7 @@ def plan(
     place = nearest_folder(models_folder()) if pulls else into or Path()
     if not place.is_dir():
         raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
-    config = TierConfig.of(**resources)
+    config = TierConfig.of(sequences=parallel, **resources)
     if short := shortage():
         _log.warning("%s", short)
     say(f"reading the configuration of {source}")
@@ -101,7 +103,7 @@ def plan(
     choices = [fit.choice for fit in working]
     speeds = Speeds.measure(model_choices, choices, machine, disk, config.threads or usable_cpus())
     words = _words(resources)
-    forecast = estimate(model_choices, fits, working[0], machine, speeds, options=words, pulls=pulls)
+    forecast = estimate(model_choices, fits, working[0], machine, speeds, options=words, parallel=parallel, pulls=pulls)
     if config.ram is not None and not working[0].all_resident:
         free = fit_of(model_choices, working[0].choice, replace(config, ram=None), machine, kernels)
         if free.slot_count > working[0].slot_count:

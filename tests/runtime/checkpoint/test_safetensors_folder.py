@@ -14,7 +14,7 @@ from hubs import cache_of
 
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_checkpoint
-from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tools.convert.api import convert
 
 TOUCH = "import pathlib; pathlib.Path({!r}).write_text('run')"
@@ -116,6 +116,14 @@ def test_values_that_are_nested_too_deeply_are_refused(source: Path, file: str, 
     (source / file).write_text('{"a":' * levels + "0" + "}" * levels)
     with pytest.raises(CheckpointError, match=f"{file} has values that are nested in more than 100 levels"):
         open_checkpoint(source)
+
+
+def test_values_in_a_file_that_is_copied_without_auto_map_may_not_be_nested_too_deeply(
+    source: Path, tmp_path: Path
+) -> None:
+    (source / "generation_config.json").write_text('{"auto_map": 0, "a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(StoreFormatError, match=r"generation_config\.json has values that are nested in more than"):
+        convert(source, tmp_path / "dst", fast=True)
 
 
 def test_what_a_config_names_to_be_loaded_is_not_carried_over(source: Path, tmp_path: Path) -> None:

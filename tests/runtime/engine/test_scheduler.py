@@ -139,11 +139,11 @@ def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPat
     scheduler = scheduler_of(8)
     first = added(scheduler, 3)
 
-    def fail(sequence: TokenSequence) -> None:
+    def fail(*_: object) -> None:
         raise OSError("no memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(scheduler._cache, "begin", fail)
+        broken.setattr(KVCache, "begin", fail)
         with pytest.raises(OSError, match="no memory"):
             scheduler.begin_next()
     assert (list(scheduler.waiting), scheduler.running) == ([first], [])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from readers import PATIENCE
-from threads import wait_until
+from threads import wait_until, waits
 
 import moetier
 from moetier.runtime.engine.engine import Engine
@@ -41,7 +41,7 @@ def test_builders_wait_for_computations_and_go_first() -> None:
     threads[0].start()
     assert is_computing.wait(PATIENCE)
     threads[1].start()
-    wait_until(lambda: building._waiting == 1)
+    wait_until(lambda: waits(threads[1]))
     threads[2].start()
     assert order == []
     may_end.set()

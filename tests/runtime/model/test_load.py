@@ -211,6 +211,10 @@ def flip(name: str, position: int) -> Callable[[Path], object]:
         (lambda folder: edit(folder / "config.json", lambda c: c.update(hidden_size="wide")), "can't be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of .* can't be loaded"),
         (
+            lambda folder: (folder / "generation_config.json").write_text("{"),
+            r"generation_config\.json is not JSON",
+        ),
+        (
             lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
             "tokenizer of .* can't be loaded",
         ),
@@ -227,6 +231,20 @@ def test_a_broken_file(
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("moetier: ")]) == 1
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("levels", [600, 100_000])  # json itself refuses only the latter
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX]
+)
+def test_values_that_are_nested_too_deeply(
+    directory: Path, name: str, levels: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / name).write_text('{"a":' * levels + "0" + "}" * levels)
+    assert main(["generate", str(directory), "hello", "--max-new-tokens", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"{directory / name} has values that are nested in more than 100 levels.\n" in said
+    assert "bug" not in said
 
 
 @pytest.mark.parametrize("as_it_is", [True, False])

@@ -396,7 +396,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert client.session.outstanding == 0
             client.session.close()
         for pool in self.ledger.slots.pools.values():
-            assert not any(pool._pins)
+            assert not pool.counts().leased
             assert not pool.starved
         assert not list(self.ledger.loads)
         assert self.ledger.expire() is None, "no demand waits"

@@ -9,6 +9,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import DOCS
 
 from moetier.tiers.errors import UnavailableError
 from moetier.tools.cli.settings import API_KEY_VARIABLE
@@ -94,6 +96,16 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) ->
 def both(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> tuple[str, str]:
     assert main(["launch", *words, "--no-estimate"]) == status
     return capsys.readouterr()
+
+
+def test_its_page_has_the_options_that_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["launch", "--help"])
+    own = capsys.readouterr().out.partition("\noptions:\n")[2].partition("\n\n")[0]
+    options = set(re.findall(r"--[a-z-]+", own)) - {"--help", "--estimate", "--directory"}  # these need no words
+    section = (DOCS / "serve.md").read_text().partition("\n### Programs for coding\n")[2].partition("\n### ")[0]
+    assert "--run" in options
+    assert not [option for option in options if f"`{option}" not in section]
 
 
 def test_it_prints_what_belongs_into_the_file_of_each(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.machine.memory import PROCESS_BYTES, Available
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError, StoreFormatError, TargetError
+from moetier.tiers.text import format_bytes
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
 from moetier.tools.plan import speeds as plan_speeds
@@ -131,6 +132,21 @@ def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytes
     assert lines[-2:] == ["moetier chat tinymix-8bit", "moetier serve tinymix-8bit --parallel 1"]
 
 
+def test_keys_and_values_of_several_requests_are_counted(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(index_only), "--bits", "4", "--context", "256", "--disk", "1.5"]
+    assert main([*words, "--parallel", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    options = "tinymix-4bit --context 256"
+    assert lines[-2:] == [f"moetier chat {options}", f"moetier serve {options} --parallel 3"]
+    one, three = (
+        plan(index_only, bits=[4], context=256, parallel=parallel, disk=GB_PER_S)["choices"][0]["memory"]
+        for parallel in (1, 3)
+    )
+    assert three["kv_cache_bytes"] == 3 * one["kv_cache_bytes"]
+    kept = format_bytes(three["kv_cache_bytes"])
+    assert any(line.startswith(f"context  256 tokens: {kept} of keys and values of 3 requests; ") for line in lines)
+
+
 def test_code_that_a_checkpoint_names_is_left_alone_and_said(index_only: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(index_only, tmp_path / "source"))
     config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.X"}}
@@ -142,6 +158,7 @@ OF_HUB = """
 import json, os, sys
 from pathlib import Path
 from moetier.tools.plan import speeds
+from moetier.tiers.text import format_bytes
 from moetier.tools.commands.plan import text
 from moetier.tools.plan.forecast import plan
 speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES, speeds.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
@@ -221,11 +238,11 @@ def test_choices_that_can_not_be_used_are_named(tmp_path: Path) -> None:
         assert [line for line in lines if "can't be used" in line] == [f"{said} can't be used: No room for {bad[0]}."]
 
 
-def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(index_only, bits=[4], disk=GB_PER_S)
     assert found["context"] == json.loads((index_only / "config.json").read_text())["max_position_embeddings"] == 2048
     assert "--context" not in found["recommended"]["serve"], "serve has the same default"
-    assert plan(index_only, bits=[4], context=4096, disk=GB_PER_S)["context"] == 4096
+    assert plan(index_only, bits=[4], context=4096, disk=GB_PER_S)["context"] == 2048
 
 
 def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:

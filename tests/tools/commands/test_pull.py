@@ -23,9 +23,9 @@ from prepared import Prepared
 from safetensors.torch import load_file, save_file
 from threads import wait_until
 
+from moetier.tiers.store.folder import JOURNAL
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion_plan import stages
-from moetier.tools.convert.target import JOURNAL
 from moetier.tools.main import main
 
 Converted = Callable[..., dict[str, bytes]]

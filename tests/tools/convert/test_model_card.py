@@ -16,7 +16,7 @@ from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.model_card import CARD, MARK, is_card, model_card, write_card
-from moetier.tools.convert.target import files_of_users, outside_store
+from moetier.tools.convert.model_files import files_of_users, outside_store
 from moetier.tools.main import main
 
 
