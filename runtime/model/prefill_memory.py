@@ -187,10 +187,14 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
     is_eager = attention_of(model.config) == "eager"
     has_sinks = is_eager and is_quick and any(SINKS in parameters_of(module) for module in model.modules())
     modules = experts_modules(model)
-    of_block = max(
-        _block(modules[block.path], manifest, number, model.dtype, kernels)
+    are_quick = {
+        number: quick_activation(modules[block.path], manifest.layout(number), kernels) is not None
         for number, block in enumerate(manifest.blocks)
         if block.path in modules  # else loading refuses the model
+    }
+    of_block = max(
+        _block(modules[manifest.blocks[number].path], manifest, number, model.dtype, kernels, is_quick=is_quick)
+        for number, is_quick in are_quick.items()
     )
     angles = max(
         getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
@@ -202,10 +206,7 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         and model.dtype in FLOATS  # compiled attention takes no others
         and (not is_eager or has_sinks)
         and len(modules) == len(manifest.blocks)
-        and all(
-            quick_activation(modules[block.path], manifest.layout(number), kernels) is not None
-            for number, block in enumerate(manifest.blocks)
-        )
+        and all(are_quick.values())
     )
     # with AMX; the same is reserved on other processors, where it is little
     by_torch = is_quick and model.dtype == torch.bfloat16 and kv.bits == 16 and not config.same_bits
@@ -323,13 +324,16 @@ def _attentions(
             yield plain
 
 
-def _block(module: Any, manifest: Manifest, number: int, dtype: Any, kernels: Kernels) -> int:
-    """Return the bytes that a block with the Experts module ``module`` takes for each token."""
+def _block(module: Any, manifest: Manifest, number: int, dtype: Any, kernels: Kernels, *, is_quick: bool) -> int:
+    """Return the bytes that a block with the Experts module ``module`` takes for each token.
+
+    ``is_quick``: whether its experts are computed in the quick way.
+    """
     block, layout = manifest.blocks[number], manifest.layout(number)
     nbytes = output_bytes(module, layout, 1, block.top_k, dtype) + ROUTER * block.experts + INDEX * block.top_k
     if isinstance(kernels, SlotKernels):  # outputs are fp32, and all activations are kept
         down = layout.projection("down_proj")
         nbytes += block.top_k * (4 * down.rows + dtype.itemsize * down.columns)
-    elif quick_activation(module, layout, kernels) is None:  # all tokens may choose the same expert
+    elif not is_quick:  # all tokens may choose the same expert
         nbytes += COPIES * dtype.itemsize * max(p.rows for p in layout.projections)
     return nbytes

@@ -42,6 +42,7 @@ class Prometheus:
         config = {"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": jobs}
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         self._log = folder / "prometheus.log"
+        self._client = httpx2.Client(timeout=PATIENCE)
         command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -50,7 +51,8 @@ class Prometheus:
         try:
             listening = partial(re.search, r"Listening on.*address=(127\.0\.0\.1:\d+)")
             self.url = f"http://{self._wait(lambda: listening(self._log.read_text())).group(1)}"
-            self._wait(lambda: httpx2.get(f"{self.url}/-/ready").status_code == 200)  # it listens before it answers
+            self._client.base_url = httpx2.URL(self.url)
+            self._wait(lambda: self._client.get("/-/ready").status_code == 200)  # it listens before it answers
         except BaseException:
             self.end()
             raise
@@ -65,12 +67,13 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Now. Fails with what Prometheus finds wrong with the expression."""
-        answer = httpx2.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=PATIENCE)
+        answer = self._client.get("/api/v1/query", params={"query": expression})
         assert answer.status_code == 200, (expression, answer.text)
         result: list[dict[str, Any]] = answer.json()["data"]["result"]
         return result
 
     def end(self) -> None:
+        self._client.close()
         self.process.kill()
         self.process.wait(PATIENCE)
 

@@ -155,7 +155,7 @@ def smallest(model_id: str) -> int:
         manifest = fit.choice.manifest
         return fit.works and Caching.of(manifest, fit.slots).mean(manifest) >= SENSIBLE_HITS
 
-    return bisect_left(range(1, 1024), True, key=is_enough) + 1
+    return bisect_left(range(1, 256), True, key=is_enough) + 1
 
 
 def row(way: Way) -> str:

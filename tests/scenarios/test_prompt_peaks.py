@@ -1,4 +1,7 @@
-"""Long prompts stay within a control group: of one process, and of a daemon with two clients."""
+"""Long prompts stay within a control group: of one process, and of a daemon with two clients.
+
+test_a_chunk_shrinks_in_a_control_group, of tests/runtime/model/test_prefill_memory.py, is the quick one.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from daemons import running_daemon
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tools.bench.sandbox import MemoryGroup
 
+pytestmark = pytest.mark.slow
 QWEN3 = Path(__file__).parents[2] / "build/synthetic/qwen3-8L-4bit"  # made by `moetier synthetic`
 MIB = 1 << 20
 TOKENS = 6000
@@ -68,7 +72,6 @@ def test_a_long_prompt_stays_within_its_control_group(model: Path) -> None:
         computed(group, model, TOKENS // 4)
 
 
-@pytest.mark.slow
 def test_a_prompt_takes_no_more_memory_than_in_chunks_of_1024(model: Path) -> None:
     """The slots of experts are what the prompt leaves."""
     with memory_limit(LIBRARIES + 100 * MIB) as group:
@@ -77,7 +80,6 @@ def test_a_prompt_takes_no_more_memory_than_in_chunks_of_1024(model: Path) -> No
     assert peak <= 1.03 * in_chunks
 
 
-@pytest.mark.slow
 def test_a_daemon_and_two_clients_with_long_prompts_stay_within_a_control_group(model: Path, tmp_path: Path) -> None:
     with memory_limit(1000 * MIB) as group:
         enter = ["sh", "-c", f'echo $$ > "{group.folder}/cgroup.procs" && exec "$@"', "sh"]
@@ -90,7 +92,6 @@ def test_a_daemon_and_two_clients_with_long_prompts_stay_within_a_control_group(
             assert daemon.stats().host.evictions > 0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_prompt_of_32000_stays_within_1536_mib() -> None:
     if not QWEN3.exists():

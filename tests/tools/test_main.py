@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint
-from prepared import MAIN, Prepared
+from prepared import MAIN, Prepared, prepared
 from readers import PATIENCE
 from stores import NASTY
 
@@ -28,13 +29,15 @@ def test_it_is_a_module_too() -> None:
 HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib", "starlette", "uvicorn", "textual")
 
 
-def moetier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moetier.tools.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Prepared]:
+    """Runs scripts in processes that have imported what an interpreter of a command has before it reads its line."""
+    with prepared("moetier.tools.main", commands=()) as scripts:
+        yield scripts
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command))
-def test_help_imports_the_command_alone_and_nothing_heavy(command: tuple[str, ...]) -> None:
+def test_help_imports_the_command_alone_and_nothing_heavy(bare: Prepared, command: tuple[str, ...]) -> None:
     """That is what keeps it under 0.2 s; a clock would tell of the machine as well."""
     code = (
         "import sys; from moetier.tools.main import main\n"
@@ -43,7 +46,8 @@ def test_help_imports_the_command_alone_and_nothing_heavy(command: tuple[str, ..
         "commands = [name.partition('.commands.')[2] for name in sys.modules if '.commands.' in name]\n"
         f"print(commands, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = bare.run(code)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: moetier")
     named = set(command) | {  # whose functions they take
         "demo": {"generate"},
@@ -71,8 +75,8 @@ def test_rm_of_a_converted_model_imports_nothing_heavy_that_it_does_not_use(tmp_
     assert not folder.exists()
 
 
-def test_a_users_mistake_gets_two_lines_and_no_traceback(tmp_path: Path) -> None:
-    result = moetier("verify", str(tmp_path / "nothing"))
+def test_a_users_mistake_gets_two_lines_and_no_traceback(bare: Prepared, tmp_path: Path) -> None:
+    result = bare.run(MAIN, "verify", tmp_path / "nothing")
     assert result.returncode == 1
     cause, fix = result.stderr.splitlines()
     assert cause.startswith("moetier: ")
@@ -80,8 +84,8 @@ def test_a_users_mistake_gets_two_lines_and_no_traceback(tmp_path: Path) -> None
     assert fix.startswith("  ")
 
 
-def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
-    assert "Traceback" in moetier("verify", str(tmp_path), MOETIER_DEBUG="1").stderr
+def test_debugging_shows_the_traceback(bare: Prepared, tmp_path: Path) -> None:
+    assert "Traceback" in bare.run(MAIN, "verify", tmp_path, environment={"MOETIER_DEBUG": "1"}).stderr
 
 
 def test_options_stand_on_either_side_of_the_prompt() -> None:
@@ -278,7 +282,7 @@ def test_nobody_reads(scripts: Prepared, tmp_path: Path, stream: str, words: lis
 
 
 @pytest.mark.parametrize(("level", "head"), [("", ""), ("info", "WARNING x: ")])
-def test_what_is_logged_is_a_line_of_what_can_be_read(level: str, head: str) -> None:
+def test_what_is_logged_is_a_line_of_what_can_be_read(bare: Prepared, level: str, head: str) -> None:
     """By a daemon's own words, among others."""
     code = (
         "import logging; from moetier.tools.main import main; main(['completion', 'bash'])\n"
@@ -286,23 +290,28 @@ def test_what_is_logged_is_a_line_of_what_can_be_read(level: str, head: str) -> 
         f"try: raise OSError({NASTY!r})\n"
         "except OSError: logging.getLogger('x').exception('no')"
     )
-    environment = os.environ | {"MOETIER_LOG": level}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = bare.run(code, environment={"MOETIER_LOG": level})
+    assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert lines[0] == f"{head}x?[31m?]0;owned??y"
     assert all(line.isprintable() for line in lines)
     assert lines[2] == "Traceback (most recent call last):"
 
 
-QUICK = ("config show", "verify /nonexistent")  # each writes to one of the streams
+ALL_CLOSED = "<&- >&- 2>&-"
 CODES = {"list": 0, "config show": 0, "verify /nonexistent": 1, "rm nobody/nothing": 1, "no-command": 2}
+QUICK = {  # what writes to the stream that is closed, and what writes to each if all are
+    (">&-", "config show"),
+    ("2>&-", "verify /nonexistent"),
+    *((ALL_CLOSED, words) for words in ("config show", "verify /nonexistent", "no-command")),
+}
 
 
 @pytest.mark.parametrize(
     ("streams", "words"),
     [
-        pytest.param(streams, words, marks=[] if streams.startswith("<&- >") or words in QUICK else [pytest.mark.slow])
-        for streams in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-")
+        pytest.param(streams, words, marks=[] if (streams, words) in QUICK else [pytest.mark.slow])
+        for streams in ("<&-", ">&-", "2>&-", ALL_CLOSED)
         for words in CODES
     ],
 )

@@ -281,12 +281,12 @@ def greedy_text(tinymix_4bit: Path) -> str:
     ("file", "preferred"),
     [
         ("generation_config.json", {"num_beams": 4, "early_stopping": True}),
-        ("generation_config.json", {"num_beams": 4, "num_beam_groups": 2}),
+        pytest.param("generation_config.json", {"num_beams": 4, "num_beam_groups": 2}, marks=pytest.mark.slow),
         ("generation_config.json", {"do_sample": True, "num_return_sequences": 2}),
         ("generation_config.json", {"penalty_alpha": 0.6, "top_k": 4}),
         ("generation_config.json", {"prompt_lookup_num_tokens": 3}),
         ("tokenizer_config.json", {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}),
-        ("tokenizer_config.json", {"model_input_names": ["input_ids"]}),
+        pytest.param("tokenizer_config.json", {"model_input_names": ["input_ids"]}, marks=pytest.mark.slow),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -318,9 +318,9 @@ def test_a_directory_says_how_it_samples(
         text: str = generate(capsys, str(folder), PROMPT, "--max-new-tokens", "6", *more)["text"]
         return text
 
-    assert said("--seed", "1") == said("--seed", "1") != said("--seed", "2")
-    assert said("--seed", "1", "--temperature", "0") == said("--seed", "2", "--temperature", "0")
-    assert said("--temperature", "1e-320") == said("--temperature", "0")
+    assert said("--seed", "1") != said("--seed", "2")
+    greedy = said("--seed", "1", "--temperature", "0")
+    assert said("--seed", "2", "--temperature", "0") == said("--temperature", "1e-320") == greedy
 
 
 def test_the_prompt_may_come_from_standard_input(scripts: Prepared, tinymix_4bit: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_server_answers_from_it(path: Path) -> None:
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("bits", ["native", "16", "4"])
+@pytest.mark.parametrize("bits", ["native", "16", pytest.param("4", marks=pytest.mark.slow)])
 def test_it_is_converted(bits: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the file's own form, or with 16 bits, the result computes what the file itself does."""
     target = tmp_path / "converted"

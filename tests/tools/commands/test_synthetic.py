@@ -52,7 +52,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(GEOMETRIES, name, GEOMETRIES[name] | changes)
 
 
-@pytest.mark.parametrize("geometry", sorted(GEOMETRIES))
+@pytest.mark.parametrize(
+    "geometry",  # the slow ones are of the architecture of qwen3-8L
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("fine-4L", "qwen3-30b-a3b")))
+        for name in sorted(GEOMETRIES)
+    ],
+)
 @pytest.mark.usefixtures("small")
 def test_transformers_loads_it_whole(geometry: str, tmp_path: Path) -> None:
     size = make_synthetic(tmp_path / "src", geometry=geometry, blocks=2)
@@ -112,7 +118,7 @@ def test_it_writes_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "not an empty folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("geometry", WHOLE)
+@pytest.mark.parametrize("geometry", [WHOLE[0], pytest.param(WHOLE[1], marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small")
 def test_a_whole_model_is_made_without_a_checkpoint(
     geometry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

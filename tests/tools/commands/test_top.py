@@ -94,7 +94,7 @@ def test_any_size_will_do_and_the_terminal_is_left_as_it_was(
         assert NORMAL in terminal.written
 
 
-@pytest.mark.parametrize(("columns", "lines"), [(120, 40), (80, 48)])
+@pytest.mark.parametrize(("columns", "lines"), [(120, 40), pytest.param(80, 48, marks=pytest.mark.slow)])
 def test_nothing_is_cut(
     daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path, columns: int, lines: int
 ) -> None:

@@ -50,9 +50,11 @@ FORMS: dict[str, tuple[str, Make, dict[str, Any]]] = {
     ),
 }
 
+SLOW = ("hqq 3 bits", "gptq 8 bits")  # of each, another form is quick
+
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(each, marks=[pytest.mark.slow] * (each == "gptq 8 bits")) for each in FORMS]
+    scope="module", params=[pytest.param(each, marks=[pytest.mark.slow] * (each in SLOW)) for each in FORMS]
 )
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A quantised checkpoint, and one with the weights that it means. Tests must not change them."""
@@ -105,7 +107,8 @@ def test_without_bits_nothing_is_lost(both: tuple[Path, Path], tmp_path: Path) -
     """Experts decode to the weights that the checkpoint means, and logits are those of transformers with these."""
     source, plain = both
     convert(source, tmp_path / "dst")
-    modules = experts_modules(ordinary_model(plain))
+    ordinary = ordinary_model(plain)
+    modules = experts_modules(ordinary)
     with ShardStore.open(tmp_path / "dst") as store:
         assert {p.pairs for layout in store.manifest.layouts.values() for p in layout.projections} <= set(ZERO_POINTS)
         for block, entry in enumerate(store.manifest.blocks):
@@ -118,7 +121,7 @@ def test_without_bits_nothing_is_lost(both: tuple[Path, Path], tmp_path: Path) -
                     expected = getattr(modules[entry.path], p.name)[expert]
                     assert torch.equal(decode(record, layout, p.name, torch.empty_like(expected)), expected)
     exact, _ = moetier.load(tmp_path / "dst", exact=True)
-    assert torch.equal(logits(exact), logits(ordinary_model(plain)))
+    assert torch.equal(logits(exact), logits(ordinary))
     quick, _ = moetier.load(tmp_path / "dst")
     ideal = logits(exact).float()
     assert float((logits(quick).float() - ideal).norm() / ideal.norm()) < 0.2  # a router may choose otherwise

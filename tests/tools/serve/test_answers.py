@@ -60,7 +60,7 @@ def texts(answers: list[httpx2.Response]) -> list[str]:
     return [answer.json()["choices"][0]["text"] for answer in answers]
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_malformed_call_reaches_nobody_else(engine: Any, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Constraints, "of_dialogue", lambda *_, **__: None)  # as for a model whose calls are not known
     bad = [(CHAT, chat(start, stream=stream)) for start in (scripted.NO_JSON, scripted.NO_NAME, scripted.CUT)]

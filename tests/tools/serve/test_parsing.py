@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,12 +205,14 @@ def test_a_call_that_is_cut_is_text(served: Served) -> None:
         assert _shown(ask(scripted.CUT, tools=TOOLS)) == ("".join(text[:-1]), None, [], "stop")
 
 
+@cache
+def form(kind: str) -> Any:
+    return form_of(SimpleNamespace(config=SimpleNamespace(model_type=kind)), scripted.tokenizer_of(kind))
+
+
 def parsed(kind: str, pieces: Iterable[str]) -> list[tuple[str, Any]]:
     """(type, text) of an answer's parts; texts of one type that follow each other are one."""
-    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
-    form = form_of(model, scripted.tokenizer_of(kind))
-    assert form is not None
-    parser = form.parser("", TOOLS)
+    parser = form(kind).parser("", TOOLS)
     parts = [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
     texts = [
         (type(part).__name__, part if isinstance(part, str) else f"{part.name} {part.arguments}") for part in parts

@@ -214,7 +214,7 @@ def test_a_prompt_that_is_far_too_long_is_cut() -> None:
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
 
-@pytest.mark.parametrize("start", [scripted.TOOL, scripted.TWICE, ""])
+@pytest.mark.parametrize("start", [scripted.TOOL, pytest.param(scripted.TWICE, marks=pytest.mark.slow), ""])
 def test_of_a_conversation_over_http_only_new_tokens_are_computed(start: str, tmp_path: Path) -> None:
     """Answers with a call, with two, and with reasoning; by turns with another conversation."""
     model, tokenizer = moetier.load(scripted.write_checkpoint(tmp_path / "model", "qwen3_moe"), daemon=None)

@@ -249,7 +249,9 @@ def served(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield service, script
 
 
-@pytest.mark.parametrize("kind", [OpenCode, Pi, pytest.param(Qwen, marks=pytest.mark.slow), Claude, Codex])
+@pytest.mark.parametrize(
+    "kind", [OpenCode, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Pi, Qwen)), Claude, Codex]
+)
 def test_only_what_is_new_is_computed(kind: type[Agent], served: tuple[Any, Script]) -> None:
     """After a message of the user the template drops the reasoning of answers to the one before, and only that."""
     service, script = served

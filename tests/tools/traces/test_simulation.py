@@ -20,12 +20,13 @@ from moetier.tools.traces.simulation import SIMULATED, SimulatedDemand, demands_
 TRACES = ASSETS / "traces"
 MIXTRAL = "mixtral_8x7b_instruct_h39s"
 GPT_OSS = "gptoss_20b_12seq"
+SHORTEST = "gptoss_120b_top2_bigmoeonedge"
 SLOTS = {
     MIXTRAL: (1, 2, 3, 5, 8),
     GPT_OSS: (2, 16),
     "qwen3_30b_a3b_top6_bigmoeonedge": (8, 32),
     "gemma4_26b_a4b_top6_bigmoeonedge": (8, 32),
-    "gptoss_120b_top2_bigmoeonedge": (4, 32),
+    SHORTEST: (4, 32),
 }
 
 
@@ -55,14 +56,14 @@ def some_blocks(name: str, every: int) -> Trace:
 
 @cache
 def ratio_of_some(name: str, policy: str, slots: int) -> float:
-    """Return the ratio of hits while decoding, in every third block."""
-    return simulate(some_blocks(name, 3), policy, slots).decoding.hit_ratio
+    """Return the ratio of hits while decoding, in every sixth block; in every third of the shortest trace."""
+    return simulate(some_blocks(name, 3 if name == SHORTEST else 6), policy, slots).decoding.hit_ratio
 
 
 def test_lru_on_mixtral() -> None:
     """Figures that were found with another program."""
-    found = [ratio(MIXTRAL, "lru", slots) for slots in range(1, 9)]
-    assert found == pytest.approx([0.166, 0.327, 0.453, 0.574, 0.689, 0.799, 0.902, 0.995], abs=0.001)
+    found = [ratio(MIXTRAL, "lru", slots) for slots in (1, 2, 4, 8)]
+    assert found == pytest.approx([0.166, 0.327, 0.574, 0.995], abs=0.001)
 
 
 # -- the second implementation ----------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_no_policy_hits_more_often_than_the_default(name: str, part: int) -> Non
 
 @pytest.mark.parametrize(("name", "slots", "points"), [(MIXTRAL, 4, 1.5), (GPT_OSS, 8, 3.5), (GPT_OSS, 16, 1.0)])
 def test_what_counting_uses_gains(name: str, slots: int, points: float) -> None:
-    """In all blocks, or in every third of a long trace."""
+    """In all blocks, or in some of a long trace."""
     measured = ratio if name == MIXTRAL else ratio_of_some
     assert 100 * (measured(name, "lrfu", slots) - measured(name, "scan", slots)) >= points
 
@@ -295,7 +296,7 @@ def test_a_device_tier_has_the_same_policy(policy: str, above: str, monkeypatch:
     """A prompt that comes first leaves the same behind by each of tiers' policies, and two are the same from then
     on. So one that leaves something else stands in for each: it is seen in the device tier where its name is asked for,
     and nowhere else."""
-    trace = load("gptoss_120b_top2_bigmoeonedge")
+    trace = load(SHORTEST)
     assert sum(trace.n_prefill) == 85
     demands = [sets_of(trace, 0, block) for block in range(trace.block_count)]
     expected = sum(SECOND[above](of_block, 4) for of_block in demands)
