@@ -187,7 +187,7 @@ def test_a_lease_is_valid_until_the_next_is_taken(smallest: Opened) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # cut in a finalizer
-@pytest.mark.parametrize("stride", [331, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [661, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keeps", [False, True], ids=["frames go", "frames stay"])
 def test_an_exception_from_outside_at_any_moment_breaks_nothing(smallest: Opened, stride: int, keeps: bool) -> None:
     """A signal handler raises it. A traceback that is kept keeps the iterators of its frames."""

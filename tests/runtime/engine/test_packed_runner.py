@@ -29,7 +29,7 @@ from moetier.runtime.moe.layers import OneTokenLayer
 from moetier.tiers.errors import UnsupportedModelError
 
 PAGES, MAX_PROMPT = 14, 150
-QUICK, SCHEDULES = 2, 70  # of each model
+QUICK, SCHEDULES = 1, 70  # of each model
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
