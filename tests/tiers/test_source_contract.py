@@ -415,9 +415,9 @@ def test_two_callers_at_the_smallest_budget_come_to_an_end(smallest: Opened, blo
     """Each caller asks for three times as many records as there are slots."""
 
     def caller(block: int) -> int:
-        return sum(len(smallest.take(block, 0, 1, 2, 3, 4, 5)) for _ in range(10))
+        return sum(len(smallest.take(block, 0, 1, 2, 3, 4, 5)) for _ in range(5))
 
-    assert run_all([lambda b=b: caller(b) for b in blocks]) == [60, 60]
+    assert run_all([lambda b=b: caller(b) for b in blocks]) == [30, 30]
 
 
 @pytest.mark.parametrize("slots", [2, pytest.param(7, marks=pytest.mark.slow)])

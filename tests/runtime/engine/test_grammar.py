@@ -163,6 +163,10 @@ def test_a_type_is_a_schema(loaded: tuple[Any, Any], prompt: Any, monkeypatch: p
         assert {*answer} <= {"children", "city"}
         assert all([*child] == ["name", "kind"] for child in answer["children"])
         TypeAdapter(Parent).validate_python(answer)
+
+
+def test_generate_takes_a_schema(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
     inputs = tokenizer("Chi era?", return_tensors="pt")
     processor = GrammarProcessor.of(tokenizer, {"enum": [[1, 2]]})
     ids = model.generate(**inputs, max_new_tokens=20, logits_processor=[processor])[0]
