@@ -33,6 +33,12 @@ CODINGS = {
     "nvfp4": ("e2m1", "e4m3", 16, 1, 2),
     "nvfp4-modelopt": ("e2m1", "e4m3", 16, 1, 2),
 }
+# forms whose records are like those of another
+QUICKLY = pytest.mark.parametrize(
+    "made",
+    [pytest.param(form, marks=[pytest.mark.slow] * (form in ("mxfp4", "nvfp4-modelopt"))) for form in sorted(FORMS)],
+    indirect=True,
+)
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
@@ -88,6 +94,7 @@ def test_logits_are_those_of_transformers_with_decoded_weights(made: tuple[str, 
     assert digest(native) == before
 
 
+@QUICKLY
 def test_quick_products_are_near(made: tuple[str, Path, Path], ordinary: Any) -> None:
     _, native, _ = made
     model, _ = moetier.load(native)
@@ -97,6 +104,7 @@ def test_quick_products_are_near(made: tuple[str, Path, Path], ordinary: Any) ->
     assert (quick - exact).norm() / exact.norm() < 0.1
 
 
+@QUICKLY
 def test_a_conversion_keeps_the_coding_or_decodes_it(
     made: tuple[str, Path, Path], ordinary: Any, tmp_path: Path
 ) -> None:
@@ -115,6 +123,7 @@ def test_a_conversion_keeps_the_coding_or_decodes_it(
             assert torch.equal(tensor, getattr(modules[path], name)[expert]), (path, expert, name)
 
 
+@QUICKLY
 def test_by_default_a_conversion_keeps_what_has_few_bits(
     made: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

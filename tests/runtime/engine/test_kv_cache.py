@@ -122,7 +122,7 @@ class CacheOfStates(Cache):
 
 
 TestCache, TestCacheOfStates = Cache.TestCase, CacheOfStates.TestCase
-TestCache.settings = TestCacheOfStates.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCache.settings = TestCacheOfStates.settings = settings(max_examples=70, stateful_step_count=40, deadline=None)
 
 
 def begun(cache: KVCache, memory: WrittenPages, ids: Ids[int], user: str = "") -> TokenSequence:

@@ -41,7 +41,7 @@ QUICK = {
 }  # fmt: skip
 ALL = sorted(HYBRIDS | WINDOWED | INDEXED)
 TYPES = [pytest.param(each, marks=[pytest.mark.slow] * (each not in QUICK)) for each in ALL]
-FIRST, NEW, QUESTION = 150, 20, 40  # tokens of a prompt, its answer, and what follows it
+FIRST, NEW, QUESTION = 150, 10, 40  # tokens of a prompt, its answer, and what follows it
 
 
 def small_model(model_type: str) -> Any:

@@ -33,6 +33,8 @@ SETTINGS = [
     *((group, "bfloat16") for group in (32, 64, 128, 256)),
     *((group, "uint8") for group in (16, 32, 64, 128, 256)),
 ]
+WIDTHS: list[Bits] = [8, 4, 3, 2]
+SHAPES = [(17, 512), (130, 768)]
 
 
 @pytest.fixture(params=KINDS)
@@ -78,9 +80,14 @@ def test_matrices_with_zero_points_are_decoded(kernels: FusedKernels, bits: Bits
     assert torch.equal(kernels.project(x, there, layout, "up_proj"), plain)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize(("group", "pairs"), SETTINGS)
-@pytest.mark.parametrize("shape", [(17, 512), (130, 768)], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "group", "pairs", "shape"),
+    [
+        (bits, group, pairs, SHAPES[(number + at) % len(SHAPES)])  # by turns
+        for number, bits in enumerate(WIDTHS)
+        for at, (group, pairs) in enumerate(SETTINGS)
+    ],
+)
 def test_products_with_arranged_records(
     kernels: FusedKernels,
     bits: Bits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +89,8 @@ def forms() -> list[Form]:
     activations = [Activation(function, gated=gated) for function in FUNCTIONS for gated in (True, False)]
     activations += [Activation(interleaved=True, alpha=1.702, limit=7.0, shift=1.0)]
     result = []
-    for number, (activation, way) in enumerate(itertools.product(activations, ways)):
+    for number in range(2 * len(ways)):
+        activation, way = activations[number % len(activations)], ways[number % len(ways)]
         bits, group, pairs, dtype = way
         first, rows = ("gate_up_proj", 1024) if activation.gated else ("up_proj", 512)
         transposed = number % 3 == 0

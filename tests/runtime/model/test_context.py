@@ -74,7 +74,7 @@ def test_a_config_without_a_maximum() -> None:
 
 @pytest.mark.parametrize("text", ["La mattina seguente ", "\u00e9\u4e16 ", "a", " ", "\n"])
 def test_the_length_is_beyond_the_limit_exactly_if_it_is_that_of_the_whole(tokenizer: Any, text: str) -> None:
-    for size in (100, 10_000, 200_000):
+    for size in (100, 10_000, 60_000):
         whole = text * (size // len(text))
         ids: list[int] = tokenizer(whole, verbose=False)["input_ids"]
         for most in (len(ids) // 40 + 1, len(ids) - 1, len(ids)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from functools import partial
+from functools import cache, partial
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -69,9 +69,10 @@ class Groups:
                 record.fill_(0xA5)
 
 
-def ways(model_type: str, dtype: torch.dtype, bits: Any = 4) -> tuple[Any, Any, Sequence[Tensor]]:
-    """The ordinary module, its twin, and the twin's records."""
-    ordinary, twin, source = pair(model_type, dtype, bits=bits)
+@cache
+def ways(model_type: str, dtype: torch.dtype) -> tuple[Any, Any, Sequence[Tensor]]:
+    """The ordinary module, its twin, whose source each test sets, and the twin's records."""
+    ordinary, twin, source = pair(model_type, dtype, bits=4)
     return ordinary, twin, source.records
 
 

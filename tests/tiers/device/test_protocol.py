@@ -165,7 +165,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (number % 2)) for number, name in enumerate(CASES)]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (number % 2 or name == "a promoted record"))
+        for number, name in enumerate(CASES)
+    ],
 )
 def test_every_pair_is_computed_with_its_own_record(name: str) -> None:
     CASES[name].explore(device_reference)

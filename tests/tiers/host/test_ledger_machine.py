@@ -403,4 +403,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestLedger.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)

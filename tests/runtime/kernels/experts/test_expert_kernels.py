@@ -154,8 +154,15 @@ CODED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(CODED)))
-@pytest.mark.parametrize("activation", [WAYS[0], pytest.param(WAYS[4], marks=pytest.mark.slow), WAYS[8]], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "number"),
+    [  # of gates and ups in turn, FP4 and INT4 as models have them; the rest is slow
+        pytest.param(WAYS[way], number, marks=[pytest.mark.slow] * (way == 4 or (way == 8 and number % 2)))
+        for way in (0, 4, 8)
+        for number in range(len(CODED))
+    ],
+    ids=str,
+)
 def test_records_in_the_coding_of_a_checkpoint(activation: Activation, number: int) -> None:
     """Gates and ups are rows of one part, as gpt-oss has them, or of two parts. Every coding and activation is there
     with biases and without."""

@@ -27,21 +27,22 @@ def numbers(batch: int, tokens: int, length: int, values: int) -> tuple[torch.Te
     return query, *(torch.randn(batch, length, KEY_HEADS, width).transpose(1, 2) for width in (WIDTH, values))
 
 
+SIZES = [  # tokens, and the length of what they follow and themselves
+    *((1, 1), (40, 40), (STRIP, STRIP), (300, 300)),
+    *((2 * STRIP + 1, 2 * STRIP + 90), (33, 700), (260, 1500), (70, SEGMENT + 200)),
+]
+WINDOWS = [NO_WINDOW, 50, STRIP, 700]
+SINKS = [None, -40.0, 2.0, 40.0]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "length"),
+    ("tokens", "length", "window", "sinks"),
     [
-        (1, 1),
-        (40, 40),
-        (STRIP, STRIP),
-        (300, 300),
-        (2 * STRIP + 1, 2 * STRIP + 90),
-        (33, 700),
-        (260, 1500),
-        (70, SEGMENT + 200),
+        (*size, window, SINKS[(at + number) % len(SINKS)])  # every two of sizes, windows and sinks
+        for number, size in enumerate(SIZES)
+        for at, window in enumerate(WINDOWS)
     ],
 )
-@pytest.mark.parametrize("window", [NO_WINDOW, 50, STRIP, 700])
-@pytest.mark.parametrize("sinks", [None, -40.0, 2.0, 40.0])
 def test_it_is_what_compiled_code_says(tokens: int, length: int, window: int, sinks: float | None) -> None:
     query, key, value = numbers(2, tokens, length, 16 if window == 50 else WIDTH)
     given = None if sinks is None else torch.tensor([sinks, 0.0, 1.0, math.pi])

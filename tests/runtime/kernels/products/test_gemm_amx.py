@@ -53,7 +53,9 @@ def test_amx_is_used_beside_avx512(features: str, multiplies: bool) -> None:
     assert ("tdpbssd" in machine.emit_assembly(code)) == processor.has_amx == multiplies
 
 
-@pytest.mark.parametrize(("bits", "group", "pairs"), FORMS)
+@pytest.mark.parametrize(
+    ("bits", "group", "pairs"), [pytest.param(*form, marks=[pytest.mark.slow] * (form == FORMS[1])) for form in FORMS]
+)
 def test_the_bits_are_the_same(amx: PackedKernels, bits: Bits, group: int, pairs: str) -> None:
     layout, record = quantised(bits, 70, 512, group, pairs)
     full = record.clone()  # all codes are as large as they can be

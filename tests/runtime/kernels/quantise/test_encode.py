@@ -53,7 +53,7 @@ def both(weights: torch.Tensor, layout: RecordLayout, *, fast: bool, features: s
     assert ours.squared_norm == pytest.approx(theirs.squared_norm, rel=1e-4)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     bits=st.sampled_from(QUANTISED),
     group=st.sampled_from(GROUPS["uint8"]),
