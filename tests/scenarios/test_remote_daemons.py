@@ -71,14 +71,16 @@ def read(reader: RemoteStore | SpreadStore, key: ExpertKey, records: dict[Expert
 
 @pytest.fixture
 def three(small: Path, tmp_path: Path, token: Path) -> Iterator[list[DaemonProcess]]:
-    """Each with room for all, on a port that it keeps when it is started again."""
+    """Each with room for all records but one, on a port that it keeps when it is started again.
+
+    With room for all, one that has half of the records would read the others, too.
+    """
+    ram = PLAN.stored_bytes - PLAN.layout(0).slot_bytes
     with ExitStack() as stack:
         daemons = []
         for name in "abc":
             options = ["--listen", f"127.0.0.1:{free_port()}", "--token-file", token]
-            daemons.append(
-                stack.enter_context(running_daemon(small, ram=PLAN.stored_bytes, folder=tmp_path / name, extra=options))
-            )
+            daemons.append(stack.enter_context(running_daemon(small, ram=ram, folder=tmp_path / name, extra=options)))
         yield daemons
 
 
