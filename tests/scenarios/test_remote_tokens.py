@@ -72,6 +72,7 @@ def decode(model: Any, actions: dict[int, Callable[[], object]]) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow
 def test_no_token_is_lost_or_wrong(
     three: list[DaemonProcess], tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

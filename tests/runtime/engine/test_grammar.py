@@ -152,7 +152,11 @@ class Parent:
     city: Literal["Lecco"] | None = None
 
 
-@pytest.mark.parametrize("prompt", ["Chi era?", [{"role": "user", "content": "Chi era?"}]], ids=["text", "messages"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["Chi era?", pytest.param([{"role": "user", "content": "Chi era?"}], marks=pytest.mark.slow)],
+    ids=["text", "messages"],
+)
 def test_a_type_is_a_schema(loaded: tuple[Any, Any], prompt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer has no other properties than the fields."""
     model, tokenizer = loaded

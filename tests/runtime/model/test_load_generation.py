@@ -25,7 +25,7 @@ from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.shard import ShardFile
 
 DTYPES = [torch.float32, torch.bfloat16]
-QUICK = {(3, torch.float32), (4, torch.bfloat16)}  # widths of experts, and types
+QUICK = {(4, torch.bfloat16)}  # widths of experts, and types
 NAMES = ["fp32", "bf16"]
 LONG = 600  # tokens of a prompt
 

@@ -144,7 +144,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(each, marks=[pytest.mark.slow] * (each not in ("gpt_oss", "deepseek_v3"))) for each in MODELS],
+    params=[pytest.param(each, marks=[pytest.mark.slow] * (each != "gpt_oss")) for each in MODELS],
 )
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     found = Models(request.param, tmp_path_factory.mktemp(request.param))

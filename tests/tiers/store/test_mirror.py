@@ -122,7 +122,7 @@ def test_both_disks_read_a_record_and_a_small_one_is_read_from_one(
         assert sorted(reads.bytes.values()) == [0, SMALL.slot_bytes]
 
 
-@pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("layout", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"])
 def test_a_quicker_disk_reads_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: RecordLayout) -> None:
     """Its part is that of its rate: three of four, or less where the machine's own disk is what takes the time."""
     mib = layout.slot_bytes / (1 << 20)

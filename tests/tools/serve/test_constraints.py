@@ -100,12 +100,9 @@ def is_place(value: Any) -> bool:
 
 KINDS = ["qwen3_moe", "qwen3_5_moe_text", "mixtral"]
 of_each_kind = pytest.mark.parametrize(
-    "ask", [*KINDS[:2], pytest.param(KINDS[2], marks=pytest.mark.slow)], indirect=True
-)
-of_one_kind = pytest.mark.parametrize("ask", KINDS[:1], indirect=True)
-of_one_kind_quickly = pytest.mark.parametrize(
     "ask", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])], indirect=True
 )
+of_one_kind = pytest.mark.parametrize("ask", KINDS[:1], indirect=True)
 
 
 @of_each_kind
@@ -133,7 +130,7 @@ def test_calls_are_demanded(ask: Ask, seed: int) -> None:
     assert is_place(arguments)
 
 
-@of_one_kind_quickly
+@of_each_kind
 def test_text_of_a_given_form_follows_the_reasoning(ask: Ask) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE, "strict": True}}
     found = message_of(ask(scripted.MAIN, response_format=schema))
