@@ -41,8 +41,8 @@ class KVBudget:
     ) -> KVBudget:
         """Return the budget that the options ask for.
 
-        By default that is KV_SHARE of ``room``, but enough for the option ``context`` up to the model's own length, and
-        no more than the sequences that are computed at a time can need, or WITH_STATES times as much.
+        By default that is KV_SHARE of ``room``, but enough for the option ``context``, and no more than the sequences
+        that are computed at a time can need, or WITH_STATES times as much.
 
         Args:
             config: the model's config in transformers.
@@ -52,8 +52,7 @@ class KVBudget:
             experts: bytes of all experts.
             has_snapshots: whether copies of states of the model lie in pages, besides keys and values.
         """
-        lengths = [length for length in (tier_config.context, longest_context(config)) if length is not None]
-        longest = min(lengths, default=None)
+        longest = tier_config.context or longest_context(config)
         most = None if longest is None else -(-longest // PAGE_TOKENS)  # pages of a sequence
         if not page_bytes:
             pages = tier_config.sequences * (most or MIN_PAGES)
@@ -63,8 +62,8 @@ class KVBudget:
             pages = max(MIN_PAGES, _default_bytes(tier_config.ram, room, experts) // page_bytes)
             if most is not None:
                 pages = min(pages, tier_config.sequences * most * (WITH_STATES if has_snapshots else 1))
-                if tier_config.context is not None:
-                    pages = max(pages, most)
+            if tier_config.context is not None:
+                pages = max(pages, -(-tier_config.context // PAGE_TOKENS))
         pages = max(pages, 1)
         context = min(longest or PAGE_TOKENS * pages, PAGE_TOKENS * pages)
         return cls(context, pages, page_bytes, tier_config.kv_bits)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from cgroups import memory_limit
-from checkpoints import edit_json
 from daemons import running_daemon
 from error_bench import BYTES, SIZE, Bench, Said, case
 from prepared import MAIN
@@ -42,15 +41,13 @@ def budget_too_large(bench: Bench) -> Said:
 
 @case
 def context_too_long(bench: Bench) -> Said:
-    edit_json((model := bench.model()) / "config.json", max_position_embeddings=1_000_000_000)
-    words = ("generate", model, "To be", "--context", "1000000000", "--daemon", "none")
+    words = ("generate", bench.whole_model, "To be", "--context", "1000000000", "--daemon", "none")
     return bench.run(*words, differs=(SIZE,))
 
 
 @case
 def context_too_long_planned(bench: Bench) -> Said:
-    edit_json((model := bench.model()) / "config.json", max_position_embeddings=1_000_000_000)
-    words = ("plan", model, "--context", "1000000000", "--disk", "1")
+    words = ("plan", bench.whole_model, "--context", "1000000000", "--disk", "1")
     return bench.run(*words, differs=(SIZE, (r"--context \d+ works", "--context TOKENS works")))
 
 

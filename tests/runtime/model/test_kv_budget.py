@@ -57,8 +57,6 @@ def test_no_more_than_the_models_length_is_reserved() -> None:
     assert budget(room=1 << 40).context == MODEL_LENGTH
     assert budget(room=1 << 40).pages == MODEL_LENGTH // PAGE_TOKENS
     assert budget(room=1 << 40, sequences=8).pages == 8 * MODEL_LENGTH // PAGE_TOKENS
-    assert budget(context=100 * MODEL_LENGTH) == budget(context=MODEL_LENGTH)
-    assert budget(page_bytes=0, context=100 * MODEL_LENGTH).context == MODEL_LENGTH
 
 
 def test_eight_bits_take_about_half_the_memory(tinymix_4bit: Path) -> None:

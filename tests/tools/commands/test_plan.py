@@ -238,11 +238,11 @@ def test_choices_that_can_not_be_used_are_named(tmp_path: Path) -> None:
         assert [line for line in lines if "can't be used" in line] == [f"{said} can't be used: No room for {bad[0]}."]
 
 
-def test_a_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_default_context_is_no_longer_than_the_models(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(index_only, bits=[4], disk=GB_PER_S)
     assert found["context"] == json.loads((index_only / "config.json").read_text())["max_position_embeddings"] == 2048
     assert "--context" not in found["recommended"]["serve"], "serve has the same default"
-    assert plan(index_only, bits=[4], context=4096, disk=GB_PER_S)["context"] == 2048
+    assert plan(index_only, bits=[4], context=4096, disk=GB_PER_S)["context"] == 4096
 
 
 def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
