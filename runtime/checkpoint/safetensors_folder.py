@@ -66,9 +66,9 @@ class SafetensorsFolder(Container):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception
-            said = _damage(path) or f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            said = next(iter(str(error).splitlines()), "")
             raise StoreFormatError(
-                f"The tokenizer of {path} can't be loaded: {said}",
+                f"The tokenizer of {path} can't be loaded: {type(error).__name__}: {said}{_damage(path)}",
                 remaking(
                     path / "tokenizer.json",
                     "Copy the tokenizer's files from the source again, or convert the model again.",
@@ -78,13 +78,15 @@ class SafetensorsFolder(Container):
 
 
 def _damage(folder: Path) -> str:
-    """Return what is wrong with the first damaged JSON file of a tokenizer; "" if none is damaged."""
+    """Return what is wrong with the first damaged JSON file of a tokenizer, in brackets; "" if none is damaged."""
     for name in ("tokenizer.json", "vocab.json", *SETTINGS):
         try:
             if name.endswith(".json") and (folder / name).exists():
                 read_json(folder, name)
+        except UnsafeCheckpointError:
+            continue  # a link out of the folder, which the tokenizer may have
         except CheckpointError as error:
-            return error.cause
+            return f" ({error.cause})"
     return ""
 
 

@@ -14,6 +14,7 @@ The calls of a load, in order:
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -40,7 +41,7 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.options import declare_keywords, read_all
-from moetier.tiers.store.folder import check_directory, command, read_json, remaking
+from moetier.tiers.store.folder import check_directory, command, parse_json, remaking
 from moetier.tiers.store.trunk import check_trunk
 from moetier.tiers.text import some
 
@@ -152,14 +153,24 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
     """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
     check_directory(location)
     manifest, config_json = read_manifest(location), config_of(location)
-    if (settings := location / "generation_config.json").exists():  # transformers ignores one that is not JSON
-        read_json(settings, remaking(settings, "Copy the file from the source again, or remove it."))
+    _check_generation_config(location / "generation_config.json")
     model_class = _model_class(config_json)
     if is_checkpoint(location):
         check_shards(location)
     else:
         check_trunk(location, manifest)
     return config_json, model_class
+
+
+def _check_generation_config(path: Path) -> None:
+    """Raise StoreFormatError if transformers would fail at the file. It ignores one that is not JSON."""
+    try:
+        data = path.read_bytes()
+        with contextlib.suppress(RecursionError):
+            json.loads(data)
+    except (OSError, ValueError):
+        return
+    parse_json(data, str(path), remaking(path, "Copy the file from the source again, or remove it."), limit=len(data))
 
 
 def model_of(

@@ -5,10 +5,10 @@
 
 Options such as ``--pairs`` go before OLD in the second form.
 
-With ``--decode``, each pair is two new processes, one of each release, since two processes of one release may differ by
-10 %. Run it as root, so that free memory is compacted before each. Both load the model, and decode the same tokens by
-turns, or with ``--prompt`` run the same prompts; one sleeps while the other works. A process's figure is the mean of
-its turns. Otherwise a whole command is timed, in which ``{new}`` stands for a path that does not exist yet. Prints both
+With ``--decode``, each pair is two new processes, one of each release. Both load the model, and decode the same tokens
+by turns, or with ``--prompt`` run the same prompts; one sleeps while the other works. Where a model does not fit into
+memory, the process that starts first may be a quarter slower, as it gets what is scattered of the free memory. So NEW
+starts first in every second pair, two such pairs count as one, and as root memory is compacted before. Otherwise a whole command is timed, in which ``{new}`` stands for a path that does not exist yet. Prints both
 medians, and how many times as fast NEW is: the geometric mean of the ratios, with its 95 % interval over the pairs.
 """
 
@@ -63,12 +63,18 @@ def main() -> None:
     parser.add_argument("--ram", default="80%", help="for its experts (default: %(default)s)")
     parser.add_argument("command", nargs="*", metavar="ARGUMENT", help="of moetier, behind --")
     arguments = parser.parse_args()
-    pairs = [pair(arguments, number) for number in range(arguments.pairs + (not arguments.decode))]
-    seconds = {name: [figures[name] for figures in pairs[-arguments.pairs :]] for name in ("old", "new")}
-    print(
-        f"old {statistics.median(seconds['old']):.4g} s, new {statistics.median(seconds['new']):.4g} s: "
-        f"{times_as_fast(seconds['old'], seconds['new'])}"
-    )
+    if arguments.decode:
+        pairs = [mean_of(pair(arguments, 0), pair(arguments, 1)) for _ in range(arguments.pairs)]
+    else:
+        pairs = [pair(arguments, number) for number in range(arguments.pairs + 1)][1:]  # in the first, caches fill
+    old, new = zip(*pairs, strict=True)
+    print(f"old {statistics.median(old):.4g} s, new {statistics.median(new):.4g} s: {times_as_fast([*old], [*new])}")
+
+
+def mean_of(*pairs: tuple[float, float]) -> tuple[float, float]:
+    """Return the geometric means of the seconds of OLD and of NEW."""
+    old, new = zip(*pairs, strict=True)
+    return statistics.geometric_mean(old), statistics.geometric_mean(new)
 
 
 def times_as_fast(old: list[float], new: list[float]) -> str:
@@ -79,8 +85,8 @@ def times_as_fast(old: list[float], new: list[float]) -> str:
     return f"{math.exp(mean):.3f} times as fast ({low:.3f} to {high:.3f}), {len(logs)} pairs"
 
 
-def pair(arguments: argparse.Namespace, number: int) -> dict[str, float]:
-    """Run the work with each release, in an order that depends on ``number``, and return the seconds of each."""
+def pair(arguments: argparse.Namespace, number: int) -> tuple[float, float]:
+    """Run the work with each release, NEW first if ``number`` is odd, and return the seconds of OLD and of NEW."""
     order = ("old", "new") if number % 2 == 0 else ("new", "old")
     if not arguments.decode:
         seconds = {name: run(getattr(arguments, name), arguments.command) for name in order}
@@ -96,16 +102,16 @@ def pair(arguments: argparse.Namespace, number: int) -> dict[str, float]:
                 for name in reversed(order) if turn % 2 == 0 else order:
                     turns[name].append(decode[name]())
             seconds = {name: statistics.fmean(turns[name]) for name in order}
-    print(f"{number + 1}: {seconds['old']:.4g} {seconds['new']:.4g}", file=sys.stderr, flush=True)
-    return seconds
+    print(f"{seconds['old']:.4g} {seconds['new']:.4g}", file=sys.stderr, flush=True)
+    return seconds["old"], seconds["new"]
 
 
 def compact_memory() -> None:
-    """Let the kernel join its free memory, so that all processes begin alike. Does nothing without the right to it.
+    """Let the kernel join its free memory, so that all processes begin alike. Does nothing where that is not allowed.
 
     The disk reads more slowly into memory whose pages are scattered, and what is scattered depends on who came first.
     """
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         Path("/proc/sys/vm/compact_memory").write_text("1")
 
 

@@ -110,7 +110,7 @@ def _heading(forecast: dict[str, Any], best: dict[str, Any]) -> list[str]:
     device = "no GPU" if machine["device"] == HOST else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
     trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in forecast["choices"]}
     sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
-    requests = f" of {forecast['parallel']} requests" if forecast["parallel"] > 1 else ""
+    requests = f", shared by {forecast['parallel']} requests" if forecast["parallel"] > 1 else ""
     return [
         f"model    {plain(forecast['model'])}: {size}{forecast['blocks']} blocks of {forecast['experts']} experts, top-"
         f"{forecast['top_k']}{to_come}",

@@ -100,6 +100,7 @@ def plan(
     into: str | os.PathLike[str] | None = None,
     disk: float | None = None,
     memory: str | int | None = None,
+    parallel: int = 1,
     **options: Any,
 ) -> Plan:
     """Estimate whether a model runs on this machine, and how fast, before its weights are downloaded.
@@ -115,6 +116,7 @@ def plan(
         disk: speed of the disk in GB/s; None: measure it.
         memory: free memory of another machine to plan for, such as "26GiB"; None: what is free here. If it is given,
             free space is only checked in ``into``.
+        parallel: number of requests that `moetier serve` computes together, and that share keys and values.
         options: those of ``load`` in PLANNED.
 
     Raises:
@@ -134,6 +136,7 @@ def plan(
             into=None if into is None else Path(into),
             disk=disk,
             memory=memory,
+            parallel=parallel,
             **options,
         )
     finally:

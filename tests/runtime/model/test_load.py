@@ -211,8 +211,8 @@ def flip(name: str, position: int) -> Callable[[Path], object]:
         (lambda folder: edit(folder / "config.json", lambda c: c.update(hidden_size="wide")), "can't be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of .* can't be loaded"),
         (
-            lambda folder: (folder / "generation_config.json").write_text("{"),
-            r"generation_config\.json is not JSON",
+            lambda folder: (folder / "generation_config.json").write_text("[]"),
+            r"generation_config\.json is not a JSON object",
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
@@ -233,6 +233,13 @@ def test_a_broken_file(
     assert not any("Traceback" in line for line in lines)
 
 
+def test_a_generation_config_that_is_not_json_is_ignored(directory: Path) -> None:
+    (directory / "generation_config.json").write_text("{")
+    model, _ = moetier.load(directory, daemon=None)
+    with model.tiers:
+        assert model.generation_config.max_new_tokens is None
+
+
 @pytest.mark.parametrize("levels", [600, 100_000])  # json itself refuses only the latter
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX]
@@ -243,7 +250,7 @@ def test_values_that_are_nested_too_deeply(
     (directory / name).write_text('{"a":' * levels + "0" + "}" * levels)
     assert main(["generate", str(directory), "hello", "--max-new-tokens", "1"]) == 1
     said = capsys.readouterr().err
-    assert f"{directory / name} has values that are nested in more than 100 levels.\n" in said
+    assert f"{directory / name} has values that are nested in more than 100 levels." in said
     assert "bug" not in said
 
 

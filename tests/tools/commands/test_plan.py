@@ -144,7 +144,9 @@ def test_keys_and_values_of_several_requests_are_counted(index_only: Path, capsy
     )
     assert three["kv_cache_bytes"] == 3 * one["kv_cache_bytes"]
     kept = format_bytes(three["kv_cache_bytes"])
-    assert any(line.startswith(f"context  256 tokens: {kept} of keys and values of 3 requests; ") for line in lines)
+    assert any(
+        line.startswith(f"context  256 tokens: {kept} of keys and values, shared by 3 requests; ") for line in lines
+    )
 
 
 def test_code_that_a_checkpoint_names_is_left_alone_and_said(index_only: Path, tmp_path: Path) -> None:
