@@ -8,8 +8,9 @@ Options such as ``--pairs`` go before OLD in the second form.
 With ``--decode``, each pair is two new processes, one of each release. Both load the model, and decode the same tokens
 by turns, or with ``--prompt`` run the same prompts; one sleeps while the other works. Where a model does not fit into
 memory, the process that starts first may be a quarter slower, as it gets what is scattered of the free memory. So NEW
-starts first in every second pair, two such pairs count as one, and as root memory is compacted before. Otherwise a whole command is timed, in which ``{new}`` stands for a path that does not exist yet. Prints both
-medians, and how many times as fast NEW is: the geometric mean of the ratios, with its 95 % interval over the pairs.
+starts first in every second pair, two such pairs count as one, and as root memory is compacted before. Otherwise a
+whole command is timed, in which ``{new}`` stands for a path that does not exist yet. Prints both medians, and how many
+times as fast NEW is: the geometric mean of the ratios, with its 95 % interval over the pairs.
 """
 
 from __future__ import annotations
