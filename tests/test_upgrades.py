@@ -127,10 +127,14 @@ def test_the_former_release_is_what_is_compared(releases: dict[str, Release], fo
     assert str(former) in files[0]
 
 
+@pytest.mark.parametrize("reader", RELEASES)
+def test_a_store_is_verified_by_the_other_release(releases: dict[str, Release], reader: str) -> None:
+    releases[reader]("verify", releases[other(reader)].store)
+
+
 @pytest.mark.parametrize("reader", [pytest.param("former", marks=pytest.mark.slow), "this"])
 def test_a_store_is_read_by_the_other_release(releases: dict[str, Release], reader: str) -> None:
     store = releases[other(reader)].store
-    releases[reader]("verify", store)
     assert releases[reader].text(store, "--ram", "4MiB") == releases[other(reader)].text(store)
 
 

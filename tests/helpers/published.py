@@ -155,6 +155,7 @@ def smallest(model_id: str) -> int:
         manifest = fit.choice.manifest
         return fit.works and Caching.of(manifest, fit.slots).mean(manifest) >= SENSIBLE_HITS
 
+    assert is_enough(255), f"{model_id} needs more"
     return bisect_left(range(1, 256), True, key=is_enough) + 1
 
 

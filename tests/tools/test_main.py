@@ -300,7 +300,7 @@ def test_what_is_logged_is_a_line_of_what_can_be_read(bare: Prepared, level: str
 
 ALL_CLOSED = "<&- >&- 2>&-"
 CODES = {"list": 0, "config show": 0, "verify /nonexistent": 1, "rm nobody/nothing": 1, "no-command": 2}
-QUICK = {  # what writes to the stream that is closed, and what writes to each if all are
+QUICK = {  # what writes to the stream that is closed, and what writes to each if all are; none with "<&-" alone
     (">&-", "config show"),
     ("2>&-", "verify /nonexistent"),
     *((ALL_CLOSED, words) for words in ("config show", "verify /nonexistent", "no-command")),

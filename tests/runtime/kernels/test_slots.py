@@ -93,7 +93,7 @@ def forms() -> list[Form]:
         activation, way = activations[number % len(activations)], ways[number % len(ways)]
         bits, group, pairs, dtype = way
         first, rows = ("gate_up_proj", 1024) if activation.gated else ("up_proj", 512)
-        transposed = number % 3 == 0
+        transposed = (number + number // len(activations)) % 3 == 0
         projections = (
             Projection(first, rows, 768, bits, dtype, transposed, group, pairs),
             Projection("down_proj", 768, 512, bits, dtype, transposed, group, pairs),

@@ -98,6 +98,7 @@ CASES = {
     "leases that end together": Case("compute_leased", [[(1, 1), (2, 2)]], [1, 2], PROMOTE_LEASED),
     "a promoted record is leased": Case("compute_leased", [[(1, 3)]], [1, 2], PROMOTE_LEASED),
 }
+SLOW = {"two misses", "a promoted record", "a graph", "a leased hit", "leases that end together"}
 
 BROKEN = {
     "a copy does not wait for the uses of its slot": ("work(WAIT, used)", "work(RECORD, used)", "a hit"),
@@ -166,10 +167,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (number % 2 or name == "a promoted record"))
-        for number, name in enumerate(CASES)
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES],
 )
 def test_every_pair_is_computed_with_its_own_record(name: str) -> None:
     CASES[name].explore(device_reference)

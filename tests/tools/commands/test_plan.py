@@ -160,7 +160,6 @@ OF_HUB = """
 import json, os, sys
 from pathlib import Path
 from moetier.tools.plan import speeds
-from moetier.tiers.text import format_bytes
 from moetier.tools.commands.plan import text
 from moetier.tools.plan.forecast import plan
 speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES, speeds.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16

@@ -39,7 +39,7 @@ def test_it_offers_every_policy_of_the_simulation(capsys: pytest.CaptureFixture[
 
 
 def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--slots", "3-4", "--policy", "lru,belady", "--record", "10MB", "--disk", "2", "--compute", "5"]
+    words = ["--slots", "3,4-4", "--policy", "lru,belady", "--record", "10MB", "--disk", "2", "--compute", "5"]
     run(MIXTRAL, *words, "--json")
     (report,) = json.loads(capsys.readouterr().out)["traces"]
     assert (report["tokens"], report["blocks"], report["experts"], report["top_k"]) == (773, 32, 8, 2)

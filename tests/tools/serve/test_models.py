@@ -150,7 +150,7 @@ def test_an_answer_ends_before_its_model_goes_and_a_stream_says_what_it_waits_fo
     with serving(pair, whole=one_of(pair[0]), alive_seconds=0.05) as (_, client):
         assert ask(client, "a").status_code == 200
         with client.stream(
-            "POST", TEXT, json={"prompt": "Uno", "max_tokens": 100, "stream": True, "model": "a"}
+            "POST", TEXT, json={"prompt": "Uno", "max_tokens": 400, "stream": True, "model": "a"}
         ) as one:
             lines = one.iter_lines()
             next(lines)

@@ -164,8 +164,8 @@ CODED: list[tuple[str, dict[str, Any]]] = [
     ids=str,
 )
 def test_records_in_the_coding_of_a_checkpoint(activation: Activation, number: int) -> None:
-    """Gates and ups are rows of one part, as gpt-oss has them, or of two parts. Every coding and activation is there
-    with biases and without."""
+    """Gates and ups are rows of one part, as gpt-oss has them, or of two parts. With the slow cases, every coding and
+    activation is there with biases and without."""
     (coding, fields), bias = CODED[number], (number + WAYS.index(activation) // 4) % 2 == 0
     first, rows = ("gate_up_proj", 2 * INNER) if activation.gated else ("up_proj", INNER)
     parts = 2 if activation.gated and not activation.interleaved else 1

@@ -28,8 +28,10 @@ FORMS: list[tuple[Bits, int, str]] = [
     (4, 16, "uint8"),
     (4, 64, "float16_zeros"),
     (3, 32, "bfloat16"),
+    (2, 16, "uint8"),
     (2, 128, "uint8"),
 ]
+SLOW = FORMS[1], FORMS[-1]
 LEAST, MOST = AmxTile.least, AmxTile.most
 ROWS = (LEAST - 1, LEAST, 15, 16, 17, 40, MOST, MOST + LEAST - 1, MOST + LEAST, 2 * MOST + 44)
 
@@ -54,7 +56,7 @@ def test_amx_is_used_beside_avx512(features: str, multiplies: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "pairs"), [pytest.param(*form, marks=[pytest.mark.slow] * (form == FORMS[1])) for form in FORMS]
+    ("bits", "group", "pairs"), [pytest.param(*form, marks=[pytest.mark.slow] * (form in SLOW)) for form in FORMS]
 )
 def test_the_bits_are_the_same(amx: PackedKernels, bits: Bits, group: int, pairs: str) -> None:
     layout, record = quantised(bits, 70, 512, group, pairs)

@@ -53,6 +53,31 @@ def both(weights: torch.Tensor, layout: RecordLayout, *, fast: bool, features: s
     assert ours.squared_norm == pytest.approx(theirs.squared_norm, rel=1e-4)
 
 
+def both_in_form(
+    weights: torch.Tensor, bits: Bits, group: int, pairs: str, transposed: bool, dtype: str, *, fast: bool
+) -> None:
+    """Like ``both``, with the smallest group that these pairs permit if ``group`` is less."""
+    group = max(group, min(GROUPS[pairs]))
+    layout = layout_of(*weights.shape, dtype, transposed, bits=bits, group=group, pairs=pairs)
+    weights = weights.to(getattr(torch, dtype))
+    both(weights.T.contiguous() if transposed else weights, layout, fast=fast)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "pairs", "transposed", "dtype", "fast"),
+    [
+        case
+        for case in each_two(QUANTISED, GROUPS["uint8"], PAIRS, (False, True), DTYPES, (False, True))
+        if not case.marks  # the slow ones are several hundred
+    ],
+)
+def test_it_makes_torchs_bytes_in_each_form(
+    bits: Bits, group: int, pairs: str, transposed: bool, dtype: str, fast: bool
+) -> None:
+    for rows in (17, 65):
+        both_in_form(normal(rows, 512), bits, group, pairs, transposed, dtype, fast=fast)
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     bits=st.sampled_from(QUANTISED),
@@ -70,9 +95,7 @@ def test_it_makes_torchs_bytes(
     bits: Bits, group: int, pairs: str, rows: int, columns: int, transposed: bool, dtype: str, fast: bool, std: float,
     seed: int,
 ) -> None:  # fmt: skip
-    layout = layout_of(rows, columns, dtype, transposed, bits=bits, group=max(group, min(GROUPS[pairs])), pairs=pairs)
-    weights = normal(rows, columns, std, seed).to(getattr(torch, dtype))
-    both(weights.T.contiguous() if transposed else weights, layout, fast=fast)
+    both_in_form(normal(rows, columns, std, seed), bits, group, pairs, transposed, dtype, fast=fast)
 
 
 @pytest.mark.parametrize(("features", "bits", "pairs"), each_two(("+avx2,+fma,+f16c", ""), QUANTISED, PAIRS))
