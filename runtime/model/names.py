@@ -201,7 +201,7 @@ def _fix(name: str) -> str:
     if "/" in name and ":" in name:
         ways.append(f"pull it: moetier pull {shlex.join(pulling(name))}")
     elif "/" in name:
-        ways.append(f"see moetier plan {shlex.quote(name)}, which ends with the commands to pull and run it")
+        ways.append(f"run moetier plan {shlex.quote(name)}: its last lines pull and run it")
     if not ways:
         ways.append("check the name: moetier list shows all models, and moetier convert makes model directories")
     said = "; or ".join(ways)

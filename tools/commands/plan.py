@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in (ram, *(TIER_OPTIONS[name] for name in PLANNED[1:-1])):
         add_option(parser, option)
     add_prefill_argument(parser)
-    parallel = "number of requests that serve computes together, and whose keys and values are counted"
+    parallel = "number of requests that serve computes together; they share the memory for keys and values"
     add_option(parser, replace(TIER_OPTIONS["sequences"], name="parallel", metavar="N", help=parallel))
     parser.add_argument(
         "--memory",

@@ -46,7 +46,7 @@ def plan(
         disk: speed of the disk in GB/s; None: measure it.
         memory: free memory of another machine to plan for, such as "26GiB"; None: what is free here. If it is given,
             free space is only checked in ``into``.
-        parallel: number of requests that are computed together, whose keys and values are counted.
+        parallel: number of requests that are computed together, and share the memory for keys and values.
         cache: names and values of the options of an object store's cache, for the recommended command lines.
         say: called with a line of progress before each measurement that takes long.
         resources: PLANNED, as in ``load``.

@@ -49,9 +49,7 @@ def test_a_name_that_nothing_has_is_said_with_those_that_are_near(
         f"moetier: There is no folder {Path.cwd()}/mistralai/Mixtral-8x7B-v0.1.\n"
     )
     assert main(["generate", "nobody/nothing", "x"]) == 1
-    assert capsys.readouterr().err.endswith(
-        "  See moetier plan nobody/nothing, which ends with the commands to pull and run it\n"
-    )
+    assert capsys.readouterr().err.endswith("  Run moetier plan nobody/nothing: its last lines pull and run it\n")
     assert main(["generate", "nosuch", "x"]) == 1
     said = capsys.readouterr().err  # no model of the hub is called so
     assert f"There is no folder {Path.cwd()}/nosuch, and no model called nosuch." in said
