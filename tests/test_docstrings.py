@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,18 @@ def is_setter(node: Definition) -> bool:
     return any(ast.unparse(each).endswith(".setter") for each in node.decorator_list)
 
 
-PATHS = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
-NAMES = {".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") for path in PATHS}
+@cache
+def paths() -> set[str]:
+    """Return the project's modules, by their paths from its root."""
+    folders = [ROOT / name for name in ("docs", "moetier", "proto", "runtime", "tests", "tiers", "tools")]
+    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")}
+
+
+@cache
+def dotted_names() -> set[str]:
+    return {".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") for path in paths()}
+
+
 # a module's path, or its dotted name within moetier, perhaps with names that it defines
 REFERENCE = re.compile(r"(?P<path>(?:\w+/)*\w+\.py)|(?:moetier\.)?(?P<name>(?:tiers|runtime|tools|proto)(?:\.\w+)+)")
 
@@ -89,11 +100,11 @@ def names_what_exists(text: str) -> bool:
     if not (named := REFERENCE.fullmatch(text)):
         return True
     if named["path"]:
-        return any(f"/{each}".endswith(f"/{text}") for each in PATHS)
+        return any(f"/{each}".endswith(f"/{text}") for each in paths())
     parts = named["name"].split(".")
-    known = next((size for size in range(len(parts), 0, -1) if ".".join(parts[:size]) in NAMES), 0)
+    known = next((size for size in range(len(parts), 0, -1) if ".".join(parts[:size]) in dotted_names()), 0)
     module = "/".join(parts[:known])
-    source = next((p for p in (f"{module}.py", f"{module}/__init__.py") if p in PATHS), "")
+    source = next((p for p in (f"{module}.py", f"{module}/__init__.py") if p in paths()), "")
     if known < 2:
         return False
     return known == len(parts) or bool(re.search(rf"\b{parts[known]}\b", (ROOT / source).read_text()))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ LARGE = layout_of(rows=1024, columns=2304)  # 14 MB: over all channels
 PLAN = make_plan(blocks=2, experts=3)
 RECORDS = make_records(PLAN)
 LARGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=LARGE)
-LARGE_RECORDS = make_records(LARGE_PLAN)
+
+
+@cache
+def large_records() -> dict[ExpertKey, bytes]:
+    return make_records(LARGE_PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, LARGE_RECORDS)
+    return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, large_records())
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tup
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> None:
-    for folder, records in ((small, RECORDS), (large, LARGE_RECORDS)):
+    for folder, records in ((small, RECORDS), (large, large_records())):
         manifest = manifest_of(folder)
         with (
             served_folder(folder) as (address, host, fetches),
@@ -91,7 +96,7 @@ def test_a_cold_record_wanted_by_eight_is_read_once(large: Path) -> None:
         readers = [stack.enter_context(RemoteStore(address, PLAIN, manifest)) for _ in range(8)]
         slots = [slot_of(manifest, key) for _ in readers]
         run_all([lambda r=r, s=s: r.read_into(key, s) for r, s in zip(readers, slots, strict=True)])
-        assert all(slot == slot_with(LARGE_RECORDS[key]) for slot in slots)
+        assert all(slot == slot_with(large_records()[key]) for slot in slots)
         stats = host.stats()
         assert stats.bytes_in == LARGE.slot_bytes
 
@@ -101,7 +106,7 @@ def test_a_cold_record_wanted_by_eight_is_read_once(large: Path) -> None:
 
 def honest(request: pb.FetchRequest) -> bytes:
     """The bytes that were asked for."""
-    whole = slot_with(LARGE_RECORDS[ExpertKey(request.block, request.expert)])
+    whole = slot_with(large_records()[ExpertKey(request.block, request.expert)])
     return whole[request.offset : request.offset + request.length]
 
 
@@ -205,7 +210,7 @@ def test_a_stream_that_breaks_is_read_again_whole(large: Path) -> None:
     with hostile(large, breaks) as (reader, _):
         slot = slot_of(reader.manifest, key)
         reader.read_into(key, slot)
-        assert slot == slot_with(LARGE_RECORDS[key])
+        assert slot == slot_with(large_records()[key])
 
 
 def test_fields_of_a_later_version_are_ignored(large: Path) -> None:
@@ -218,7 +223,7 @@ def test_fields_of_a_later_version_are_ignored(large: Path) -> None:
     with hostile(large, newer) as (reader, _):
         slot = slot_of(reader.manifest, key)
         reader.read_into(key, slot)
-        assert slot == slot_with(LARGE_RECORDS[key])
+        assert slot == slot_with(large_records()[key])
 
 
 @pytest.mark.parametrize("when", ["at once", "in the middle", "with empty pieces"])

@@ -23,7 +23,6 @@ PLAIN = Credentials(insecure=True)
 PLAN = make_plan(blocks=2, experts=3)
 RECORDS = make_records(PLAN)
 LARGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=layout_of(rows=1024, columns=2304))  # 14 MB
-LARGE_RECORDS = make_records(LARGE_PLAN)
 # 47 MB: more than sockets and HTTP/2 take in for a reader that stands still
 HUGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=layout_of(rows=2048, columns=3840))
 
@@ -35,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, LARGE_RECORDS)
+    return written(tmp_path_factory.mktemp("large"), LARGE_PLAN, make_records(LARGE_PLAN))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) 
         leases.close()
         reader.read_into(ExpertKey(0, 1), slot)
         wait_until(lambda: host.stats().leased == 0)
-        assert slot == slot_with(LARGE_RECORDS[ExpertKey(0, 1)])
+        assert slot == slot_with(make_records(LARGE_PLAN)[ExpertKey(0, 1)])
 
 
 def test_a_call_that_waits_for_a_slot_is_answered_before_its_deadline(large: Path) -> None:
