@@ -3,7 +3,8 @@
 ``config`` declares the options of loading once, for ``load``, the command line, settings files and the daemon.
 ``device_names`` has a line for each device that can compute.
 
-All threads that moetier starts, by their names, which for several threads end in a number:
+All threads that moetier starts, by their names, which for several threads end in a number. gRPC, obstore and Ray have
+threads of their own, and a server has those of asyncio (``tools.serve.waiting``) and Starlette (``tools.serve.app``).
 
     any process with a tier
         moetier-loader      reads records into slots (``tiers.host.loaders``)

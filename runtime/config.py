@@ -337,6 +337,9 @@ OF_HOST_TIER = tuple(options_of(HostTierConfig))
 class TierOptions(TypedDict, total=False):
     """The types of the keyword arguments of ``register``, for type checkers, which read no declarations of options.
 
+    A new option is a field of TierConfig and a line here. Its group decides which commands have it: a function of
+    ``tools.cli.arguments`` adds each group.
+
     A test compares names and types with those of TierConfig.
     """
 

@@ -88,7 +88,7 @@ class TierStats:
     ready: int = _gauge("ready_slots", "Slots that hold a record.")
     # of the READY slots; None in a daemon's client, which can't know it
     leased: int | None = _gauge("leased_slots", "Slots whose record is leased.", None)
-    slot_bytes: int = _gauge("slot_bytes", "Memory of all slots.")
+    slot_bytes: int = _gauge("slot_bytes", "Memory of all slots.")  # of all together, not of one slot
     load_bounds: tuple[float, ...] = LOAD_BOUNDS  # upper bounds of the bins of ``loads``, in seconds
     wait_median: float = 0.0  # median of the latest waits, in seconds
     wait_p99: float = 0.0  # 99th percentile of the latest waits, in seconds

@@ -1,4 +1,4 @@
-"""``start_thread``, which makes and starts a thread."""
+"""``start_thread``, which makes and starts a thread. ``moetier.runtime`` lists all threads and locks."""
 
 from __future__ import annotations
 

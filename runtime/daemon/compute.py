@@ -151,13 +151,13 @@ class ComputeCalls:
             indices = np.array(request.picked, np.int64)
             if len(request.counts) != len(keys) or sum(request.counts) != len(indices):
                 raise ProtocolError(
-                    f"{len(request.counts)} numbers of tokens, {sum(request.counts):,} in all, do not fit {len(keys)} "
-                    f"experts and {len(indices):,} picked tokens.",
+                    f"counts has {len(request.counts)} entries, which add up to {sum(request.counts):,}. There must be "
+                    f"one for each of {len(keys)} experts, and they must add up to the {len(indices):,} picked tokens.",
                     SAME_VERSION,
                 )
             picked = np.split(indices, np.cumsum(np.array(request.counts[:-1], np.int64)))
             if not all(request.counts):
-                raise ProtocolError("An expert is to be computed for no token.", SAME_VERSION)
+                raise ProtocolError("counts has a 0: an expert would compute no token.", SAME_VERSION)
             if (last := indices.max()) >= count:
                 raise ProtocolError(f"Picked token {last:,} is not among the {count:,} sent.", SAME_VERSION)
         total = sum(map(len, picked))

@@ -20,7 +20,10 @@ class FasterWay:
         self._steps: dict[int, int] = {}
 
     def run(self, sequences: int, *ways: Callable[[], T]) -> T:
-        """Call one of ``ways``, which compute a step of ``sequences`` sequences."""
+        """Compute a step of ``sequences`` sequences in the way of ``ways`` with the lower mean time.
+
+        Every AGAIN-th step is computed in the slower way, whose time may have changed.
+        """
         times = self._times.setdefault(sequences, [0.0] * len(ways))
         step = self._steps[sequences] = self._steps.get(sequences, 0) + 1
         pick = max if step % AGAIN == 0 else min

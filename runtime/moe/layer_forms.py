@@ -32,7 +32,7 @@ from moetier.runtime.libraries.torch_internals import (
 
 from .experts import experts_modules
 from .routers import QuickRouter, argument_names, is_router
-from .snapshot import numbers_of
+from .snapshot import scalars_of
 
 _FACTORS = ("residual_multiplier",)  # attributes of layers by which results are multiplied before they are added
 # Means of the norms' weights in trials. With the large one, a limit on the size of numbers would show.
@@ -113,11 +113,11 @@ def key_of(layer: Any) -> Any:
     parts = []
     for name, part in layer.named_modules():
         kind: Any = type(part)
-        numbers, config = numbers_of(part), getattr(part, "config", None)
+        scalars, config = scalars_of(part), getattr(part, "config", None)
         if not _names_layer(kind):
-            numbers.pop("layer_idx", None)
-        more = () if config is None else (id(config), *numbers_of(config).items())
-        parts.append((name, kind, *numbers.items(), *more))
+            scalars.pop("layer_idx", None)
+        more = () if config is None else (id(config), *scalars_of(config).items())
+        parts.append((name, kind, *scalars.items(), *more))
     tensors = itertools.chain(layer.named_parameters(), layer.named_buffers())
     return (*parts, *((name, tensor.shape, tensor.dtype) for name, tensor in tensors))
 

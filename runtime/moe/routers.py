@@ -30,7 +30,7 @@ from moetier.runtime.libraries.torch_internals import (
 )
 
 from .experts import experts_modules
-from .snapshot import Trials, numbers_of
+from .snapshot import Trials, scalars_of
 
 _TRIED_ROWS = 64  # random states with which a router is tried
 # attributes of routers: by which weights are multiplied; numbers of groups, and of groups to choose from
@@ -76,8 +76,8 @@ class RowRouter:
 
     def _tried(self, router: Any, dtype: torch.dtype) -> CompiledRouter | None:
         sizes = [(name, tensor.shape, tensor.dtype) for name, tensor in router.state_dict().items()]
-        numbers = numbers_of(router).items()
-        key = (dtype, plain_class(router), id(getattr(router, "config", None)), *numbers, *sizes)
+        scalars = scalars_of(router).items()
+        key = (dtype, plain_class(router), id(getattr(router, "config", None)), *scalars, *sizes)
         if key not in self._variants:
             with CPU:
                 self._variants[key] = _trial(router, dtype)

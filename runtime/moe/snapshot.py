@@ -17,7 +17,7 @@ from moetier.runtime.libraries.torch_internals import (
     parameters_of,
 )
 
-# Most trials of one module with different numbers. A number may change at every call, such as a counter in a user's own
+# Most trials of one module with different scalars. One may change at every call, such as a counter in a user's own
 # class, and trials take long. So a module keeps its own code once it would be tried again.
 MAX_TRIALS = 4
 
@@ -27,12 +27,13 @@ Result = TypeVar("Result")
 class Snapshot:
     """List of a module's parts at some time: the modules within it, their classes, attributes and tensors.
 
-    It has the numbers of the module itself and of configurations, too. It has references to the parts, but none to the
-    module.
+    It has the scalars of the module itself (``scalars_of``) and of configurations, too. It has references to the parts,
+    but none to the module.
     """
 
     def __init__(self, module: Any, *, without: Sequence[Any] = (), watched: Sequence[Any] = ()) -> None:
-        """
+        """Record how a module's parts are now.
+
         Args:
             module: the module.
             without: parts that are ignored with all their own parts, because the caller calls them as modules.
@@ -46,7 +47,7 @@ class Snapshot:
         for inner in (own(part) for part in parts for own in (children_of, parameters_of, buffers_of)):
             entries += [(inner, *pair) for pair in inner.items()]
         configs = {id(config): vars(config) for part in parts if (config := vars(part).get("config")) is not None}
-        self._children, self._parts, self._numbers = children_of(module), parts, numbers_of(module)
+        self._children, self._parts, self._scalars = children_of(module), parts, scalars_of(module)
         self._attributes = [*map(vars, parts), *configs.values()]
         # a part that has a ``forward`` of its own is never as it was
         self._copies = [{name: own[name] for name in own if name != "forward"} for own in self._attributes]
@@ -73,7 +74,7 @@ class Snapshot:
 
     def _has_same_attributes(self, module: Any) -> bool:
         try:  # values that are the same objects are equal
-            return has_numbers(module, self._numbers) and self._attributes == self._copies
+            return has_scalars(module, self._scalars) and self._attributes == self._copies
         except Exception:  # others may be tensors, which can't be compared so
             return False
 
@@ -98,40 +99,40 @@ def has_global_hooks() -> bool:
 
 
 class Trials(Generic[Result]):
-    """Cache of what trials of one module have found: a result for each set of its numbers (``numbers_of``).
+    """Cache of what trials of one module have found: a result for each set of its scalars (``scalars_of``).
 
     Thread-safe: if two threads try at once, one result is kept.
     """
 
     def __init__(self) -> None:
         self._results: dict[Any, Result | None] = {}
-        self._last: tuple[dict[str, Any], Result | None] | None = None  # numbers, and the result for them
+        self._last: tuple[dict[str, Any], Result | None] | None = None  # scalars, and the result for them
 
     def result(self, module: Any, trial: Callable[[], Result | None]) -> Result | None:
-        """Return the result of ``trial`` with the module's present numbers. It is called if there is none yet.
+        """Return the result of ``trial`` with the module's present scalars. It is called if there is none yet.
 
-        After MAX_TRIALS trials, returns None for any other numbers, and from then on.
+        After MAX_TRIALS trials, returns None for any other scalars, and from then on.
         """
-        if (last := self._last) is None or not has_numbers(module, last[0]):
-            numbers = frozenset(numbers_of(module).items())
-            if numbers in self._results or len(self._results) < MAX_TRIALS:
-                if numbers not in self._results:
-                    self._results[numbers] = trial()
-                last = numbers_of(module), self._results[numbers]  # a trial may count calls, too
+        if (last := self._last) is None or not has_scalars(module, last[0]):
+            scalars = frozenset(scalars_of(module).items())
+            if scalars in self._results or len(self._results) < MAX_TRIALS:
+                if scalars not in self._results:
+                    self._results[scalars] = trial()
+                last = scalars_of(module), self._results[scalars]  # a trial may count calls, too
             else:
                 last = {}, None
             self._last = last
         return last[1]
 
 
-def has_numbers(part: Any, numbers: Mapping[str, Any]) -> bool:
-    """Return whether a module or a configuration has these attributes, as ``numbers_of`` returns them."""
+def has_scalars(part: Any, scalars: Mapping[str, Any]) -> bool:
+    """Return whether a module or a configuration has these attributes, as ``scalars_of`` returns them."""
     try:
-        return bool(numbers.items() <= vars(part).items())
+        return bool(scalars.items() <= vars(part).items())
     except Exception:  # one is now a tensor, which can't be compared so
         return False
 
 
-def numbers_of(part: Any) -> dict[str, Any]:
+def scalars_of(part: Any) -> dict[str, Any]:
     """Return the attributes of a module or a configuration that are numbers, strings or None."""
     return {name: value for name, value in vars(part).items() if value is None or isinstance(value, int | float | str)}

@@ -220,7 +220,7 @@ def test_a_wrong_command_line_is_two_lines_too(
         (["plan", "SRC", "--disk", "0"], "--disk can't be 0.0."),
         (["plan", "SRC", "--bits", "9"], "--bits can't be 9."),
         (["plan", "SRC", "--trunk-bits", "16,3"], "--trunk-bits can't be 3."),
-        (["bench", "kernels", "./DIR", "--bits", "4"], "the bits are those of its records"),
+        (["bench", "kernels", "./DIR", "--bits", "4"], "whose records have their own bits"),
         (["plot", "hits", "T", "-o", "a.jpg"], "a.jpg is not a .png or .svg file."),
         (["plot", "resident", "a:b:c", "-o", "a.png"], "'a:b:c' is not the address of a daemon"),
         (["stats", "a:b:c"], "'a:b:c' is not the address of a daemon"),

@@ -89,13 +89,15 @@ class HostTier(Closeable):
         """
         assert loaders > 0
         self.manifest = store.manifest
-        self.layout = ArenaLayout.of(self.manifest, slots)
-        assert arena is None or arena.layout == self.layout
         self.recovered = 0  # number of intact records in the reclaimed arena
         self._store = store
         self._monitor = Monitor(lambda: self._ledger.repair())
         self._notifier = Notifier(self._monitor)
         with contextlib.ExitStack() as undo:
+            if arena is not None:
+                undo.callback(arena.close)
+            self.layout = ArenaLayout.of(self.manifest, slots)
+            assert arena is None or arena.layout == self.layout
             self._arena = arena or Arena.create(self.layout)
             undo.callback(self._arena.close)
             # writable views, for the loaders

@@ -143,7 +143,10 @@ def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]
         from moetier.runtime.stores.registry import read_manifest
 
         if arguments.bits:
-            raise UsageError("With DIR, the bits are those of its records.", "Leave out --bits, or leave out DIR.")
+            raise UsageError(
+                "--bits changes nothing with DIR, whose records have their own bits.",
+                "Leave out --bits, or leave out DIR.",
+            )
         yield from read_manifest(arguments.directory).layouts.items()
         return
     for title, (hidden, inner) in EXPERTS.items():

@@ -69,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     client = CLIENTS[arguments.client]
     if arguments.words and not arguments.starts:
-        raise ConfigError("The words are for the program, which is not started.", "Give --run.")
+        raise ConfigError(
+            "There are arguments for the program, which is not started without --run.", "Add --run, or leave them out."
+        )
     url = arguments.url.rstrip("/").removesuffix("/v1")
     key = key_of(arguments.api_key_file)
     model = chosen(models_of(url, key), arguments.model, url)

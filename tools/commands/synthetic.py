@@ -93,7 +93,7 @@ def _run_whole(arguments: argparse.Namespace) -> int:
 
     if arguments.store is not None:
         raise UsageError(
-            f"{arguments.geometry} is written as a model directory, without a checkpoint to convert.",
+            f"{arguments.geometry} is written as a model directory at once. --store is for what is converted.",
             "Leave out --store.",
         )
 

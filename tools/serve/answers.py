@@ -130,7 +130,7 @@ class Answer:
         """Counted prompt tokens whose keys and values were there already."""
         return self.sequence.cached if self.sequence is not None and self._counts_prompt else 0
 
-    def say(self) -> str:
+    def progress_text(self) -> str:
         """Return how far the computation is, for a client that waits."""
         if self.sequence is None or self.sequence.began is None:
             return "waiting"

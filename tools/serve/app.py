@@ -117,7 +117,7 @@ def _plain_routes(models: Models) -> Iterator[Route]:
             raise unknown_model(asked)
         return JSONResponse(card)
 
-    def health(_: Request) -> Response:
+    def health(_: Request) -> Response:  # the reason of `transformers serve`, whose clients know it
         if models.is_alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)

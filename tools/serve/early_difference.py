@@ -33,7 +33,7 @@ class EarlyDifference:
         self._is_logged = False
 
     def note(self, user: str, ids: Sequence[int]) -> None:
-        """Note the token ids of a prompt."""
+        """Compare a prompt's token ids with those of the user's latest KEPT prompts, and keep them for the next."""
         if self._is_logged or len(ids) < LEAST:
             return
         with self._lock:

@@ -109,10 +109,12 @@ class Endpoint:
             await asyncio.wait({submission}, timeout=self._alive_seconds)
             yield (await submission)[1].id if submission.done() else ""
 
-            def say() -> str:
-                return submission.result()[1].say() if submission.done() else pin.say()
+            def progress_text() -> str:
+                return submission.result()[1].progress_text() if submission.done() else pin.progress_text()
 
-            events = kept_alive(self._sent(submission), self._alive_seconds, lambda: self._protocol.alive(say()))
+            events = kept_alive(
+                self._sent(submission), self._alive_seconds, lambda: self._protocol.alive(progress_text())
+            )
             async with aclosing(events):
                 async for event in events:
                     yield event

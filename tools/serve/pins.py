@@ -105,7 +105,7 @@ class Pin:
         """Wait until the model is loaded, and return it. Raises Refusal if it can't be loaded."""
         return self.future.result() if self.future.done() else await asyncio.wrap_future(self.future)
 
-    def say(self) -> str:
+    def progress_text(self) -> str:
         """Return what a client waits for."""
         return f"loading {self.entry.name}" if self.entry.is_loading else f"{self.entry.name} waits to be loaded"
 

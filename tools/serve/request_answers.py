@@ -47,9 +47,9 @@ class RequestAnswers:
         """Number of tokens of all prompts."""
         return sum(len(jobs[0].engine_request.ids) for jobs in self._jobs)
 
-    def say(self) -> str:
+    def progress_text(self) -> str:
         """Return how far the computation is, for a client that waits."""
-        return next((answer for answer in self._answers if not answer.is_over), self._answers[-1]).say()
+        return next((answer for answer in self._answers if not answer.is_over), self._answers[-1]).progress_text()
 
     def cancel(self) -> None:
         """End all answers because their client no longer waits for them. No further one is submitted."""

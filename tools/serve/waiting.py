@@ -65,8 +65,10 @@ async def read_ahead(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
         await ended(taking)
 
 
-async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[], str]) -> AsyncGenerator[str]:
-    """Yield ``events``, and what ``say`` returns whenever there was no event for ``seconds``.
+async def kept_alive(
+    events: AsyncIterator[str], seconds: float, progress_text: Callable[[], str]
+) -> AsyncGenerator[str]:
+    """Yield ``events``, and what ``progress_text`` returns whenever there was no event for ``seconds``.
 
     Proxies often close a connection on which nothing arrives for a minute.
     """
@@ -75,7 +77,7 @@ async def kept_alive(events: AsyncIterator[str], seconds: float, say: Callable[[
         while True:
             upcoming = asyncio.ensure_future(anext(events))
             while not (await asyncio.wait({upcoming}, timeout=seconds))[0]:
-                yield say()
+                yield progress_text()
             try:
                 event = upcoming.result()
             except StopAsyncIteration:

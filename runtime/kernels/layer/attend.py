@@ -87,7 +87,7 @@ def attend(
     places, skipped = (ONE_PAGE, first) if pages is None else (pages, 0)
     bases = [tensor.data_ptr() - skipped * tensor.stride(2) * tensor.itemsize for tensor in (key, value)]
     sinks = None if sinks is None else sinks.contiguous()
-    context = (
+    context = (  # the fields of ``AttentionContext``, in their order
         *(0, 0, items, key_heads, share, tokens, strip, first, end, window, 0, width, values, spans),
         *(query.data_ptr(), *query.stride()[:3], *bases, places.address(begin), places.bits),
         *(key.stride(0), value.stride(0), *key.stride()[1:3], *value.stride()[1:3]),

@@ -108,7 +108,7 @@ def token_of(
         or attention_of(module.config) not in (NAME, WITH_SINKS, _OBSERVED)
         or not _fits(variant, x, *position_embeddings)
         or (layer := _layer_of(past_key_values if cache is None else cache, module.layer_idx)) is None
-        or (room := layer.room()) is None
+        or (room := layer.memory()) is None
         or room.signature not in _signatures(variant, x.dtype)
     ):
         return None

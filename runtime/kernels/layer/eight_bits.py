@@ -28,9 +28,10 @@ def in_codes(numbers: Tensor) -> Tensor:
 
 
 def emit_codes(emit: Emitter, numbers: Callable[[Value], Value], target: Value, count: Value, register: Value) -> None:
-    """Emit ``in_codes`` of ``count`` numbers, and its store at ``target``.
+    """Emit code that quantises ``count`` numbers as ``in_codes`` does, and stores codes and scale at ``target``.
 
-    ``numbers`` emits the LANES fp32 numbers from an index on. ``register`` has room for as many.
+    ``numbers(i)`` emits the LANES fp32 numbers from index i on. ``register`` is the address of scratch memory for LANES
+    fp32 numbers.
     """
     at, n = emit.at, emit.number
     at.store(emit.floats(0.0), register)

@@ -181,7 +181,7 @@ class _InPlace(DynamicLayer):
     def _advance(self) -> None:
         """Drop tokens that the layer does not keep."""
 
-    def room(self) -> CacheMemory | None:
+    def memory(self) -> CacheMemory | None:
         """Return the memory of keys and values of one sequence on a CPU, if another token fits into it.
 
         Return None otherwise, and if ``update`` has to copy keys or values because they are not all of the tokens in
@@ -247,7 +247,10 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens [batch, heads, tokens, width]; return those of the window before too."""
+        """Append keys and values of new tokens [batch, heads, tokens, width].
+
+        Returns all keys and values that the new tokens attend to: those still in the window, then the new ones.
+        """
         is_usual = not self.record_past and key_states.shape[-2] <= TOKENS
         if torch.is_grad_enabled() or not is_usual or not self._joins(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -262,9 +265,9 @@ class GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
         """Position of the first token that a new one attends to."""
         return int(self.cumulative_length) - (self._end - self._begin)
 
-    def room(self) -> CacheMemory | None:
-        """Return the memory as ``_InPlace.room`` does; None if tokens that leave the window have to be kept."""
-        return None if self.record_past else super().room()
+    def memory(self) -> CacheMemory | None:
+        """Return the memory as ``_InPlace.memory`` does; None if tokens that leave the window have to be kept."""
+        return None if self.record_past else super().memory()
 
     def extend(self) -> None:
         """Count one more token. Its key and value are in the memory that ``room`` has returned."""

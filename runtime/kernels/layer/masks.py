@@ -102,9 +102,10 @@ def causal(tokens: int, length: int, window: int, device: torch.device) -> Tenso
 
 
 def sink_mask(**given: Any) -> Tensor | None:
-    """Return transformers' mask [batch, 1, tokens, cached] for an architecture's own function, with its Band.
+    """Return the additive mask [batch, 1, tokens, cached] that an architecture's own function takes.
 
-    Returns None for one token as ``causal_mask`` does.
+    If the mask is that of a Band, it carries the Band, so that compiled code need not read it. Returns None for one
+    token as ``causal_mask`` does.
     """
     shown = causal_mask(**given)
     if shown is None and given["q_length"] == 1:

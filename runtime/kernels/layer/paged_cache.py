@@ -161,7 +161,7 @@ class PageMemory:
             part.new_empty((1, part.shape[1], size, part.shape[3])) for part in like
         )
 
-    def room(self, layer: int) -> CacheMemory | None:
+    def layer_memory(self, layer: int) -> CacheMemory | None:
         """Return the memory of all pages in a layer, as compiled code needs it; None if it can't be read so."""
         return memory_of(*self.layers[layer]) if layer in self.layers else None
 
@@ -286,10 +286,10 @@ class PagedLayer(DynamicLayer):
         """Return the number of tokens."""
         return self.end
 
-    def room(self) -> CacheMemory | None:
+    def memory(self) -> CacheMemory | None:
         """Return the memory of all pages. Those of the sequence have room for the next token."""
         if self._room is None:
-            self._room = self._memory.room(self._number)
+            self._room = self._memory.layer_memory(self._number)
         return self._room
 
     @property

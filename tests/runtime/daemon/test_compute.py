@@ -183,9 +183,9 @@ BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
     ({"counts": [1], "picked": [1]}, ProtocolError, "not among"),
     ({"counts": [1], "picked": [2**32 - 1]}, ProtocolError, "not among"),
     ({"counts": [0], "picked": []}, ProtocolError, "no token"),
-    ({"counts": [2], "picked": [0]}, ProtocolError, "do not fit"),
-    ({"counts": [1, 1], "picked": [0, 0]}, ProtocolError, "do not fit"),
-    ({"counts": [2**32 - 1], "picked": [0]}, ProtocolError, "do not fit"),
+    ({"counts": [2], "picked": [0]}, ProtocolError, "must add up to"),
+    ({"counts": [1, 1], "picked": [0, 0]}, ProtocolError, "must add up to"),
+    ({"counts": [2**32 - 1], "picked": [0]}, ProtocolError, "must add up to"),
     ({"counts": [MAX_OUTPUTS + 1], "picked": [0] * (MAX_OUTPUTS + 1)}, ExhaustedError, "more than the"),
 ]
 

@@ -106,7 +106,7 @@ def test_tensors_without_memory_are_torchs(model: Any) -> None:
 def test_a_cache_of_tensors_without_memory_has_no_room() -> None:
     layer = GrowingLayer()
     layer.update(Wrapped(numbers(1, 2, 3, 32)), Wrapped(numbers(1, 2, 3, 32)))
-    assert layer.room() is None
+    assert layer.memory() is None
     layer.update(Wrapped(numbers(1, 2, 1, 32)), Wrapped(numbers(1, 2, 1, 32)))
     assert layer.get_seq_length() == 4
 

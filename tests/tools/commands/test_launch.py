@@ -257,7 +257,7 @@ def test_what_can_not_be_used_is_said(
 
     assert "has 3 models: one, two, three" in error("--url", url)
     assert "has no model 'four'" in error("--url", url, "--model", "four")
-    assert "Give --run" in error("--url", url, "word")
+    assert "Add --run" in error("--url", url, "word")
     assert "There is no server of moetier at http://127.0.0.1:1" in error("--url", "http://127.0.0.1:1")
     assert "There is no server of moetier at file:///etc" in error("--url", "file:///etc")
     monkeypatch.setenv("PATH", str(tmp_path))

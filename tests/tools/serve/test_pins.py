@@ -50,10 +50,10 @@ def test_a_request_gets_the_model_and_releases_it_once() -> None:
 def test_it_says_what_it_waits_for() -> None:
     entry = ModelEntry("m", Tally())
     pin = Pin(entry, lambda _: None)
-    assert pin.say() == "m waits to be loaded"
+    assert pin.progress_text() == "m waits to be loaded"
     with entry.loading():
-        assert pin.say() == "loading m"
-    assert pin.say() == "m waits to be loaded"
+        assert pin.progress_text() == "loading m"
+    assert pin.progress_text() == "m waits to be loaded"
 
 
 def test_what_is_taken_out_is_no_longer_ready_and_unloads_once() -> None:

@@ -160,7 +160,7 @@ class ChatBody(OpenAIBody):
     def query(self) -> Query:
         """Return what the request asks for. Raises Refusal for top_logprobs without logprobs."""
         if self.top_logprobs and not self.logprobs:
-            raise Refusal(400, "top_logprobs: it needs logprobs, which is not true.", param="top_logprobs")
+            raise Refusal(400, "top_logprobs needs logprobs: set that to true, too.", param="top_logprobs")
         given = self.model_dump(include={"messages", "tools"}, exclude_none=True)
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning else None)

@@ -95,7 +95,7 @@ def test_what_is_written_into_a_windows_room_is_taken_over() -> None:
     for one in (layer, other):
         one.update(*pair(5, 0, batch=1))
     for number in range(TOKENS // 2):
-        room, more = layer.room(), pair(1, number, batch=1)
+        room, more = layer.memory(), pair(1, number, batch=1)
         assert room is not None
         last = layer.place.new
         assert last + 1 - layer.place.first == layer.length == min(other.get_seq_length() + 1, 9)
@@ -119,7 +119,7 @@ def test_a_window_that_records_the_past_keeps_what_leaves_it() -> None:
         for number in range(2):
             one.update(*pair(8, number, batch=1))
         one.activate_past_recording()
-    assert layer.room() is None
+    assert layer.memory() is None
     for one in (layer, other):
         one.update(*pair(1, 2, batch=1))
         one.crop(-1)
@@ -158,11 +158,11 @@ def test_room_is_that_of_the_new_memory() -> None:
     layer = GrowingLayer()
     with SameMemory():
         layer.update(*pair(TOKENS + 1, 0, batch=1))
-        before = layer.room()
+        before = layer.memory()
         layer.reorder_cache(torch.tensor([0]))
         layer.crop(-TOKENS)
         layer.update(*pair(1, 1, batch=1))
-        after = layer.room()
+        after = layer.memory()
     assert before is not None
     assert after is not None
     assert before.addresses == after.addresses

@@ -61,9 +61,9 @@ def test_compiled_layers_get_the_places_of_a_token(pages: list[int]) -> None:
     keys = torch.randn(1, 2, 100, 16)
     cache.move(pages, 0)
     for number, layer in enumerate(cache.layers):
-        assert layer.room() is None, "there is no memory yet"
+        assert layer.memory() is None, "there is no memory yet"
         cache.update(keys, keys, number)
-        assert layer.room() is not None
+        assert layer.memory() is not None
     own = [(layer.place.first, layer.place.new, layer.length) for layer in cache.layers]
     new = PAGE_TOKENS * pages[1] + 100 - PAGE_TOKENS
     assert own == [(0, new, 101), (85, new, 16)]
