@@ -45,6 +45,7 @@ threads of their own, and a server has those of asyncio (``tools.serve.waiting``
         moetier-masks       makes the masks of grammars (``engine.engine``)
         moetier-models      loads and unloads the models of a server (``tools.serve.models``)
         moetier-grammar     compiles a grammar (``engine.grammar``)
+        moetier-ask         asks another server (``tools.launch.server``)
         moetier-watch       queries a daemon (``tools.top.watch``)
         moetier-convert     encodes records (``tools.convert.encoder``)
         moetier-download    downloads the next file of a checkpoint (``tools.convert.streaming``)

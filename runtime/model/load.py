@@ -164,13 +164,16 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
 
 def _check_generation_config(path: Path) -> None:
     """Raise StoreFormatError if transformers would fail at the file. It ignores one that is not JSON."""
+    fix = remaking(path, "Copy the file from the source again, or remove it.")
     try:
         data = path.read_bytes()
         with contextlib.suppress(RecursionError):
             json.loads(data)
-    except (OSError, ValueError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return
-    parse_json(data, str(path), remaking(path, "Copy the file from the source again, or remove it."), limit=len(data))
+    except ValueError as error:  # an integer has thousands of digits
+        raise StoreFormatError(f"{path} can't be read: {error}.", fix) from error
+    parse_json(data, str(path), fix, limit=len(data))
 
 
 def model_of(

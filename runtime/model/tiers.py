@@ -145,9 +145,9 @@ class Tiers(Closeable):
         """Return the counters of the host tier and, on a GPU, of the device tier."""
         return [self.host.stats(), *([self.source.stats()] if isinstance(self.source, DeviceTier) else [])]
 
-    def describe_context(self, context: int) -> str:
-        """Return the length of an engine's context, and what its keys and values cost, for a user."""
-        return self.kv.describe(context)
+    def describe_context(self, context: int | None = None) -> str:
+        """Return the length of a context, and what its keys and values cost, for a user. None: the model's context."""
+        return self.kv.describe(self.kv.context if context is None else context)
 
     def snapshot(self) -> dict[str, Any]:
         """Return a dictionary from the tiers' names ("host" or "daemon", and "device") to their counters, for JSON."""

@@ -75,7 +75,7 @@ def store_folder(folder: Path, purpose: str = "") -> Path:
     if any(folder.glob("trunk-*.safetensors")):  # files of a conversion
         raise StoreFormatError(
             f"{folder} has no {GROUP}{purpose and f', and only such stores can be {purpose}'}.",
-            "If that folder was lost, restore it, or convert the model again.",
+            "If that folder was lost, restore it, or remove the directory and convert the model again.",
         )
     if (folder / "config.json").exists():
         raise StoreFormatError(

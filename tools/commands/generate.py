@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
         slow = slow_line(timing, model.tiers, arguments.ram)
         is_alone = model.tiers.origin.daemon is None and not model.tiers.origin.shares()  # daemons work for it, too
-        if is_alone and (said := busy(times.used_by_others())):
+        if is_alone and (said := busy(times.used_by_others(), torch.get_num_threads())):
             short += "\n" + line("busy", f"{said} meanwhile: without them it may be twice as fast; run it again then")
         short += f"\n{slow}" if slow else ""
         rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""

@@ -23,7 +23,7 @@ from moetier.tiers.options import command_words
 from moetier.tiers.quant.codec import WeightDeviation
 from moetier.tiers.small_names import VOCABULARY
 from moetier.tiers.store.atomic import disk_errors
-from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.folder import command, read_manifest
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.progress import ByteProgress
@@ -93,7 +93,11 @@ class ConversionReport:
         """Return the report as text."""
         if self.was_complete:
             trunk = f" and a trunk of {self.trunk_bits}" if self.trunk_bits != 16 else ""
-            return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits{trunk} already."
+            return (
+                f"{self.target} is complete: it has all files of {self.model} with experts of {self.bits} bits{trunk} "
+                "already.\n"
+                f"Their contents are checked by: {command('verify', self.target)}"
+            )
         errors = [block.error for block in self.blocks if block.error is not None]
         error = "" if self.trunk_error is None else f"{self.trunk_error:.4f}"
         totals = [

@@ -282,9 +282,12 @@ def _without_code(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     if path.suffix == ".json" and b'"auto_map"' in data:
-        parse_json(data, str(path), DOWNLOAD_AGAIN, limit=len(data))  # refuses what the next line can't read
-        parsed = json.loads(
-            data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"}
-        )
+        parse_json(data, str(path), DOWNLOAD_AGAIN, limit=len(data))  # refuses most of what the next line can't read
+        try:
+            parsed = json.loads(
+                data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"}
+            )
+        except ValueError as error:  # an integer has thousands of digits
+            raise CheckpointError(f"{path} can't be read: {error}.", DOWNLOAD_AGAIN) from error
         return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
     return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import queue
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import ConfigError, UnavailableError
+from moetier.tiers.threads import start_thread
 from moetier.tools.cli.settings import API_KEY_VARIABLE
 
 SECONDS = 10.0  # longest time until the server answers
@@ -28,30 +30,53 @@ def models_of(url: str, key: str | None, seconds: float = SECONDS) -> list[dict[
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("it is no address of HTTP")
-        with urllib.request.urlopen(_request(f"{url}/v1/models", key), timeout=seconds) as answer:
-            models = json.loads(_content(answer, seconds))["data"]
-        return [model for model in models if _is_valid(model)]
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code in (401, 403):
-                raise ConfigError(
-                    f"The server at {url} does not accept the API key.",
-                    f"Give the server's key: --api-key-file FILE, or the environment variable {API_KEY_VARIABLE}.",
-                ) from None
-            reason = f"it answers with status {error.code}"
+        status, content = _ask(_request(f"{url}/v1/models", key), seconds)
+        if status == 200:
+            return [model for model in json.loads(content)["data"] if _is_valid(model)]
+        if status in (401, 403):
+            raise ConfigError(
+                f"The server at {url} does not accept the API key.",
+                f"Give the server's key: --api-key-file FILE, or the environment variable {API_KEY_VARIABLE}.",
+            )
+        reason = f"it answers with status {status}"
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise UnavailableError(f"There is no server of moetier at {url}: {reason}.", "Start one: moetier serve DIR")
 
 
-def _content(answer: http.client.HTTPResponse, seconds: float) -> bytes:
-    """Return the body of an answer. Raises ValueError if it is long, or takes more than ``seconds``, and OSError."""
-    content, deadline = b"", time.monotonic() + seconds
-    while piece := answer.read1(MAX_BYTES):
-        content += piece
-        if len(content) > MAX_BYTES or time.monotonic() > deadline:
-            raise ValueError("its answer has no end")
-    return content
+def _ask(request: urllib.request.Request, seconds: float) -> tuple[int, bytes]:
+    """Return the status and the body of the answer to a request.
+
+    A thread reads it, because timeouts of sockets begin anew with each byte. Raises ValueError if the answer has more
+    than MAX_BYTES or does not end within ``seconds``, OSError and HTTPException.
+    """
+    found = queue.SimpleQueue[tuple[int, bytes] | Exception]()
+
+    def read() -> None:
+        content = b""
+        try:
+            try:
+                answer = urllib.request.urlopen(request, timeout=seconds)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                while len(content) <= MAX_BYTES and time.monotonic() < deadline and (piece := answer.read1(MAX_BYTES)):
+                    content += piece
+            found.put((answer.status, content))
+        except Exception as error:
+            found.put(error)
+
+    deadline = time.monotonic() + seconds
+    start_thread("moetier-ask", read)
+    try:
+        answer = found.get(timeout=seconds)
+    except queue.Empty:
+        raise ValueError(f"its answer did not end within {seconds:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    if len(answer[1]) > MAX_BYTES:
+        raise ValueError("its answer is too long")
+    return answer
 
 
 def has_tools(url: str, key: str | None, model: dict[str, Any]) -> bool | None:
@@ -66,15 +91,12 @@ def has_tools(url: str, key: str | None, model: dict[str, Any]) -> bool | None:
     request = _request(f"{url}/tokenize", key)
     request.data = json.dumps(body).encode()
     request.add_header("Content-Type", "application/json")
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS):
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        status, content = _ask(request, SECONDS)
+        if status == 200:
             return True
-    except urllib.error.HTTPError as error:
-        with error, contextlib.suppress(OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-            if error.code == 400 and json.load(error)["error"]["param"] == "tools":
-                return False
-    except (OSError, http.client.HTTPException):
-        pass
+        if status == 400 and json.loads(content)["error"]["param"] == "tools":
+            return False
     return None
 
 

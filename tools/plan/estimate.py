@@ -34,7 +34,6 @@ from .fit import Fit, MachineResources, memory_of
 from .speeds import MachineRates, Speeds
 
 FILE = "hit_curves.json"
-USES = ("chat", "serve")  # commands that use the model, which a plan recommends last
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +242,7 @@ def estimate(
     options: Sequence[str],
     parallel: int = 1,
     pulls: bool = False,
+    named: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the estimates as the JSON object that ``moetier plan --json`` prints.
 
@@ -252,6 +252,7 @@ def estimate(
         options: options of `moetier chat` and `moetier serve` to recommend, as words of a command line.
         parallel: most requests that `moetier serve` computes together.
         pulls: whether to recommend `moetier pull`, not `moetier convert`.
+        named: what names a model in an object store, as words of a command line.
     """
     manifest, headers = best.choice.manifest, model_choices.headers
     return {
@@ -273,7 +274,7 @@ def estimate(
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(resources, speeds),
         "choices": [choice_entry(model_choices, fit, resources, speeds) for fit in fits],
-        "recommended": _recommended(model_choices, best, options, parallel, None if pulls else resources.into),
+        "recommended": _recommended(model_choices, best, options, parallel, None if pulls else resources.into, named),
         "without_ram": None,
     }
 
@@ -368,12 +369,17 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
 
 
 def _recommended(
-    model_choices: ModelChoices, best: Fit, options: Sequence[str], parallel: int, into: Path | None
+    model_choices: ModelChoices,
+    best: Fit,
+    options: Sequence[str],
+    parallel: int,
+    into: Path | None,
+    named: Sequence[str],
 ) -> dict[str, Any]:
     """Return the recommended bits, and command lines to make and to run the model.
 
     ``parallel``: most requests that `moetier serve` computes together; ``into``: the folder for `moetier convert`; None
-    to recommend `moetier pull`.
+    to recommend `moetier pull`; ``named``: see ``estimate``.
     """
     headers, choice = model_choices.headers, best.choice
     directory = (headers is None and listed_name(Path(model_choices.source))) or model_choices.source
@@ -395,6 +401,6 @@ def _recommended(
         "native": choice.native,
         "pull": pull,
         "convert": convert,
-        "chat": shlex.join(["moetier", "chat", directory, *options]),
-        "serve": shlex.join(["moetier", "serve", directory, *options, "--parallel", str(parallel)]),
+        "chat": shlex.join(["moetier", "chat", *(named or [directory]), *options]),
+        "serve": shlex.join(["moetier", "serve", *(named or [directory]), *options, "--parallel", str(parallel)]),
     }

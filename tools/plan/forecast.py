@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from moetier.runtime.config import TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.libraries.lean import lean_imports
-from moetier.runtime.machine.memory import PROCESS_BYTES, Available, shortage
+from moetier.runtime.machine.memory import MIN_BYTES, PROCESS_BYTES, Available, shortage
 from moetier.runtime.model.names import models_folder
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
@@ -54,6 +53,10 @@ def plan(
     from moetier.tools.convert.model_files import nearest_folder  # imports numpy, which starts threads
 
     _check(bits, trunk_bits, disk)
+    if isinstance(memory, str) and memory.isdecimal() and int(memory) < MIN_BYTES:
+        raise ConfigError(f"--memory {memory} is {memory} bytes.", f"Did you mean {memory}GiB?")
+    if type(parallel) is not int or not 1 <= parallel < 1 << 31:
+        raise ConfigError(f"`parallel` is {parallel!r}.", "Give 1 to 2^31 - 1.")
     pulls = into is None and not Path(source).exists()
     place = nearest_folder(models_folder()) if pulls else into or Path()
     if not place.is_dir():
@@ -70,6 +73,7 @@ def plan(
         from moetier.runtime.machine.threads import usable_cpus, use_threads
 
         from .choices import open_choices
+        from .cold import cold_start
         from .estimate import choice_entry, estimate
         from .fit import Fit, MachineResources, by_preference, fit_of, impossible
         from .speeds import Speeds
@@ -102,14 +106,23 @@ def plan(
     say("measuring this machine for some seconds")
     choices = [fit.choice for fit in working]
     speeds = Speeds.measure(model_choices, choices, machine, disk, config.threads or usable_cpus())
-    words = _words(resources)
-    forecast = estimate(model_choices, fits, working[0], machine, speeds, options=words, parallel=parallel, pulls=pulls)
+    cold = cold_start(Path(source)) if model_choices.headers is None else None
+    forecast = estimate(
+        model_choices,
+        fits,
+        working[0],
+        machine,
+        speeds,
+        options=_words(resources),
+        parallel=parallel,
+        pulls=pulls,
+        named=() if cold is None else (cold["address"], *command_words(cache)),
+    )
     if config.ram is not None and not working[0].all_resident:
         free = fit_of(model_choices, working[0].choice, replace(config, ram=None), machine, kernels)
         if free.slot_count > working[0].slot_count:
             forecast["without_ram"] = choice_entry(model_choices, free, machine, speeds)
-    cold = _cold_start(source, forecast, cache) if model_choices.headers is None else {"cold_start": None}
-    return forecast | cold
+    return forecast | {"cold_start": cold} | ({} if cold is None else {"source": cold["address"]})
 
 
 def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | None) -> None:
@@ -125,19 +138,3 @@ def _words(resources: dict[str, Any]) -> list[str]:
     """Return those ``resources`` that differ from the defaults, as words of a command line."""
     given = {name: resources[name] for name in TIER_OPTIONS if name in resources}
     return command_words((name, value) for name, value in given.items() if value != TIER_OPTIONS[name].default)
-
-
-def _cold_start(source: str | Path, forecast: dict[str, Any], cache: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return what changes in the ``forecast`` if ``source`` is the cache of a model in an object store.
-
-    The recommended command lines then have the address, with the options ``cache``.
-    """
-    from .cold import cold_start
-    from .estimate import USES
-
-    cold, recommended = cold_start(Path(source)), forecast["recommended"]
-    if cold is None:
-        return {"cold_start": None}
-    words = [cold["address"], *command_words(cache)]
-    uses = {use: recommended[use].replace(shlex.quote(str(source)), shlex.join(words)) for use in USES}
-    return {"source": cold["address"], "recommended": recommended | uses, "cold_start": cold}

@@ -95,18 +95,24 @@ class CpuTimes:
         return max(others, 0.0) / max(end.now - self.now, 1e-3)
 
 
-def busy(others: float) -> str:
-    """Return that other processes used ``others`` CPUs, if that makes measured speeds too low; otherwise ""."""
+def busy(others: float, threads: int | None = None) -> str:
+    """Return that other processes used ``others`` CPUs, if that makes measured speeds too low; otherwise "".
+
+    ``threads``: number of threads that computed; None: one for each CPU.
+    """
     cpus = usable_cpus()
-    return f"other processes used {others:.1f} of {cpus} CPUs" if cpus - others < FREE * cpus else ""
+    wanted = min(threads or cpus, cpus)
+    return f"other processes used {others:.1f} of {cpus} CPUs" if cpus - others < FREE * wanted else ""
 
 
 def _work_of_machine(root: Path) -> float:
-    """Return the seconds that the CPUs of this process have worked for all processes of the machine."""
+    """Return the seconds that this process's CPUs have worked for any process; 0 if that can't be read."""
     cpus = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    lines = [line.split() for line in (root / "proc/stat").read_text().splitlines()]
-    ticks = sum(int(fields[1 + place]) for fields in lines if fields[0] in cpus for place in WORKING)
-    return ticks / os.sysconf("SC_CLK_TCK")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = [line.split() for line in (root / "proc/stat").read_text().splitlines() if line]
+        ticks = sum(int(fields[1 + place]) for fields in lines if fields[0] in cpus for place in WORKING)
+        return ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _work_of(group: ControlGroup) -> float:

@@ -93,16 +93,19 @@ def _plain_routes(models: Models) -> Iterator[Route]:
 
     def cards() -> dict[str, dict[str, Any]]:
         with models.seen() as seen:
-            services = {name: None if served is None else served.service for name, _, served in seen}
+            contexts = {
+                name: None if served is None else (served.service.context, longest_context(served.service.model.config))
+                for name, _, served in seen
+            }
         return {
             name: card_of(name, created)
             | {
                 "aliases": models.catalogue.aliases_of(name),
-                "loaded": service is not None,
-                "max_model_len": None if service is None else service.context,
-                "trained_context": None if service is None else longest_context(service.model.config),
+                "loaded": lengths is not None,
+                "max_model_len": None if lengths is None else lengths[0],
+                "trained_context": None if lengths is None else lengths[1],
             }
-            for name, service in services.items()
+            for name, lengths in contexts.items()
         }
 
     def list_models(_: Request) -> Response:  # no coroutine, so Starlette runs it on a thread: it reads folders

@@ -2,7 +2,8 @@
 
 LLVM takes a second of the processor's time to compile a model's kernels. The name of a cached file is a digest of
 everything that the compiler is given, so the file holds what the compiler would return again. The file begins with the
-SHA-256 of the object file, which follows. A damaged file, and one that another user owns or may write, is ignored.
+SHA-256 of its name and of the object file, which follows. A damaged file, and one that another user owns or may write,
+is ignored.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ def cached_object(source: str, compile_object: Callable[[], bytes]) -> bytes:
 def _read(path: Path) -> bytes | None:
     """Return the object file at ``path``; None if there is none that can be trusted."""
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait for who writes a pipe
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+            if not is_ours or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return None
             content = file.read()
         digest, made = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(made).digest() != digest:
+        if _digest(path, made) != digest:
             return None
     except OSError:
         return None
@@ -64,6 +67,10 @@ def _read(path: Path) -> bytes | None:
     return made
 
 
+def _digest(path: Path, made: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + made).digest()
+
+
 def _write(path: Path, made: bytes) -> None:
     """Write an object file, and remove files that were not read for KEPT_SECONDS. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,7 +78,7 @@ def _write(path: Path, made: bytes) -> None:
     partial = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(hashlib.sha256(made).digest() + made)
+            file.write(_digest(path, made) + made)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -129,7 +129,11 @@ class Processor:
             code, machine = self.optimised(module, unroll, reloc="pic", codemodel="small")
             return bytes(machine.emit_object(code))
 
-        how = Path(__file__).read_bytes(), llvmlite.__version__, llvm.llvm_version_info, self._cpu, unroll
+        try:
+            code = Path(__file__).read_bytes()
+        except OSError:  # only compiled modules are installed
+            return compile_object()
+        how = code, llvmlite.__version__, llvm.llvm_version_info, self._cpu, unroll
         return cached_object(f"{how} {module}", compile_object)
 
     def optimised(self, module: ir.Module, unroll: bool = True, **options: str) -> tuple[Any, Any]:

@@ -126,6 +126,14 @@ def test_values_in_a_file_that_is_copied_without_auto_map_may_not_be_nested_too_
         convert(source, tmp_path / "dst", fast=True)
 
 
+def test_an_integer_of_thousands_of_digits_in_a_file_that_is_copied_without_auto_map(
+    source: Path, tmp_path: Path
+) -> None:
+    (source / "tokenizer_config.json").write_text('{"auto_map": 0, "a": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json can't be read: Exceeds the limit"):
+        convert(source, tmp_path / "dst", fast=True, ignore_code=True)
+
+
 def test_what_a_config_names_to_be_loaded_is_not_carried_over(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", attn_implementation="evil/kernel", kernel_config={"x": 1}, fusion_config={"y": 1})
     convert(source, tmp_path / "dst", fast=True)

@@ -254,6 +254,12 @@ def test_values_that_are_nested_too_deeply(
     assert "bug" not in said
 
 
+def test_an_integer_of_thousands_of_digits(directory: Path) -> None:
+    (directory / "generation_config.json").write_text('{"a": ' + "1" * 5000 + "}")
+    with pytest.raises(StoreFormatError, match=r"generation_config\.json can't be read: Exceeds the limit"):
+        moetier.load(directory, daemon=None)
+
+
 @pytest.mark.parametrize("as_it_is", [True, False])
 def test_sizes_that_do_not_fit_the_weights(
     as_it_is: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from places import DOCS
 from moetier.tiers.errors import UnavailableError
 from moetier.tools.cli.settings import API_KEY_VARIABLE
 from moetier.tools.launch.clients import CLIENTS, ServerModel
-from moetier.tools.launch.server import models_of, seconds_of
+from moetier.tools.launch.server import has_tools, models_of, seconds_of
 from moetier.tools.main import main
 
 KEY = "a-key-of-the-tests"
@@ -220,21 +220,47 @@ def test_an_answer_that_can_not_be_read_is_of_no_server_of_ours(body: bytes) -> 
         models_of(url, None)
 
 
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for() -> None:
+    """Each byte begins the socket's timeout anew, of the headers, too."""
+    is_over = threading.Event()
+
+    def send(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.0 200 OK\r\n")
+        with contextlib.suppress(OSError):
+            while not is_over.wait(0.05):
+                connection.sendall(b"x")
+
+    with raw_server(send) as url:
+        with pytest.raises(UnavailableError, match="did not end within"):
+            models_of(url, None, 0.5)
+        is_over.set()
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b" " * (2 << 20), b"{}", b'{"error": 5}'], ids=len)
+def test_of_an_answer_that_can_not_be_read_nothing_is_known_of_tools(body: bytes) -> None:
+    with raw_server(b"HTTP/1.0 400 Bad Request\r\n\r\n" + body) as url:
+        assert has_tools(url, None, {"id": "m", "loaded": True}) is None
+
+
 def test_what_is_no_http_is_no_server() -> None:
     with raw_server(b"220 mail\r\n") as url, pytest.raises(UnavailableError, match="There is no server of moetier"):
         models_of(url, None)
 
 
 @contextlib.contextmanager
-def raw_server(answer: bytes) -> Iterator[str]:
-    """URL at which one request is answered with ``answer``."""
+def raw_server(answer: bytes | Callable[[socket.socket], None]) -> Iterator[str]:
+    """URL at which one request is answered with ``answer``, or by it."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
 
         def serve() -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(1 << 16)
-                connection.sendall(answer)
+                if callable(answer):
+                    answer(connection)
+                else:
+                    with contextlib.suppress(OSError):  # the client has read enough
+                        connection.sendall(answer)
 
         served = thread.submit(serve)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

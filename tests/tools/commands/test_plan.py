@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moetier.tiers.errors import BudgetError, ConfigError, MoetierError, StoreFo
 from moetier.tiers.text import format_bytes
 from moetier.tools.commands.plan import text
 from moetier.tools.main import main
+from moetier.tools.plan import cold
 from moetier.tools.plan import speeds as plan_speeds
 from moetier.tools.plan.choices import open_choices
 from moetier.tools.plan.estimate import estimate
@@ -130,6 +132,29 @@ def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytes
     assert max(map(len, table)) <= 100
     assert lines[-3].endswith("tinymix-8bit --bits 8 --trunk-bits 4")
     assert lines[-2:] == ["moetier chat tinymix-8bit", "moetier serve tinymix-8bit --parallel 1"]
+
+
+@pytest.mark.usefixtures("short_probes")
+def test_a_cache_is_recommended_by_its_address(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short the name of its folder is, other words stay as they are."""
+    monkeypatch.chdir(tinymix_4bit)
+    monkeypatch.setattr(cold, "cold_start", lambda _: {"address": "s3://bucket/m"})
+    found = plan(".", ram="0.005GiB", disk=GB_PER_S, cache=[("store_cache", Path("my cache"))])
+    words = shlex.split(found["recommended"]["chat"])
+    assert words == ["moetier", "chat", "s3://bucket/m", "--store-cache", "my cache", "--ram", "0.005GiB"]
+    assert found["source"] == "s3://bucket/m"
+
+
+def test_a_size_without_its_unit_is_asked_about(index_only: Path) -> None:
+    with pytest.raises(ConfigError, match="16 bytes") as caught:
+        plan(index_only, memory="16")
+    assert caught.value.fix == "Did you mean 16GiB?"
+
+
+@pytest.mark.parametrize("parallel", [0, -1, 1.5, "2", True, None])
+def test_a_plan_is_for_one_request_or_more(parallel: Any, index_only: Path) -> None:
+    with pytest.raises(ConfigError, match="`parallel` is"):
+        plan(index_only, parallel=parallel)
 
 
 def test_keys_and_values_of_several_requests_are_counted(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from readers import PATIENCE
 from moetier.runtime.machine.threads import usable_cpus
 from moetier.tools.commands.doctor import findings
 from moetier.tools.doctor.machine import State
+from moetier.tools.rates import hardware
 from moetier.tools.rates.hardware import FREE, CpuTimes, busy
 
 CPUS = usable_cpus()
@@ -90,6 +91,22 @@ def test_with_a_quota_the_work_is_that_of_its_group(tmp_path: Path) -> None:
     assert CpuTimes.read(root).work == 1.5
 
 
+@pytest.mark.parametrize("content", [None, "cpu0", "cpu0 a b c d e f g"])
+def test_without_the_times_of_the_machine_no_work_is_known(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "proc").mkdir()
+        lines = [content.replace("cpu0", f"cpu{number}") for number in os.sched_getaffinity(0)]
+        (tmp_path / "proc/stat").write_text("\n".join(lines))
+    assert CpuTimes.read(tmp_path).work == 0
+
+
+def test_cores_that_are_not_computed_on_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "usable_cpus", lambda: 64)
+    assert busy(20) == "other processes used 20.0 of 64 CPUs"
+    assert not busy(20, 8)
+    assert busy(60, 8)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
 def test_what_is_much_depends_on_the_quota() -> None:
     code = "from moetier.tools.rates.hardware import busy; print(busy(0.2)); print(busy(0.5))"
@@ -97,10 +114,9 @@ def test_what_is_much_depends_on_the_quota() -> None:
         assert run_in(group, code) == ["", "other processes used 0.5 of 1 CPUs"]
 
 
-@seen
 def test_doctor_warns(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(str(tmp_path))
-    with others():
-        *_, last = findings(None, seconds=0.01)
+    monkeypatch.setattr(CpuTimes, "used_by_others", lambda _: 1.0 * CPUS)
+    *_, last = findings(None, seconds=0.01)
     assert (last.name, last.state) == ("load", State.WARN)
     assert "plan and bench" in last.found

@@ -112,6 +112,24 @@ def test_what_can_not_be_trusted_is_replaced(
     assert [*folder.iterdir()] == [file]
 
 
+def test_code_of_another_source_is_not_taken(compiler: Compiler, folder: Path) -> None:
+    cached_object("another", lambda: b"another")
+    (another,) = folder.iterdir()
+    assert cached_object(SOURCE, compiler) == OBJECT
+    (file,) = {*folder.iterdir()} - {another}
+    another.replace(file)
+    assert cached_object(SOURCE, compiler) == OBJECT
+
+
+def test_nobody_waits_for_a_pipe(compiler: Compiler, folder: Path) -> None:
+    cached_object(SOURCE, compiler)
+    (file,) = folder.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    assert cached_object(SOURCE, compiler) == OBJECT
+    assert compiler.calls == 2
+
+
 def test_without_a_folder_each_process_compiles(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert cached_object(SOURCE, compiler) == cached_object(SOURCE, compiler) == OBJECT
