@@ -24,6 +24,7 @@ setup: .venv/.ready-dev  ## a virtual environment with everything
 
 demo: .venv/.ready  ## convert the bundled model and generate with room for a quarter of its experts
 	$(RUN) -m moetier demo
+	@command -v moetier >/dev/null || echo "moetier is in .venv: type . .venv/bin/activate first."
 
 # 45 GB: checkpoints, and stores of 4 bits beside them; tokens.json is what is written last
 MODELS := mixtral-4L qwen3-8L fine-4L
