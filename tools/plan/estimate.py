@@ -369,17 +369,12 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
 
 
 def _recommended(
-    model_choices: ModelChoices,
-    best: Fit,
-    options: Sequence[str],
-    parallel: int,
-    into: Path | None,
-    named: Sequence[str],
+    model_choices: ModelChoices, best: Fit, options: Sequence[str], parallel: int, into: Path | None, by: Sequence[str]
 ) -> dict[str, Any]:
     """Return the recommended bits, and command lines to make and to run the model.
 
     ``parallel``: most requests that `moetier serve` computes together; ``into``: the folder for `moetier convert`; None
-    to recommend `moetier pull`; ``named``: see ``estimate``.
+    to recommend `moetier pull`; ``by``: ``named`` of ``estimate``.
     """
     headers, choice = model_choices.headers, best.choice
     directory = (headers is None and listed_name(Path(model_choices.source))) or model_choices.source
@@ -387,9 +382,8 @@ def _recommended(
     if headers is not None and not choice.as_it_is:
         source, code = shlex.quote(model_choices.source), " --ignore-code" if headers.names_code else ""
         if into is None:
-            directory = (
-                f"{model_choices.source}:{tag_of('native' if choice.native else choice.bits, choice.trunk_bits)}"
-            )
+            tag = tag_of("native" if choice.native else choice.bits, choice.trunk_bits)
+            directory = f"{model_choices.source}:{tag}"
             pull = f"moetier pull {source} {choice.options}{code}"
         else:
             stem = model_choices.name.rpartition("/")[2]
@@ -401,6 +395,6 @@ def _recommended(
         "native": choice.native,
         "pull": pull,
         "convert": convert,
-        "chat": shlex.join(["moetier", "chat", *(named or [directory]), *options]),
-        "serve": shlex.join(["moetier", "serve", *(named or [directory]), *options, "--parallel", str(parallel)]),
+        "chat": shlex.join(["moetier", "chat", *(by or [directory]), *options]),
+        "serve": shlex.join(["moetier", "serve", *(by or [directory]), *options, "--parallel", str(parallel)]),
     }
