@@ -53,8 +53,8 @@ threads of their own, and a server has those of asyncio (``tools.serve.waiting``
         moetier-samples     compares samples of weights (``checkpoint.extents``)
         moetier-plan        measures an object store (``tools.plan.cold``)
         moetier-reads       measures the disk (``tools.rates.reads``)
-        moetier-daemon      runs a daemon beside Ray (``tools.ray.daemon_actor``)
-        moetier-daemon-log  copies its log (``tools.ray.daemon_actor``)
+        moetier-daemon      runs a daemon beside Ray (``tools.ray.supervisor``)
+        moetier-daemon-log  copies its log (``tools.ray.supervisor``)
         moetier-hold        keeps it alive (``tools.ray.daemon_actor``)
 
 All locks, and what each guards. The comment at a lock names the fields. ``tiers.locks`` has the order in which locks

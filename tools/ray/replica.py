@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import DEFAULT_SHARE, Size
-from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.runtime.model.names import directory_at, is_address, model_directory
-from moetier.runtime.stores.registry import open_store
-from moetier.tiers.cache.budget import smallest_budget
 from moetier.tools.serve.catalogue import Catalogue
 from moetier.tools.serve.keys import keys_of
 from moetier.tools.serve.middleware import App
@@ -22,29 +16,7 @@ from moetier.tools.serve.serving import ModelLoader
 
 from .daemon_actor import hold_daemon
 from .options import daemon_words, replica_resources
-
-
-def daemon_bytes(directory: Path, ram: str | None, offered: int) -> int:
-    """Return how many bytes of experts a daemon of this node holds.
-
-    Args:
-        directory: the model directory.
-        ram: the option --ram. A share is a share of the free memory, or of ``offered`` if that is less. Of a size, no
-            more is used than the experts have.
-        offered: bytes of memory that Ray can offer on this node.
-
-    Raises MoetierError if the model can't be opened, or the memory is too small for it.
-    """
-    asked = None if ram is None else Size.parse(ram)
-    with open_store(directory) as store:
-        manifest = store.manifest
-    if asked is not None and asked.bytes is not None:
-        return min(asked.bytes, manifest.stored_bytes)
-    available = replace(available_memory(), share=DEFAULT_SHARE)
-    if offered < available.bytes:
-        available = replace(available, bytes=offered, limiter="Ray")
-    smallest = smallest_budget(manifest)
-    return budget_for(asked, smallest=smallest, largest=manifest.stored_bytes, reserve=0, available=available)
+from .supervisor import daemon_bytes
 
 
 class Replica:

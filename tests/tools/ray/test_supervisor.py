@@ -1,4 +1,4 @@
-"""The actor that supervises a daemon, in a process of its own without Ray; test_cluster.py has it in Ray."""
+"""What supervises a daemon beside Ray, in a process of its own; test_cluster.py has it in Ray's daemon_actor."""
 
 from __future__ import annotations
 
@@ -8,34 +8,30 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("ray", reason='pip install ".[ray]"')
-
 from readers import PATIENCE
 
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tools.ray.daemon_actor import BOUND
-from moetier.tools.ray.replica import daemon_bytes
+from moetier.tools.ray.supervisor import BOUND, daemon_bytes
 
-ACTOR = """
+SUPERVISOR = """
 import sys, threading, time, types
 from pathlib import Path
-import ray
 from moetier.runtime.wire.address import DaemonCard
-from moetier.tools.ray import daemon_actor
+from moetier.tools.ray import supervisor
 
-killed = threading.Event()
-def kill(actor):
+killed, calls = threading.Event(), []
+def kill():
+    calls.append(None)
+    if len(calls) == 1:
+        raise RuntimeError("Ray's control store restarts")
     killed.set()
     threading.Event().wait()  # does not return, as in Ray
-ray.kill = kill
-ray.get_runtime_context = lambda: types.SimpleNamespace(current_actor=None)
-daemon_actor.LINGER, daemon_actor.RETRY = 0.2, 0.1  # less than any daemon needs to start
+supervisor.LINGER, supervisor.RETRY = 0.2, 0.1  # less than any daemon needs to start
 folder, change, *words = sys.argv[1:]
 exec(change)
-actor = daemon_actor.DaemonActor([*words, "--folder", folder])
+supervised = supervisor.Supervisor([*words, "--folder", folder], kill)
 try:
-    while not actor.hold():
+    while not supervised.hold():
         time.sleep(0.05)
     card = DaemonCard.read(Path(folder))
     print("runs" if card and not killed.is_set() else "does not run")
@@ -47,32 +43,32 @@ print("left behind" if card and Path(f"/proc/{card.pid}").exists() else "ended")
 """
 
 
-def actor(folder: Path, *words: str | Path, change: str = "") -> list[str]:
-    command = [sys.executable, "-c", ACTOR, str(folder), change, *map(str, words)]
+def run(folder: Path, *words: str | Path, change: str = "") -> list[str]:
+    command = [sys.executable, "-c", SUPERVISOR, str(folder), change, *map(str, words)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE).stdout.splitlines()
 
 
 def test_a_daemon_that_starts_slowly_is_kept_and_then_ends(tinymix_4bit: Path, tmp_path: Path) -> None:
-    assert actor(tmp_path / "daemon", tinymix_4bit, "--ram", "100%") == ["runs", "ended"]
+    assert run(tmp_path / "daemon", tinymix_4bit, "--ram", "100%") == ["runs", "ended"]
 
 
 def test_a_daemon_that_can_not_start_is_an_error(tmp_path: Path) -> None:
-    fault, end = actor(tmp_path / "daemon", tmp_path / "no-model")
+    fault, end = run(tmp_path / "daemon", tmp_path / "no-model")
     assert "ended with status" in fault
     assert "no-model" in fault
     assert end == "ended"
 
 
 def test_a_daemon_for_which_there_is_no_process_is_an_error(tmp_path: Path) -> None:
-    change = "daemon_actor.sys = types.SimpleNamespace(executable='/nonexistent', stderr=sys.stderr)"
-    fault, end = actor(tmp_path / "daemon", tmp_path / "no-model", change=change)
+    change = "supervisor.sys = types.SimpleNamespace(executable='/nonexistent', stderr=sys.stderr)"
+    fault, end = run(tmp_path / "daemon", tmp_path / "no-model", change=change)
     assert "can't be started" in fault
     assert end == "ended"
 
 
 CHILDREN = """
-daemon_actor.BOUND = "import time; time.sleep(600)"
-daemon_actor.DaemonActor(words)
+supervisor.BOUND = "import time; time.sleep(600)"
+supervisor.Supervisor(words, kill)
 killed.wait()
 print("left behind" if any(each.read_text() for each in Path("/proc/self/task").glob("*/children")) else "ended")
 sys.exit()
@@ -80,11 +76,11 @@ sys.exit()
 
 
 def test_a_daemon_that_is_not_held_while_it_starts_ends(tmp_path: Path) -> None:
-    assert actor(tmp_path / "daemon", "model", change=CHILDREN) == ["ended"]
+    assert run(tmp_path / "daemon", "model", change=CHILDREN) == ["ended"]
 
 
 @pytest.mark.parametrize("is_parent", [True, False])
-def test_a_daemon_does_not_start_without_its_actor(is_parent: bool) -> None:
+def test_a_daemon_does_not_start_without_its_supervisor(is_parent: bool) -> None:
     parent = os.getpid() if is_parent else os.getppid()
     command = [sys.executable, "-c", BOUND, str(parent), "-c", "print('started')"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
