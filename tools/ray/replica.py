@@ -35,10 +35,10 @@ class Replica:
         keys = keys_of(config.api_key_file, config.api_keys)
         loader = ModelLoader(replica_resources(arguments, folder), config, keys)
         self._models = Models(Catalogue([directory], name=config.name), loader)
-        self._models.load_only()
-        from moetier.tools.serve.app import application  # imports transformers, as the load does in less time
+        with self._models.load_only():
+            from moetier.tools.serve.app import application  # imports transformers, as the load does in less time
 
-        self._app = application(self._models, keys, config.most_requests)
+            self._app = application(self._models, keys, config.most_requests)
 
     def __serve_build_asgi_app__(self) -> App:
         """Return the application of `moetier serve`. Ray calls this once."""
