@@ -40,6 +40,7 @@ from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.fields import shown
 from moetier.tiers.options import declare_keywords, read_all
 from moetier.tiers.store.folder import check_directory, command, parse_json, remaking
 from moetier.tiers.store.trunk import check_trunk
@@ -53,6 +54,11 @@ from .vocabulary import check_tokenizer
 
 MISFIT = "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again."
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in generation_config.json: an id, or a list of ids
+NUMBERS = (  # in generation_config.json
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p", "repetition_penalty", "temperature",
+    "top_k", "top_p",
+)  # fmt: skip
 
 
 class LoadedModel(NamedTuple):
@@ -163,7 +169,7 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _check_generation_config(path: Path) -> None:
-    """Raise StoreFormatError if transformers would fail at the file. It ignores one that is not JSON."""
+    """Raise StoreFormatError if transformers would fail at the file, or at a value. It ignores one that is not JSON."""
     fix = remaking(path, "Copy the file from the source again, or remove it.")
     try:
         data = path.read_bytes()
@@ -173,7 +179,15 @@ def _check_generation_config(path: Path) -> None:
         return
     except ValueError as error:  # an integer has thousands of digits
         raise StoreFormatError(f"{path} can't be read: {error}.", fix) from error
-    parse_json(data, str(path), fix, limit=len(data))
+    values = parse_json(data, str(path), fix, limit=len(data))
+    for name, value in values.items():
+        ids = value if isinstance(value, list) and value else [value]
+        is_id = all(type(each) is int for each in ids)
+        if value is not None and (
+            (name in TOKEN_IDS and not is_id) or (name in NUMBERS and type(value) not in (int, float))
+        ):
+            what = "a number" if name in NUMBERS else "the id of a token, or a list of ids"
+            raise StoreFormatError(f"{path}: {name} is {shown(value)}, not {what}.", fix)
 
 
 def model_of(

@@ -83,7 +83,7 @@ def store_folder(folder: Path, purpose: str = "") -> Path:
         )
     raise StoreFormatError(
         f"{folder} is not a model directory: it has no experts.zarr.",
-        f"Convert a model into it: {command('convert', 'SRC', folder)}",
+        "Give one that has config.json and experts.zarr: moetier pull ORG/NAME, or moetier convert SRC DST, makes it.",
     )
 
 

@@ -19,6 +19,8 @@ from moetier.tiers.redaction import redacted
 from .advice import OF_LLAMA_CPP, name_of, nearest, option_advice
 from .help_format import HelpFormatter
 
+HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?(?:tree/main/?)?")
+
 EXIT_USAGE = 2  # the status that argparse uses
 NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -49,7 +51,9 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self._module = module
         self.of_others: Mapping[str, str] = {}  # advice about commands that other programs have, by their names
+        self.excess_advice = "If a text has several words, put it in quotes. "
         self._is_inside = False
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -2GiB is a value, too, and not an option
 
     def fill(self) -> None:
         """Import the command's module and declare its arguments, unless that was done before."""
@@ -79,6 +83,9 @@ class CommandParser(argparse.ArgumentParser):
             rest = words[len(own) :]
             if rest and rest[0] not in commands:
                 advice = self.of_others.get(rest[0]) or nearest(rest[0], commands)
+                if not advice and self._name():
+                    example = (self.epilog or "").split("\n")[1].strip()
+                    advice = f"Give {' or '.join(commands)} first ({example}). "
                 self._refuse(f"There is no {self._name('command')} {rest[0]!r}.", advice)
             parsed, more = super().parse_known_args(args, namespace)
             if not rest and not more:
@@ -98,7 +105,7 @@ class CommandParser(argparse.ArgumentParser):
                 self._refuse_option(more[0])
             self._refuse(
                 f"{self._name()} takes no further argument, but there is {more[0]!r}.",
-                "If a text has several words, put it in quotes. ",
+                self.excess_advice,
             )
         return parsed, more
 
@@ -227,6 +234,7 @@ def directory(text: str) -> str | Path:
     """
     from moetier.runtime.model.names import SCHEME, may_be_name
 
+    text = hub_id(text)
     check_path(text)
     return text if may_be_name(text) or SCHEME.match(text) else Path(text)
 
@@ -253,13 +261,18 @@ def file_or_address(text: str) -> str:
     return text
 
 
+def hub_id(text: str) -> str:
+    """Return ORG/NAME for the address of a model's page on the Hugging Face hub, and any other text unchanged."""
+    return page[1] if (page := HUB_PAGE.fullmatch(text)) else text
+
+
 def source(text: str) -> str:
-    """Return ``text`` unchanged. As an argparse type it marks an argument that is a model directory or checkpoint.
+    """Return ``text`` as ``hub_id`` does. As an argparse type it marks a model directory, a checkpoint or a hub id.
 
     Raises ConfigError if it is empty.
     """
     check_path(text)
-    return text
+    return hub_id(text)
 
 
 class ModelOption(argparse.Action):

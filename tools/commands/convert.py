@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moetier.tools.cli.arguments import add_options
-from moetier.tools.cli.parser import add_json, checked, local_folder
+from moetier.tools.cli.parser import add_json, checked, hub_id, local_folder
 from moetier.tools.convert.options import CONVERT_OPTIONS, Options
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier convert`."""
     parser.add_argument(
-        "source", metavar="SRC", help="folder of the checkpoint, GGUF file, or id on the Hugging Face hub"
+        "source",
+        type=hub_id,
+        metavar="SRC",
+        help="folder of the checkpoint, GGUF file, or id on the Hugging Face hub",
     )
     parser.add_argument("target", metavar="DST", type=local_folder, help="folder for the new model directory")
     parser.add_argument(

@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     resources = resources_of(arguments)
     decoding = decoding_of(arguments)
+    if arguments.prompt is None and sys.stdin.isatty():
+        print("Type the prompt, and end it with Enter and Ctrl-D:", file=sys.stderr, flush=True)
     prompt = _text_of_input(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give a prompt as an argument, or on standard input.")

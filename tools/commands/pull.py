@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from moetier.tools.cli.parser import hub_id
+
 from .convert import add_convert_arguments, options_of, report_of
 
 EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8x7B-v0.1 --bits 3 --trunk-bits 8")
@@ -11,7 +13,9 @@ EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier pull`."""
-    parser.add_argument("id", metavar="ID", help="hub id of a model; the result is named ID:TAG, such as ID:4bit")
+    parser.add_argument(
+        "id", type=hub_id, metavar="ID", help="hub id of a model; the result is named ID:TAG, such as ID:4bit"
+    )
     add_convert_arguments(parser)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from moetier.runtime.model.name_files import register_name
 from moetier.runtime.model.names import place_of, tag_of
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.options import declare_keywords
-from moetier.tiers.store.folder import JOURNAL, replacement_folder
+from moetier.tiers.store.folder import GROUP, JOURNAL, replacement_folder
 
 from .conversion import Conversion, ConversionReport
 from .mirror_writer import mirror_to
-from .model_files import DOWNLOAD, check_unused, copied_files, is_ours, remove
+from .model_files import DOWNLOAD, check_unused, copied_files, has_lost_store, is_ours, remove
 from .options import CONVERT_OPTIONS, DEFAULT_BITS, Options
 from .replacement import (
     discard,
@@ -42,7 +43,8 @@ def convert(
 
     Files of a hub checkpoint are downloaded when they are needed, and deleted once they are converted. Files that
     huggingface_hub's cache has already are read there, and not deleted. ``moetier list`` then shows the model, with the
-    name of its folder. If the model is complete, nothing is written, except a model card that is missing.
+    name of its folder, even if the conversion fails after it has begun. If the model is complete, nothing is written,
+    except a model card that is missing.
 
     Args:
         source: folder of the checkpoint, a GGUF file, or an id on the Hugging Face hub.
@@ -59,19 +61,22 @@ def convert(
     if mirror is not None:
         check_place(Path(mirror), target)
         command += ["--mirror", str(Path(mirror).resolve())]
-    if folder is None:
-        report = convert_from_hub(str(source), target, how, command, quiet=quiet, or_folder=True)
-    elif how.revision is not None or how.keep_source:
+    if folder is not None and (how.revision is not None or how.keep_source):
         raise ConfigError(
             f"{source} is a folder, and its files are neither downloaded nor deleted.",
             "Leave out --revision and --keep-source.",
         )
-    else:
-        checkpoint = open_source(source, ignore_code=how.ignore_code)
-        report = convert_checkpoint(checkpoint, target, how, command, quiet=quiet)
+    try:
+        if folder is None:
+            report = convert_from_hub(str(source), target, how, command, quiet=quiet, or_folder=True)
+        else:
+            checkpoint = open_source(source, ignore_code=how.ignore_code)
+            report = convert_checkpoint(checkpoint, target, how, command, quiet=quiet)
+    finally:
+        if os.path.isdir(target / GROUP):  # noqa: PTH112 - Path.is_dir may raise
+            register_name(target)  # even if it is incomplete: `moetier list` then says how to resume it
     if mirror is not None:
         mirror_to(target, Path(mirror), overwrite=how.overwrite or how.replace_first)
-    register_name(target)
     return report
 
 
@@ -153,7 +158,7 @@ def convert_checkpoint(
         complete = conversion.target.is_complete()
         replaced = complete and not ending and replaces  # reads no weights: they may be damaged
     except TargetExistsError:
-        if not (replaces and is_ours(target)):
+        if not (replaces and (is_ours(target) or has_lost_store(target))):
             raise
         replaced = True
     if replaced and has_manifest(target) and not options.replace_first:

@@ -22,7 +22,7 @@ from moetier.tiers.manifest import FileSum
 from moetier.tiers.small_names import COPIED, SETTINGS
 from moetier.tiers.store.atomic import PARTIAL, sync_folder
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, ORIGIN, read_manifest
+from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, MIRRORS, ORIGIN, read_json, read_manifest
 from moetier.tiers.store.trunk import INDEX
 
 from .model_card import CARD, is_card
@@ -154,13 +154,27 @@ def is_ours(folder: Path) -> bool:
     return (folder / GROUP).is_dir()
 
 
+def has_lost_store(folder: Path) -> bool:
+    """Return whether a conversion wrote the folder's config.json, but the store is missing."""
+    if os.path.lexists(folder / GROUP) or not (folder / CONFIG).is_file():
+        return False
+    with contextlib.suppress(StoreError, AttributeError):  # raised for a quantization_config that is no object
+        return bool(read_json(folder / CONFIG).get("quantization_config", {}).get("quant_method") == "moetier")
+    return False
+
+
 def remove(folder: Path, kept: Sequence[Path] = ()) -> None:
     """Remove everything that moetier writes into a model directory, except the store's own folder, which is left empty.
 
     Files in ``kept`` stay. Raises TargetError if a conversion is writing into the folder.
     """
+    beside = [path for path in outside_store(folder) if path not in kept]
+    if has_lost_store(folder):
+        for path in sorted(beside, key=lambda path: path.name == CONFIG):  # last: it marks the directory as moetier's
+            delete(path)
+        return
     with locked(str(folder), folder):
-        empty(folder, [path for path in outside_store(folder) if path not in kept])
+        empty(folder, beside)
 
 
 def files_of_users(folder: Path) -> list[Path]:

@@ -51,6 +51,7 @@ from .model_files import (
     file_sum,
     free_bytes,
     freed_bytes,
+    has_lost_store,
     is_ours,
 )
 from .trunk_writer import TrunkFile, index_of
@@ -125,6 +126,8 @@ class Target:
             return False
         if not self.folder.is_dir():
             raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another path for the model directory.")
+        if has_lost_store(self.folder):
+            raise self._differs(f"its {GROUP} is missing")
         if not is_ours(self.folder):
             raise TargetExistsError(
                 f"{self.folder} holds files, but is not a model directory of moetier.",

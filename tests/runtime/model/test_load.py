@@ -215,6 +215,14 @@ def flip(name: str, position: int) -> Callable[[Path], object]:
             r"generation_config\.json is not a JSON object",
         ),
         (
+            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [1, "x"]}'),
+            r"generation_config\.json: eos_token_id is \[1, 'x'\], not the id of a token, or a list of ids\.",
+        ),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"max_new_tokens": "many"}'),
+            r"generation_config\.json: max_new_tokens is 'many', not a number\.",
+        ),
+        (
             lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
             "tokenizer of .* can't be loaded",
         ),
@@ -231,6 +239,13 @@ def test_a_broken_file(
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("moetier: ")]) == 1
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_generation_config_may_have_several_ends_and_no_temperature(directory: Path) -> None:
+    (directory / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": null, "top_p": 1}')
+    model, _ = moetier.load(directory, daemon=None)
+    with model.tiers:
+        assert (model.generation_config.eos_token_id, model.generation_config.temperature) == ([0, 2], None)
 
 
 def test_a_generation_config_that_is_not_json_is_ignored(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What commands say with --help."""
+"""What commands say with --help, and which addresses of the hub they take."""
 
 from __future__ import annotations
 
@@ -58,3 +58,16 @@ def test_the_options_that_everyone_needs_come_first(command: str, capsys: pytest
     options = capsys.readouterr().out.partition("options:")[2].partition("\n\n")[0]
     assert "\n  --ram SIZE " in options
     assert not any(f"\n  {name} " in options for name in ("--policy", "--token-file", "--speculate"))
+
+
+@pytest.mark.parametrize("words", [["pull"], ["plan"], ["chat"], ["convert"]])
+@pytest.mark.parametrize("page", ["https://huggingface.co/acme/tiny-1.5", "http://www.hf.co/acme/tiny-1.5/tree/main"])
+def test_the_address_of_a_page_on_the_hub_means_its_model(words: list[str], page: str) -> None:
+    more = ["DST"] if words == ["convert"] else []
+    given = vars(build_parser().parse_args([*words, page, *more]))
+    assert "acme/tiny-1.5" in given.values()
+
+
+def test_another_address_of_the_hub_is_not_changed() -> None:
+    address = "https://huggingface.co/acme/tiny/blob/main/x.gguf"
+    assert build_parser().parse_args(["pull", address]).id == address

@@ -362,6 +362,22 @@ def test_a_store_that_can_not_be_read_is_replaced_only_if_told_to(
     assert tree(dst) == uncut
 
 
+def test_a_model_that_has_lost_its_store_is_replaced_only_if_told_to(
+    source: Path, uncut: dict[str, bytes], tmp_path: Path
+) -> None:
+    dst = tmp_path / "dst"
+    convert(source, dst, bits=8)
+    shutil.rmtree(dst / GROUP)
+    (dst / "notes.txt").write_text("mine")
+    before = tree(dst)
+    with pytest.raises(TargetExistsError, match=r"its experts\.zarr is missing") as caught:
+        convert(source, dst)
+    assert "--overwrite" in caught.value.fix
+    assert tree(dst) == before
+    convert(source, dst, overwrite=True)
+    assert tree(dst) == uncut | {"notes.txt": b"mine"}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_moetier_did_not_write_is_never_deleted(source: Path, tmp_path: Path, overwrite: bool) -> None:
     dst = Path(shutil.copytree(source, tmp_path / "dst"))  # somebody's checkpoint

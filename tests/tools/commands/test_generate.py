@@ -16,6 +16,7 @@ import torch
 from daemons import running_daemon
 from faults import mounted
 from prepared import MAIN, Prepared
+from terminals import CTRL_D, Terminal
 from threads import wait_until
 
 import moetier
@@ -446,6 +447,15 @@ def test_the_text_ends_where_the_context_does(
     (tmp_path / "prompts.txt").write_text("a b\n" + "a b c " * 20)
     assert main([*words, "--force"]) == 1
     assert "Prompt 2 has 61 tokens, and the model's maximum context is 32" in capsys.readouterr().err
+
+
+def test_a_prompt_is_asked_for_at_a_terminal(tinymix_4bit: Path, scripts: Prepared) -> None:
+    words = ("generate", str(tinymix_4bit), "-n", "2", "--json", "--daemon", "none")
+    with Terminal(MAIN, *words, scripts=scripts) as terminal:
+        terminal.wait_for("Type the prompt, and end it with Enter and Ctrl-D:\n")
+        terminal.type(f"To be\n{CTRL_D}")
+        assert '{"prompt": "To be\\n", "text": ' in terminal.wait_for('"text": ')
+        assert terminal.status() == 0
 
 
 def test_an_empty_prompt_is_refused(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
