@@ -179,6 +179,7 @@ def test_stand_ins_are_there_until_the_compiler_is_used(use: str, monkeypatch: p
     compiler, indexing = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
     real = {name: importlib.import_module(name) for name in (compiler, indexing)}
     monkeypatch.setattr(sys, "meta_path", [Finder(real), *sys.meta_path])
+    monkeypatch.setattr(torch, "_dynamo", real[compiler])  # put back afterwards: an import sets it
     for name in real:
         monkeypatch.delitem(sys.modules, name)
     put_stand_ins()
