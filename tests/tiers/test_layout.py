@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -193,3 +194,21 @@ def test_sections_must_follow_from_the_projections() -> None:
         RecordLayout.from_json(Fields(value))
     with pytest.raises(ValueError, match="named"):
         RecordLayout.from_json(Fields({"record_bytes": 4092, "projections": [], "biases": [], "sections": []}))
+
+
+@pytest.mark.parametrize(
+    ("projection", "said"),
+    [
+        (
+            Projection("up_proj", 100, 48, bits=4, group=32, pairs="bfloat16"),
+            "32, which does not divide the 48 columns",
+        ),
+        (Projection("up_proj", 100, 48, bits=4, coding="q4_0", group=32), "columns is 48, no multiple of 32"),
+    ],
+    ids=["groups", "blocks"],
+)
+def test_columns_that_do_not_fill_groups_or_blocks_are_refused(projection: Projection, said: str) -> None:
+    whole = RecordLayout((replace(projection, columns=64),)).to_json()
+    whole["projections"][0]["columns"] = projection.columns
+    with pytest.raises(ValueError, match=said):
+        RecordLayout.from_json(Fields(whole))

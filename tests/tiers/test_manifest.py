@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import edit, make_store, read_records
+from stores import edit, make_store, read_records, without_table
 
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA
@@ -31,6 +31,8 @@ FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
         ((*MANIFEST, "layouts"), {}, "no layout"),
         ((*MANIFEST, "blocks"), [], "blocks is empty"),
         ((*MANIFEST, "blocks", 1, "index"), 0, "do not have the indexes"),
+        ((*MANIFEST, "blocks", 1, "path"), "model.layers.0.mlp.experts", "two blocks have the same path"),
+        ((*MANIFEST, "record_checksums"), "AAAA", "record_checksums does not match digest"),
         ((*MANIFEST, "blocks", 1, "experts"), 5, "differ in their number of experts"),
         ((*MANIFEST, "blocks", 1, "top_k"), 5, r"blocks\[1\].top_k is 5, not a whole number from 1 to 4"),
         ((*MANIFEST, "blocks", 1, "array"), "../elsewhere", "no layout"),
@@ -60,3 +62,11 @@ def test_unknown_optional_keys_are_ignored(tmp_path: Path) -> None:
     edit(tmp_path / GROUP / METADATA, *MANIFEST, "colour", to="blue")
     with ShardStore.open(tmp_path) as store:
         assert read_records(store) == records
+
+
+def test_a_manifest_without_a_digest_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    without_table(tmp_path)
+    edit(tmp_path / GROUP / METADATA, *MANIFEST, "digest", to="")
+    with pytest.raises(StoreFormatError, match="has no digest"):
+        ShardStore.open(tmp_path)

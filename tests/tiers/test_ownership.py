@@ -131,3 +131,14 @@ def test_a_cache_that_root_has_made_is_read_by_others(tmp_path: Path) -> None:
         folder = fetch(address, Path(root, "cache"))
         folder.parent.chmod(0o755)
         assert as_nobody(lambda: fetch(address, Path(root, "cache"))) == f"returned {folder}"
+
+
+def test_a_link_of_another_user_on_the_way_is_refused(address: str, tmp_path: Path) -> None:
+    need_root()
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    folder = fetch(address, link / "cache")
+    assert outline(address, link / "cache") == folder, "what is cached is not fetched again"
+    os.chown(link, NOBODY, -1, follow_symlinks=False)
+    assert f"{link} is a symbolic link of another user." in refusal(address, link / "cache")

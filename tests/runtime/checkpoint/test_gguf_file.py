@@ -7,7 +7,9 @@ import os
 import random
 import re
 import struct
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import gguf
 from gguf_files import MODELS, Kind, mostly, reference, tiny_weights, write_gguf
 from prepared import Prepared
 
+from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.containers import SAMPLE_BYTES
-from moetier.runtime.checkpoint.gguf_file import open_gguf
+from moetier.runtime.checkpoint.gguf_file import open_gguf, tokenizer_of
 from moetier.runtime.model.load import load
 from moetier.runtime.stores.checkpoint_store import check_shards, table_of
 from moetier.runtime.stores.registry import open_store
@@ -33,6 +36,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store import shard
 from moetier.tools.main import main
 
+has_mapping = find_spec("transformers.integrations.gguf.gguf_config_mapping") is not None  # from 5.24 on
 IDS = torch.tensor([[5, 17, 200, 3, 99, 250, 42]])
 KINDS: dict[str, Kind] = {
     "BF16": mostly("BF16"),
@@ -166,6 +170,67 @@ def test_tokenizer_and_chat_template_are_in_the_file(tmp_path: Path) -> None:
     assert tokenizer is None
 
 
+def test_the_end_of_a_turn_is_an_end_of_the_text_too(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    end = open_gguf(path).config["eos_token_id"]
+    name = b"tokenizer.ggml.%s_token_id"
+    before, turn = ((name % key) + struct.pack("<2I", 4, number) for key, number in ((b"bos", end), (b"eot", end + 1)))
+    data = path.read_bytes()
+    assert before in data
+    path.write_bytes(data.replace(before, turn))
+    assert open_gguf(path).config["eos_token_id"] == [end, end + 1]
+
+
+def test_a_tokenizer_that_can_not_be_made_is_an_error_and_none_makes_no_files(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    assert "tokenizer.json" in open_gguf(path).generated_files()
+    data = path.read_bytes()
+    (tmp_path / "merge.gguf").write_bytes(data.replace(b"h e", b"h Z"))
+    with pytest.raises(CheckpointError, match=r"merge\.gguf can't be made: .*Token `hZ` out of vocabulary") as caught:
+        tokenizer_of(tmp_path / "merge.gguf")
+    assert "safetensors" in caught.value.fix
+    (tmp_path / "none.gguf").write_bytes(data.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.others"))
+    assert open_gguf(tmp_path / "none.gguf").generated_files() == {}
+
+
+def described(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The config, and the shapes of the model's tensors."""
+    checkpoint = open_gguf(path)
+    model, _ = build_on_meta(checkpoint.config, None)
+    return dict(checkpoint.config), {name: part.shape for name, part in checkpoint.sources(model, "float32").items()}
+
+
+def test_an_older_transformers_reads_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has not the functions that describe some architectures."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    config, found = described(path)
+    for name in ("gguf_config_mapping", "utils"):
+        monkeypatch.setitem(sys.modules, f"transformers.integrations.gguf.{name}", None)
+    other = write_gguf(tmp_path / "other.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
+    assert described(other) == (config, found)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    first = write_gguf(tmp_path / "parts.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"), tensors_of_a_part=7)
+    data = first.read_bytes()
+    at = data.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    (count,) = struct.unpack_from("<i", data, at)
+    first.write_bytes(data[:at] + struct.pack("<i", count + 1) + data[at + 4 :])
+    with pytest.raises(CheckpointError, match=rf"its parts have {count} tensors, not {count + 1}"):
+        open_gguf(first)
+    first.write_bytes(data)
+    doubled = next(name for name in read_gguf(first).tensors if name.startswith("blk.0.")).encode()
+    other = doubled.replace(b"blk.0.", b"blk.1.")
+    holder = next(part for part in tmp_path.glob("parts-*") if other in part.read_bytes() and part != first)
+    holder.write_bytes(holder.read_bytes().replace(other, doubled))
+    with pytest.raises(CheckpointError, match=rf"{holder.name} repeats '{doubled.decode()}' of another part"):
+        open_gguf(first)
+    holder.unlink()
+    holder.mkdir()
+    with pytest.raises(CheckpointError, match=f"{holder.name} can't be read: Is a directory"):
+        open_gguf(first)
+
+
 def test_a_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A header is read from the first byte on. Otherwise at most a sample is."""
     pread, begun = os.pread, []
@@ -205,6 +270,7 @@ def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:
         (b"GGML" + data[4:], CheckpointError, "is not a complete GGUF file: it begins with"),
         (data[:-5000], CheckpointError, "but the file has"),
         (data[:200], CheckpointError, "truncated"),
+        (data.replace(b"general.architecture", b"general.architectura"), CheckpointError, "not name its architecture"),
         (data.replace(b"qwen3moe", b"deepseek"), UnsupportedModelError, "architecture 'deepseek'"),
         (data.replace(b"blk.1.ffn_up_exps", b"blk.1.ffn_xx_exps"), CheckpointError, "no pair of gate and up"),
         (data.replace(b"blk.1.attn_q.", b"blk.1.attn_x."), CheckpointError, "no tensor for model.layers.1.self_attn"),
@@ -217,6 +283,11 @@ def test_what_can_t_be_used_is_refused_by_name(tmp_path: Path) -> None:
             load(bad)
         assert bad.name in caught.value.cause or "pair" in words
         assert caught.value.fix
+    if has_mapping:
+        described = write_gguf(tmp_path / "described.gguf", tiny_weights("qwen35moe"), mostly("Q4_0"))
+        described.write_bytes(described.read_bytes().replace(b"qwen35moe.block_count", b"qwen35moe.block_coumt"))
+        with pytest.raises(CheckpointError, match="lacks a key of the architecture qwen35moe, or has it with another"):
+            load(described)
     dense = write_gguf(tmp_path / "q2.gguf", model, mostly("Q5_1"))
     with pytest.raises(UnsupportedModelError, match="stored in Q5_1") as caught:
         load(dense)

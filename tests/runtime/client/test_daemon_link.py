@@ -2,96 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import grpc
-import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
 import pytest
-from control_hosts import DIGEST, Host
+from control_hosts import DIGEST
 from readers import PATIENCE
 from stores import keys, make_plan
 from threads import wait_until
+from told_daemons import ToldDaemon
 
-from moetier.proto import expert_store_pb2 as pb
-from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
 from moetier.runtime.client import daemon_link as link_module
 from moetier.runtime.client.daemon_link import Link, SlotAnswer, SlotRequest
 from moetier.runtime.client.mapped_arena import MappedArena
-from moetier.runtime.wire.address import SOCKET
 from moetier.runtime.wire.control import ControlConnection
-from moetier.runtime.wire.status_codes import message_of
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.errors import ClosedError, MissingExpertError
+from moetier.tiers.errors import ClosedError, MissingExpertError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
 from moetier.tiers.inbox import Inbox
 from moetier.tiers.layout import ExpertKey
-
-
-class Stream:
-    """A stream of the daemon: ``heard`` has the client's messages, and ``answer`` sends one."""
-
-    def __init__(self) -> None:
-        self.heard: SimpleQueue[pb.ClientMessage] = SimpleQueue()
-        self.answers: SimpleQueue[pb.ServerMessage | grpc.StatusCode | None] = SimpleQueue()  # None ends the stream
-
-    def hear(self) -> pb.ClientMessage:
-        return self.heard.get(timeout=PATIENCE)
-
-    def grant(self, request: int, expert: int, slot: int = 0, generation: int = 2) -> None:
-        granted = pb.Granted(request=request, expert=expert, slot=slot, generation=generation)
-        self.answers.put(pb.ServerMessage(granted=granted))
-
-
-class Daemon(ExpertStoreServicer):
-    """A daemon that answers only what a test tells it to, in this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.streams: SimpleQueue[Stream] = SimpleQueue()
-        self._folder = folder
-
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
-        return pb.DescribeReply()
-
-    def Session(
-        self, messages: Iterator[pb.ClientMessage], context: grpc.ServicerContext
-    ) -> Iterator[pb.ServerMessage]:
-        stream = Stream()
-        context.add_callback(lambda: stream.answers.put(None))
-        self._readers.submit(self._read, messages, stream)
-        self.streams.put(stream)
-        while (answer := stream.answers.get()) is not None:
-            if isinstance(answer, grpc.StatusCode):
-                context.abort(answer, "as the test says")
-            yield answer
-
-    def _read(self, messages: Iterator[pb.ClientMessage], stream: Stream) -> None:
-        with contextlib.suppress(Exception):  # gRPC raises once the client is gone
-            for message in messages:
-                stream.heard.put(message)
-        stream.answers.put(None)
-
-    def stream(self) -> Stream:
-        """The next stream that the client opens."""
-        return self.streams.get(timeout=PATIENCE)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        host = Host(self._folder)
-        with ThreadPoolExecutor(8) as self._readers, ThreadPoolExecutor(8) as threads:
-            server = grpc.server(threads)
-            add_ExpertStoreServicer_to_server(self, server)
-            server.add_insecure_port(f"unix:{self._folder / SOCKET}")
-            server.start()
-            try:
-                yield
-            finally:
-                host.server.close()
-                server.stop(0).wait()
 
 
 @pytest.fixture
@@ -102,15 +36,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def daemon(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+def daemon(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToldDaemon]:
     monkeypatch.setattr(link_module, "FIRST_PAUSE", 0.01)
-    daemon = Daemon(folder)
+    daemon = ToldDaemon(folder)
     with daemon.running():
         yield daemon
 
 
 @pytest.fixture
-def link(daemon: Daemon, folder: Path) -> Iterator[Link]:
+def link(daemon: ToldDaemon, folder: Path) -> Iterator[Link]:
     arena = MappedArena(Arena.create(ArenaLayout.of(make_plan(), {"records": 4})))
     link = Link(folder, DIGEST, ControlConnection.open(folder, DIGEST), lambda control: arena)
     yield link
@@ -126,16 +60,14 @@ def request(link: Link, *experts: int) -> tuple[SlotRequest, Callable[[], SlotAn
     return made, lambda: answers.get(PATIENCE)
 
 
-def test_each_expert_is_granted_once_and_an_error_ends_the_request(link: Link, daemon: Daemon) -> None:
+def test_each_expert_is_granted_once_and_an_error_ends_the_request(link: Link, daemon: ToldDaemon) -> None:
     stream = daemon.stream()
     made, next_answer = request(link, 2, 3)
     asked = stream.hear().acquire
     assert (asked.request, asked.block, list(asked.experts)) == (made.number, 1, [2, 3])
     for _ in range(2):
         stream.grant(made.number, 2, slot=3, generation=8)
-    stream.answers.put(
-        pb.ServerMessage(failed=pb.Failed(request=made.number, error=message_of(MissingExpertError("No.", "Ask."))))
-    )
+    stream.fail(made.number, MissingExpertError("No.", "Ask."))
     granted, failed = next_answer(), next_answer()
     assert granted is not None
     assert granted.event == Granted(made.number, ExpertKey(1, 2), slot=3, generation=8)
@@ -150,7 +82,7 @@ def test_each_expert_is_granted_once_and_an_error_ends_the_request(link: Link, d
 
 @pytest.mark.parametrize("status", [None, grpc.StatusCode.UNAVAILABLE], ids=["the daemon ends it", "it breaks"])
 def test_what_is_still_awaited_is_requested_again_on_the_next_stream(
-    link: Link, daemon: Daemon, status: grpc.StatusCode | None
+    link: Link, daemon: ToldDaemon, status: grpc.StatusCode | None
 ) -> None:
     stream = daemon.stream()
     made, next_answer = request(link, 2, 3)
@@ -167,7 +99,7 @@ def test_what_is_still_awaited_is_requested_again_on_the_next_stream(
     assert link.connections == (2 if status is None else 1), "a broken stream needs no other control connection"
 
 
-def test_one_release_cancels_a_request(link: Link, daemon: Daemon) -> None:
+def test_one_release_cancels_a_request(link: Link, daemon: ToldDaemon) -> None:
     stream = daemon.stream()
     made, _ = request(link, 2, 3)
     assert stream.hear().HasField("acquire")
@@ -181,7 +113,7 @@ def test_one_release_cancels_a_request(link: Link, daemon: Daemon) -> None:
     assert list(after.prefetch.requested.experts) == [1]
 
 
-def test_hits_are_reported_block_by_block_ahead_of_the_next_request(link: Link, daemon: Daemon) -> None:
+def test_hits_are_reported_block_by_block_ahead_of_the_next_request(link: Link, daemon: ToldDaemon) -> None:
     stream = daemon.stream()
     link.report_uses([*keys(0, 3, 1), *keys(2, 2), *keys(0, 0)])
     request(link, 5)
@@ -190,7 +122,7 @@ def test_hits_are_reported_block_by_block_ahead_of_the_next_request(link: Link, 
     assert stream.hear().HasField("acquire")
 
 
-def test_closing_reports_the_last_hits_and_wakes_who_waits(link: Link, daemon: Daemon) -> None:
+def test_closing_reports_the_last_hits_and_wakes_who_waits(link: Link, daemon: ToldDaemon) -> None:
     stream = daemon.stream()
     _, next_answer = request(link, 1)
     assert stream.hear().HasField("acquire")
@@ -208,7 +140,7 @@ def test_requests_wait_for_the_next_daemon_and_those_cancelled_meanwhile_are_not
 ) -> None:
     monkeypatch.setattr(link_module, "FIRST_PAUSE", 0.01)
     arena = MappedArena(Arena.create(ArenaLayout.of(make_plan(), {"records": 4})))
-    first, second = Daemon(folder), Daemon(folder)
+    first, second = ToldDaemon(folder), ToldDaemon(folder)
     with first.running():
         link = Link(folder, DIGEST, ControlConnection.open(folder, DIGEST), lambda control: arena)
         first.stream()
@@ -225,6 +157,43 @@ def test_requests_wait_for_the_next_daemon_and_those_cancelled_meanwhile_are_not
             assert stream.hear().HasField("prefetch")
             assert link.connections == 2
             link.close()
+    finally:
+        link.close()
+        arena.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "can't be reached: .*Too many open files"),
+        (RuntimeError("can't start new thread"), "can't be reached: can't start new thread"),
+        (KeyError("a bug"), r"has failed \(KeyError\)"),
+    ],
+    ids=["descriptors", "threads", "bug"],
+)
+def test_it_connects_again_after_any_fault(daemon: ToldDaemon, folder: Path, fault: Exception, said: str) -> None:
+    arena = MappedArena(Arena.create(ArenaLayout.of(make_plan(), {"records": 4})))
+    tried, may = list[bool](), threading.Event()
+
+    def connected(control: ControlConnection) -> MappedArena:
+        if not may.is_set():
+            tried.append(True)
+            raise fault
+        return arena
+
+    link = Link(folder, DIGEST, ControlConnection.open(folder, DIGEST), connected)
+    try:
+        wait_until(lambda: bool(tried) and link.away_since is not None)
+        assert isinstance(link.error, UnavailableError)
+        assert re.search(said, link.error.cause)
+        made, next_answer = request(link, 2)
+        may.set()
+        stream = daemon.stream()
+        assert stream.hear().acquire.request == made.number
+        stream.grant(made.number, 2)
+        assert (answer := next_answer() or next_answer()) is not None
+        assert isinstance(answer.event, Granted)
+        assert link.away_since is None
     finally:
         link.close()
         arena.close()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from control_hosts import DIGEST
 from mapped_store import MappedStore
+from readers import PATIENCE
 from stores import keys
 from threads import Task
+from told_daemons import ToldDaemon
 
-from moetier.runtime.client.misses import Misses
-from moetier.tiers.errors import ClosedError
+from moetier.runtime.client.daemon_link import Link
+from moetier.runtime.client.fallback import Fallback
+from moetier.runtime.client.mapped_arena import MappedArena
+from moetier.runtime.client.misses import ClientContext, Misses
+from moetier.runtime.client.uses import ClientUses
+from moetier.runtime.wire.control import ControlConnection
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.arena.layout import ArenaLayout
+from moetier.tiers.errors import ClosedError, ExhaustedError, UnavailableError
+from moetier.tiers.layout import TierSlot
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +71,83 @@ def test_closing_wakes_waiting_threads(store: MappedStore, tmp_path: Path) -> No
         with pytest.raises(ClosedError):
             tier.prefetch(0, keys(0, 1))
         assert tier.stats().misses == 1
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Iterator[ToldDaemon]:
+    (tmp_path / "daemon").mkdir(mode=0o700)
+    daemon = ToldDaemon(tmp_path / "daemon")
+    with daemon.running():
+        yield daemon
+
+
+@contextlib.contextmanager
+def client(store: MappedStore, folder: Path, directory: Path) -> Iterator[tuple[Arena, ClientContext]]:
+    """A daemon's arena, and a client of the daemon with the store in ``directory`` as its fallback."""
+    arena = Arena.create(ArenaLayout.of(store.manifest, {"records": 4}))
+    mapped, fallback = MappedArena(arena), Fallback(directory, store.manifest)
+    link = Link(folder, DIGEST, ControlConnection.open(folder, DIGEST), lambda control: mapped)
+    try:
+        yield arena, ClientContext(link, fallback, ClientUses(link), PATIENCE, lambda: None)
+    finally:
+        link.close()
+        fallback.close()
+        mapped.close()
+
+
+def test_a_record_that_another_daemon_has_replaced_is_asked_for_again(
+    store: MappedStore, told: ToldDaemon, tmp_path: Path
+) -> None:
+    with client(store, tmp_path / "daemon", store.directory) as (arena, context):
+        stream, misses = told.stream(), Misses(context, 1)
+        with contextlib.closing(misses):
+            misses.submit([2, 3])
+            first = stream.hear().acquire.request
+            stream.grant(first, 2, slot=1, generation=arena.directory.generation(TierSlot(1)))
+            leases = misses.leases()
+            lease = next(leases)
+            arena.directory.begin_fill(TierSlot(1), None)
+            assert not lease.validate()
+            after = Task(lambda: next(leases))
+            cancelled, again = stream.hear(), stream.hear().acquire
+            assert (cancelled.release.request, list(cancelled.release.experts)) == (first, [])
+            assert sorted(again.experts) == [2, 3]
+            stream.grant(again.request, 3, slot=2, generation=arena.directory.generation(TierSlot(2)))
+            lease = after.result()
+            assert (lease.key.expert, lease.validate()) == (3, True)
+        assert context.uses.stats(slots=4, ready=0, slot_bytes=1).discarded == 1
+
+
+def test_what_a_full_daemon_refuses_is_read_from_the_store(
+    store: MappedStore, told: ToldDaemon, tmp_path: Path
+) -> None:
+    with client(store, tmp_path / "daemon", store.directory) as (_, context):
+        stream, misses = told.stream(), Misses(context, 1)
+        with contextlib.closing(misses):
+            misses.submit([2, 3])
+            stream.fail(stream.hear().acquire.request, ExhaustedError("All slots are in use.", "Wait."))
+            found = {lease.key: bytes(lease.record) for lease in misses.leases()}
+        assert found == {key: store.records[key] for key in keys(1, 2, 3)}
+
+
+def test_a_daemon_that_ends_is_asked_again_and_a_full_one_is_not(
+    store: MappedStore, told: ToldDaemon, tmp_path: Path
+) -> None:
+    """There is no store to read from."""
+    with client(store, tmp_path / "daemon", tmp_path / "none") as (arena, context):
+        stream, misses = told.stream(), Misses(context, 1)
+        with contextlib.closing(misses):
+            misses.submit([2])
+            stream.fail(stream.hear().acquire.request, UnavailableError("The daemon is ending.", "Wait."))
+            leases = misses.leases()
+            first = Task(lambda: next(leases))
+            again = stream.hear().acquire
+            assert list(again.experts) == [2]
+            stream.grant(again.request, 2, slot=1, generation=arena.directory.generation(TierSlot(1)))
+            assert first.result().key.expert == 2
+            misses.submit([3])
+            while not (message := stream.hear()).HasField("acquire"):
+                pass
+            stream.fail(message.acquire.request, ExhaustedError("All slots are in use.", "Wait."))
+            with pytest.raises(ExhaustedError, match="All slots are in use"):
+                next(leases)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.daemon import leases
+from moetier.runtime.daemon import compute, leases
 from moetier.runtime.daemon.compute import ComputeCalls
 from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.runtime.daemon.leases import CALLS
@@ -165,7 +165,6 @@ def test_rows_that_are_not_numbers_are_computed(stub: ExpertStoreStub, manifest:
 
 
 BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
-    ({"digest": "0" * 64}, UnknownModelError, "does not serve"),
     ({"block": 9}, MissingExpertError, "no block 9"),
     ({"block": 2**32 - 1}, MissingExpertError, "no block"),
     ({"experts": [99]}, MissingExpertError, "no block 1 expert 99"),
@@ -190,7 +189,10 @@ BAD: list[tuple[dict[str, object], type[MoetierError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "kind", "words"), BAD, ids=str)
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [({"digest": "0" * 64}, UnknownModelError, "does not serve"), ({"experts": [1, 1]}, ProtocolError, "twice")],
+)
 def test_what_can_t_be_computed_is_refused(
     stub: ExpertStoreStub, manifest: Manifest, fields: dict[str, object], kind: type[MoetierError], words: str
 ) -> None:
@@ -265,6 +267,25 @@ def served(host: HostTier) -> Iterator[tuple[ComputeCalls, Address]]:
         computes = ComputeCalls(host, host.manifest)
         stack.callback(computes.close)
         yield computes, stack.enter_context(outlets.serving(Computing(host.manifest, computes)))
+
+
+def test_each_fault_of_a_request_is_named(served: tuple[ComputeCalls, Address], manifest: Manifest) -> None:
+    x = hidden_states(manifest, 1)
+    with open_channel(served[1], Credentials(insecure=True)) as channel:
+        stub = ExpertStoreStub(channel)
+        for fields, kind, words in BAD:
+            with pytest.raises(kind, match=words) as caught:
+                answer(stub, message(manifest, x, [1], **fields))
+            assert type(caught.value) is kind, fields
+        assert answer(stub, message(manifest, x, [1])), "it serves as before"
+    assert served[0].counts() == {"computed": 1}
+
+
+def test_without_compiled_code_it_computes_nothing(host: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "refusal", lambda: "memory can't be made executable")
+    with pytest.raises(ConfigError, match=r"can't compute experts \(memory can't be made executable\)") as caught:
+        ComputeCalls(host, host.manifest)
+    assert caught.value.fix == "Fetch records instead."
 
 
 def test_any_number_of_activations_shares_the_code(

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from control_hosts import DIGEST, Host, hosting, private
 from readers import PATIENCE
-from threads import wait_until
+from threads import wait_until, without_thread
 
 from moetier.runtime.daemon import control_server
 from moetier.runtime.daemon.control_server import ControlServer, Welcome
@@ -257,3 +257,14 @@ def test_a_client_whose_answer_can_not_be_made_is_removed_and_the_arena_closed(f
             ControlConnection.open(folder, DIGEST)
         wait_until(lambda: left == registered != [])
     assert not [link for link in Path("/proc/self/fd").iterdir() if link.resolve() == arena]
+
+
+def test_without_a_thread_a_client_is_refused_and_the_next_one_is_served(host: Host) -> None:
+    with (
+        without_thread("moetier-greeter"),
+        pytest.raises(UnavailableError, match="can't start another thread: can't start new thread") as caught,
+    ):
+        ControlConnection.open(host.folder, DIGEST)
+    assert "ulimit -u" in caught.value.fix
+    with ControlConnection.open(host.folder, DIGEST) as client:
+        assert client.slots == {"records": 3}

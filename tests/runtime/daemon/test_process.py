@@ -41,3 +41,24 @@ def test_a_lock_that_the_system_refuses_leaves_no_descriptor(tmp_path: Path, mon
     with pytest.raises(OSError, match="No locks available"), locked_folder(tmp_path):
         pass
     assert descriptors() == before
+
+
+def test_the_lock_of_a_file_that_is_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a daemon that ends just now."""
+    before, lock, removed = descriptors(), fcntl.flock, list[int]()
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(os.stat(descriptor).st_ino)
+            (tmp_path / LOCK).unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with locked_folder(tmp_path):
+        assert removed
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+        with pytest.raises(AlreadyRunningError), locked_folder(tmp_path):
+            pass
+    assert descriptors() == before

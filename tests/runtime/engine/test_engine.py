@@ -17,7 +17,7 @@ from toy_runner import PROMPTS, Endless, ToyRunner, answer_alone, tokens_of
 
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.scheduler import SCORED
-from moetier.runtime.engine.sequence import EngineError, Finish, Request
+from moetier.runtime.engine.sequence import EngineError, Finish, Request, TokenSequence
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -182,3 +182,24 @@ def test_an_engine_is_closed_while_a_long_prompt_is_computed() -> None:
     assert ended.is_set()
     assert long.finish is Finish.CANCELLED
     assert runner.events.count("part of 1") < 375
+
+
+def test_sequences_end_though_the_end_of_another_one_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """Their runner does not end them, when the engine is closed."""
+    entered, may = threading.Event(), threading.Event()
+
+    class Broken(ToyRunner):
+        def run(self, *given: object) -> object:  # type: ignore[override]
+            entered.set()
+            may.wait(PATIENCE)
+            return super().run(*given)  # type: ignore[arg-type]
+
+        def end(self, sequence: TokenSequence) -> None:
+            raise ValueError("a file is gone")
+
+    engine = Engine(Broken(), pages=8, max_sequences=1, chunk=64, context=1000)
+    streams = [engine.stream(Request((1, 2, 3), 100)) for _ in range(2)]
+    assert entered.wait(PATIENCE)
+    run_all([engine.close, may.set])
+    assert [stream.sequence.finish for stream in streams] == [Finish.CANCELLED] * 2
+    assert caplog.messages == ["The end of a sequence has failed: a file is gone"] * 2

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 pytest.importorskip("llguidance", reason='pip install ".[serve]"')
 
 from pydantic import BaseModel, Field, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 import moetier
 from moetier.runtime.engine import constraint
@@ -339,6 +341,10 @@ def chain(links: int, **more: Any) -> dict[str, Any]:
         (Grammar.regex("(a"), "regex"),
         (Grammar.lark("start: " + "(" * 400 + '"a"' + ")" * 400), "nested"),
         (Grammar.lark("".join(f"r{at}: r{at + 1}\n" for at in range(20_000))), "rules"),
+        (
+            Grammar.lark('start: %regex {"substring_chars": "' + "x" * grammars.MAX_REGEX_LETTERS + '"}'),
+            "beside %regex",
+        ),
         (Grammar.lark("start: a"), "."),
         (Grammar.lark("\0"), "."),
         (Grammar.lark("start: @missing"), "missing"),
@@ -423,3 +429,34 @@ def test_a_directive_behind_text_is_refused(compiler: GrammarCompiler, before: s
 def test_a_tokenizer_must_be_a_fast_one() -> None:
     with pytest.raises(ConfigError, match="no fast tokenizer"):
         GrammarCompiler(object())
+
+
+def test_messages_are_asked_by_the_chat_template(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = loaded[1]
+    monkeypatch.setattr(tokenizer, "chat_template", PLAIN_TEMPLATE)
+    messages = [{"role": "user", "content": "Chi era?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    request = moetier.Request.of(tokenizer, messages, 5)
+    assert [*request.ids] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "Chi era?" in tokenizer.decode(request.ids)
+
+
+class City(TypedDict):
+    name: str
+
+
+def test_a_dictionary_with_fields_is_a_schema_without_others() -> None:
+    schema = json.loads(Grammar.json_schema(City).definition)["json_schema"]
+    assert schema["additionalProperties"] is False
+    assert {*schema["properties"]} == {"name"}
+
+
+def test_what_is_not_installed_is_named(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("llguidance", "pydantic"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="need llguidance, which is not installed") as caught:
+        GrammarCompiler(loaded[1])
+    assert '".[serve]"' in caught.value.fix
+    with pytest.raises(ConfigError, match="needs pydantic, which is not installed") as caught:
+        Grammar.json_schema(City)
+    assert "give a JSON schema" in caught.value.fix

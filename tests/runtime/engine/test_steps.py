@@ -16,6 +16,7 @@ from toy_runner import PROMPTS, Endless, ToyRunner, answer_alone, next_token, to
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.kv_cache import KVCache
 from moetier.runtime.engine.runner import Task
+from moetier.runtime.engine.sampling import Sampler
 from moetier.runtime.engine.sequence import DeadlineError, EngineError, Finish, Request, Sampled, TokenSequence
 
 
@@ -220,3 +221,30 @@ def test_a_long_prompt_stops_at_its_deadline(clock: list[float]) -> None:
         assert not thread.is_alive()
         assert not engine.sequences
     assert runner.events.count("part of 1") < 375
+
+
+def test_who_fails_at_the_end_of_a_sequence_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: TokenSequence) -> None:
+        raise ValueError("the client has gone")
+
+    with Engine(ToyRunner(), pages=20, max_sequences=2, chunk=64, context=1000) as engine:
+        sequence = engine.submit(Request((9,), 3), lambda *_: None, fail)
+        assert tokens_of(engine, PROMPTS[4]) == answer_alone(PROMPTS[4], 20, engine.context)
+        wait_until(lambda: bool(caplog.messages))
+        assert sequence.finish is not None
+    assert caplog.messages == [
+        "A function that was to be called at the end of a sequence has failed: the client has gone"
+    ]
+
+
+def test_a_sequence_without_a_sampler_ends_alone() -> None:
+    class Choosy(ToyRunner):
+        def begin(self, sequence: TokenSequence) -> Sampler:
+            if sequence.ids[0] == 9:
+                raise ValueError("no sampler for 9")
+            return super().begin(sequence)
+
+    with Engine(Choosy(), pages=20, max_sequences=2, chunk=64, context=1000) as engine:
+        with pytest.raises(ValueError, match="no sampler for 9"):
+            tokens_of(engine, [9])
+        assert tokens_of(engine, PROMPTS[4]) == answer_alone(PROMPTS[4], 20, engine.context)

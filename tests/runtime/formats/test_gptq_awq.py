@@ -147,10 +147,25 @@ OF_WORDS: list[tuple[Edit, str]] = [
     (with_value("scales", NAN), r"a\.weight: a\.scales has numbers that are not finite"),
     (with_value("scales", float("inf")), r"a\.weight: a\.scales has numbers that are not finite"),
 ]
+
+
+def narrower(tensors: dict[str, Tensor]) -> None:
+    """A row less, of which a word of zero points has only a part."""
+    for name, end in (("qweight", -1), ("scales", -1), ("qzeros", 11)):
+        tensors[name] = tensors[name][:, :end].contiguous()
+
+
+def with_many_groups(tensors: dict[str, Tensor]) -> None:
+    for name in ("scales", "qzeros"):
+        tensors[name] = tensors[name][:1].repeat(100, 1)
+
+
 OF_GPTQ: list[tuple[Edit, str]] = [
     (with_value("g_idx", 4), r"a\.weight: a\.g_idx names groups that a\.scales does not have"),
     (with_value("g_idx", -1), r"a\.weight: a\.g_idx names groups that a\.scales does not have"),
     (changed("g_idx", lambda t: t[:-1]), r"to 4\.03\d+ bits, which moetier can't read"),
+    (narrower, r"a\.weight: 95 rows do not fill words of 32 bits"),
+    (with_many_groups, r"a\.scales has 100 groups, which do not fit 128 columns"),
     (changed("g_idx", lambda t: t.float()), r"a\.g_idx is float32"),
     (changed("g_idx", lambda t: t.view(2, 64)), r"a\.g_idx is int32 \[2, 64\], not int32 or int64 \[128\]"),
 ]

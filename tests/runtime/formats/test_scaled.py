@@ -210,3 +210,31 @@ def test_a_large_matrix_is_dequantised_in_tiles(tmp_path: Path, monkeypatch: pyt
     tensor.read()
     assert sum(made) == 512 * 64
     assert max(made) <= 4096
+
+
+SCHEME = TestInt4.quantization["config_groups"]["group_0"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"format": "marlin-24"}, "the format marlin-24"),
+        ({"weights": {"num_bits": 8, "type": "int"}}, "weights of 8 bits of type int"),
+        ({"weights": {"num_bits": 2, "type": "int"}}, "weights of 2 bits of type int"),
+        ({"weights": {"num_bits": 4, "type": "int", "symmetric": False}}, "weights with zero points"),
+    ],
+)
+def test_other_schemes_of_compressed_tensors_are_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    save_file({"a.weight_packed": torch.zeros(8, 4, dtype=torch.int32)}, tmp_path / "x.safetensors")
+    quantization = TestInt4.quantization | {"config_groups": {"group_0": SCHEME | changed}}
+    with pytest.raises(UnsupportedModelError, match=f"with compressed-tensors, in {said}, which moetier can't read"):
+        format_of(read_tensors(tmp_path / "x.safetensors"), quantization, {}).sources("bfloat16")
+
+
+@pytest.mark.parametrize("name", ["weight_zero_point", "weight_g_idx"])
+def test_zero_points_of_compressed_tensors_are_refused(tmp_path: Path, name: str) -> None:
+    stored, _ = TestInt4().quantise(torch.randn(8, 32))
+    tensors = {f"a.{part}": tensor for part, tensor in stored.items()} | {f"a.{name}": torch.zeros(8, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UnsupportedModelError, match="weights with zero points or an order of groups"):
+        format_of(read_tensors(tmp_path / "x.safetensors"), TestInt4.quantization, {}).sources("bfloat16")

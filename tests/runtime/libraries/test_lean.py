@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +19,7 @@ from architectures import TYPES, model_class, tiny_config
 from places import HELPERS
 
 import moetier
-from moetier.runtime.libraries.lean import TRIED
+from moetier.runtime.libraries.lean import TRIED, lean_imports, made_on_meta, put_stand_ins, remove_stand_ins
 
 UNUSED = {
     *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
@@ -140,3 +144,52 @@ def test_models_are_made_alike(model_type: str, lean: Lean) -> None:
         model = of._from_config(tiny_config(of.config_class))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert lean.made[model_type] == {name: f"{[*t.shape]} {t.dtype} {t.device}" for name, t in tensors.items()}
+
+
+def test_with_it_off_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETIER_LEAN", "0")
+    finders = [*sys.meta_path]
+    with lean_imports(), made_on_meta() as mode:
+        assert gc.isenabled()
+        assert sys.meta_path == finders
+        assert mode is None
+
+
+class Finder:
+    """Finds modules that were imported before."""
+
+    def __init__(self, modules: dict[str, ModuleType]) -> None:
+        self._modules = modules
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name in self._modules else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        found = ModuleType(spec.name)
+        vars(found).update({name: value for name, value in vars(self._modules[spec.name]).items() if name[:2] != "__"})
+        return found
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@pytest.mark.parametrize("use", ["compiler", "vmap"])
+def test_stand_ins_are_there_until_the_compiler_is_used(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that only looks at all modules does not need it."""
+    compiler, indexing = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
+    real = {name: importlib.import_module(name) for name in (compiler, indexing)}
+    monkeypatch.setattr(sys, "meta_path", [Finder(real), *sys.meta_path])
+    monkeypatch.setattr(torch, "_dynamo", real[compiler])  # put back afterwards: an import sets it
+    for name in real:
+        monkeypatch.delitem(sys.modules, name)
+    put_stand_ins()
+    stand_ins = {name: sys.modules[name] for name in real}
+    assert stand_ins[compiler].disable(print) is print
+    assert not hasattr(stand_ins[compiler], "__wrapped__")
+    assert {name: sys.modules[name] for name in real} == stand_ins
+    if use == "compiler":
+        assert stand_ins[compiler].config is vars(real[compiler])["config"]
+    else:
+        assert isinstance(stand_ins[indexing].TransformGetItemToIndex(), real[indexing].TransformGetItemToIndex)
+    assert sys.modules[compiler] is not stand_ins[compiler]
+    assert not remove_stand_ins(), "they are gone"

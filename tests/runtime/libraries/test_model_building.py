@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from readers import PATIENCE
-from threads import wait_until, waits
+from threads import Task, wait_until, waits
 
 import moetier
 from moetier.runtime.engine.engine import Engine
 from moetier.runtime.engine.sequence import Request
 from moetier.runtime.engine.steps import Steps
-from moetier.runtime.libraries.model_building import ModelBuilding
+from moetier.runtime.libraries.model_building import MadeOnMeta, ModelBuilding
 
 
 def test_builders_wait_for_computations_and_go_first() -> None:
@@ -76,3 +77,51 @@ def test_an_engine_never_sees_the_type_of_a_model_that_is_built(
         assert next(tokens) is not None, "they were loaded while it computed"
         tokens.close()
     assert seen == {torch.float32}
+
+
+def test_a_builder_that_is_interrupted_while_it_waits_keeps_nobody_waiting() -> None:
+    building = ModelBuilding()
+    may_end, is_computing, begins = (threading.Event() for _ in range(3))
+
+    def compute() -> None:
+        with building.computing():
+            is_computing.set()
+            assert may_end.wait(PATIENCE)
+
+    def interrupt() -> None:
+        assert begins.wait(PATIENCE)
+        wait_until(lambda: waits(threading.main_thread()))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    first = Task(compute)
+    assert is_computing.wait(PATIENCE)
+    interrupting = Task(interrupt)
+    begins.set()
+    with pytest.raises(KeyboardInterrupt), building.building():
+        pass
+    interrupting.result()
+    may_end.set()
+    first.result()
+    with building.computing():
+        pass
+    with building.building():
+        pass
+
+
+def test_an_operation_that_torch_lacks_is_tried_again_with_its_python_code() -> None:
+    library = torch.library.Library("moetier_tests", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    asked = list[bool]()
+
+    def complete() -> bool:
+        if asked:
+            library.impl("twice", torch.empty_like, "Meta")
+        asked.append(True)
+        return len(asked) > 1
+
+    x = torch.empty(2, 3, device="meta")
+    with MadeOnMeta(complete):
+        with pytest.raises(NotImplementedError, match="twice"):
+            torch.ops.moetier_tests.twice(x)
+        assert torch.ops.moetier_tests.twice(x).shape == (2, 3)
+    assert len(asked) == 2

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from moetier.runtime.model.name_files import forget_name, last_use, register_name, registered
+from moetier.runtime.model.name_files import data_folder, forget_name, last_use, register_name, registered
 from moetier.runtime.model.names import checkpoint_or_model, model_directory, note_use_of
-from moetier.tiers.errors import NotFoundError
+from moetier.tiers.errors import ConfigError, NotFoundError
 from moetier.tools.main import main
 
 
@@ -127,3 +127,23 @@ def test_without_a_folder_that_can_be_written_there_are_no_names(tmp_path: Path)
     assert register_name(tmp_path) is None
     assert registered() == {}
     note_use_of(tmp_path)
+
+
+def test_without_a_home_folder_models_have_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 3)  # a user whom no file names, as in some containers
+    with pytest.raises(ConfigError, match="no home folder to keep models in") as caught:
+        data_folder()
+    assert "XDG_DATA_HOME" in caught.value.fix
+
+
+def test_the_name_of_a_model_that_can_not_be_looked_for_is_not_taken_over(models: Path, tmp_path: Path) -> None:
+    """Its folder has become a file."""
+    lost = folder(tmp_path / "disk" / "tiny")
+    register_name(lost)
+    lost.rmdir()
+    lost.parent.rmdir()
+    lost.parent.write_bytes(b"")
+    assert register_name(folder(tmp_path / "tiny")) == "tiny-2"
+    assert registered()["tiny"] == lost

@@ -13,7 +13,14 @@ from architectures import tiny_model
 from checkpoints import ordinary_model, save_checkpoint
 from comparison import smallest_ram
 from native_checkpoints import save_native
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import moetier
 
@@ -104,3 +111,20 @@ def test_experts_that_can_not_be_used_as_they_are_are_named(tmp_path: Path, regi
         model = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(model, "tiers")
     assert torch.allclose(logits(model), logits(ordinary_model(folder)), atol=1e-4)
+
+
+def test_a_model_of_the_hub_is_said_to_be_elsewhere(register: Callable[..., None], tmp_path: Path) -> None:
+    """Unless its config says that it is converted; a folder without a checkpoint is left to transformers."""
+    register(ram="1GiB", daemon=None)
+
+    def refused(name: str, **config: Any) -> None:
+        with pytest.raises(OSError, match=name):
+            MixtralForCausalLM.from_pretrained(name, config=MixtralConfig(**config), local_files_only=True)
+
+    (tmp_path / "empty").mkdir()
+    with pytest.warns(RuntimeWarning, match=r"has no effect.*acme/none is not in a folder of this machine"):
+        refused("acme/none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        refused("acme/converted", quantization_config={"quant_method": "moetier"})
+        refused(str(tmp_path / "empty"))

@@ -14,7 +14,7 @@ from readers import PATIENCE
 from moetier.proto.expert_store_pb2 import Error
 from moetier.runtime.wire.status_codes import CODES, ERRORS, METADATA, abort, code_of, error_of, message_of
 from moetier.tiers import errors
-from moetier.tiers.errors import DaemonError, MoetierError
+from moetier.tiers.errors import DaemonError, MoetierError, UnavailableError
 
 TREE = sorted(
     (kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, MoetierError)),
@@ -109,3 +109,14 @@ def test_the_table_names_only_what_is_there() -> None:
         back = ERRORS.get(code_of(kind("", "")), DaemonError)
         assert message_of(kind("a", "b")).type == kind.__name__
         assert issubclass(back, MoetierError)
+
+
+def test_a_call_on_a_closed_channel_says_so() -> None:
+    channel = grpc.insecure_channel("127.0.0.1:1")
+    call = channel.unary_unary("/test/Fail")
+    channel.close()
+    with pytest.raises(ValueError, match="closed") as raised:
+        call(b"", timeout=PATIENCE)
+    error = error_of(raised.value)
+    assert type(error) is UnavailableError
+    assert error.cause == "The connection to the daemon was closed."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -20,7 +22,7 @@ from stores import layout_of, make_plan, make_records
 from moetier.tiers.arena.arena import SEALS, Arena
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.errors import ArenaError
+from moetier.tiers.errors import ArenaError, ClosedError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 
@@ -236,3 +238,51 @@ def test_an_arena_that_no_daemon_makes_is_not_taken() -> None:
     with pytest.raises(ArenaError, match="are not allocated"):
         Arena.reclaim(descriptor, MANIFEST)
     os.close(descriptor)
+
+
+def test_a_header_of_another_store_or_of_too_many_regions_is_refused() -> None:
+    content = life([])[0]
+    counts = struct.pack("<4Q", LAYOUT.nbytes, LAYOUT.keys, LAYOUT.slots, 1)
+    assert counts in content
+    hostile = content.replace(counts, counts[:24] + struct.pack("<Q", 300))
+    for manifest, data, words in (
+        (replace(MANIFEST, digest="1" * 64), content, "records of another store"),
+        (MANIFEST, hostile, "has 300 regions, more than fit"),
+    ):
+        descriptor = left(data)
+        with pytest.raises(ArenaError, match=words):
+            Arena.reclaim(descriptor, manifest)
+        os.close(descriptor)
+
+
+def test_what_is_repaired_as_being_filled_is_not_found() -> None:
+    arena = Arena.create(LAYOUT)
+    directory = arena.directory
+    for slot, key in enumerate((A, B)):
+        directory.begin_fill(slot, None)
+        directory.complete_fill(slot, key)
+    before = directory.generation(0)
+    directory.repair([(A, True), (B, False)])
+    assert directory.find(A) is None
+    assert directory.generation(0) == before + 1
+    assert directory.find(B) == (1, 2)
+    directory.complete_fill(0, A)
+    assert directory.find(A) == (0, before + 2)
+    arena.close()
+
+
+def test_a_closed_directory_finds_nothing_and_a_retired_one_is_not_filled() -> None:
+    arena = Arena.create(LAYOUT)
+    directory = arena.directory
+    directory.begin_fill(0, None)
+    directory.complete_fill(0, A)
+    assert directory.find(A) is not None
+    directory.retire()
+    generation = directory.generation(0)
+    directory.begin_fill(0, None)
+    assert directory.generation(0) == generation
+    assert directory.find(A) is None
+    arena.close()
+    directory.repair([(A, False), (None, False)])
+    with pytest.raises(ClosedError):
+        directory.find(A)

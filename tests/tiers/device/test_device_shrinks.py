@@ -152,3 +152,50 @@ def test_without_room_for_one_token_it_is_closed(host: HostTier, monkeypatch: py
         with pytest.raises(ClosedError):
             next(tier.acquire(keys(0, 1)))
         device.finish()
+
+
+def test_who_shrinks_waits_for_another_who_does(host: HostTier) -> None:
+    device = device_of()
+    with closing(DeviceTier(host, PLAN, slots=ALL, device=device)) as tier:
+        leases = tier.acquire(keys(0, 0, 1))
+        next(leases)
+        shrinking = [Task(tier.shrink, f"shrinks {number}") for number in range(2)]
+        wait_until(lambda: all(sleeps(task.thread) for task in shrinking))
+        assert tier.stats().slots == 12
+        leases.close()
+        assert [task.result() for task in shrinking] == [3 * SIZE] * 2
+        assert tier.stats().slots == 6
+        check_integrity(tier)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_one_that_is_interrupted_goes_on_if_there_is_room(
+    host: HostTier, has_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = device_of()
+    with closing(DeviceTier(host, PLAN, slots=ALL, device=device)) as tier:
+        consumer = Consumer(tier, device)
+        consumer.run(0, [1, 2])
+
+        def interrupt(nbytes: int) -> torch.Tensor:
+            if has_room:
+                monkeypatch.undo()
+            else:
+                monkeypatch.setattr(device, "allocate", refuse)
+            raise KeyboardInterrupt
+
+        def refuse(nbytes: int) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(device, "allocate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tier.shrink()
+        if not has_room:
+            with pytest.raises(ClosedError):
+                next(tier.acquire(keys(0, 1)))
+            device.finish()
+            return
+        consumer.run(0, [1, 2])
+        assert consumer.wrong() == 0
+        assert tier.stats().slots == 12
+        check_integrity(tier)

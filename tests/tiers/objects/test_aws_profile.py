@@ -11,6 +11,7 @@ import pytest
 from object_servers import FolderServer, moto_bucket, served_folder
 
 from moetier.tiers.errors import ConfigError, StoreReadError
+from moetier.tiers.objects.aws_profile import profile
 from moetier.tiers.objects.client import Objects
 
 pytest.importorskip("obstore")
@@ -111,3 +112,11 @@ def test_a_profile_needs_boto3(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match=r"^s3://bucket/model needs boto3") as error:
         Objects(ADDRESS)
     assert ".[objects,aws]" in error.value.fix
+
+
+def test_a_region_alone_needs_no_credentials(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor boto3, as a config file may be there for other tools."""
+    (home / ".aws/credentials").unlink()
+    assert profile(ADDRESS) == {"region": "eu-north-1"}
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    assert profile(ADDRESS) == {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
+import mmap
 import os
 import random
 import shutil
@@ -596,3 +599,88 @@ def test_a_process_that_waits_for_another_one_says_so(
     finally:
         os.close(other)
         waiting.join()
+
+
+def test_a_damaged_record_of_a_complete_cache_is_an_error_as_of_any_store(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes]
+) -> None:
+    with opened(server, tmp_path) as store:
+        assert read_records(store) == records
+        wait_until(lambda: store.is_complete)
+        flip_bit(ShardFile.of(store.folder, store.manifest, 1).path, KEY.expert * 16384 + 7)
+        server.gets.clear()
+        with pytest.raises(ChecksumError, match=r"block 1 .*expert 2: checksum mismatch"):
+            read_record(store, KEY)
+        assert not server.gets
+
+
+def test_a_fetch_that_need_not_pause_any_more_gets_the_rest_at_once(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "READ_PIECE_BYTES", 4096)
+    asked = list[int]()
+
+    def pause() -> bool:
+        asked.append(len(server.records))
+        return len(asked) < 2
+
+    with opened(server, tmp_path) as store:
+        slot = bytearray(16384)
+        store.read_into(KEY, memoryview(slot), pause)
+        assert slot[:-4] == records[KEY]
+    assert asked == [1, 2]
+    assert len(server.records) == 4
+
+
+def test_without_memory_a_record_is_read_and_not_kept(
+    server: FolderServer,
+    tmp_path: Path,
+    records: dict[ExpertKey, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    slot = bytearray(16384)
+    with opened(server, tmp_path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(mmap, "mmap", refuse)
+            store.read_into(KEY, memoryview(slot))
+        assert slot[:-4] == records[KEY]
+        assert cache.NOT_KEPT in caplog.messages
+        assert store.cached_bytes == 0
+        assert read_record(store, KEY) == records[KEY]
+        wait_until(lambda: store.cached_bytes == 16384)
+
+
+def test_an_interrupt_while_a_record_is_copied_leaves_room_for_the_next(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(target: memoryview, source: memoryview) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
+    monkeypatch.setattr(cache, "ROOM_TIMEOUT", 2 * PATIENCE)
+    with opened(server, tmp_path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "copy_bytes", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                read_record(store, KEY)
+        began = time.monotonic()
+        for _ in range(2):
+            assert read_record(store, ExpertKey(0, 0)) == records[0, 0]
+        assert time.monotonic() - began < PATIENCE
+
+
+def test_what_a_locked_cache_does_not_keep_is_read_all_the_same(
+    server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(access_times, "TIMEOUT", 0.05)
+    caplog.set_level(logging.INFO)
+    with opened(server, tmp_path) as store, (store.folder / access_times.ACCESS_TIMES).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert read_record(store, KEY) == records[KEY]
+        wait_until(lambda: "Another process has held the lock" in caplog.text)
+        assert store.cached_bytes == 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from faults import flip_bit
 from object_servers import silent
 
-from moetier.tiers.errors import (
-    ChecksumError,
-)
-from moetier.tiers.objects.cache_folder import fetch, folder_of
+from moetier.tiers.errors import ChecksumError, StoreFormatError
+from moetier.tiers.objects.cache_folder import cache_of, fetch, folder_of
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.folder import CACHE
 
@@ -62,3 +61,12 @@ def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_again(
     caplog.clear()
     fetch(f"file://{tmp_path / 'there'}", tmp_path / "cache")
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(("field", "value"), [("address", 5), ("bytes", -1), ("bytes", "much")])
+def test_a_malformed_description_of_a_cache_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    (tmp_path / CACHE).parent.mkdir(exist_ok=True)
+    (tmp_path / CACHE).write_text(json.dumps({"address": "file:///there", "bytes": None} | {field: value}))
+    with pytest.raises(StoreFormatError, match=rf"{CACHE}: .*{field}") as caught:
+        cache_of(tmp_path)
+    assert caught.value.fix == f"Remove {tmp_path}, and give the address of the model again."

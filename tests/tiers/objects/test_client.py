@@ -14,7 +14,7 @@ from readers import PATIENCE
 from threads import wait_until
 
 from moetier.tiers.addresses import HTTP_AUTHORIZATION
-from moetier.tiers.errors import ClosedError, ConfigError, MissingExpertError, StoreReadError
+from moetier.tiers.errors import ClosedError, ConfigError, MissingExpertError, StoreReadError, TargetError
 from moetier.tiers.objects import client
 from moetier.tiers.objects.client import Objects
 
@@ -191,3 +191,25 @@ def test_http_servers_get_the_authorization_of_the_environment(tmp_path: Path, m
     with served_folder(tmp_path, authority.issue_cert("127.0.0.1")) as server, Objects(server.address) as objects:
         assert objects.read_whole("some", 4) == b"here"
         assert server.keys == ["Bearer SECRET"]
+
+
+def test_an_answer_that_is_cut_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
+    (tmp_path / "some").write_bytes(bytes(100))
+    with (
+        served_folder(tmp_path) as server,
+        Objects(server.address) as objects,
+        pytest.raises(StoreReadError, match="the answer ended after 50 of 100 bytes"),
+    ):
+        objects.read("some", 50, memoryview(bytearray(100)))
+
+
+def test_an_object_that_can_not_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
+    (tmp_path / "folder/some").mkdir(parents=True)
+    with Objects(f"file://{tmp_path}", uploads=True) as objects:
+        with pytest.raises(TargetError, match=f"folder at file://{tmp_path} can't be removed"):
+            objects.delete("folder")
+        objects.delete("other")  # there is none

@@ -319,3 +319,17 @@ def test_a_slow_upload_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         server.fault, server.seconds = lambda name: "slow", 1.0
         objects.put("small", b"here")
         assert len(server.puts) == 1
+
+
+@pytest.mark.parametrize("found", [b"[]", b"{", b'{"attributes": {"moetier": 7}}'])
+def test_what_is_no_manifest_is_another_model(found: bytes, tmp_path: Path) -> None:
+    address, there = f"file://{tmp_path / 'there'}", tmp_path / "there" / GROUP / METADATA
+    make_store(tmp_path / "one")
+    there.parent.mkdir(parents=True)
+    there.write_bytes(found)
+    with pytest.raises(TargetExistsError, match="another model"):
+        push(tmp_path / "one", address, silent)
+    assert there.read_bytes() == found
+    push(tmp_path / "one", address, silent, overwrite=True)
+    with ShardStore.open(tmp_path / "there") as pushed, ShardStore.open(tmp_path / "one") as one:
+        assert read_records(pushed) == read_records(one)

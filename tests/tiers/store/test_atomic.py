@@ -12,7 +12,7 @@ from faults import mounted
 
 from moetier.tiers.errors import DiskSpaceError
 from moetier.tiers.store import atomic
-from moetier.tiers.store.atomic import LargeFile, disk_errors, durable_file, large_file
+from moetier.tiers.store.atomic import LargeFile, disk_errors, durable_file, exchange, large_file
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,19 @@ def test_a_full_disk_with_free_bytes_is_not_said_to_need_none(tmp_path: Path) ->
         needed = "/disk is full: 9,000,000 bytes are still needed, 1,0[0-9,]+ are free"
         with pytest.raises(DiskSpaceError, match=needed), disk_errors(file, lambda: 9_000_000):
             (disk / "another").touch()
+
+
+def test_names_are_exchanged_if_both_exist(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"1")
+    with pytest.raises(FileNotFoundError, match="other"):
+        exchange(one, other)
+    other.mkdir()
+    assert exchange(one, other)
+    assert other.read_bytes() == b"1"
+    assert one.is_dir()
+
+
+def test_the_end_of_a_reader_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), disk_errors(tmp_path):
+        raise BrokenPipeError

@@ -21,6 +21,7 @@ from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
+from moetier.tiers.store.unchanged import Unchanged
 
 PLAN = make_plan()
 KEY = ExpertKey(1, 2)
@@ -197,3 +198,19 @@ def test_what_a_checksum_proves_is_read_on(tmp_path: Path) -> None:
         path = tmp_path / "model-1.safetensors"
         path.write_bytes(path.read_bytes())
         assert read_record(store, KEY) == records[KEY]
+
+
+def test_a_file_is_replaced_once_its_name_leads_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    file = Unchanged.open(path, "Load it again.")
+    try:
+        assert not file.is_replaced()
+        (tmp_path / "other").write_bytes(b"new")
+        (tmp_path / "other").replace(path)
+        assert file.is_replaced()
+        path.unlink()
+        assert file.is_replaced()
+        file.check()  # what is open is as it was
+    finally:
+        file.close()

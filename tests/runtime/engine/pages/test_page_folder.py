@@ -577,3 +577,21 @@ def test_a_writer_that_is_killed_leaves_only_whole_pages(tmp_path: Path, kills: 
     folder.sweep()
     assert all(entry.path.endswith(".page") for entry in entries(tmp_path))
     assert sum(entry.bytes for entry in entries(tmp_path)) <= 50 * FILE
+
+
+def test_a_file_is_removed_by_whoever_is_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "page").write_bytes(b"data")
+    assert page_folder.remove(tmp_path / "page")
+    assert page_folder.remove(tmp_path / "page"), "another process has removed it"
+    assert not caplog.messages
+    (tmp_path / "folder").mkdir()
+    assert not page_folder.remove(tmp_path / "folder")
+    assert caplog.messages == [f"{tmp_path / 'folder'} can't be removed: Is a directory"]
+
+
+def test_a_model_whose_name_is_gone_is_listed_by_its_folder(tmp_path: Path) -> None:
+    write(opened(tmp_path), name(0), b"data")
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert [model.name for model in models_in(tmp_path)] == ["model"]
+    (place / "model").unlink()
+    assert [(model.name, model.files) for model in models_in(tmp_path)] == [(place.name, 1)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -359,3 +361,88 @@ def test_chunks_of_a_padded_batch_that_are_padding_only(tinymix_4bit: Path) -> N
         whole = model.generate(ids, **given)
         for chunk in (1, 4):
             assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **given), whole)
+
+
+def without_source(base: type[Any]) -> type[Any]:
+    """A class of a module whose source can't be read, as in a notebook or a frozen program."""
+    module = ModuleType("without_source")
+    vars(module).update({"Base": base, "eager_attention_forward": eager_attention_forward})
+    exec(
+        "class Own(Base):\n    def forward(self, *given, **named):\n        return super().forward(*given, **named)",
+        vars(module),
+    )
+    found: type[Any] = module.Own
+    sys.modules[module.__name__] = module
+    return found
+
+
+@pytest.fixture
+def forgets_modules() -> Iterator[None]:
+    yield
+    sys.modules.pop("without_source", None)
+
+
+@pytest.mark.usefixtures("forgets_modules")
+def test_what_has_no_source_keeps_its_own_function() -> None:
+    model = _tiny("mixtral")
+    model.__class__ = without_source(type(model))
+    use_causal_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    model = _tiny("gpt_oss", "cpu")
+    layer = model.model.layers[0].self_attn
+    layer.__class__ = without_source(type(layer))
+    use_causal_attention(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("fault", ["sinks", "function"])
+def test_sinks_of_another_kind_stay_with_their_own_function(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _tiny("gpt_oss", "cpu")
+    if fault == "sinks":
+        layer = model.model.layers[0].self_attn
+        layer.sinks = nn.Parameter(layer.sinks.detach()[None])
+    else:
+        monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", lambda query: query)
+    use_causal_attention(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_sinks_and_masks_that_compiled_code_does_not_read_are_computed_as_by_their_own_function() -> None:
+    layer = tiny_model("gpt_oss", torch.float32).model.layers[0].self_attn
+    heads, key_heads, width = layer.config.num_attention_heads, layer.config.num_key_value_heads, layer.head_dim
+    query, keys = torch.randn(2, heads, 5, width), torch.randn(2, key_heads, 5, width)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    added = torch.zeros(1, 1, 5, 5).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    given = {"scaling": 0.2, "dropout": 0.0}
+    with torch.inference_mode():
+        for sinks, queries, mask in ((layer.sinks, query, allowed), (layer.sinks[:1], query[:, :, :1], None)):
+            expected, _ = eager_attention_forward(
+                layer, queries, keys, keys, None if mask is None else added, **given, s_aux=layer.sinks.expand(heads)
+            )
+            if mask is None:
+                sinks = layer.sinks.double()  # which compiled code does not take
+            found, _ = attention.sink_attention(layer, queries, keys, keys, mask, **given, s_aux=sinks)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+def test_numbers_of_a_query_may_lie_apart() -> None:
+    query, key = torch.randn(1, 4, 1, 32)[..., ::2], torch.randn(1, 4, 9, 16)
+    assert query.stride(3) == 2
+    with torch.inference_mode():
+        found, _ = causal_attention(nn.Module(), query, key, key, None)
+        expected = scaled_dot_product_attention(query, key, key)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_many_tokens_that_need_no_same_bits_are_computed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor on which torch is faster."""
+    monkeypatch.setattr(attention, "prefers_torch", lambda: True)
+    module = nn.Module()
+    module.same_bits = False
+    query, key = torch.randn(1, 4, 70, 16).bfloat16(), torch.randn(1, 4, 80, 16).bfloat16()
+    expected = scaled_dot_product_attention(
+        query.float(), key.float(), key.float(), attn_mask=torch.ones(70, 80, dtype=torch.bool).tril(10)
+    )
+    with torch.inference_mode():
+        found, _ = causal_attention(module, query, key, key, None)
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=1e-2, rtol=1e-2)

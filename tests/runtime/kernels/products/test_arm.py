@@ -89,6 +89,13 @@ def test_the_instructions_for_integer_products_are_used(dot: Dot, instruction: s
     assert re.search(rf"\b{instruction}\s+v\d+\.4s, v\d+\.16b", machine.emit_assembly(code))
 
 
+def test_codes_of_a_table_are_looked_up_in_one_instruction() -> None:
+    processor = Processor(FEATURES[Dot.DOTPROD], TRIPLE)
+    p = projection("e2m1", 64, 96, group=32, scales="e8m0")
+    code, machine = processor.optimised(product_module(variant_of(p, FP32), processor), unroll=False)
+    assert re.search(r"\btbl\s+v\d+\.16b", machine.emit_assembly(code))
+
+
 def test_features_are_found_in_the_list_of_linux() -> None:
     text = "processor\t: 0\nFeatures\t: fp asimd asimddp atomics {}\nCPU part\t: 0xd0c\n"
     assert arm_features(text.format("")) == ["+dotprod"]
