@@ -149,7 +149,7 @@ def test_a_daemon_ends_when_no_replica_is_left(one: RayCluster) -> None:
 
 def test_a_replica_starts_as_requests_wait(tinymix_4bit: Path, tmp_path: Path) -> None:
     with ray_cluster([2], tmp_path) as cluster:
-        cluster.deploy(tinymix_4bit, *OPTIONS, "--max-replicas", "2")
+        cluster.deploy(tinymix_4bit, *OPTIONS, "--max-replicas", "2", "--parallel", "2")
         (first,) = cluster.replicas
         with load(cluster, threads=4):
             cluster.wait_for(2)
@@ -159,6 +159,8 @@ def test_a_replica_starts_as_requests_wait(tinymix_4bit: Path, tmp_path: Path) -
 
 def test_each_node_has_one_arena(two: RayCluster) -> None:
     assert len(two.replicas) == len(two.daemons) == 2
+    with ThreadPoolExecutor(8) as pool:  # both answer, and so map experts
+        list(pool.map(lambda i: text_of(two, f"{i}, {PROMPT}"), range(32)))
     shares = [arena_bytes(pid, "Pss") for pid in (*two.daemons, *two.replicas)]
     assert all(shares)
     assert sum(shares) <= 1.02 * sum(arena_bytes(pid, "Size") for pid in two.daemons)
