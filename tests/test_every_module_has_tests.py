@@ -71,7 +71,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/launch/server.py": ("tools/commands/test_launch.py", COMMAND),
     "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
-    "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/serve/answer_grammar.py": (
         "tools/serve/test_constraints.py",
         "a grammar is right if the answers of a model that it constrains are",

@@ -6,8 +6,6 @@ import argparse
 import os
 import shutil
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from moetier.tools.bench import sandbox
 from moetier.tools.bench.sandbox import drop_page_cache, fresh
 from moetier.tools.bench.token_ids import fixed_ids, read_ids
 from moetier.tools.rates.hardware import Machine
-from moetier.tools.rates.reads import RandomReads, read_rate
 
 MIB = 1 << 20
 
@@ -71,42 +68,6 @@ def test_what_is_dropped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "drop").read_text() == ""
     assert drop_page_cache([], whole=True) == "dropped"
     assert (tmp_path / "drop").read_text() == "1"
-
-
-def test_reads_in_flight_are_counted_by_the_clock() -> None:
-    most, present, count, lock = 0, 0, 0, threading.Lock()
-
-    def read(buffer: memoryview) -> None:
-        nonlocal most, present, count
-        assert len(buffer) == 4096
-        with lock:
-            present += 1
-            most = max(most, present)
-        time.sleep(0.02)
-        with lock:
-            present -= 1
-            count += 1
-
-    began = time.perf_counter()
-    rate = read_rate(read, 4096, depth=3, seconds=0.2)
-    assert most == 3
-    assert count * 4096 / (time.perf_counter() - began) <= rate <= 3 * 4096 / 0.02
-
-    def fail(buffer: memoryview) -> None:
-        raise OSError("the disk")
-
-    with pytest.raises(OSError, match="the disk"):
-        read_rate(fail, 4096, depth=2, seconds=10)
-
-
-def test_both_ways_read_a_file_whose_name_fio_would_take_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a:b"
-    path.write_bytes(os.urandom(64 * 4096))
-    os.sync()
-    reads = RandomReads((path,), 64 * 4096, 4 * 4096, is_direct=False)
-    assert reads.rate(2, 0.05) > 0
-    monkeypatch.setenv("PATH", "")
-    assert (reads.by, reads.rate(2, 0.05) > 0) == ("preadv", True)
 
 
 def test_ids_of_a_list_and_of_an_object(tmp_path: Path) -> None:
