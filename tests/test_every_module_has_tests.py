@@ -75,10 +75,6 @@ TESTED_BY: dict[str, tuple[str, str]] = {
         "tools/serve/test_constraints.py",
         "a grammar is right if the answers of a model that it constrains are",
     ),
-    "tools/serve/call_syntax.py": (
-        "tools/serve/test_constraints.py",
-        "a syntax is right if calls in it are parsed by the model's own template",
-    ),
     "tools/serve/protocols/events.py": (
         "tools/serve/protocols/test_messages.py",
         "values that a protocol writes, tested by what is written",
