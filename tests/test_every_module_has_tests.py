@@ -71,14 +71,9 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     "tools/launch/server.py": ("tools/commands/test_launch.py", COMMAND),
     "tools/plan/forecast.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/plan/speeds.py": ("tools/commands/test_plan.py", COMMAND),
-    "tools/rates/reads.py": ("tools/commands/test_plan.py", COMMAND),
     "tools/serve/answer_grammar.py": (
         "tools/serve/test_constraints.py",
         "a grammar is right if the answers of a model that it constrains are",
-    ),
-    "tools/serve/call_syntax.py": (
-        "tools/serve/test_constraints.py",
-        "a syntax is right if calls in it are parsed by the model's own template",
     ),
     "tools/serve/protocols/events.py": (
         "tools/serve/protocols/test_messages.py",

@@ -296,3 +296,30 @@ def for_commands() -> Prepared:
 def for_daemons() -> Prepared:
     """Return a process that has imported what daemons and their clients need."""
     return shared("daemons", "google_crc32c", "prometheus_client", *DAEMONS, GRPC_VERBOSITY="NONE")
+
+
+MODULE = (
+    "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"  # then its arguments
+)
+
+# in a control group of its own, which a fork of another process would not be in, it is an interpreter as any other
+PYTHON = """#!{python}
+import os, sys
+from pathlib import Path
+_, option, *words = sys.argv
+assert option == "-m", sys.argv
+if ":/moetier-" in Path("/proc/self/cgroup").read_text():
+    os.execv({python!r}, [{python!r}, option, *words])
+sys.path.append({helpers!r})
+from prepared import MODULE, for_commands
+sys.exit(for_commands().start(MODULE, *words, stdin=0, stdout=1).wait())
+"""
+
+
+def as_python(folder: Path) -> Path:
+    """Make a program for ``python -m MODULE WORDS`` that runs the module in a process that has done its imports."""
+    for_commands()  # else the first program would start it, and its output would not end
+    program = folder / "python"
+    program.write_text(PYTHON.format(python=sys.executable, helpers=str(Path(__file__).parent)))
+    program.chmod(0o755)
+    return program

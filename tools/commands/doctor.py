@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--checksums needs a model directory.", "Name one: moetier doctor DIR --checksums")
     results = []
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    for finding in findings(arguments.directory, checksums=arguments.checksums):
+    for finding in findings(arguments.directory, checksums=arguments.checksums, seconds=PROBE_SECONDS):
         results.append(finding)
         if not arguments.json and not arguments.report:
             print("\n".join(lines_of([finding], width)), flush=True)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_BAD if counts[State.FAIL] else 0
 
 
-def findings(directory: Path | None, *, checksums: bool = False, seconds: float = PROBE_SECONDS) -> Iterator[Finding]:
+def findings(directory: Path | None, *, checksums: bool = False, seconds: float) -> Iterator[Finding]:
     """Run the checks one after the other, and yield their findings.
 
     ``directory`` is a model directory to check, too; None: check only the machine. ``checksums`` means to read all

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared import as_python
 from stores import make_plan
 
 from moetier.tiers.errors import ConfigError
@@ -61,13 +63,15 @@ def test_as_much_is_measured_as_there_was_time_for() -> None:
         beginning(work, 1, 59.6)
 
 
-@pytest.mark.slow
 def test_a_datapoint_of_a_model(
-    tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sandbox, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
+    monkeypatch.setattr(sys, "executable", str(as_python(tmp_path)))
+    monkeypatch.setattr(model, "DISK_SECONDS", 0.05)
     monkeypatch.setattr(model, "KERNEL_SECONDS", 0.05)
     monkeypatch.setattr(model, "UNCACHED_BYTES", 16 << 20)
+    monkeypatch.setattr(datapoint, "DECODED", [16, *[1] * (datapoint.WARM + 2)])
     monkeypatch.setattr(datapoint, "ROUNDS", 1)
     assert main(["bench", "datapoint", str(tinymix_4bit), "--ram", "3520KiB", "--threads", "1"]) == 0
     found = rows(capsys.readouterr().out)
@@ -78,3 +82,16 @@ def test_a_datapoint_of_a_model(
         assert float(bound) > 0
         assert by in ("disk", "kernels")
     assert re.search("GB/s, random records of 220 KiB", found["disk"][0])
+
+
+def test_without_the_time_for_two_pieces_nothing_is_measured(
+    tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sandbox, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
+    monkeypatch.setattr(sys, "executable", str(as_python(tmp_path)))
+    monkeypatch.setattr(datapoint, "SECONDS", 0.0)
+    assert main(["bench", "datapoint", str(tinymix_4bit), "--threads", "1"]) == 1
+    said, message = capsys.readouterr()
+    assert said == ""
+    assert re.search(r"The first 16 tokens took more than|did not end within 1 s", message), message
+    assert "bench decode" in message

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import threading
-import time
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from cgroups import memory_limit
+from checkpoints import edit_json
+from prepared import as_python
 
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
 from moetier.tools.bench import sandbox
 from moetier.tools.bench.sandbox import drop_page_cache, fresh
-from moetier.tools.bench.token_ids import read_ids
+from moetier.tools.bench.token_ids import fixed_ids, read_ids
 from moetier.tools.rates.hardware import Machine
-from moetier.tools.rates.reads import RandomReads, read_rate
 
 MIB = 1 << 20
 
@@ -48,7 +50,8 @@ def test_a_process_that_takes_too_long_is_ended() -> None:
         fresh({"work": "idle"}, seconds=0.01)
 
 
-def test_an_error_of_the_child_is_the_parents(tmp_path: Path) -> None:
+def test_an_error_of_the_child_is_the_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(as_python(tmp_path)))
     work = {"work": "model", "directory": str(tmp_path), "ids": [[1]], "pieces": [1], "measured": 1}
     with pytest.raises(MoetierError, match=r"has no experts\.zarr"):
         fresh(work)
@@ -67,42 +70,6 @@ def test_what_is_dropped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "drop").read_text() == "1"
 
 
-def test_reads_in_flight_are_counted_by_the_clock() -> None:
-    most, present, count, lock = 0, 0, 0, threading.Lock()
-
-    def read(buffer: memoryview) -> None:
-        nonlocal most, present, count
-        assert len(buffer) == 4096
-        with lock:
-            present += 1
-            most = max(most, present)
-        time.sleep(0.02)
-        with lock:
-            present -= 1
-            count += 1
-
-    began = time.perf_counter()
-    rate = read_rate(read, 4096, depth=3, seconds=0.2)
-    assert most == 3
-    assert count * 4096 / (time.perf_counter() - began) <= rate <= 3 * 4096 / 0.02
-
-    def fail(buffer: memoryview) -> None:
-        raise OSError("the disk")
-
-    with pytest.raises(OSError, match="the disk"):
-        read_rate(fail, 4096, depth=2, seconds=10)
-
-
-def test_both_ways_read_a_file_whose_name_fio_would_take_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a:b"
-    path.write_bytes(os.urandom(64 * 4096))
-    os.sync()
-    reads = RandomReads((path,), 64 * 4096, 4 * 4096, is_direct=False)
-    assert reads.rate(2, 0.05) > 0
-    monkeypatch.setenv("PATH", "")
-    assert (reads.by, reads.rate(2, 0.05) > 0) == ("preadv", True)
-
-
 def test_ids_of_a_list_and_of_an_object(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
     for text in ("[3, 4]", '{"seed": 0, "token_ids": [3, 4]}'):
@@ -112,6 +79,24 @@ def test_ids_of_a_list_and_of_an_object(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=r"tokens\.json"):
             read_ids(path)
+
+
+def test_ids_of_a_text_are_repeated(tinymix_4bit: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (text := tmp_path / "text.txt").write_text("Quel ramo del lago di Como")
+    arguments = argparse.Namespace(directory=tinymix_4bit, prompt_file=text, tokens_file=None)
+    ids = AutoTokenizer.from_pretrained(tinymix_4bit)(text.read_text()).input_ids
+    several, source = fixed_ids(arguments, sequences=2, length=len(ids))
+    assert (several, source) == ([ids, ids], str(text))
+
+
+def test_a_vocabulary_of_unknown_size_has_no_random_ids(tinymix_4bit: Path, tmp_path: Path) -> None:
+    shutil.copy(tinymix_4bit / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", vocab_size=None)
+    arguments = argparse.Namespace(directory=tmp_path, prompt_file=None, tokens_file=None)
+    with pytest.raises(ConfigError, match="gives no vocabulary size"):
+        fixed_ids(arguments, sequences=1, length=1)
 
 
 def test_a_machine_says_what_it_is(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,31 @@ def test_the_bar_of_a_prompt_in_lockstep_reaches_its_end_with_the_last_block(
             assert len([*stream]) == 1
     assert 600 <= sum(updates) < 700, "the trial whether prompts can be computed in lockstep has a few tokens, too"
     assert max(updates) == 256 / len(model.tiers.manifest.blocks)
+
+
+def test_bytes_are_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.ByteProgress("copy", 400) as few, progress.ByteProgress("copy", 400, quiet=True) as none:
+        few.advance(100)
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+        few.advance(100)
+        none.advance(100)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"copy: 50%, [\d.]+ \w+/s, 0 s left", line)
+
+
+class Screen(io.StringIO):
+    """What a terminal gets."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bytes_are_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    with progress.ByteProgress("copy", 400) as bar:
+        for _ in range(2):
+            time.sleep(0.11)  # tqdm draws ten times a second
+            bar.advance(100)
+    said = screen.getvalue()
+    assert re.search(r"\rcopy:  50%\|.* 200/400 ", said), said
+    assert re.search(r"\r +\r$", said), "it is gone at the end"

@@ -12,12 +12,18 @@ from prepared import MAIN
 from stores import make_store
 
 from moetier.runtime.machine.memory import PROCESS_BYTES
+from moetier.tools.commands import doctor
 from moetier.tools.commands.doctor import findings
 from moetier.tools.doctor.machine import State
 from moetier.tools.main import main
 
 NAMES = ["python", "libraries", "config", "cpu", "kernel", "gpu", "memory", "memfd", "/dev/shm", "daemons"]
 SECONDS = 0.01  # of disk reads
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", SECONDS)
 
 
 @pytest.fixture

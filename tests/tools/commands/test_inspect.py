@@ -16,7 +16,7 @@ from stores import NASTY, layout_of, make_plan, make_records, make_store, write_
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.layout import Bias, Projection, RecordLayout
-from moetier.tiers.store.folder import GROUP
+from moetier.tiers.store.folder import GROUP, MIRRORS
 from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
@@ -84,6 +84,16 @@ def test_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "    1  model.layers.1.mlp.experts",
     ):
         assert part in text
+
+
+def test_a_list_of_mirrors_that_is_malformed_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path)
+    (tmp_path / MIRRORS).write_text("{}")
+    assert run(tmp_path, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["mirrors"] == []
+    (fault,) = found["faults"]
+    assert str(tmp_path / MIRRORS) in fault
 
 
 def test_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from places import DOCS
 
 from moetier.tiers.errors import UnavailableError
 from moetier.tools.cli.settings import API_KEY_VARIABLE
+from moetier.tools.commands import launch
 from moetier.tools.launch.clients import CLIENTS, ServerModel
 from moetier.tools.launch.server import has_tools, models_of, seconds_of
 from moetier.tools.main import main
@@ -236,6 +238,14 @@ def test_an_answer_that_comes_byte_by_byte_is_not_waited_for() -> None:
         is_over.set()
 
 
+def test_another_status_is_said() -> None:
+    with (
+        raw_server(b"HTTP/1.0 500 Internal Server Error\r\n\r\n") as url,
+        pytest.raises(UnavailableError, match="it answers with status 500"),
+    ):
+        models_of(url, None)
+
+
 @pytest.mark.parametrize("body", [b"[" * 200_000, b" " * (2 << 20), b"{}", b'{"error": 5}'], ids=len)
 def test_of_an_answer_that_can_not_be_read_nothing_is_known_of_tools(body: bytes) -> None:
     with raw_server(b"HTTP/1.0 400 Bad Request\r\n\r\n" + body) as url:
@@ -302,3 +312,22 @@ def test_a_first_prompt_is_estimated_from_a_plan(
         1.0, 2.0, 16.0, 30.0, None,
     ]  # fmt: skip
     assert seconds_of(10, []) is None
+
+
+def test_a_first_prompt_that_takes_long_has_a_shorter_way(
+    tinymix_4bit: Path, tmp_path: Path, short_probes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, target = replace(CLIENTS["claude"], prompt_tokens=100), ServerModel("http://h:1", "m")
+    monkeypatch.setattr(launch, "LONG_SECONDS", 0.0)
+    said = launch.first_prompt(client, target, tinymix_4bit)
+    assert re.search(r"A first prompt of claude has about 100 tokens: about \d+ s here\. .* A shorter way: pi\.$", said)
+    assert launch.first_prompt(client, target, tmp_path / "nothing") == ""
+    assert "The time of a first prompt is not known: " in launch.first_prompt(client, target, tmp_path)
+
+
+def test_the_key_may_be_in_a_file(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "key").write_text(f"{KEY}\n")
+    file.chmod(0o600)
+    assert launch.key_of(file) == KEY
+    said = printed(capsys, "pi", "--url", url, "--model", "two", "--api-key-file", str(file))
+    assert f"--api-key-file {file} --run" in said

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from object_servers import FolderServer, served_folder
 
+from moetier.tools.commands import doctor
 from moetier.tools.main import main
+from moetier.tools.plan import cold
 
 pytest.importorskip("obstore")
 
 
 @pytest.fixture
 def server(tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FolderServer]:
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with served_folder(tinymix_4bit) as running:
         yield running
@@ -62,11 +65,11 @@ def test_doctor_names_the_address(server: FolderServer, capsys: pytest.CaptureFi
         capsys.readouterr()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("short_probes")
 def test_plan_says_how_long_a_cold_start_takes(
-    server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: FolderServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cold, "SECONDS", 0.05)
     arguments = ["plan", server.address, "--disk", "1", "--into", str(tmp_path), "--json"]
     assert main([*arguments, "--store-cache", "my cache", "--store-cache-size", "1GiB"]) == 0
     words = shlex.split(json.loads(capsys.readouterr().out)["recommended"]["chat"])
@@ -74,10 +77,10 @@ def test_plan_says_how_long_a_cold_start_takes(
     assert main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
     assert "--store-cache" not in plan["recommended"]["chat"]
-    cold = plan["cold_start"]
-    assert cold["address"] == server.address
-    assert cold["experts_s"] == pytest.approx(cold["experts_bytes"] / cold["bytes_per_s"])
-    assert cold["trunk_bytes"] > 0
+    start = plan["cold_start"]
+    assert start["address"] == server.address
+    assert start["experts_s"] == pytest.approx(start["experts_bytes"] / start["bytes_per_s"])
+    assert start["trunk_bytes"] > 0
     assert main(["verify", server.address]) == 0
     capsys.readouterr()
     assert main(arguments) == 0

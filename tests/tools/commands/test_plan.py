@@ -25,7 +25,7 @@ from moetier.runtime.devices.cpu import Cpu
 from moetier.runtime.machine.memory import PROCESS_BYTES, Available
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError, StoreFormatError, TargetError
 from moetier.tiers.text import format_bytes
-from moetier.tools.commands.plan import text
+from moetier.tools.commands.plan import MIN_FOR_CARDS, SHOWN_CARDS, text
 from moetier.tools.main import main
 from moetier.tools.plan import cold
 from moetier.tools.plan import speeds as plan_speeds
@@ -138,11 +138,25 @@ def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytes
 def test_a_cache_is_recommended_by_its_address(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However short the name of its folder is, other words stay as they are."""
     monkeypatch.chdir(tinymix_4bit)
-    monkeypatch.setattr(cold, "cold_start", lambda _: {"address": "s3://bucket/m"})
+    start = {"address": "s3://bucket/m", "bytes_per_s": 5e6}
+    start |= {"trunk_bytes": 10 << 20, "trunk_s": 2.0, "experts_bytes": 0, "experts_s": 0.0}
+    monkeypatch.setattr(cold, "cold_start", lambda _: start)
     found = plan(".", ram="0.005GiB", disk=GB_PER_S, cache=[("store_cache", Path("my cache"))])
     words = shlex.split(found["recommended"]["chat"])
     assert words == ["moetier", "chat", "s3://bucket/m", "--store-cache", "my cache", "--ram", "0.005GiB"]
     assert found["source"] == "s3://bucket/m"
+    assert "\ncold     s3://bucket/m, 5 MB/s: the trunk (10 MiB) in 2 s\n" in text(found), "experts are here"
+
+
+def test_a_gpu_has_its_share_and_cards_are_named_for_a_large_model(tinymix_4bit: Path) -> None:
+    found = plan(tinymix_4bit, disk=GB_PER_S)
+    card = {"card": SHOWN_CARDS[0], "tokens_per_s_at_most": 40.0, "slots": 1_000}
+    (choice,) = found["choices"]
+    large = choice | {"disk_bytes": MIN_FOR_CARDS, "device_slots": 12, "cards": [card, card | {"card": "another"}]}
+    lines = text(found | {"choices": [large]}).splitlines()
+    assert "12 of them fit into the GPU's memory." in lines
+    said = f"{SHOWN_CARDS[0]} 40, with 1,000 experts in its memory."
+    assert f"On a GPU at most, in tokens/s, by data sheets and not measured: {said}" in lines
 
 
 def test_a_size_without_its_unit_is_asked_about(index_only: Path) -> None:
@@ -325,6 +339,7 @@ main.main(["plan", model, "--bits", "4", "--trunk-bits", "16", "--disk", "1", "-
         ({"context": 0}, ConfigError),
         ({"into": Path("/nonexistent")}, TargetError),
         ({"ram": "much"}, ConfigError),
+        ({"device": "cpu", "device_memory": "1GiB"}, ConfigError),
     ],
 )
 def test_mistakes(index_only: Path, options: dict[str, Any], error: type[MoetierError]) -> None:
@@ -340,7 +355,6 @@ def test_a_model_directory_has_one_choice(tinymix_4bit: Path) -> None:
 def test_the_disk_is_probed_in_a_file_that_goes(
     index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_speeds, "DISK_SECONDS", 0.02)
     monkeypatch.setattr(plan_speeds, "FILE_BYTES", 4 << 20)
     found = plan(index_only, bits=[4], trunk_bits=[4], into=tmp_path)
     assert found["machine"]["disk"]["all"] > 0

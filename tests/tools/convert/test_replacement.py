@@ -23,10 +23,11 @@ from users import NOBODY, as_nobody, need_root
 import moetier
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreFormatError, TargetError, TargetExistsError
 from moetier.tiers.layout import PAGE_BYTES, Bits, ExpertKey
-from moetier.tiers.store.folder import GROUP, JOURNAL, REPLACED, replacement_folder
+from moetier.tiers.store.folder import GROUP, JOURNAL, MIRRORS, REPLACED, replacement_folder
 from moetier.tiers.store.mirror import read_mirrors
 from moetier.tiers.store.reader import ShardStore
 from moetier.tiers.store.trunk import check_trunk
+from moetier.tools.convert import replacement
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.mirror_writer import make_mirror
 from moetier.tools.convert.replacement import check_replaceable
@@ -305,6 +306,56 @@ def test_a_model_that_is_loaded_goes_on(both: Path, tmp_path: Path) -> None:
     assert opened(tmp_path / "old") == opened(tmp_path / "new")
 
 
+def test_a_model_that_is_mounted_stays_until_it_is_not(both: Path, tmp_path: Path) -> None:
+    """Its name can't be exchanged. The new model is complete, and is not made again."""
+    old, before = tmp_path / "old", tree(tmp_path / "old")
+    with mounted("none", old, "bind", source=old):
+        with pytest.raises(TargetError, match=r"can't take the place of .* busy") as caught:
+            convert(both, old, fast=True, overwrite=True)
+        assert tree(old) == before
+    assert str(replacement_folder(old)) in caught.value.cause
+    assert convert(both, old, fast=True, overwrite=True).resumed_blocks == 3
+    assert tree(old) == tree(tmp_path / "new") | {"notes/a.txt": b"mine"}
+    assert not replacement_folder(old).exists()
+
+
+def test_a_file_system_that_can_not_exchange_names_renames_both(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replacement, "exchange", lambda *_: False)
+    convert(both, tmp_path / "old", fast=True, overwrite=True)
+    assert tree(tmp_path / "old") == tree(tmp_path / "new") | {"notes/a.txt": b"mine"}
+    assert not replacement_folder(tmp_path / "old").exists()
+
+
+def test_a_replacement_that_left_no_model_in_place_is_finished(both: Path, tmp_path: Path) -> None:
+    """A process died between two renames. It is not known of which checkpoint the old model was."""
+    dst, beside = tmp_path / "dst", tmp_path / "dst~new"
+    shutil.copytree(tmp_path / "new", beside)
+    (beside / JOURNAL).write_text("{}")
+    (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    (tmp_path / "old" / GROUP / "zarr.json").write_text("{")
+    (tmp_path / "old").rename(beside / REPLACED)
+    convert(both, dst, fast=True)
+    assert tree(dst) == tree(tmp_path / "new") | {"notes/a.txt": b"mine", "tokenizer.json.old": b"{}"}
+    assert not beside.exists()
+
+
+def test_a_list_of_mirrors_that_is_malformed_goes_with_the_old_model(both: Path, tmp_path: Path) -> None:
+    (tmp_path / "old" / MIRRORS).write_text("{")
+    convert(both, tmp_path / "old", fast=True, overwrite=True)
+    assert tree(tmp_path / "old") == tree(tmp_path / "new") | {"notes/a.txt": b"mine"}
+
+
+def test_a_users_folder_beside_it_is_not_touched(both: Path, tmp_path: Path) -> None:
+    (beside := replacement_folder(tmp_path / "old")).mkdir()
+    (beside / "mine.txt").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(TargetExistsError, match="old~new"):
+        convert(both, tmp_path / "old", fast=True, overwrite=True)
+    assert tree(tmp_path) == before
+
+
 def test_another_model_beside_it_is_not_touched(both: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "new", replacement_folder(tmp_path / "old"))
     before = tree(tmp_path)
@@ -356,7 +407,9 @@ def test_mirrors_stay_with_their_records(both: Path, tmp_path: Path, capfd: pyte
     with ShardStore.open(mirror) as store:
         assert store.manifest.digest == opened(dst)
     before = tree(tmp_path / "new")
-    convert(both, dst, bits=8, fast=True, overwrite=True)
+    capfd.readouterr()
+    convert(both, dst, bits=8, fast=True, replace_first=True, quiet=False)
+    assert f"{mirror}: mirror of the old model, which is not removed\n" in capfd.readouterr().err
     with pytest.raises(TargetExistsError, match="another model"):  # a whole model, and not only a mirror
         convert(both, dst, bits=8, fast=True, mirror=tmp_path / "new", overwrite=True)
     assert tree(tmp_path / "new") == before

@@ -11,8 +11,8 @@ import pytest
 from daemons import running_daemon
 from stores import NASTY, layout_of, make_store
 
+from moetier.runtime.kernels.jit import processor
 from moetier.runtime.wire.address import CARD
-from moetier.testing import in_fork
 from moetier.tools.doctor import machine as doctor_machine
 from moetier.tools.doctor.machine import Finding, State, fail, findings_of, lines_of, ok
 
@@ -52,6 +52,19 @@ def test_a_python_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (found.state, ">=4" in found.advice) == (State.FAIL, True)
 
 
+def test_another_system_than_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    (found,) = doctor_machine.python()
+    assert (found.state, found.advice) == (State.FAIL, "Use Linux: moetier needs memfd.")
+
+
+def test_a_processor_without_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = processor.Processor(features="")
+    monkeypatch.setattr(processor, "this_processor", lambda: plain)
+    (found,) = doctor_machine.kernel()
+    assert (found.state, "fast code needs AVX2" in found.advice) == (State.WARN, True)
+
+
 @pytest.mark.parametrize("cuda", [None, "13.0"])
 def test_a_build_for_cuda_that_lies_unused(cuda: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -77,13 +90,14 @@ def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_no_memory_files() -> None:
     """The system gives no byte to a file."""
-
-    def starved() -> str:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
         (found,) = doctor_machine.memory_files()
-        return f"{found.state}: {found.found}"
-
-    assert "fail: No sealed memory file" in in_fork(starved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found.state is State.FAIL
+    assert found.found == "No sealed memory file can be made: File too large."
 
 
 def test_daemons(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from faults import mounted
 from stores import make_store
 from users import as_nobody
 
@@ -83,6 +86,8 @@ def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path, m
         State.OK,
         True,
     )
+    (found,) = doctor_store.memory(tinymix_4bit, control_group(tmp_path, 49_000_000))
+    assert (found.state, found.found.endswith(": fewer than one token uses")) == (State.WARN, True)
     (found,) = doctor_store.memory(None, control_group(tmp_path, 1024))
     assert found.state is State.WARN
 
@@ -99,6 +104,34 @@ def test_more_memory_is_advised_for_a_slow_disk_only_if_it_helps(
     *_, found = doctor_store.disk(tinymix_4bit, SECONDS, root)
     assert (found.name, found.state) == ("disk", State.WARN)
     assert ("--ram" in found.advice) is advised
+
+
+def test_a_model_that_can_not_be_fitted_is_advised_more_memory(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no config.json, which another check reports."""
+    monkeypatch.setattr(doctor_store, "SLOW", 1e15)
+    *_, found = doctor_store.disk(store, SECONDS)
+    assert (found.name, found.state, "--ram" in found.advice) == ("disk", State.WARN, True)
+
+
+def test_a_disk_that_can_not_be_measured_is_said_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has little room, or can't be written."""
+    monkeypatch.setattr(doctor_store, "SAMPLE_BYTES", 1 << 20)
+    with mounted("tmpfs", tmp_path / "disk", "size=3m") as disk:
+        monkeypatch.chdir(disk)
+        (small,) = doctor_store.disk(None, SECONDS)
+        subprocess.run(["mount", "-o", "remount,size=8m,ro", str(disk)], check=True)
+        (read_only,) = doctor_store.disk(None, SECONDS)
+        monkeypatch.undo()
+    assert (small.state, read_only.state) == (State.WARN, State.WARN)
+    assert small.found == f"The disk of {disk} has only 3 MiB free: it was not measured."
+    assert re.search(r"(?i)read-only.* The speed of the disk was not measured\.$", read_only.found), read_only.found
+
+
+def test_a_file_system_without_direct_reads_is_named(store: Path, tmp_path: Path) -> None:
+    with mounted("ramfs", tmp_path / "disk") as disk:
+        found, _ = doctor_store.disk(Path(shutil.copytree(store, disk / "model")), SECONDS)
+    assert (found.name, found.state) == ("O_DIRECT", State.WARN)
+    assert "files can only be read through the page cache" in found.found
 
 
 def test_a_folder_that_can_not_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:

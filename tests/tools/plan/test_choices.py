@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+from moetier.tools.convert.api import convert
 from moetier.tools.plan.choices import open_choices, open_headers
 
 # experts apart and renamed; fused; beside shared experts and dense layers; with biases; head tied to the embedding
@@ -84,6 +85,16 @@ def test_a_folder_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has neither") as caught:
         open_headers(tmp_path)
     assert caught.value.fix.endswith(f"For moetier plan, {INDEX} beside config.json is enough.")
+
+
+def test_a_trunk_that_was_quantised_is_as_large_as_was_planned(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source")
+    (planned,) = open_choices(source).chosen([4], [4])
+    convert(source, tmp_path / "model", bits=4, trunk_bits=4, fast=True)
+    (choice,) = open_choices(tmp_path / "model").choices
+    assert choice.matrices == planned.matrices
+    assert choice.matrices
+    assert (choice.bits, choice.trunk_bits, choice.trunk_bytes) == (4, 4, planned.trunk_bytes)
 
 
 OPEN = """

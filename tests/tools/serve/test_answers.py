@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moetier.runtime.engine.sequence import Request
 from moetier.tools.serve.answers import Answer, Job
 from moetier.tools.serve.constraints import Constraints
 from moetier.tools.serve.protocols.events import Text
+from moetier.tools.serve.protocols.refusal import ENDING, FAILED, Refusal
 
 KIND = "qwen3_moe"
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -124,6 +126,37 @@ def test_an_end_that_fails_is_an_end(engine: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine, "drop", fail)
     answers = asyncio.run(ask_all(engine, [(TEXT, text(2)), (TEXT, text(4, stop="xxx"))]))
     assert texts(answers) == ["xx", ""]
+
+
+def test_log_probabilities_have_the_token_that_ends_an_answer(engine: Any) -> None:
+    """Its text is empty."""
+    (answer,) = asyncio.run(ask_all(engine, [(CHAT, chat(scripted.GOES_ON, logprobs=True, tools=None))]))
+    (choice,) = answer.json()["choices"]
+    found = [entry["token"] for entry in choice["logprobs"]["content"]]
+    assert (choice["finish_reason"], found[-1]) == ("stop", "<|im_end|>")
+    assert len(found) == answer.json()["usage"]["completion_tokens"]
+
+
+def test_an_engine_that_closes_ends_its_answers_and_takes_no_others(engine: Any) -> None:
+    job = Job(Request(tuple(engine.tokenizer(scripted.LOOP)["input_ids"]), 150))
+
+    async def ask() -> None:
+        with answering(engine.model, engine.tokenizer, context=200, chunk=400) as closing:
+            answer = closing.submit(job)
+            events = answer.events()
+            assert await anext(events) == Text("x")
+        with pytest.raises(Refusal) as cut:
+            [_ async for _ in events]
+        assert (cut.value.status_code, cut.value.detail) == (503, ENDING)
+        with pytest.raises(Refusal) as failed:
+            closing.submit(job)
+        assert (failed.value.status_code, failed.value.detail) == (503, FAILED)
+        assert closing.tally.counts()["under_way"] == 0
+        closing.cut()
+        with pytest.raises(Refusal, match=re.escape(ENDING)):
+            closing.submit(job)
+
+    asyncio.run(ask())
 
 
 INTERRUPTED = """

@@ -35,6 +35,18 @@ def asked(key: str | None, **headers: str) -> httpx2.Response:
     return asyncio.run(ask())
 
 
+def test_what_is_no_request_is_passed_on() -> None:
+    """The start and the end of a server have no Host header."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, receive, send))
+
+    control = AccessControl(app, Keys.only("key"), RateLimits(lambda _: 0))
+    asyncio.run(control({"type": "lifespan"}, behind, behind))
+    assert seen == [({"type": "lifespan"}, behind, behind)]
+
+
 @pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:80", "127.0.0.2:8000", "[::1]"])
 def test_without_a_key_names_of_this_host_are_served(host: str) -> None:
     assert asked(None, Host=host).text == "served"

@@ -30,6 +30,7 @@ from threads import wait_until
 
 from moetier.runtime.engine.steps import Steps
 from moetier.runtime.machine.memory import Available
+from moetier.tiers.errors import BudgetError
 from moetier.tools.cli.arguments import resources_of
 from moetier.tools.main import parse
 from moetier.tools.serve import keys
@@ -336,6 +337,25 @@ def test_a_model_that_does_not_fit_at_all_is_refused(pair: list[Path], monkeypat
         assert error["message"].startswith("The model b does not fit into memory. With --bits 4")
         assert "the test leaves 20 MiB" in error["message"]
         assert loaded(client) == ["a"]
+
+
+def test_another_model_goes_if_memory_turns_out_to_be_too_small(
+    pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both should fit, but something else took the memory when the second one was loaded."""
+    load, refused = ModelLoader.loaded, list[Path]()
+
+    def scarce(loader: ModelLoader, directory: Path, *rest: Any) -> Any:
+        if directory.name == "b" and not refused:
+            refused.append(directory)
+            raise BudgetError("There is no memory.", "Free some.")
+        return load(loader, directory, *rest)
+
+    monkeypatch.setattr(ModelLoader, "loaded", scarce)
+    with serving(pair) as (_, client):
+        assert [ask(client, name).status_code for name in "ab"] == [200, 200]
+        assert loaded(client) == ["b"]
+    assert len(refused) == 1
 
 
 def test_a_client_that_leaves_while_it_waits_changes_nothing(pair: list[Path]) -> None:

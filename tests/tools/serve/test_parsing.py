@@ -235,6 +235,19 @@ def test_an_answer_has_the_same_parts_in_any_pieces(kind: str, data: st.DataObje
     assert whole == parsed(kind, text) == parsed(kind, pieces)
 
 
+@pytest.mark.parametrize("template", [{"fields": {}}, {"fields": {"content": 5}, "start_anchor": "<a>"}, ["x"]])
+def test_a_response_template_that_can_not_be_used_is_logged(template: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = scripted.tokenizer_of("mixtral")
+    tokenizer.response_template = template
+    assert form_of(SimpleNamespace(config=SimpleNamespace(model_type="mixtral")), tokenizer) is None
+    assert "The tokenizer's response_template can't be used" in caplog.text
+
+
+def test_a_call_whose_arguments_are_no_object_is_text() -> None:
+    text = '<C>{"name": "f", "arguments": [1]}</C>'
+    assert parsed("mixtral", text) == [("str", text)]
+
+
 def test_a_malformed_call_takes_no_text_from_what_is_before_it() -> None:
     for pieces in (["t<t", "ool_call>]</tool_call> after"], ["a", "<tool_call>a </tool_call>", "x"]):
         assert parsed("qwen3_moe", pieces) == [("str", "".join(pieces))]

@@ -19,6 +19,7 @@ from moetier.runtime.engine.sequence import Request
 from moetier.tools.serve.answers import Job
 from moetier.tools.serve.prompts import Prompts
 from moetier.tools.serve.protocols.events import Answered
+from moetier.tools.serve.protocols.refusal import ENDING, Refusal
 from moetier.tools.serve.request_answers import AT_ONCE, RequestAnswers
 
 
@@ -71,6 +72,19 @@ def test_only_some_are_computed_at_a_time(service: Any) -> None:
     asyncio.run(ask())
     assert 1 < most <= AT_ONCE
     assert service.tally.counts()["answered"] - before == 3 * AT_ONCE
+
+
+def test_an_answer_that_fails_ends_the_request(service: Any) -> None:
+    async def ask() -> None:
+        with answering(service.model, service.tokenizer, context=200, parallel=4) as closing:
+            events = answers_of(closing, ["Quel ramo"], 2, 100).events()
+            await anext(events)
+        with pytest.raises(Refusal) as refused:
+            [_ async for _ in events]
+        assert refused.value.detail == ENDING
+        assert closing.tally.counts()["under_way"] == 0
+
+    asyncio.run(ask())
 
 
 def test_none_begins_after_the_client_has_left(service: Any) -> None:

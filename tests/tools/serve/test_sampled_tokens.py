@@ -173,6 +173,7 @@ def test_an_answer_that_a_client_has_changed_is_another() -> None:
     for changed in (
         answered("Not I.", "call_1"),
         answer | {"tool_calls": [{"id": "call_1", "function": {"name": "clock", "arguments": '{"zone": 2}'}}]},
+        answer | {"tool_calls": [{"id": "call_1", "function": {"name": "clock", "arguments": '{"zone"'}}]},
         answer | {"tool_calls": [{"id": "call_1", "function": {"name": "calendar", "arguments": '{"zone": 1}'}}]},
         answered("Noon."),
         answered("Noon.") | {"reasoning_content": "Other."},
