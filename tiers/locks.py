@@ -18,8 +18,9 @@ Locks are taken in this order. A thread that holds one of them takes only later 
     3. SlotViews._lock
     4. long locks, held while something is made, opened, read or computed: Merging._merging, checkpoint_store._lock,
        RemoteStore._state, CachedStore._lock and _keeping, _Piece._lock, GrammarCompiler._making, compute._computing,
-       and emitter.compile_lock of compiled code, which alone is taken while another of these is held
-    5. all other locks. They are held for a few statements, in which no lock is taken
+       team._making, and emitter.compile_lock of compiled code, which alone is taken while another of these is held
+    5. all other locks. They are held for a few statements, in which no lock is taken, but those of Python with which
+       a thread starts: under Team._starting, grammar._stack_size and Peers._state
 
 ``moetier.runtime`` lists all locks. The comment at a lock says "guards:", and names fields. Outside of ``__init__``
 they are written only by a thread that holds the lock, or in methods that the comment names. Where they are read without

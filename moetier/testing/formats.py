@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moetier
-from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_safetensors
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.layout import ExpertKey
@@ -164,7 +164,7 @@ class FormatTests:
 
     def test_a_conversion_says_that_it_quantises_anew(self, checkpoints: Checkpoints, tmp_path: Path) -> None:
         """And which option does not."""
-        opened, is_native = open_checkpoint(checkpoints.quantised), self.is_used_as_it_is or self.is_native
+        opened, is_native = open_safetensors(checkpoints.quantised), self.is_used_as_it_is or self.is_native
         keeps = "--bits native keeps them as they are" if is_native else "--bits 16 keeps their values"
         for bits in (8, 4, 3, 2, 16):
             lines = " ".join(Conversion.plan(opened, tmp_path / "dst", Options(bits=bits)).announce())
@@ -189,7 +189,7 @@ class FormatTests:
                 convert(folder, tmp_path / "dst", bits=16)
 
     def test_rows_are_read_apart(self, checkpoints: Checkpoints) -> None:
-        weights, sources = load_file(checkpoints.decoded / WEIGHTS), open_checkpoint(checkpoints.quantised).format
+        weights, sources = load_file(checkpoints.decoded / WEIGHTS), open_safetensors(checkpoints.quantised).format
         tensors = sources.sources("bfloat16")
         for path in (Q_PROJ, checkpoints.expert):
             tensor, whole = tensors[f"{path}.weight"], weights[f"{path}.weight"]

@@ -175,6 +175,6 @@ def container_of(path: Path) -> Container:
     return resolve_name(FILES[path.suffix] if is_one_file(path) else FOLDER)()
 
 
-def open_source(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
     """Open a file, a folder or a hub id as a checkpoint. Raises as ``Container.open``."""
     return container_of(Path(source)).open(source, ignore_code=ignore_code)

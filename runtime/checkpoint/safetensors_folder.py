@@ -34,7 +34,7 @@ class SafetensorsFolder(Container):
 
     def open(self, path: str | Path, *, ignore_code: bool) -> Checkpoint:
         """Open the checkpoint."""
-        return open_checkpoint(path, ignore_code=ignore_code)
+        return open_safetensors(path, ignore_code=ignore_code)
 
     def config(self, path: Path) -> dict[str, Any]:
         """Return the keys of config.json that a model directory has. A linked checkpoint may name code of its own."""
@@ -90,7 +90,7 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
+def open_safetensors(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
     """Open the checkpoint ``source``: a folder, or a hub id, whose files are downloaded first.
 
     ``ignore_code``: accept a checkpoint that names code of its own. The code is never run. Raises CheckpointError if

@@ -157,7 +157,7 @@ class RemoteStore(Store):
         self.computes = False
 
     def renew(self) -> None:
-        """Use a new connection for computations, because headers that were changed on their way confuse the old one.
+        """Open a new connection for computations, after headers were damaged on their way over the old one.
 
         HTTP/2 compresses headers by what it has sent before on the connection. Calls on the old connection go on until
         this is called again, which closes it.

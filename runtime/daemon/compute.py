@@ -196,7 +196,7 @@ class ComputeCalls:
                 self._compile(variant)
             products = self._products[variant]
         if products is None:
-            raise ExhaustedError("The daemon compiles code for these experts.", "Fetch records meanwhile.")
+            raise ExhaustedError("The daemon is still compiling code for these experts.", "Fetch records meanwhile.")
         if isinstance(products, ConfigError):
             raise products.fresh()
         return products.with_activation(activation)

@@ -89,7 +89,7 @@ class HostedModel:
                 except RuntimeError as error:
                     raise no_thread(error) from None
         if self._compute_calls is None:
-            raise ExhaustedError("The daemon loads its compiler.", "Fetch records meanwhile.")
+            raise ExhaustedError("The daemon is still loading its compiler.", "Fetch records meanwhile.")
         if isinstance(self._compute_calls, MoetierError):
             raise self._compute_calls.fresh()
         return self._compute_calls

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moetier.runtime.checkpoint.containers import container_of, open_source
+from moetier.runtime.checkpoint.containers import container_of, open_checkpoint
 from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
 from moetier.runtime.config import CACHE, TIER_OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.devices.device import chosen_device
@@ -54,11 +54,6 @@ from .vocabulary import check_tokenizer
 
 MISFIT = "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again."
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in generation_config.json: an id, or a list of ids
-NUMBERS = (  # in generation_config.json
-    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p", "repetition_penalty", "temperature",
-    "top_k", "top_p",
-)  # fmt: skip
 
 
 class LoadedModel(NamedTuple):
@@ -169,7 +164,7 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _check_generation_config(path: Path) -> None:
-    """Raise StoreFormatError if transformers would fail at the file, or at a value. It ignores one that is not JSON."""
+    """Raise StoreFormatError if transformers would fail at the file or its token ids. It ignores what is not JSON."""
     fix = remaking(path, "Copy the file from the source again, or remove it.")
     try:
         data = path.read_bytes()
@@ -180,14 +175,11 @@ def _check_generation_config(path: Path) -> None:
     except ValueError as error:  # an integer has thousands of digits
         raise StoreFormatError(f"{path} can't be read: {error}.", fix) from error
     values = parse_json(data, str(path), fix, limit=len(data))
-    for name, value in values.items():
-        ids = value if isinstance(value, list) and value else [value]
-        is_id = all(type(each) is int for each in ids)
-        if value is not None and (
-            (name in TOKEN_IDS and not is_id) or (name in NUMBERS and type(value) not in (int, float))
-        ):
-            what = "a number" if name in NUMBERS else "the id of a token, or a list of ids"
-            raise StoreFormatError(f"{path}: {name} is {shown(value)}, not {what}.", fix)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = values.get(name)
+        several = value if isinstance(value, list) and name != "pad_token_id" else [value]
+        if not all(each is None or isinstance(each, int | float) for each in several):
+            raise StoreFormatError(f"{path}: {name} is {shown(value)}, not the id of a token.", fix)
 
 
 def model_of(
@@ -216,7 +208,7 @@ def model_of(
     with files.for_load() if files else contextlib.nullcontext():
         own = getattr(config, "dtype", None) if chosen == "auto" else chosen
         # config_of has refused code unless link ignored it
-        trunk = open_source(location, ignore_code=True).trunk(own) if files else None
+        trunk = open_checkpoint(location, ignore_code=True).trunk(own) if files else None
         source = {} if trunk is None else {"state_dict": trunk.tensors}
         wants_info = named.get("output_loading_info", False)
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source

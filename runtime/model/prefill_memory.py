@@ -193,8 +193,8 @@ def prefill_of(model: Any, manifest: Manifest, config: TierConfig, kernels: Kern
         if block.path in modules  # else loading refuses the model
     }
     of_block = max(
-        _block(modules[manifest.blocks[number].path], manifest, number, model.dtype, kernels, is_quick=is_quick)
-        for number, is_quick in are_quick.items()
+        _block(modules[manifest.blocks[number].path], manifest, number, model.dtype, kernels, is_quick=computes_quick)
+        for number, computes_quick in are_quick.items()
     )
     angles = max(
         getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_checkpoint
 from moetier.runtime.checkpoint.model_config import is_checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import contained
 from moetier.tiers.errors import CheckpointError
@@ -92,7 +92,7 @@ def _table_of_headers(folder: Path) -> ExtentTable:
     with _lock:
         if (table := _tables.get(folder)) is None or not _is_current(folder, table):
             _tables.clear()
-            table = make_table(open_source(folder)) if "torch" in sys.modules else _make_in_process(folder)
+            table = make_table(open_checkpoint(folder)) if "torch" in sys.modules else _make_in_process(folder)
             _tables[folder] = table
         return table
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from moetier.runtime.checkpoint.containers import open_source
+from moetier.runtime.checkpoint.containers import open_checkpoint
 from moetier.tiers.errors import MoetierError
 
 from .checkpoint_store import make_table
@@ -18,7 +18,7 @@ from .checkpoint_store import make_table
 def main(folder: Path) -> None:
     """Print the table of the checkpoint in ``folder``, or why there is none."""
     try:
-        answer = make_table(open_source(folder)).to_json()
+        answer = make_table(open_checkpoint(folder)).to_json()
     except MoetierError as error:
         answer = {"cause": error.cause, "fix": error.fix}
     json.dump(answer, sys.stdout)

@@ -298,9 +298,12 @@ def for_daemons() -> Prepared:
     return shared("daemons", "google_crc32c", "prometheus_client", *DAEMONS, GRPC_VERBOSITY="NONE")
 
 
-MODULE = (
-    "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"  # then its arguments
-)
+# runs a module with the arguments after it, until the process of the id before it has ended
+MODULE = """import os, runpy, select, sys, threading
+caller = os.pidfd_open(int(sys.argv.pop(1)))
+threading.Thread(target=lambda: (select.select([caller], [], []), os._exit(1)), daemon=True).start()
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 # in a control group of its own, which a fork of another process would not be in, it is an interpreter as any other
 PYTHON = """#!{python}
@@ -312,7 +315,7 @@ if ":/moetier-" in Path("/proc/self/cgroup").read_text():
     os.execv({python!r}, [{python!r}, option, *words])
 sys.path.append({helpers!r})
 from prepared import MODULE, for_commands
-sys.exit(for_commands().start(MODULE, *words, stdin=0, stdout=1).wait())
+sys.exit(for_commands().start(MODULE, str(os.getpid()), *words, stdin=0, stdout=1).wait())
 """
 
 

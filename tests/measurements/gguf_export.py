@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetier.runtime.checkpoint.containers import Checkpoint
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.tiers.errors import ConfigError, TargetExistsError, UnsupportedModelError
 from moetier.tiers.store.atomic import PARTIAL
@@ -86,7 +86,7 @@ def export_gguf(source: Path, target: Path, *, ggml_type: Kind = "Q4_0", quiet: 
         ) from error
     if target.exists():
         raise TargetExistsError(f"{target} exists.", "Choose another place.")
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_safetensors(source)
     tensors = _plan(checkpoint, ggml_type)
     partial = target.with_name(target.name + PARTIAL)
     writer = gguf.GGUFWriter(partial, ARCHITECTURES[checkpoint.config["model_type"]])

@@ -202,7 +202,7 @@ class Loads:
         if load.state is LoadState.QUEUED:
             load.state = LoadState.CANCELLED
             self._abort(load)
-        if not self.is_for_demands:  # prefetches that yielded to the load may go on
+        if not self.has_demand_loads:  # prefetches that yielded to the load may go on
             self._notifier.wake_callers()
             self.wake_loaders_for_prefetches()
 
@@ -235,7 +235,7 @@ class Loads:
         """
         if load.waiters:
             return True
-        if self.closed_by is None and (self.is_for_demands or self.is_reading_pages):
+        if self.closed_by is None and (self.has_demand_loads or self.is_reading_pages):
             load.has_yielded = True
             return None
         if load.purpose is Purpose.WARMUP:
@@ -253,7 +253,7 @@ class Loads:
         Returns None if there is no prefetch, if a record is being read for a demand, if pages are read, or if enough
         prefetches are being read.
         """
-        if self.is_for_demands or self.is_reading_pages or self._prefetching >= self._limits.prefetches:
+        if self.has_demand_loads or self.is_reading_pages or self._prefetching >= self._limits.prefetches:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
@@ -261,12 +261,12 @@ class Loads:
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        if (unbegun := self._prefetches.unbegun) and not (self.is_for_demands or self.is_reading_pages):
+        if (unbegun := self._prefetches.unbegun) and not (self.has_demand_loads or self.is_reading_pages):
             for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
 
     @property
-    def is_for_demands(self) -> bool:
+    def has_demand_loads(self) -> bool:
         """Whether a load for a demand is in progress or waits for a loader."""
         return any(load.is_for_demands for load in self._loads.values())
 

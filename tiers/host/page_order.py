@@ -42,7 +42,7 @@ class PageOrder:
 
     @waiting
     def _may_read(self, late: float) -> bool | None:
-        return time.monotonic() > late or self._loads.closed_by is not None or not self._loads.is_for_demands or None
+        return time.monotonic() > late or self._loads.closed_by is not None or not self._loads.has_demand_loads or None
 
     @posted
     def _end_page(self, read: object) -> None:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from typing import Any
 
 from moetier.tiers.arena.arena import Arena, recover
 from moetier.tiers.arena.layout import ArenaLayout
@@ -49,16 +48,24 @@ class HostTier(Closeable):
     """
 
     @classmethod
-    def open(cls, store: Store, **options: Any) -> HostTier:
+    def open(
+        cls,
+        store: Store,
+        *,
+        slots: Mapping[str, int],
+        loaders: int = LOADERS,
+        arena: Arena | None = None,
+        policy: str = DEFAULT_POLICY,
+    ) -> HostTier:
         """Open a tier over a store, which reads all records where there is room, unless reads need requests.
 
         The tier is condemned if the store finds that records are not those of the manifest, and it counts failed reads
-        that succeed from another copy. ``options`` and errors are those of ``HostTier``.
+        that succeed from another copy. Arguments and errors are those of ``HostTier``.
         """
-        host = cls(store, loads_rest=store.is_local, **options)
+        host = cls(store, slots=slots, loaders=loaders, arena=arena, policy=policy, loads_rest=store.is_local)
         with closed_on_error(host):
             store.on_fault(host.condemn)
-            store.on_recovery(host._count_failure)
+            store.on_recovery(host._note_recovery)
         return host
 
     def __init__(
@@ -300,7 +307,7 @@ class HostTier(Closeable):
         return self._ledger.stats()
 
     @transition
-    def _count_failure(self) -> None:
+    def _note_recovery(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
         self._ledger.note_recovery()
 

@@ -172,7 +172,7 @@ def _begin(
         except RefusedReadError as error:
             if not overwrite:
                 raise TargetExistsError(
-                    f"{error.cause} So another model may be there.",
+                    f"{error.cause} Another model may be there, which can't be seen.",
                     "Use credentials that may list and read, or replace what is there with `moetier push --overwrite`.",
                 ) from error
             data = b""

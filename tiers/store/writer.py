@@ -135,7 +135,7 @@ class StoreWriter(Closeable):
         Args:
             trunk: a dictionary from the name of each trunk file to its size and checksum.
             source_digest: digest of the checkpoint, if the plan does not have the final one; else None.
-            copied: the same as ``trunk`` of the files that were copied from the checkpoint.
+            copied: a dictionary of the same kind for the files that were copied from the checkpoint.
 
         Raises:
             DiskSpaceError: the disk is full.

@@ -27,7 +27,7 @@ from moetier.tools.rates.products import UNCACHED_BYTES
 from moetier.tools.rates.reads import DISK_SECONDS, GB, NO_FIO, RandomReads, fio_version
 
 from .bound import Bound, BoundRates, need_of, rows_of, verdict
-from .output import Interrupted, Spread, add_bench_arguments, alternate, begin_bench, report
+from .output import BenchInterrupted, Spread, add_bench_arguments, alternate, begin_bench, report
 from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
 
@@ -126,8 +126,7 @@ class Floor:
         least = self.resident_bytes + smallest_budget(self.manifest)
         if any(limits.limit is not None and limits.limit < least for limits in several):
             raise BudgetError(
-                "An idle process, the trunk, the context and the experts that a token uses in a block take "
-                f"{format_bytes(least)}.",
+                f"A process with the trunk, the context and a token's experts in a block takes {format_bytes(least)}.",
                 f"Give a --limit of {least} bytes or more.",
             )
 
@@ -180,7 +179,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         measured = alternate(arguments.rounds, ways, say=_say)
-    except Interrupted as stop:
+    except BenchInterrupted as stop:
         measured, interrupted_in = stop.results, 1 + min(map(len, stop.results.values()))
         several = [limits for limits in several if measured[limits]]
         if not several:

@@ -62,7 +62,7 @@ class Spread:
         return middle if len(self.runs) == 1 else f"{middle} ({low} to {high})"
 
 
-class Interrupted(KeyboardInterrupt):
+class BenchInterrupted(KeyboardInterrupt):
     """Ctrl-C has ended the runs. ``results`` has those that ended before, as ``alternate`` would return them."""
 
     def __init__(self, results: dict[Any, list[Any]]) -> None:
@@ -81,7 +81,7 @@ def alternate(
 
     Each round begins with another way; every second round goes through the ways in reverse. After the first round, none
     begins that would not end before ``until``, a time of ``time.monotonic``, if it took as long as the longest. Before
-    each run, ``say`` is called with a line of progress. Raises Interrupted at Ctrl-C.
+    each run, ``say`` is called with a line of progress. Raises BenchInterrupted at Ctrl-C.
     """
     results: dict[K, list[T]] = {name: [] for name in ways}
     names, times = [*ways], [time.monotonic()]
@@ -97,7 +97,7 @@ def alternate(
                 say(f"round {number + 1} of {rounds}{left}: {name}")
                 results[name].append(ways[name]())
         except KeyboardInterrupt:
-            raise Interrupted(results) from None
+            raise BenchInterrupted(results) from None
         times.append(time.monotonic())
     return results
 

@@ -19,7 +19,11 @@ from moetier.tiers.redaction import redacted
 from .advice import OF_LLAMA_CPP, name_of, nearest, option_advice
 from .help_format import HelpFormatter
 
-HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?(?:tree/main/?)?")
+HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:api|collections|datasets|docs|models|papers|spaces)/)"
+    r"([\w.-]+/[\w.-]+)/?(?:tree/main/?)?(?:[?#].*)?"
+)
+NEGATIVE = re.compile(r"-\.?\d[\d_.]*(?:e[+-]?\d+|[KMGT]i?B|%)?$", re.ASCII | re.IGNORECASE)  # a value, not an option
 
 EXIT_USAGE = 2  # the status that argparse uses
 NUMBERS = {int: "a whole number", float: "a number"}
@@ -53,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
         self.of_others: Mapping[str, str] = {}  # advice about commands that other programs have, by their names
         self.excess_advice = "If a text has several words, put it in quotes. "
         self._is_inside = False
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -2GiB is a value, too, and not an option
+        self._negative_number_matcher = NEGATIVE
 
     def fill(self) -> None:
         """Import the command's module and declare its arguments, unless that was done before."""
@@ -85,7 +89,7 @@ class CommandParser(argparse.ArgumentParser):
                 advice = self.of_others.get(rest[0]) or nearest(rest[0], commands)
                 if not advice and self._name():
                     example = (self.epilog or "").split("\n")[1].strip()
-                    advice = f"Give {' or '.join(commands)} first ({example}). "
+                    advice = f"Name one of {', '.join(commands)} first ({example}). "
                 self._refuse(f"There is no {self._name('command')} {rest[0]!r}.", advice)
             parsed, more = super().parse_known_args(args, namespace)
             if not rest and not more:
@@ -384,9 +388,9 @@ def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
     def folder(text: str, *, of_source: bool) -> str | Path:
         if not is_address(text):
             return checkpoint_or_model(text) if of_source else model_directory(text)
-        from .progress import shown
+        from .progress import transfer_progress
 
-        outline, progress = values.get("outline", False), shown("fetch")
+        outline, progress = values.get("outline", False), transfer_progress("fetch")
         at = directory_at(text, values["store_cache"], values["store_cache_size"], progress=progress, outline=outline)
         return str(at) if of_source else at
 

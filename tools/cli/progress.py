@@ -74,7 +74,7 @@ class ByteProgress:
             self._bar.close()
 
 
-def shown(label: str) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]:
+def transfer_progress(label: str) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], None]]]:
     """Return a function that takes the bytes of a whole transfer, and shows its progress under ``label``.
 
     The function returns a context manager, which yields a function: this is called with the bytes of each piece.

@@ -34,7 +34,7 @@ NEW_TOKENS = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier chat`."""
     add_model_argument(parser)
-    advice = "Type messages when it has begun, or give them so: echo 'TEXT' | moetier chat DIR. "
+    advice = "Name one model. Type messages once chat has begun, or pipe them in: echo 'TEXT' | moetier chat DIR. "
     parser.excess_advice = advice  # type: ignore[attr-defined]  # of a CommandParser
     parser.add_argument(
         "--system", type=utf8, metavar="TEXT", help="system prompt: instructions that precede the conversation"

@@ -111,7 +111,7 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
     try:
         with _stopped_by_signals():
             report = work()
-    except Interrupted as stop:
+    except StoppedBySignal as stop:
         print("moetier: stopped. Run the same command again: it resumes where it stopped.", file=sys.stderr)
         return 128 + stop.number
     print(json.dumps(report.to_json()) if as_json else report.table())
@@ -121,7 +121,7 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
     return 0
 
 
-class Interrupted(BaseException):
+class StoppedBySignal(BaseException):
     """Raised by a signal that ends the conversion."""
 
     def __init__(self, number: int) -> None:
@@ -131,12 +131,12 @@ class Interrupted(BaseException):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Raise Interrupted in the block at the first SIGINT or SIGTERM, and ignore others while the block cleans up."""
+    """Raise StoppedBySignal in the block at the first SIGINT or SIGTERM, and ignore others during its cleanup."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal_number, signal.SIG_IGN)
-        raise Interrupted(number)
+        raise StoppedBySignal(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the checkpoint once, and write the table. Raises MoetierError."""
-    from moetier.runtime.checkpoint.containers import open_source
+    from moetier.runtime.checkpoint.containers import open_checkpoint
     from moetier.runtime.checkpoint.model_config import is_checkpoint
     from moetier.runtime.libraries.lean import lean_imports
     from moetier.runtime.model.name_files import register_name
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
             "Name the folder of its config.json, or a .gguf file.",
         )
     with lean_imports():
-        table = make_table(open_source(folder, ignore_code=arguments.ignore_code))
+        table = make_table(open_checkpoint(folder, ignore_code=arguments.ignore_code))
     table = replace(table, ignored_code=arguments.ignore_code)
     total = sum(shard.bytes for shard in table.shards)
     with CheckpointStore.with_table(folder, table) as store, ByteProgress("link", total) as progress:

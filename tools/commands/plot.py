@@ -166,7 +166,7 @@ def _span(text: str) -> range:
     """Parse a range of tokens that includes both ends: "10-49" has 40 tokens. Raises ConfigError if it is empty."""
     first, _, last = text.partition("-")
     if not (span := range(int(first), int(last) + 1)):
-        raise ConfigError(f"Tokens {text} can't be drawn.", "Give the first and the last token, as in 0-39.")
+        raise ConfigError(f"The range of tokens {text} is empty.", "Give the first and the last token, as in 0-39.")
     return span
 
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from moetier.runtime.model.names import is_address
     from moetier.tiers.objects.push import push
     from moetier.tiers.redaction import redacted
-    from moetier.tools.cli.progress import shown
+    from moetier.tools.cli.progress import transfer_progress
     from moetier.tools.convert.model_card import MARK
 
     if not is_address(arguments.address):
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     written = push(
         arguments.directory,
         arguments.address,
-        shown("push"),
+        transfer_progress("push"),
         overwrite=arguments.overwrite,
         card=card,
         card_mark=MARK.encode() if arguments.quality is not None else None,

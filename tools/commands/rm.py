@@ -19,7 +19,7 @@ EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier rm`."""
-    parser.add_argument("names", nargs="+", metavar="NAME", help="a name that moetier list shows, or a model directory")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a name that moetier list shows")
     parser.add_argument(
         "--yes",
         action="store_true",
@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     is asked about it, TargetError is raised after the models before it were removed.
     """
     from moetier.runtime.model.name_files import forget_name
+    from moetier.runtime.model.names import named_model
     from moetier.tiers.store.folder import GROUP
     from moetier.tiers.text import format_bytes
     from moetier.tools.convert.model_files import disk_bytes
 
-    models = dict(_named(name) for name in arguments.names)
+    models = dict(named_model(name) for name in arguments.names)
     removed = {
         name: folder
         for name, folder in models.items()
@@ -65,22 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{plain(str(path))}: stays, as it is not known to be of moetier")
         for mirror in mirrors:
             print(f"{plain(str(mirror))}: mirror of {name}, which is not removed")
-
-
-def _named(name: str) -> tuple[str, Path]:
-    """Return the full name and the path of a model, which may be given by its folder. Raises as ``named_model``."""
-    from moetier.runtime.model.name_files import register_name
-    from moetier.runtime.model.names import named_model
-    from moetier.tiers.errors import NotFoundError
-    from moetier.tools.convert.model_files import is_ours
-
-    try:
-        return named_model(name)
-    except NotFoundError:
-        folder = Path(os.path.abspath(name))  # noqa: PTH100 - Path.absolute keeps ".."
-        if not is_ours(folder) or (known := register_name(folder)) is None:
-            raise
-        return known, folder
 
 
 def _is_pulled(folder: Path) -> bool:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.checkpoint import hub
-from moetier.runtime.checkpoint.containers import Checkpoint, open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, open_checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import check_source
 from moetier.runtime.machine.threads import use_threads
 from moetier.runtime.model.name_files import register_name
 from moetier.runtime.model.names import place_of, tag_of
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.options import declare_keywords
-from moetier.tiers.store.folder import GROUP, JOURNAL, replacement_folder
+from moetier.tiers.store.folder import JOURNAL, replacement_folder
 
 from .conversion import Conversion, ConversionReport
 from .mirror_writer import mirror_to
@@ -30,7 +30,7 @@ from .replacement import (
     mirror_of_old,
     mirrors_of,
     replace_model,
-    set_aside,
+    set_aside_text,
 )
 from .streaming import Download, open_on_hub
 from .target import check_place, revision_under_way
@@ -70,11 +70,13 @@ def convert(
         if folder is None:
             report = convert_from_hub(str(source), target, how, command, quiet=quiet, or_folder=True)
         else:
-            checkpoint = open_source(source, ignore_code=how.ignore_code)
+            checkpoint = open_checkpoint(source, ignore_code=how.ignore_code)
             report = convert_checkpoint(checkpoint, target, how, command, quiet=quiet)
-    finally:
-        if os.path.isdir(target / GROUP):  # noqa: PTH112 - Path.is_dir may raise
-            register_name(target)  # even if it is incomplete: `moetier list` then says how to resume it
+    except BaseException:
+        if os.path.isfile(target / JOURNAL):  # noqa: PTH113 - Path.is_file may raise
+            register_name(target)  # `moetier list` says how to resume it
+        raise
+    register_name(target)
     if mirror is not None:
         mirror_to(target, Path(mirror), overwrite=how.overwrite or how.replace_first)
     return report
@@ -151,7 +153,7 @@ def convert_checkpoint(
         check_place(place, checkpoint.folder)
     conversion = Conversion.plan(checkpoint, target, options, command=command, download=download, quiet=quiet)
     for path in finish_replacement(target):
-        conversion.say(set_aside(path))
+        conversion.say(set_aside_text(path))
     replaces = options.overwrite or options.replace_first
     ending = has_manifest(target) and (target / JOURNAL).exists()  # an earlier run stopped at its very end
     try:
@@ -177,25 +179,25 @@ def _remove_first(conversion: Conversion) -> None:
 
     Raises TargetError.
     """
-    dst = conversion.target.folder
-    check_unused(str(dst), dst)
+    folder = conversion.target.folder
+    check_unused(str(folder), folder)
     conversion.check_disks(replacing=True)
-    conversion.say(f"{dst}: removing the old conversion first")
-    for mirror in mirrors_of(dst):
+    conversion.say(f"{folder}: removing the old conversion first")
+    for mirror in mirrors_of(folder):
         conversion.say(mirror_of_old(mirror))
-    remove(dst, _kept(conversion))
-    discard(dst)
+    remove(folder, _kept(conversion))
+    discard(folder)
 
 
 def _kept(conversion: Conversion) -> list[Path]:
     """Set copied files of another checkpoint aside. Return those that the new model lacks, but can use."""
     target = conversion.target
-    dst = target.folder
-    lacking = [path for path in copied_files(dst) if path.relative_to(dst).as_posix() not in target.small]
+    folder = target.folder
+    lacking = [path for path in copied_files(folder) if path.relative_to(folder).as_posix() not in target.small]
     with contextlib.suppress(StoreError):
         if (earlier := target.existing_manifest()) and earlier.source_digest == target.manifest.source_digest:
             return lacking
     for path in lacking:
-        path.rename(goal := free_path(dst, path.relative_to(dst), in_use=True))
-        conversion.say(set_aside(goal))
+        path.rename(goal := free_path(folder, path.relative_to(folder), in_use=True))
+        conversion.say(set_aside_text(goal))
     return []

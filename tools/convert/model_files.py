@@ -170,9 +170,7 @@ def remove(folder: Path, kept: Sequence[Path] = ()) -> None:
     """
     beside = [path for path in outside_store(folder) if path not in kept]
     if has_lost_store(folder):
-        for path in sorted(beside, key=lambda path: path.name == CONFIG):  # last: it marks the directory as moetier's
-            delete(path)
-        return
+        (folder / GROUP).mkdir(exist_ok=True)  # it has the lock, and marks the directory as moetier's
     with locked(str(folder), folder):
         empty(folder, beside)
 

@@ -126,7 +126,7 @@ def free_path(folder: Path, relative: Path, *, in_use: bool) -> Path:
     return path
 
 
-def set_aside(path: Path) -> str:
+def set_aside_text(path: Path) -> str:
     """Return the sentence that says that a file of the old model has another name now."""
     return f"{path}: a file of the old model, set aside under this name"
 
@@ -181,7 +181,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
     )
     if has_manifest(new) and not (new / JOURNAL).exists():
         raise TargetExistsError(
-            f"{new}, where the new model for {folder} is made before it takes its place, holds another model.",
+            f"{new} holds another model. The new model for {folder} is made there, before it takes its place.",
             f"Move {new} elsewhere.",
         )
     try:
@@ -202,7 +202,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
         report = making.make()
     mirrors = _keep_mirrors(folder, new)
     for path in _take_place(new, folder):
-        conversion.say(set_aside(path))
+        conversion.say(set_aside_text(path))
     conversion.target.tidy()
     for mirror in mirrors:
         conversion.say(mirror_of_old(mirror))

@@ -52,7 +52,7 @@ DOWNLOAD_GRACE = 15.0  # seconds for a download that was told to stop; huggingfa
 MIN_START = 8 + len("{}")  # least number of bytes before a file's tensors: the header's length, and an empty header
 
 
-class Halted(BaseException):
+class DownloadStopped(BaseException):
     """Raised in the thread that downloads, to stop it before the download is complete."""
 
 
@@ -204,7 +204,7 @@ class Download:
 
     def _check_halted(self) -> None:
         if self._halted.is_set():
-            raise Halted
+            raise DownloadStopped
 
     def _check_sum(self, file: Path, remote: RemoteFile, name: str) -> None:
         """Check the size and sha256 of a downloaded file, and sync it to the disk, so that a link may mark it as whole.

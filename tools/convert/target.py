@@ -56,6 +56,7 @@ from .model_files import (
 )
 from .trunk_writer import TrunkFile, index_of
 
+INSTEAD = "Choose another folder, or replace it with --overwrite."
 METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)", "native": "their checkpoint"}
 
 
@@ -127,7 +128,7 @@ class Target:
         if not self.folder.is_dir():
             raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another path for the model directory.")
         if has_lost_store(self.folder):
-            raise self._differs(f"its {GROUP} is missing")
+            raise TargetExistsError(f"{self.folder} is incomplete: its {GROUP} is missing.", INSTEAD)
         if not is_ours(self.folder):
             raise TargetExistsError(
                 f"{self.folder} holds files, but is not a model directory of moetier.",
@@ -167,7 +168,7 @@ class Target:
     def _differs(self, what: str) -> TargetExistsError:
         return TargetExistsError(
             f"{self.folder} holds a different conversion: {what}.",
-            "Choose another folder, or replace it with --overwrite.",
+            INSTEAD,
         )
 
     @property

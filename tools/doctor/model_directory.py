@@ -46,7 +46,7 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
 
 
 def _fit(directory: Path, left: Available) -> tuple[Fit, int]:
-    """Return how the model fits into the memory that is left, and the tokens of its context, as ``moetier plan`` does.
+    """Return the fit that ``moetier plan`` would find for the memory that is left, and its context in tokens.
 
     Raises MoetierError.
     """

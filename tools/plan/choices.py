@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, is_one_file, open_checkpoint
 from moetier.runtime.checkpoint.decoded_trunk import trunk_matrices
 from moetier.runtime.checkpoint.model_config import is_checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import (
@@ -25,7 +25,7 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     WEIGHTS,
     locate,
     names_code,
-    open_checkpoint,
+    open_safetensors,
     read_json,
     read_places,
     weights_of,
@@ -90,7 +90,7 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
     files, _ = weights_of(folder, config)
     absent = [file for file in files if not (folder / file).is_file()]
     if not absent:
-        checkpoint = open_checkpoint(folder, ignore_code=True)
+        checkpoint = open_safetensors(folder, ignore_code=True)
         return CheckpointHeaders(checkpoint, True, checkpoint.nbytes, names_code(dict(config)), on_hub=False)
     if on_hub:
         tensors = _of_hub(name, folder, files)
@@ -103,7 +103,7 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
             "Download the checkpoint again, or give a folder that holds only config.json and the index.",
         )
     else:
-        open_checkpoint(folder, ignore_code=True)  # raises CheckpointError
+        open_safetensors(folder, ignore_code=True)  # raises CheckpointError
         raise AssertionError(f"{folder} was opened, and lacks {WEIGHTS}")
     checkpoint = Checkpoint(name, folder, str(source), True, config, tensors, copied=())
     nbytes = checkpoint.nbytes if on_hub else _total(folder)
@@ -269,7 +269,7 @@ def _converted(folder: Path) -> ModelChoices:
 
 def _one_file(path: Path) -> ModelChoices:
     """Return the one choice for a GGUF file, which is used as it is."""
-    checkpoint, manifest = open_source(path), table_of(path).manifest
+    checkpoint, manifest = open_checkpoint(path), table_of(path).manifest
     model, dtype = build_on_meta(checkpoint.config, None)
     tensors = checkpoint.sources(model, str(dtype).removeprefix("torch."))
     records = {name: matrix.layout for name, matrix in trunk_matrices(model, dtype, tensors).values()}

@@ -55,8 +55,7 @@ def plan(
     _check(bits, trunk_bits, disk)
     if isinstance(memory, str) and memory.isdecimal() and int(memory) < MIN_BYTES:
         raise ConfigError(f"--memory {memory} is {memory} bytes.", f"Did you mean {memory}GiB?")
-    if type(parallel) is not int or not 1 <= parallel < 1 << 31:
-        raise ConfigError(f"`parallel` is {parallel!r}.", "Give 1 to 2^31 - 1.")
+    parallel = replace(TIER_OPTIONS["sequences"], name="parallel").read(parallel)
     pulls = into is None and not Path(source).exists()
     place = nearest_folder(models_folder()) if pulls else into or Path()
     if not place.is_dir():

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from moetier.runtime.checkpoint.containers import Checkpoint, container_of
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.runtime.engine.model_runner import cache_of
 from moetier.runtime.engine.packed_runner import check_bits
 from moetier.runtime.generation.compat import CACHE
@@ -341,7 +341,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
 
     ``tokens``: most tokens of each text. Raises ConfigError or CheckpointError.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_safetensors(source)
     _check_tokenizer(checkpoint.folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     ids = tokenize(tokenizer, texts, tokens)

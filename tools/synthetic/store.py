@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moetier.runtime.checkpoint.containers import Checkpoint, open_source
+from moetier.runtime.checkpoint.containers import Checkpoint, open_checkpoint
 from moetier.runtime.formats.tensors import StoredTensor
 from moetier.runtime.machine.threads import use_threads
 from moetier.tiers.store.atomic import write_durably
@@ -94,7 +94,7 @@ def convert_synthetic(source: Path, target: Path, *, threads: int | None = None,
     Raises CheckpointError, TargetError or ConfigError.
     """
     options = Options(bits=4, fast=True, threads=threads)
-    convert_checkpoint(open_source(source), target, options, quiet=quiet)
+    convert_checkpoint(open_checkpoint(source), target, options, quiet=quiet)
     write_durably(target / TOKENS_FILE, (source / TOKENS_FILE).read_bytes())
 
 

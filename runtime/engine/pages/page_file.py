@@ -142,7 +142,7 @@ def write_file(
 
 
 def read_file(path: Path, name: bytes, buffers: Buffers) -> FileContents:
-    """Read the file of the page ``name``. The caller gives its memory back to ``buffers``.
+    """Read the file of the page ``name`` into memory of ``buffers``, to which the caller gives it back.
 
     Raises DamagedFileError if the file is not that page, and OSError, FileNotFoundError above all.
     """

@@ -82,7 +82,7 @@ class ExpertProducts:
         Args:
             x: address of [own, hidden]: the rows of the first expert, then those of the second, and so on; or of
                 [1, hidden], one row that goes through every expert.
-            own: number of rows of x: R or 1.
+            own: number of rows of x: R, the number of ``places``, or 1.
             jobs: for each expert the address of its record, its first row and its number of rows.
             places: [R], for each row its row in the outputs.
             outputs: address of rows of hidden numbers in the type of x.

@@ -18,7 +18,7 @@ from torch import Tensor
 import moetier
 from moetier.runtime.checkpoint import blueprint
 from moetier.runtime.checkpoint.blueprint import build_on_meta, make_blueprint, supported_types
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.stores.checkpoint_store import table_of
 from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsupportedModelError
@@ -33,7 +33,7 @@ READ_WHOLE = {"ernie4_5_vl_moe", "inkling2_loop"}  # transformers' rules for the
 
 
 def plan(source: Path) -> Conversion:
-    return Conversion.plan(open_checkpoint(source), source.parent / "dst", Options(bits=16))
+    return Conversion.plan(open_safetensors(source), source.parent / "dst", Options(bits=16))
 
 
 def source_trunk(source: Path) -> dict[str, Tensor]:
@@ -253,7 +253,7 @@ def test_a_config_with_endless_layers_is_refused(tmp_path: Path, place: str) -> 
 
 
 def test_what_is_kept_for_each_expert_and_unknown_is_refused(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "src"))
+    checkpoint = open_safetensors(save_checkpoint(tmp_path / "src"))
     model, dtype = build_on_meta(checkpoint.config, None)
     tensors = checkpoint.format.sources("bfloat16")
     path, module = next(iter(experts_modules(model).items()))

@@ -17,7 +17,7 @@ from native_checkpoints import save_native
 from stores import read_record
 
 from moetier.runtime.checkpoint import extents
-from moetier.runtime.checkpoint.safetensors_folder import WEIGHTS, open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import WEIGHTS, open_safetensors
 from moetier.runtime.stores.checkpoint_store import CheckpointStore, make_table
 from moetier.tiers.errors import CheckpointError, MoetierError
 from moetier.tiers.headers.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
@@ -39,7 +39,7 @@ class Folder:
         self.length = int.from_bytes(data[:8], "little")
         self.header: dict[str, Any] = json.loads(data[8 : 8 + self.length])
         self.data = len(data) - 8 - self.length
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_safetensors(path)
         self.built = extents.build_on_meta(checkpoint.config, checkpoint.first_dtype)
 
     def write(self, header: bytes, length: int | None = None, size: int | None = None) -> None:
@@ -51,7 +51,7 @@ class Folder:
     def look(self) -> bool:
         """Whether it is accepted. Then each extent is in the file, behind its header, and can be read."""
         try:
-            table = make_table(open_checkpoint(self.path))
+            table = make_table(open_safetensors(self.path))
         except MoetierError as error:
             refusal = error
         else:
@@ -170,7 +170,7 @@ def test_a_header_of_100_megabytes_is_not_read(folder: Folder) -> None:
     for size in (100_000_000, MAX_HEADER_BYTES + 1):
         folder.write(b"{" + b" " * (size - 2) + b"}", size=0)
         with pytest.raises(CheckpointError, match=f"{WEIGHTS} .*header of {size:,} bytes"):
-            open_checkpoint(folder.path)
+            open_safetensors(folder.path)
     folder.write(b"{}", size=0)
 
 

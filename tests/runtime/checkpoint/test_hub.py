@@ -11,7 +11,7 @@ from checkpoints import save_checkpoint, tree
 from hubs import READ_SETTINGS, REVISION, Hub, cache_of, serve_hub
 from prepared import MAIN, Prepared
 
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tools.convert.api import convert
 
 
@@ -22,8 +22,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OPEN = """
 import sys
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
-checkpoint = open_checkpoint(sys.argv[1])
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
+checkpoint = open_safetensors(sys.argv[1])
 print(checkpoint.name, len(checkpoint.tensors), *checkpoint.copied)
 """
 
@@ -37,7 +37,7 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(scripts: Prepared, ori
     cache_of(original, tmp_path / "hub")
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     result = scripts.run(OPEN, "acme/tiny-moe", environment=offline)
-    assert result.stdout.split()[:2] == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
+    assert result.stdout.split()[:2] == ["acme/tiny-moe", str(len(open_safetensors(original).tensors))], result.stderr
     result = scripts.run(OPEN, "acme/nothing", environment=offline)
     assert "CheckpointError: The hub could not be reached for a model with the id acme/nothing" in result.stderr
 
@@ -78,7 +78,7 @@ def offer(hub: Hub, name: str, original: Path) -> dict[str, bytes]:
 def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, scripts: Prepared, original: Path) -> None:
     offer(hub, "acme/tiny-moe", original)
     result = scripts.run(OPEN, "acme/tiny-moe", environment=hub.settings)
-    tensors = str(len(open_checkpoint(original).tensors))
+    tensors = str(len(open_safetensors(original).tensors))
     assert result.stdout.split() == ["acme/tiny-moe", tensors, "LICENSE", "generation_config.json", "tokenizer.json"]
     wanted = {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
     assert hub.downloaded() == wanted

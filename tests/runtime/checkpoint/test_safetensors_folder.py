@@ -13,7 +13,7 @@ from checkpoints import edit_json, save_checkpoint, tree
 from hubs import cache_of
 
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import INDEX, WEIGHTS, open_safetensors
 from moetier.tiers.errors import CheckpointError, StoreFormatError, UnsafeCheckpointError
 from moetier.tools.convert.api import convert
 
@@ -32,17 +32,17 @@ def source(original: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_listed(source: Path) -> None:
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_safetensors(source)
     assert checkpoint.name == "tiny-moe"
     assert checkpoint.tensors.keys() == json.loads((source / INDEX).read_text())["weight_map"].keys()
     assert checkpoint.copied == ("generation_config.json",)
-    assert checkpoint.digest == open_checkpoint(str(source)).digest
+    assert checkpoint.digest == open_safetensors(str(source)).digest
 
 
 def test_what_the_digest_knows(source: Path) -> None:
-    before = open_checkpoint(source).digest
+    before = open_safetensors(source).digest
     edit_json(source / "config.json", rms_norm_eps=1e-3)
-    assert open_checkpoint(source).digest != before
+    assert open_safetensors(source).digest != before
 
 
 def test_a_conversion_leaves_out_settings_at_any_depth(source: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_code_of_its_own_is_refused_and_with_ignore_code_left_behind(source: Pat
 def test_code_that_a_part_of_the_config_names_is_refused(source: Path) -> None:
     edit_json(source / "config.json", text_config={"nested": [{"auto_map": {}}]})
     with pytest.raises(UnsafeCheckpointError, match="auto_map"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 @pytest.mark.parametrize("levels", [150, 600, 100_000])  # json itself refuses only the last
@@ -115,7 +115,7 @@ def test_code_that_a_part_of_the_config_names_is_refused(source: Path) -> None:
 def test_values_that_are_nested_too_deeply_are_refused(source: Path, file: str, levels: int) -> None:
     (source / file).write_text('{"a":' * levels + "0" + "}" * levels)
     with pytest.raises(CheckpointError, match=f"{file} has values that are nested in more than 100 levels"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 def test_values_in_a_file_that_is_copied_without_auto_map_may_not_be_nested_too_deeply(
@@ -165,20 +165,20 @@ def test_a_link_that_leads_out_is_refused(source: Path, tmp_path: Path, name: st
     outside = victim.rename(tmp_path / victim.name)
     victim.symlink_to(outside)
     with pytest.raises(UnsafeCheckpointError, match="leads out"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 def test_a_config_that_names_weights_elsewhere_is_refused(source: Path) -> None:
     edit_json(source / "config.json", transformers_weights="../model.safetensors")
     with pytest.raises(UnsafeCheckpointError, match="outside itself"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 def test_a_shard_that_is_missing_is_named(source: Path) -> None:
     victim = sorted(source.glob("*.safetensors"))[1]
     victim.unlink()
     with pytest.raises(CheckpointError, match=f"lacks {victim.name}"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 def test_a_shard_that_is_cut_is_named(source: Path, tmp_path: Path) -> None:
@@ -194,21 +194,21 @@ def test_tensors_that_are_not_where_the_index_says_are_named(source: Path) -> No
     index["weight_map"]["model.layers.9.ghost"] = next(iter(index["weight_map"].values()))
     (source / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"not in their files: model\.layers\.9\.ghost"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 def test_a_tensor_that_is_there_twice_is_named(source: Path) -> None:
     first, second = sorted(source.glob("*.safetensors"))[:2]
     shutil.copy(first, second)
     with pytest.raises(CheckpointError, match=r"is in both .* and "):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x80"])
 def test_a_config_that_is_none_is_refused(source: Path, text: str) -> None:
     (source / "config.json").write_text(text, "latin-1")
     with pytest.raises(CheckpointError, match="JSON"):
-        open_checkpoint(source)
+        open_safetensors(source)
 
 
 @pytest.mark.parametrize("value", ["fp8", 3, [{"quant_method": "fp8"}]])
@@ -222,22 +222,22 @@ def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: P
     for path in source.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(CheckpointError, match=f"neither {WEIGHTS} nor {INDEX}"):
-        open_checkpoint(source)
+        open_safetensors(source)
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        open_checkpoint(source)
+        open_safetensors(source)
     with pytest.raises(CheckpointError, match="no folder"):
-        open_checkpoint(tmp_path / "not" / "there" / "at all")
+        open_safetensors(tmp_path / "not" / "there" / "at all")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="not a folder"):
-        open_checkpoint(tmp_path / "file")
+        open_safetensors(tmp_path / "file")
 
 
 def test_the_links_of_a_hub_cache_are_its_own(original: Path, tmp_path: Path) -> None:
     snapshot = cache_of(original, tmp_path / "hub")
-    assert open_checkpoint(snapshot).name == "acme/tiny-moe"
+    assert open_safetensors(snapshot).name == "acme/tiny-moe"
     shutil.copy(original / "config.json", tmp_path / "config.json")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(tmp_path / "config.json")
     with pytest.raises(UnsafeCheckpointError, match="leads out"):
-        open_checkpoint(snapshot)
+        open_safetensors(snapshot)

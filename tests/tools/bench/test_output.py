@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from moetier.tools.bench.output import Interrupted, Spread, alternate, busy_notes
+from moetier.tools.bench.output import BenchInterrupted, Spread, alternate, busy_notes
 from moetier.tools.rates.hardware import CpuTimes
 
 
@@ -38,7 +38,7 @@ def test_what_was_measured_before_ctrl_c_is_kept() -> None:
             raise KeyboardInterrupt
         return number
 
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(BenchInterrupted) as caught:
         alternate(3, {"a": way, "b": way}, say=told.append)
     assert caught.value.results == {"a": [1, 3], "b": [2]}
     assert told == ["round 1 of 3: a", "round 1 of 3: b", *(f"round 2 of 3, about 0 s left: {n}" for n in "ab")]

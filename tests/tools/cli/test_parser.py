@@ -61,13 +61,16 @@ def test_the_options_that_everyone_needs_come_first(command: str, capsys: pytest
 
 
 @pytest.mark.parametrize("words", [["pull"], ["plan"], ["chat"], ["convert"]])
-@pytest.mark.parametrize("page", ["https://huggingface.co/acme/tiny-1.5", "http://www.hf.co/acme/tiny-1.5/tree/main"])
+@pytest.mark.parametrize(
+    "page", ["https://huggingface.co/acme/tiny-1.5", "http://www.hf.co/acme/tiny-1.5/tree/main?x=1#usage"]
+)
 def test_the_address_of_a_page_on_the_hub_means_its_model(words: list[str], page: str) -> None:
     more = ["DST"] if words == ["convert"] else []
     given = vars(build_parser().parse_args([*words, page, *more]))
     assert "acme/tiny-1.5" in given.values()
 
 
-def test_another_address_of_the_hub_is_not_changed() -> None:
-    address = "https://huggingface.co/acme/tiny/blob/main/x.gguf"
+@pytest.mark.parametrize("path", ["acme/tiny/blob/main/x.gguf", "datasets/squad", "docs/transformers"])
+def test_another_address_of_the_hub_is_not_changed(path: str) -> None:
+    address = f"https://huggingface.co/{path}"
     assert build_parser().parse_args(["pull", address]).id == address

@@ -21,7 +21,7 @@ from faults import flip_bit, mounted, only, strace
 from prepared import Prepared
 from torch import Tensor
 
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tiers.errors import (
     CheckpointError,
     ConfigError,
@@ -285,7 +285,7 @@ def test_what_resumes_it_has_every_option(source: Path, tmp_path: Path) -> None:
     src = Path(shutil.copytree(source, tmp_path / "with space"))
     edit_json(src / "config.json", auto_map={})
     options = Options(bits=2, group_size=16, pairs="uint8", fast=True, ignore_code=True)
-    conversion = Conversion.plan(open_checkpoint(src, ignore_code=True), tmp_path / "dst", options)
+    conversion = Conversion.plan(open_safetensors(src, ignore_code=True), tmp_path / "dst", options)
     assert main(conversion.command[1:]) == 0
     assert conversion.target.is_complete()
 
@@ -438,7 +438,7 @@ PRELUDE = """
 import os, signal, sys
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
 from moetier.tools.convert.api import convert
@@ -500,7 +500,7 @@ sys.exit(main(['convert', source, target]))
 
 def test_a_source_that_goes_away_is_not_taken_for_the_target(source: Path, tmp_path: Path) -> None:
     src = Path(shutil.copytree(source, tmp_path / "src"))
-    conversion = Conversion.plan(open_checkpoint(src), tmp_path / "dst", Options())
+    conversion = Conversion.plan(open_safetensors(src), tmp_path / "dst", Options())
     for path in src.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(CheckpointError, match=f"{src}.* can't be read: No such file"):
@@ -516,7 +516,7 @@ def test_a_source_that_goes_away_is_not_taken_for_the_target(source: Path, tmp_p
 def test_a_source_whose_disk_fails_is_not_taken_for_the_target(tmp_path: Path, after_plan: bool) -> None:
     """strace counts each thread's reads: the main one samples every tensor, then it copies the trunk."""
     src = save_checkpoint(tmp_path / "src", shards=1)
-    samples = sum(1 + (tensor.nbytes > 64) for tensor in open_checkpoint(src).tensors.values())
+    samples = sum(1 + (tensor.nbytes > 64) for tensor in open_safetensors(src).tensors.values())
     inject = f"inject=preadv,preadv2:error=EIO:when={samples + 1 if after_plan else 1}"
     options = [
         *only("preadv,preadv2"),

@@ -242,31 +242,6 @@ def test_rm_of_a_converted_model_removes_its_folder(converted: Path, scripts: Pr
     assert registered() == {}
 
 
-def test_rm_takes_a_model_directory_that_has_no_name(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As a conversion that was killed leaves it."""
-    for folder in ((first := tmp_path / "own" / "first"), (second := tmp_path / "own" / "second")):
-        (folder / GROUP).mkdir(parents=True)
-    monkeypatch.chdir(first.parent)
-    assert main(["rm", "first"]) == 2, "there is no terminal to ask"
-    assert main(["rm", "first", str(second), "--yes"]) == 0
-    said = capsys.readouterr().out
-    assert f" in {first}\n" in said
-    assert f" in {second}\n" in said
-    assert list(first.parent.iterdir()) == []
-    assert registered() == {}
-
-
-def test_rm_takes_no_folder_that_is_not_of_moetier(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "photos").mkdir()
-    assert main(["rm", str(tmp_path / "photos"), "--yes"]) == 1
-    assert f"There is no model called {tmp_path / 'photos'}." in capsys.readouterr().err
-    assert (tmp_path / "photos").exists()
-
-
 def test_a_conversion_that_has_failed_is_listed_and_removed(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import save_checkpoint, tree
 from faults import flip_bit
 
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tiers.errors import StoreFormatError, TargetExistsError
 from moetier.tiers.manifest import FEATURES, TrunkRecords
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -59,7 +59,7 @@ def test_a_trunk_of_sixteen_bits_is_what_it_was(source: Path, tmp_path: Path) ->
 
 
 def test_sizes_are_those_that_were_announced(source: Path, made: Path, tmp_path: Path) -> None:
-    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(trunk_bits=4))
+    conversion = Conversion.plan(open_safetensors(source), tmp_path / "dst", Options(trunk_bits=4))
     files = {name: len(data) for name, data in tree(made).items() if name.startswith("trunk-")}
     assert files == {file.name: file.size for file in conversion.target.trunk}
     weights = 3 * (2 * 64 * 64 + 2 * 32 * 64) + 256 * 64
@@ -109,7 +109,7 @@ def test_what_was_cut_is_gone_on_with(source: Path, made: Path, tmp_path: Path, 
 
 
 def test_the_command_that_resumes_it(source: Path, tmp_path: Path) -> None:
-    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(trunk_bits=4))
+    conversion = Conversion.plan(open_safetensors(source), tmp_path / "dst", Options(trunk_bits=4))
     assert conversion.command[-4:] == ("--bits", "4", "--trunk-bits", "4")
 
 

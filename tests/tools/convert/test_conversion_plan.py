@@ -12,7 +12,7 @@ import torch
 from architectures import TINY, tiny_model
 from checkpoints import edit_tensors, save_checkpoint, trunk_tensors
 
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.runtime.machine.memory import Available
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
@@ -29,7 +29,7 @@ BF16 = torch.bfloat16
 
 def matrices_of(folder: Path, bits: Bits = 4) -> set[str]:
     """Module paths of the matrices that become records."""
-    planned = Conversion.plan(open_checkpoint(folder), folder.parent / "dst", Options(trunk_bits=bits))
+    planned = Conversion.plan(open_safetensors(folder), folder.parent / "dst", Options(trunk_bits=bits))
     return set(planned.planned.blueprint.matrices)
 
 
@@ -98,7 +98,7 @@ def test_what_a_checkpoint_fuses_is_quantised_as_the_module_has_it(tmp_path: Pat
     found = matrices_of(source)
     assert "model.layers.0.linear_attn.in_proj_a" in found
     convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
-    (fused,) = (name for name in open_checkpoint(source).tensors if name.endswith("0.linear_attn.in_proj.weight"))
+    (fused,) = (name for name in open_safetensors(source).tensors if name.endswith("0.linear_attn.in_proj.weight"))
     stored = trunk_tensors(tmp_path / "dst")
     assert fused not in stored
     ordinary = tiny_model("lara_mini", BF16, linear_num_value_heads=64, linear_num_key_heads=64)
@@ -138,7 +138,7 @@ def test_pieces_make_the_record_of_the_whole(
 
 
 def test_where_memory_is_short_fewer_work_on_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_checkpoint(saved(tmp_path, "mixtral", num_key_value_heads=4))
+    source = open_safetensors(saved(tmp_path, "mixtral", num_key_value_heads=4))
     options = Options(bits=4, trunk_bits=4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
@@ -157,7 +157,7 @@ def test_where_memory_is_short_fewer_work_on_them_too(tmp_path: Path, monkeypatc
 
 def test_a_tied_head_has_a_record_beside_the_embedding(tmp_path: Path) -> None:
     source = saved(tmp_path, "mixtral", tie_word_embeddings=True)
-    assert "lm_head.weight" not in open_checkpoint(source).tensors
+    assert "lm_head.weight" not in open_safetensors(source).tensors
     convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
     stored = trunk_tensors(tmp_path / "dst")
     embedding = tiny_model("mixtral", BF16, tie_word_embeddings=True).get_input_embeddings().weight

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cgroups import memory_limit
 
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tools.convert.conversion import Conversion
 from moetier.tools.convert.options import Options
 from moetier.tools.synthetic.checkpoint import COMMON, GEOMETRIES
@@ -39,7 +39,7 @@ def fast(bits: int) -> list[str]:
 
 def weights_of(source: Path) -> tuple[int, int]:
     """(of one expert, of one block)."""
-    plan = Conversion.plan(open_checkpoint(source), source / "x", Options(bits=16)).target.manifest
+    plan = Conversion.plan(open_safetensors(source), source / "x", Options(bits=16)).target.manifest
     return plan.layout(0).weights, plan.layout(0).weights * plan.blocks[0].experts
 
 
@@ -52,7 +52,7 @@ def test_the_peak_is_what_was_said_before(tmp_path: Path, monkeypatch: pytest.Mo
         few = {"hidden_size": 128} if folder is small else {}
         monkeypatch.setitem(GEOMETRIES, "qwen3-8L", GEOMETRIES["qwen3-8L"] | wide | few | {"num_experts": experts})
         make_synthetic(folder, geometry="qwen3-8L", blocks=1)
-    said = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(bits, workers=2)).encoder.peak_bytes
+    said = Conversion.plan(open_safetensors(source), tmp_path / "dst", Options(bits, workers=2)).encoder.peak_bytes
     _, block = weights_of(source)
     idle, peak = (
         run("convert", folder, tmp_path / f"dst-{folder.name}", *fast(bits), "--workers", 2)["peak_bytes"]

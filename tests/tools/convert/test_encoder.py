@@ -16,7 +16,7 @@ from checkpoints import save_checkpoint, tree
 from readers import PATIENCE
 
 from moetier.runtime.checkpoint.recipe import Merging, Recipe
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tools.convert import encoder as records
 from moetier.tools.convert.api import convert
 from moetier.tools.convert.conversion import Conversion
@@ -51,7 +51,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Recipe, "make", count)
     monkeypatch.setattr(Merging, "release", tell)
     monkeypatch.setattr(records, "encode", hold)
-    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "two", Options(workers=2, fast=True))
+    conversion = Conversion.plan(open_safetensors(source), tmp_path / "two", Options(workers=2, fast=True))
     blocks = conversion.planned.blueprint.blocks
     assert not any(block.is_separable for block in blocks)
     conversion.run()
@@ -69,7 +69,7 @@ def test_what_many_workers_take_was_said_before(tmp_path: Path, monkeypatch: pyt
     said, taken = {}, {}
     for workers in (1, 16):
         options = Options(4, workers=workers)
-        said[workers] = Conversion.plan(open_checkpoint(source), tmp_path / "dst", options).encoder.peak_bytes
+        said[workers] = Conversion.plan(open_safetensors(source), tmp_path / "dst", options).encoder.peak_bytes
         target = tmp_path / str(workers)
         words = ["convert", source, target, "--bits", 4, "--fast", "--workers", workers, "--json"]
         command = [sys.executable, "-m", "moetier.tools.main", *map(str, words)]
@@ -80,7 +80,7 @@ def test_what_many_workers_take_was_said_before(tmp_path: Path, monkeypatch: pyt
 def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert that has been read is not quantised before another one is being read."""
     source = save_checkpoint(tmp_path / "src", "mixtral")
-    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(workers=2, fast=True))
+    conversion = Conversion.plan(open_safetensors(source), tmp_path / "dst", Options(workers=2, fast=True))
     make, encode, readers, overlapped = Recipe.make, records.encode, set[int](), threading.Event()
 
     def note(recipe: Recipe, expert: int | None, *turn: Any) -> Any:
@@ -102,7 +102,7 @@ def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_workers_go_on_while_a_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_checkpoint(tmp_path / "src", "mixtral")
-    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(workers=2, fast=True))
+    conversion = Conversion.plan(open_safetensors(source), tmp_path / "dst", Options(workers=2, fast=True))
     encode, finished, blocks = records.encode, threading.Semaphore(0), conversion.target.manifest.blocks
     assert sum(block.experts for block in blocks) > 5
 

@@ -13,7 +13,7 @@ from stores import without_table
 
 import moetier
 from moetier.runtime.checkpoint import containers as checkpoint
-from moetier.runtime.checkpoint.safetensors_folder import open_checkpoint
+from moetier.runtime.checkpoint.safetensors_folder import open_safetensors
 from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tools.convert.api import convert
@@ -52,7 +52,7 @@ def test_one_does_not_go_on_with_the_other(
     fine_tunes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = fine_tunes
-    cut = Conversion.plan(open_checkpoint(first), tmp_path / "dst", Options(fast=True))
+    cut = Conversion.plan(open_safetensors(first), tmp_path / "dst", Options(fast=True))
 
     def stop(_: Conversion, line: str) -> None:
         if "relative error" in line:
@@ -75,9 +75,9 @@ def test_what_is_looked_at(fine_tunes: tuple[Path, Path], monkeypatch: pytest.Mo
     """The first and last 64 bytes, 64 at each stride; whatever time the files were written at."""
     first, _ = fine_tunes
     monkeypatch.setattr(checkpoint, "SAMPLE_STRIDE", 1024)
-    before = open_checkpoint(first).digest
+    before = open_safetensors(first).digest
     (first / "model.safetensors").touch()
-    assert open_checkpoint(first).digest == before
+    assert open_safetensors(first).digest == before
     name = max(load_file(first / "model.safetensors").items(), key=lambda item: item[1].nbytes)[0]
     for position, seen in ((0, True), (31, True), (32, False), (512, True), (-1, True), (-32, True)):
 
@@ -85,7 +85,7 @@ def test_what_is_looked_at(fine_tunes: tuple[Path, Path], monkeypatch: pytest.Mo
             tensors[name].view(-1)[position] += 1
 
         edit_tensors(first, change)
-        after = open_checkpoint(first).digest
+        after = open_safetensors(first).digest
         assert (after != before) == seen, position
         before = after
 

@@ -13,6 +13,7 @@ from stores import NASTY, layout_of, make_store
 
 from moetier.runtime.kernels.jit import processor
 from moetier.runtime.wire.address import CARD
+from moetier.testing import in_fork
 from moetier.tools.doctor import machine as doctor_machine
 from moetier.tools.doctor.machine import Finding, State, fail, findings_of, lines_of, ok
 
@@ -90,14 +91,13 @@ def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_no_memory_files() -> None:
     """The system gives no byte to a file."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
+
+    def starved() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         (found,) = doctor_machine.memory_files()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert found.state is State.FAIL
-    assert found.found == "No sealed memory file can be made: File too large."
+        return f"{found.state}: {found.found}"
+
+    assert in_fork(starved) == "returned fail: No sealed memory file can be made: File too large."
 
 
 def test_daemons(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
