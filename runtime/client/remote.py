@@ -39,6 +39,7 @@ from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import Pause, Store
 from moetier.tiers.store.checksum import crc32c, stored_checksum
+from moetier.tiers.store.shard import as_bytes
 
 CHANNELS = 3  # number of connections, as one core limits the speed of TLS on a single connection
 SPLIT_BYTES = 8 << 20  # larger records are read over all channels at once
@@ -80,7 +81,7 @@ class RemoteStore(Store):
         self._is_closed = False
         self.computes: bool | None = None  # whether the daemon serves Compute; None before the first probe
         self.checks = False  # whether its answers repeat the checksums of requests: those of older daemons don't
-        self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
+        self._threads = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
     def probe(self, timeout: float = _ANSWER, *, again: bool = True) -> None:
         """Check that the daemon serves this store, over new connections if ``again``.
@@ -125,7 +126,7 @@ class RemoteStore(Store):
         """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
-        view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
+        view = as_bytes(buffer)
         assert len(view) == self.manifest.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
         began = time.monotonic()
         try:
@@ -174,7 +175,7 @@ class RemoteStore(Store):
             self._is_closed = True
             if self._channels is not None:
                 self._channels.close()
-        self._pool.shutdown()
+        self._threads.shutdown()
 
     def _connected(self, *, again: bool = False) -> _Channels:
         """Return the channels, opened now if there are none yet. With ``again``, replace the old channels."""
@@ -192,7 +193,7 @@ class RemoteStore(Store):
             return self._channels
 
     def _read(self, key: ExpertKey, view: memoryview) -> None:
-        _Transfer(self, key, view).run(self._connected(), self._pool)
+        _Transfer(self, key, view).run(self._connected(), self._threads)
         crc = crc32c(view[:-CHECKSUM_BYTES])
         if crc != stored_checksum(view):
             raise ChecksumError(

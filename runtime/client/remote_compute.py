@@ -22,6 +22,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.channel import INPUT_BYTES, MAX_OUTPUTS, OUTPUT_BYTES
 from moetier.runtime.wire.piece import decode_piece
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import (
     SAME_VERSION,
     BudgetError,
@@ -102,11 +103,8 @@ class RemoteCompute:
         row_bytes = products.row_bytes
         chosen = [key.expert for key in absent if not self._fetches(key, len(tokens_of[key.expert][0]), row_bytes)]
         if chosen:
-            try:
+            with closed_on_error(sent):
                 sent.send(chosen)
-            except BaseException:
-                sent.close()
-                raise
             sent.is_timed = len(sent.experts) == len(absent)
         elif absent:
             self.seconds.fade()

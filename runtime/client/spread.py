@@ -119,7 +119,7 @@ class SpreadStore(Store):
             if self.local is not None and key.block not in self.local.faults:
                 self.local.read_into(key, buffer, pause)
                 with self._counting:
-                    self._from_local.count(records=1, bytes=len(buffer))
+                    self._from_local.count(records=1, bytes=buffer.nbytes)
                 return
             if isinstance(error, StoreError):
                 raise error
@@ -160,7 +160,7 @@ class SpreadStore(Store):
             self.rate.begin()
             try:
                 peer.store.read_into(key, buffer)
-                brought = len(buffer)
+                brought = buffer.nbytes
             except (StoreError, ExhaustedError, BudgetError) as failure:  # the daemon answered, so it is not away
                 # without the traceback: the error is kept, and its frames hold the slot
                 error = failure.with_traceback(None)
@@ -172,7 +172,7 @@ class SpreadStore(Store):
                 error = failure.with_traceback(None)
                 self.peers.lose(peer, error, failures)
             else:
-                self.peers.count_record(peer, len(buffer))
+                self.peers.count_record(peer, buffer.nbytes)
                 return None
             finally:
                 self.rate.end(brought)

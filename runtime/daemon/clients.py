@@ -228,8 +228,8 @@ class Clients:
 
     # -- for the control socket ---------------------------------------------------------------------------------------
 
-    def register(self, session: str, digest: str | None, pid: int) -> Welcome:
-        """Register the client in process ``pid`` under the id ``session``, and return the answer to it.
+    def register(self, session_id: str, digest: str | None, pid: int) -> Welcome:
+        """Register the client in process ``pid`` under the id ``session_id``, and return the answer to it.
 
         ``digest`` names the store that the client will use; with None, the client gets only the session id. With a
         digest, raises UnknownModelError if the daemon does not serve the store, UnavailableError once the daemon is
@@ -237,19 +237,19 @@ class Clients:
         """
         with self._changed:
             if digest is None:
-                self._clients[session] = Client(pid, None)
+                self._clients[session_id] = Client(pid, None)
                 return Welcome("", {})
             model = self._model(digest)
             welcome = Welcome(model.name, model.slots, model.host.export())
-            client = self._clients[session] = Client(pid, model, next(self._numbers))
+            client = self._clients[session_id] = Client(pid, model, next(self._numbers))
             model.counts.register(client.number)
         log_event(_log, "client", pid=pid, model=model.name)
         return welcome
 
-    def unregister(self, session: str) -> None:
+    def unregister(self, session_id: str) -> None:
         """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
-            client = self._clients.pop(session)
+            client = self._clients.pop(session_id)
             call = client.call  # read only once, as the thread of the stream sets it to None
         if call is not None:
             call.end(_no_client())
@@ -259,9 +259,9 @@ class Clients:
 
     # -- for the gRPC service -----------------------------------------------------------------------------------------
 
-    def knows(self, session: str | None) -> bool:
-        """Return whether ``session`` is the id of a registered client."""
-        return session in self._clients
+    def knows(self, session_id: str | None) -> bool:
+        """Return whether ``session_id`` is the id of a registered client."""
+        return session_id in self._clients
 
     @property
     def is_serving(self) -> bool:
@@ -269,14 +269,14 @@ class Clients:
         return not self._is_ending and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager
-    def stream(self, session: str) -> Iterator[SessionCall]:
+    def stream(self, session_id: str) -> Iterator[SessionCall]:
         """Begin a stream of a client, and end the client's former one. The new stream ends with the ``with`` block.
 
-        Raises RefusedError if no client has the id ``session``, UnknownModelError if the client has named no store, and
-        UnavailableError once the daemon is ending.
+        Raises RefusedError if no client has the id ``session_id``, UnknownModelError if the client has named no store,
+        and UnavailableError once the daemon is ending.
         """
         with self._changed:
-            if (client := self._clients.get(session)) is None:
+            if (client := self._clients.get(session_id)) is None:
                 raise _no_client()
             if client.model is None:
                 raise UnknownModelError(

@@ -91,9 +91,9 @@ class Cuda(MemoryDevice):
         """Return the memory of the GPU that is free."""
         return Available(torch.cuda.mem_get_info(self.torch_device)[0], str(self.torch_device))
 
-    def streams(self) -> CudaDevice:
+    def streams(self) -> CudaStreams:
         """Return streams and memory of the GPU."""
-        return CudaDevice(self.torch_device)
+        return CudaStreams(self.torch_device)
 
 
 def _triton(layout: RecordLayout, activation: Activation, experts: int) -> BlockKernels:
@@ -123,8 +123,8 @@ def _inner_tiles(columns: int) -> int:
     return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
 
 
-class CudaDevice:
-    """A CUDA device, with a stream for copies of records and a stream for arranging copied records."""
+class CudaStreams:
+    """Streams of a CUDA device: one for copies of records, and one for arranging copied records."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -250,7 +250,7 @@ class Engine(Closeable):
             while self._take_work():
                 with BUILDING.computing():
                     self._steps.step()
-        except BaseException as error:  # an error of one sequence ends only that sequence
+        except BaseException as error:  # ``Steps`` handles errors of one sequence; this ends the thread
             with self._changed:
                 self._failure = error
             _log.critical("The thread that computes answers has failed: %s", error)

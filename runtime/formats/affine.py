@@ -1,8 +1,8 @@
 """Matrices of a checkpoint that HQQ, AWQ or GPTQ has quantised: what the three have in common.
 
 A weight is (c - z) * s, with its code c, and the scale s and the zero point z of its group. Such a matrix is
-dequantised when it is read, or its codes, scales and zero points are kept (``levels``). ``words`` and ``hqq`` unpack
-them.
+dequantised when it is read, or its codes, scales and zero points are kept (``levels``). ``gptq_awq`` and
+``hqq`` unpack them.
 """
 
 from __future__ import annotations

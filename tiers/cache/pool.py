@@ -8,8 +8,8 @@ A pool has keys and numbers of slots. It holds no records and has no lock.
 A *pin* keeps the record of a READY slot from being evicted. A pin on a LOADING slot is a *claim*: a demand waits for
 the record that is being loaded.
 
-The slots are divided among *partitions* (``partitions``). A partition evicts only records of its own blocks,
-in the order of a policy (``policies``). A prefetch takes the slot of an earlier prefetch of any block if that record
+The slots are divided among *partitions* (``policies.Partitions``). A partition evicts only records of its own
+blocks, in the order of a policy. A prefetch takes the slot of an earlier prefetch of any block if that record
 was not used and is no longer requested. Otherwise it evicts the next record of its own partition. Until it is used, a
 prefetched record is itself the next to be evicted. So a right prediction evicts the record that its demand would have
 evicted. Of several wrong predictions in a row, only the first evicts a record that was in use.

@@ -215,7 +215,7 @@ class ExtentStore(DirectoryStore):
         self._file_faults: dict[int, StoreError] = {}  # errors of bad shards, by number
         self._use = UseCount(f"The checkpoint {folder}")
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()  # one for each read that was in progress at a time
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
+        self._threads = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
         with closed_on_error(self):
             self._open(damaged)
 
@@ -322,7 +322,7 @@ class ExtentStore(DirectoryStore):
     def _read_part(self, extents: list[Extent], part: RecordPart, crc: int) -> int:
         """Read a part of a record. See ``ReadPart``."""
         reads = [
-            Read(self._pool, partial(self._assemble, extents, at, memory), payload)
+            Read(self._threads, partial(self._assemble, extents, at, memory), payload)
             for at, memory, payload in part.pieces()
         ]
         return run_reads(reads, crc)
@@ -362,6 +362,6 @@ class ExtentStore(DirectoryStore):
         self._use.close()
         files, self._files = self._files, {}
         if self._fork_guard.is_owner:
-            self._pool.shutdown()
+            self._threads.shutdown()
         for file in files.values():
             file.close()

@@ -81,7 +81,7 @@ class AccessTimes:
         return int(self._sizes[self._times != 0].sum())
 
     @property
-    def is_full(self) -> bool:
+    def has_all(self) -> bool:
         """True if all records of the model are in the cache."""
         return bool(self._times.all())
 

@@ -110,7 +110,7 @@ class CachedStore(WrapperStore):
         self._files = contextlib.ExitStack()  # closes what each process has to close, a fork too
         self._files.callback(times.close)
         self._files.callback(store.close)
-        # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_is_full``. Notified when records are
+        # guards: ``_arrived``, ``_waiting``, ``_buffers``, ``_timeout``, ``_is_given_up``. Notified when records are
         # durable
         self._keeping = threading.Condition()
         self._arrived: dict[ExpertKey, memoryview] = {}  # copies of records that are not yet durable
@@ -118,8 +118,8 @@ class CachedStore(WrapperStore):
         self._buffers: dict[int, list[memoryview]] = {}  # memory for further copies, by size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="moetier-cache")  # starts no thread yet
         self._timeout = ROOM_TIMEOUT  # 0 after a read has waited in vain
-        self._is_full = not self._cached.is_durable  # whether a write has failed, so that nothing is cached any more
-        if self._is_full and not self.is_complete:
+        self._is_given_up = not self._cached.is_durable  # whether a write has failed: nothing more is cached
+        if self._is_given_up and not self.is_complete:
             _log.warning("%s can't be written: experts that it lacks are fetched at each use.", self.directory)
 
     @property
@@ -250,10 +250,11 @@ class CachedStore(WrapperStore):
         """
         with self._keeping:
             room = self._keeping.wait_for(
-                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._is_full, self._timeout
+                lambda: not self._waiting or self._waiting + len(view) <= QUEUE_BYTES or self._is_given_up,
+                self._timeout,
             )
             self._timeout = ROOM_TIMEOUT if room else 0.0
-            if not room or self._is_full or key in self._arrived:
+            if not room or self._is_given_up or key in self._arrived:
                 return
             spare = self._buffers.setdefault(len(view), [])
             try:
@@ -303,7 +304,7 @@ class CachedStore(WrapperStore):
             _log.info("%s", error.cause)
         except OSError as error:
             with self._keeping:
-                self._is_full = True
+                self._is_given_up = True
             _log.warning(
                 "Records of %s are no longer kept in %s (%s): free some space, or set --store-cache-size.",
                 self.address,
@@ -343,16 +344,16 @@ class CachedStore(WrapperStore):
                     raise OSError(number, os.strerror(number))
 
     def _complete(self) -> None:
-        """If all records are there, make the folder an ordinary store. The caller has the lock."""
+        """If all records are there, make the folder an ordinary store. The caller holds ``locked``."""
         cached = self._cached
-        if not cached.is_full:
+        if not cached.has_all:
             return
         for block, shard in self.store.shards.items():
             expected = self.manifest.checksums(block)
             for expert, (stored, right) in enumerate(zip(shard.file.stored_checksums(), expected, strict=True)):
                 if stored != right:  # a reader has set its entry just when it was evicted
                     cached.clear(ExpertKey(block, expert))
-        if cached.is_full:
+        if cached.has_all:
             cached.sync()
             (self.folder / FETCHED).rename(self.folder / METADATA)
             sync_folder(self.folder)

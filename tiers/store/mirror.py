@@ -231,17 +231,17 @@ class MirroredStore(WrapperStore):
         The duration of the read, or its failure, is noted in ``copy``. Raises StoreError.
         """
         try:
-            shard, record = copy.store.locate(key)
+            shard, offset = copy.store.locate(key)
             with self._lock:
                 copy.begin(time.monotonic())
             length = 0
             try:
-                shard.read(record + start, part)
+                shard.read(offset + start, part)
                 length = len(part)
             finally:
                 with self._lock:
                     copy.end(time.monotonic(), length)
-            shard.uncache(record + start, len(part))
+            shard.uncache(offset + start, len(part))
         except StoreError as error:
             self._fail(copy, key, error)
             raise

@@ -278,10 +278,10 @@ class ShardStore(DirectoryStore):
         shard = self.shards[block]
         return shard, expert * shard.file.slot_bytes
 
-    def _read_part(self, shard: OpenShard, record: int, part: RecordPart, crc: int) -> int:
-        """Read a part of the record that begins at the offset ``record`` of a shard. See ``ReadPart``."""
+    def _read_part(self, shard: OpenShard, offset: int, part: RecordPart, crc: int) -> int:
+        """Read a part of the record that begins at ``offset`` of a shard. See ``ReadPart``."""
         reads = [
-            Read(self.threads, partial(shard.read, record + at, memory), payload)
+            Read(self.threads, partial(shard.read, offset + at, memory), payload)
             for at, memory, payload in part.pieces()
         ]
         return run_reads(reads, crc)

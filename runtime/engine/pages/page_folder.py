@@ -365,7 +365,8 @@ class PageFolder:
         now, kept = self._clock(), list[SavedPage]()
         for entry in entries(self._root):
             is_unfinished = entry.path.endswith(PARTIAL)
-            if abs(now - entry.used) > UNFINISHED_SECONDS * 1e9 if is_unfinished else self._is_old(entry.used):
+            is_over = abs(now - entry.used) > UNFINISHED_SECONDS * 1e9 if is_unfinished else self._is_old(entry.used)
+            if is_over:
                 remove(entry.path)
                 continue
             if entry.used > now + UNFINISHED_SECONDS * 1e9:

@@ -271,25 +271,25 @@ class AttentionTasks:
 
     def at(self, token: Token) -> None:
         """Write a token's addresses and positions into the contexts of the tasks. Call this before each run."""
-        new, all_, size, end = self._heads, self._attention, self._itemsize, token.offset + token.length
-        new[HEADS_PLACE["cos"]], new[HEADS_PLACE["sin"]] = token.cos.data_ptr(), token.sin.data_ptr()
+        heads, attention, size, end = self._heads, self._attention, self._itemsize, token.offset + token.length
+        heads[HEADS_PLACE["cos"]], heads[HEADS_PLACE["sin"]] = token.cos.data_ptr(), token.sin.data_ptr()
         strides, place = token.room.strides, token.place
         if token.room is not self._room:
             self._room = token.room
-            new[HEADS_PLACE["key_stride"]], new[HEADS_PLACE["value_stride"]] = size * strides[1], size * strides[4]
-            all_[PLACE["key_head"] : PLACE["key_head"] + 4] = array("q", (*strides[1:3], *strides[4:]))
+            heads[HEADS_PLACE["key_stride"]], heads[HEADS_PLACE["value_stride"]] = size * strides[1], size * strides[4]
+            attention[PLACE["key_head"] : PLACE["key_head"] + 4] = array("q", (*strides[1:3], *strides[4:]))
         for number, (begin, stride) in enumerate(zip(token.room.addresses, strides[2::3], strict=True)):
-            all_[PLACE["keys"] + number] = begin + size * (place.first - token.offset) * stride
-            new[HEADS_PLACE["key_place"] + number] = begin + size * place.new * stride
-        all_[PLACE["pages"]], all_[PLACE["page_bits"]] = place.pages, place.page_bits
+            attention[PLACE["keys"] + number] = begin + size * (place.first - token.offset) * stride
+            heads[HEADS_PLACE["key_place"] + number] = begin + size * place.new * stride
+        attention[PLACE["pages"]], attention[PLACE["page_bits"]] = place.pages, place.page_bits
         own = self._threads * self._compiled.thread_bytes
         nbytes = own + token.items * self._compiled.item_bytes
         scratch = _scratch.take(nbytes, spare=nbytes // 4)
-        all_[PLACE["scratch"]], all_[PLACE["results"]] = scratch, scratch + own
-        all_[PLACE["threads"]], all_[PLACE["items"]] = 0, token.items
-        all_[PLACE["first"]], all_[PLACE["end"]] = token.offset, end
-        all_[PLACE["spans"]] = token.items // self._variant.key_heads
-        all_[CONTEXT:] = self._finished
+        attention[PLACE["scratch"]], attention[PLACE["results"]] = scratch, scratch + own
+        attention[PLACE["threads"]], attention[PLACE["items"]] = 0, token.items
+        attention[PLACE["first"]], attention[PLACE["end"]] = token.offset, end
+        attention[PLACE["spans"]] = token.items // self._variant.key_heads
+        attention[CONTEXT:] = self._finished
 
 
 def _matrix_of(module: Any) -> RowMatrix | None:

@@ -23,7 +23,7 @@ from torch_experts import TorchExperts, TorchSums
 from twins import inputs, pair
 
 import moetier
-from moetier.runtime.devices.cuda import CudaDevice, CudaInt4
+from moetier.runtime.devices.cuda import CudaInt4, CudaStreams
 from moetier.runtime.kernels.int4 import FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.slots import Make, SlotKernels, can_compute
@@ -72,7 +72,7 @@ def test_blocks_are_computed_on_the_device(where: torch.device, model_type: str,
     for kernels in ways:
         results = []
         for slots in (18, 48):
-            device: StreamDevice = CudaDevice(where) if where.type == "cuda" else prompt_device(slots)
+            device: StreamDevice = CudaStreams(where) if where.type == "cuda" else prompt_device(slots)
             with HostTier(RamReader(plan, stored), slots={"records": slots}) as host:
                 tier = DeviceTier(host, plan, slots={"records": slots}, device=device, arrange=kernels.arrange)
                 twin.tiered = TieredBlock(5, layout, tier, kernels, where)

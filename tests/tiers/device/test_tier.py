@@ -19,7 +19,7 @@ from threads import Task, run_all, sleeps, wait_until
 from two_layouts import two_layouts
 from unsteady import UnsteadySource
 
-from moetier.runtime.devices.cuda import CudaDevice
+from moetier.runtime.devices.cuda import CudaStreams
 from moetier.testing import in_fork
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.tier import DeviceTier
@@ -704,9 +704,9 @@ def test_views_follow_a_source_whose_memory_changes() -> None:
 def test_on_cuda(tmp_path: Path) -> None:
     records = make_store(tmp_path)
     cuda = torch.device("cuda")
-    assert CudaDevice(cuda).page_locked(4096).is_pinned()
+    assert CudaStreams(cuda).page_locked(4096).is_pinned()
     with ShardStore.open(tmp_path) as store, HostTier(store, slots=SMALLEST) as host:
-        tier = DeviceTier(host, store.manifest, slots=SMALLEST, device=CudaDevice(cuda))
+        tier = DeviceTier(host, store.manifest, slots=SMALLEST, device=CudaStreams(cuda))
 
         def caller(number: int) -> int:
             copies: list[tuple[ExpertKey, torch.Tensor]] = []

@@ -25,11 +25,11 @@ def test_entries_go_block_after_block_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "uses"
     with closing(AccessTimes(path, MANIFEST)) as times:
         for number, key in enumerate(EVERY, 1):
-            assert not times.is_full
+            assert not times.has_all
             times.set(key)
             times.sync()
             assert np.flatnonzero(np.frombuffer(path.read_bytes(), np.uint64)).tolist() == [*range(number)]
-        assert times.is_full
+        assert times.has_all
 
 
 def test_the_least_recently_used_records_are_given_until_they_have_enough_bytes(tmp_path: Path) -> None:
