@@ -12,9 +12,10 @@ wanted.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 from moetier.tiers.arena.directory import Directory
@@ -56,8 +57,9 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        # a dictionary from caller to queue; the caller that was served last comes last
-        self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()
+        # A dictionary from caller to queue; the caller that was served last comes last. It is no OrderedDict, whose
+        # iterators make a KeyError of an exception that comes from outside while they hash a key.
+        self._queues: dict[Hashable, deque[Load]] = {}
 
     def add(self, caller: Hashable, load: Load) -> None:
         """Add a load to the queue of a caller. The same load may be in the queues of several callers."""
@@ -65,10 +67,10 @@ class FairQueue:
             # Callers with empty queues at the front are removed: they would be first again anyway. Callers with empty
             # queues behind a waiting one stay: if they were removed, they would be new when they come back, and so go
             # before the one that waits.
-            while self._queues and not next(iter(self._queues.values())):
-                self._queues.popitem(last=False)
-            queue = self._queues[caller] = deque()
-            self._queues.move_to_end(caller, last=False)
+            for first in list(takewhile(lambda each: not self._queues[each], self._queues)):
+                del self._queues[first]
+            queue = deque()
+            self._queues = {caller: queue, **self._queues}
         queue.append(load)
 
     def pop(self) -> Load | None:
@@ -79,7 +81,7 @@ class FairQueue:
                 # it may have been taken for another caller, which waits for the same record
                 if load.state is LoadState.QUEUED:
                     load.state = LoadState.TAKEN
-                    self._queues.move_to_end(caller)
+                    self._queues[caller] = self._queues.pop(caller)
                     return load
         return None
 

@@ -133,7 +133,8 @@ def test_what_is_reserved_covers_what_is_taken(
     _, directory = convert_tiny(model_type, torch.bfloat16, tmp_path, bits=4, **sizes)
     taken, reserved, computed = measured(scripts, str(directory), chunk, CONTEXT, exact, False)
     assert computed == chunk
-    assert reserved / (4 if exact else 2) < taken <= reserved
+    # without AMX, attention takes less than the part that is reserved for it
+    assert reserved / (4 if exact else 2.2) < taken <= reserved
 
 
 @pytest.mark.parametrize(
