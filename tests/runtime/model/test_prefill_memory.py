@@ -261,6 +261,7 @@ def test_a_prompt_that_cannot_be_divided_is_refused_if_it_has_no_room(
     assert not caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch leaves too little of this limit")
 def test_a_chunk_shrinks_in_a_control_group(tmp_path: Path) -> None:
     """`moetier bench prefill` and tests/measurements/peers.py feed the whole prompt if memory has room for that."""

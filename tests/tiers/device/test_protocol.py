@@ -173,7 +173,10 @@ def test_every_pair_is_computed_with_its_own_record(name: str) -> None:
     CASES[name].explore(device_reference)
 
 
-@pytest.mark.parametrize("what", BROKEN)
+DEAR = "two slots are filled at a time"
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.slow] * (what == DEAR)) for what in BROKEN])
 def test_a_broken_rule_is_noticed(what: str) -> None:
     old, new, case = BROKEN[what]
     source = inspect.getsource(device_reference)
