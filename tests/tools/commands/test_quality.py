@@ -29,6 +29,7 @@ def change(rows: list[dict[str, Any]], bits: int, method: str) -> float:
     return float(row["perplexity"] / rows[0]["perplexity"] - 1)
 
 
+@pytest.mark.slow
 def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "512")
     assert [row["bits"] for row in rows] == [None, 16, 8, 4, 3, 2]
