@@ -58,7 +58,8 @@ threads of their own, and a server has those of asyncio (``tools.serve.waiting``
         moetier-hold        keeps it alive (``tools.ray.daemon_actor``)
 
 All locks, and what each guards. The comment at a lock names the fields. ``tiers.locks`` has the order in which locks
-are taken, and the rule for the fields.
+are taken, and the rule for the fields. Two more belong to libraries: tqdm's lock of its bars (``tools.cli.progress``),
+and the number of Watch calls (``daemon.server``).
 
     tiers and stores
         Monitor._lock           all state of a host tier or device tier (``tiers.locks``)

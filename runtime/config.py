@@ -23,7 +23,6 @@ DEFAULT_SHARE = 0.8  # share of the free memory: the page cache, other programs 
 GROUP_SHARE = 0.95  # the share in a control group with a limit: other programs are few, and experts need no page cache
 KV_SHARE = Fraction(1, 4)  # of the memory that the trunk leaves, for keys and values
 PREFILL_TOKENS = 4096  # most tokens of a prompt that are computed together
-REMOTE_COMPUTE = ("auto", "off")
 NO_DAEMON = "none"  # value of the option `daemon` that means None where only a text can be given
 AUTO = "auto"  # value of the option `daemon`: use a running daemon that serves this store, if there is one
 
@@ -96,6 +95,13 @@ class SpeculationMode(Enum):
     AUTO = "auto"
     OFF = "off"
     ALWAYS = "always"
+
+
+class RemoteComputeMode(Enum):
+    """Whether daemons on other hosts compute experts: while it pays, or never."""
+
+    AUTO = "auto"
+    OFF = "off"
 
 
 MEMORY_GROUP = "memory and device"  # title of a group of options
@@ -234,12 +240,14 @@ class TierConfig(HostTierConfig):
         metavar="DAEMON",
         parse=DaemonChoice.parse,
     )
-    remote_compute: str = option(
+    remote_compute: RemoteComputeMode = option(
         "auto",
         "whether daemons on other hosts may compute experts that are not in memory here, in place of sending them "
         "(auto: where measurements show that this is faster)",
         group="daemon",
-        choices=REMOTE_COMPUTE,
+        types=str,
+        choices=tuple(mode.value for mode in RemoteComputeMode),
+        parse=RemoteComputeMode,
     )
     credentials: Credentials = option(
         None,

@@ -166,7 +166,7 @@ def test_a_daemon_does_without_torch() -> None:
     assert result.stdout.strip() == "set()"
 
 
-def test_public_names_are_what_is_said() -> None:
+def test_public_names_are_what_is_reported() -> None:
     import moetier
 
     assert (

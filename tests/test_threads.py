@@ -186,7 +186,6 @@ CHANGES = {
     "popleft",
     "remove",
     "setdefault",
-    "take_back_hits",
     "update",
 }
 # fields of which no change can be seen here, and why

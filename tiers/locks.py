@@ -20,7 +20,8 @@ Locks are taken in this order. A thread that holds one of them takes only later 
        RemoteStore._state, CachedStore._lock and _keeping, _Piece._lock, GrammarCompiler._making, compute._computing,
        team._making, and emitter.compile_lock of compiled code, which alone is taken while another of these is held
     5. all other locks. They are held for a few statements, in which no lock is taken, but those of Python with which
-       a thread starts: under Team._starting, grammar._stack_size and Peers._state
+       a thread starts: under Team._starting, grammar._stack_size, Peers._state, HostedModel._opening and
+       ComputeCalls._state
 
 ``moetier.runtime`` lists all locks. The comment at a lock says "guards:", and names fields. Outside of ``__init__``
 they are written only by a thread that holds the lock, or in methods that the comment names. Where they are read without

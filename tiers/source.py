@@ -83,8 +83,8 @@ class ResidentUses(Protocol):
         Returns at once.
         """
 
-    def take_back(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note`` as discarded, because records were replaced during their use.
+    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
+        """Count the hits of an earlier ``note`` as discarded, too, because records were replaced during their use.
 
         The caller then repeats the demand, and the repeated demand is counted.
         """
@@ -115,7 +115,7 @@ class NoUses:
     def note(self, block: int, experts: Sequence[int]) -> None:
         """Do nothing: what the caller has leased is counted already."""
 
-    def take_back(self, block: int, experts: Sequence[int]) -> None:
+    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
         """Do nothing."""
 
     def touch(self, block: int, experts: Sequence[int]) -> None:

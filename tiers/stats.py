@@ -50,6 +50,7 @@ class TierStats:
     """
 
     name: str
+    # a hit whose record was replaced during its use counts as discarded, too; the demand is repeated, and counted again
     hits: int = _counter("hits", "Demands whose record was in the tier.")
     # each has begun a load, or joined one
     misses: int = _counter("misses", "Demands whose record was not in the tier.")
@@ -74,7 +75,7 @@ class TierStats:
     )
     recalled: int = _counter("recalled", "Records that were read beforehand and demanded afterwards.")
     evictions: int = _counter("evictions", "Records that were evicted to make room for others.")
-    failures: int = _counter("load_failures", "Loads that ended in an error, and reads that a mirror made good.")
+    failures: int = _counter("load_failures", "Loads in which a read failed, also if a mirror then had the record.")
     discarded: int = _counter(
         "discarded", "Results that were discarded because their record had been replaced meanwhile."
     )
@@ -125,10 +126,6 @@ class TierCounters:
         """Count what has happened: so many ``hits``, ``evictions`` or other counters of ``TierStats``."""
         for name, number in events.items():
             self._counts[name] += number
-
-    def take_back_hits(self, hits: int) -> None:
-        """Count so many of the earlier hits as discarded, because their records were replaced during their use."""
-        self.count(hits=-hits, discarded=hits)
 
     def count_load(self, seconds: float) -> None:
         """Count a load that took ``seconds``."""

@@ -36,7 +36,7 @@ class ClientContext:
     timeout: float  # seconds for which a miss waits for the daemon
     check_open: Callable[[], None]  # raises ClosedError once the tier is closed
     disk_order: MissOrder = field(default_factory=MissOrder)
-    by_thread: dict[int, Misses] = field(default_factory=dict)  # misses that hold or await leases
+    by_thread: dict[int, Misses] = field(default_factory=dict)  # by thread id: the misses that hold or await its leases
 
 
 class Misses:

@@ -233,7 +233,7 @@ class RemoteOutputs:
                         self._note_failure(call, data)
                     failed += call.experts
                 else:
-                    self._place(call, data, outputs)
+                    self._copy_outputs(call, data, outputs)
             if not failed and self.is_timed:  # the daemons compute at the same time
                 self._owner.seconds.add(time.monotonic() - calls[0].began, sum(call.outputs for call in calls))
             self.close()
@@ -309,7 +309,7 @@ class RemoteOutputs:
         self._store.peers.count_computed(call.peer, call.outputs, len(call.picked) * self._products.row_bytes + size)
         return data
 
-    def _place(self, call: _PeerCall, data: bytearray, outputs: int) -> None:
+    def _copy_outputs(self, call: _PeerCall, data: bytearray, outputs: int) -> None:
         size = self._products.row_bytes
         source = ctypes.addressof(ctypes.c_char.from_buffer(data))
         for number, output in enumerate(output for expert in call.experts for output in self._tokens_of[expert][1]):

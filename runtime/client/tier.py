@@ -72,7 +72,7 @@ class DaemonTier(Closeable):
         self._context = ClientContext(self._link, fallback, self.uses, timeout, self._check_open)
 
     def acquire(self, keys: Sequence[ExpertKey], of_total: int = 0) -> Generator[Lease[memoryview], None, None]:
-        """Yield leases as ``ExpertSource`` says. Each has a proof, unless its record is from the local store.
+        """Yield leases as ``ExpertSource`` specifies. Each has a proof, unless its record is from the local store.
 
         Raises MissingExpertError for a key that the model does not have. If the local store can't be read, also raises
         UnavailableError if the daemon does not answer in time, and ExhaustedError if all its slots are leased.
@@ -112,12 +112,12 @@ class DaemonTier(Closeable):
             misses.submit(lost)
 
     def residents(self, block: int) -> Residents | None:
-        """Return where the block's records are in the daemon's arena, as ``ExpertSource`` says."""
+        """Return where the block's records are in the daemon's arena, as ``ExpertSource`` specifies."""
         self._check_open()
         return self._arena.residents(block, self._manifest.blocks[block].array)
 
     def end_leases(self) -> None:
-        """End the leases of this thread that an exception has left open, as ``ExpertSource`` says."""
+        """End the leases of this thread that an exception has left open, as ``ExpertSource`` specifies."""
         self._fork_guard.check()
         if (misses := self._context.by_thread.get(threading.get_ident())) is not None:
             misses.close()
@@ -125,7 +125,7 @@ class DaemonTier(Closeable):
             self._fallback.host.end_leases()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Request prefetches as ``ExpertSource`` says, unless the daemon is away.
+        """Request prefetches as ``ExpertSource`` specifies, unless the daemon is away.
 
         No message is sent if all records are in the directory and no earlier request for the block may be open. While a
         page of keys and values is read, nothing new is requested.
@@ -137,7 +137,7 @@ class DaemonTier(Closeable):
         self.uses.prefetch(block, [key.expert for key in keys], is_needed=bool(self.absent(keys)))
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return absent keys as ``ExpertSource`` says: those that are not in the arena's directory."""
+        """Return absent keys as ``ExpertSource`` specifies: those that are not in the arena's directory."""
         return [key for key in keys if self._arena.directory.find(key) is None]
 
     @contextmanager
@@ -196,7 +196,7 @@ class DaemonTier(Closeable):
         return self._link.connections
 
     def close(self) -> None:
-        """Close as ``ExpertSource`` says. A referenced record stays readable, but its proof raises ClosedError.
+        """Close as ``ExpertSource`` specifies. A referenced record stays readable, but its proof raises ClosedError.
 
         In a forked child, only the child's own mappings and descriptors are closed.
         """

@@ -44,23 +44,21 @@ class ClientUses:
             self._counters.count(hits=len(hits), misses=len(misses))
 
     def note(self, block: int, experts: Sequence[int]) -> None:
-        """Count and report a demand, as ``ResidentUses`` says."""
+        """Count and report a demand, as ``ResidentUses`` specifies."""
         self.note_demand(block, [ExpertKey(block, expert) for expert in dict.fromkeys(experts)], ())
 
-    def take_back(self, block: int, experts: Sequence[int]) -> None:
-        """Take back uses in this client's counters, as ``ResidentUses`` says. The daemon goes on counting them."""
-        with self._counting:
-            self._counters.take_back_hits(len(set(experts)))
+    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
+        """Count the hits of an earlier ``note`` as discarded, as ``ResidentUses`` specifies."""
+        self.count(discarded=len(set(experts)))
 
     def touch(self, block: int, experts: Sequence[int]) -> None:
         """Report uses to the daemon, which counts them as hits, so that it keeps the records. Counts nothing here."""
         self._link.report_uses([ExpertKey(block, expert) for expert in reversed(experts)])
 
     def note_lost(self, hits: int) -> None:
-        """Count hits whose records were replaced before the computation had ended. They are misses now."""
+        """Count hits as discarded, because their records were replaced during their use. They are requested now."""
         with self._counting:
-            self._counters.take_back_hits(hits)
-            self._counters.count(misses=hits)
+            self._counters.count(discarded=hits, misses=hits)
 
     def note_copy(self, key: ExpertKey) -> None:
         """Note that the tier above copies a record. Its next use is reported."""
@@ -71,7 +69,7 @@ class ClientUses:
         self._copied.discard(key)
 
     def note_copies(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses of copies, as ``CopyUses`` says: each key once after its record was pinned for a copy.
+        """Report uses of copies, as ``CopyUses`` specifies: each key once after its record was pinned for a copy.
 
         The daemon counts the reported uses as hits.
         """
@@ -91,7 +89,7 @@ class ClientUses:
         self._link.prefetch(block, experts)
 
     def count(self, *, discarded: int = 0, failures: int = 0, waited: float | None = None) -> None:
-        """Count granted records that were replaced before their computation had ended, failures, and a wait.
+        """Count uses of records that were replaced meanwhile, failures, and a wait.
 
         ``waited`` is how long a caller has waited for the daemon, in seconds.
         """

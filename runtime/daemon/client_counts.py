@@ -14,7 +14,7 @@ class StreamCounts(Counts):
 
     requests: int = 0  # requests for experts
     hits: int = 0  # hits that the client has reported
-    misses: int = 0  # experts of these requests: the client has not found them in the arena
+    requested: int = 0  # experts of these requests, which the client has not found in the arena
     bytes_in: int = 0
     bytes_out: int = 0
 

@@ -62,7 +62,7 @@ class Client:
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.outstanding,
             hits=counts.hits,
-            misses=counts.misses,
+            misses=counts.requested,
         )
 
 
@@ -75,7 +75,7 @@ class SessionCall:
     def __init__(
         self, client: Client, model: HostedModel, *, max_leases: int, timeout: float, on_ended: Callable[[], None]
     ) -> None:
-        self._refusal: UnavailableError | None = None  # the error with which new requests fail
+        self._refusal: UnavailableError | None = None  # set by ``refuse``: the error with which new requests fail
         self._client = client
         self._model = model
         self._on_ended = on_ended
@@ -174,7 +174,7 @@ class SessionCall:
                 f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
                 "Release requests that are not needed any more.",
             )
-        self._count(requests=1, misses=len(keys))
+        self._count(requests=1, requested=len(keys))
         try:
             if self._refusal is not None:
                 raise self._refusal.fresh()

@@ -171,7 +171,7 @@ class Engine(Closeable):
         return self._failure is None and not self._is_closed
 
     @property
-    def most_scored(self) -> int:
+    def max_scored(self) -> int:
         """Most tokens of a prompt that can be scored."""
         return self.context if self._runner.can_resume else min(SCORED, self.context)
 
@@ -193,8 +193,8 @@ class Engine(Closeable):
         tokens = len(request.ids)
         if not 0 < tokens < self.context:
             raise ValueError(f"The prompt has {tokens:,} tokens; it must have 1 to {self.context - 1:,}.")
-        if request.scores_prompt and tokens > self.most_scored:
-            raise ValueError(f"The prompt has {tokens:,} tokens; at most {self.most_scored:,} can be scored.")
+        if request.scores_prompt and tokens > self.max_scored:
+            raise ValueError(f"The prompt has {tokens:,} tokens; at most {self.max_scored:,} can be scored.")
         sequence = TokenSequence(request, on_token, on_end)
         with self._changed:
             if self._failure is not None or self._is_closed:

@@ -174,7 +174,7 @@ class KVCache:
         sequence.resume_at(PAGE_TOKENS * len(held.shared) + shared)
         return True
 
-    def most_tokens(self, sequence: TokenSequence) -> int:
+    def max_tokens(self, sequence: TokenSequence) -> int:
         """Return how many of a sequence's next tokens may be computed before a snapshot is to be taken."""
         if self._states is None:
             return sequence.remaining

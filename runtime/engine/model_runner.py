@@ -84,7 +84,7 @@ class ModelRunner(Runner):
         if cache is None or not task.first:
             assert not (task.first and self._has_states), "the state of the sequence was lost"
             cache = self._caches[task.sequence] = PagedCache(self.memory, cache_layers(self._model))
-        cache.move(task.pages, task.first)
+        cache.resume_at(task.pages, task.first)
         return cache
 
     def end(self, sequence: TokenSequence) -> None:
@@ -143,7 +143,7 @@ def cache_of(model: Any, tokens: int, *, bits: int) -> PagedCache:
     """Return a cache for one sequence of at most ``tokens`` tokens, with keys and values in ``bits`` bits."""
     pages = -(-tokens // PAGE_TOKENS)
     cache = PagedCache(PageMemory(pages, bits=bits), cache_layers(model))
-    cache.move([*range(pages)], 0)
+    cache.resume_at([*range(pages)], 0)
     return cache
 
 
@@ -160,7 +160,7 @@ def _head(state: dict[StatePart, Tensor]) -> Tensor:
 
 
 def _padded(part: Tensor) -> int:
-    """Return the bytes of a tensor of a state in a copy: the next one begins where any type may."""
+    """Return how many bytes a tensor takes in a saved state, with padding up to the next multiple of ALIGNMENT."""
     return -(-part.nbytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -150,7 +150,7 @@ class Scheduler:
 
     def _max_tokens(self, sequence: TokenSequence) -> int:
         """Return how many tokens of a sequence a step computes at most."""
-        most = self._cache.most_tokens(sequence)
+        most = self._cache.max_tokens(sequence)
         return min(most, self._limits.scored_chunk) if sequence.request.scores_prompt else most
 
     def note_computed(self, task: Task) -> None:

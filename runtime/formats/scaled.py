@@ -85,7 +85,7 @@ class ScaledTensor(SourceTensor):
         if globals_ is not None:
             if globals_.spelling != "F32" or math.prod(globals_.shape) != math.prod(lead):
                 raise CheckpointError(
-                    f"{_said(globals_)} has type {globals_.spelling} and shape {list(globals_.shape)}, not one number "
+                    f"{_named(globals_)} has type {globals_.spelling} and shape {list(globals_.shape)}, not one number "
                     "in F32 for each matrix.",
                     DOWNLOAD_AGAIN,
                 )
@@ -186,7 +186,7 @@ class ScaledTensor(SourceTensor):
             out[begin - first : end - first] = decode_rows(views, part, begin - start, end - start)
 
 
-def _said(tensor: StoredTensor) -> str:
+def _named(tensor: StoredTensor) -> str:
     return f"{tensor.name} of {tensor.file}"
 
 
@@ -195,11 +195,11 @@ def _coding_of(codes: StoredTensor, scales: StoredTensor, globals_: StoredTensor
     coding, scale_type = CODES[codes.spelling], SCALE_TYPES.get(scales.spelling, "")
     if (scale_type, globals_ is not None) not in DECODABLE[coding]:
         raise UnsupportedModelError(
-            f"{_said(codes)} is in {codes.spelling} with scales in {scales.spelling}, which moetier can't read.",
+            f"{_named(codes)} is in {codes.spelling} with scales in {scales.spelling}, which moetier can't read.",
             "Give a checkpoint in a format that docs/choosing.md lists.",
         )
     if len(codes.shape) < 2 or not all(codes.shape):
-        raise CheckpointError(f"{_said(codes)} has shape {list(codes.shape)}, which is no matrix.", DOWNLOAD_AGAIN)
+        raise CheckpointError(f"{_named(codes)} has shape {list(codes.shape)}, which is no matrix.", DOWNLOAD_AGAIN)
     return coding, scale_type
 
 
@@ -222,7 +222,7 @@ def _grid_of(
         if rows and columns:
             return grid, (rows, columns)
     raise CheckpointError(
-        f"{_said(scales)} has shape {list(scales.shape)}, which does not fit {codes.name} of shape {[*lead, *size]}.",
+        f"{_named(scales)} has shape {list(scales.shape)}, which does not fit {codes.name} of shape {[*lead, *size]}.",
         DOWNLOAD_AGAIN,
     )
 
@@ -286,7 +286,7 @@ class Scaled(Format):
             return
         tensor = self.tensors[name]
         if tensor.dtype.startswith("float8") or name.endswith(".weight_packed"):
-            raise CheckpointError(f"{_said(tensor)} is in {tensor.spelling} but has no scale.", DOWNLOAD_AGAIN)
+            raise CheckpointError(f"{_named(tensor)} is in {tensor.spelling} but has no scale.", DOWNLOAD_AGAIN)
         if name.endswith((".weight_zero_point", ".weight_g_idx")):
             raise unreadable("weights with zero points or an order of groups")
         yield name, tensor

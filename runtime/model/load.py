@@ -301,12 +301,12 @@ def _raise_own_error(error: Exception, location: Path) -> None:
     """Raise this project's error for an error of transformers in loading ``location``, if there is one."""
     if isinstance(error, ImportError):
         raise ConfigError(
-            f"{location} can't be loaded in this way: {_said(error)}",
+            f"{location} can't be loaded in this way: {_one_line(error)}",
             "Install what is missing, or choose another `attn_implementation`.",
         ) from error
     if isinstance(error, OSError | ValueError | SafetensorError | StrictDataclassError):
         raise StoreFormatError(
-            f"{location} can't be loaded: {_said(error)}",
+            f"{location} can't be loaded: {_one_line(error)}",
             f"Check the directory: {command('verify', location)}; or convert the model again.",
         ) from error
     if (misfit := _misfit(error)) is not None:
@@ -354,7 +354,7 @@ def _report_held_back() -> Iterator[None]:
         log.handle(record)
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Format an error in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 

@@ -41,7 +41,7 @@ def tag_of(bits: Bits | Literal["native"], trunk_bits: Bits) -> str:
     return ("native" if bits == "native" else f"{bits}bit") + (f"-trunk{trunk_bits}bit" if trunk_bits != 16 else "")
 
 
-def place_of(hub_id: str, tag: str) -> Path:
+def folder_of(hub_id: str, tag: str) -> Path:
     """Return the folder to which the model ``hub_id`` is pulled with the tag ``tag``."""
     return models_folder() / hub_id.replace("/", "--") / tag
 

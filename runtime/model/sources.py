@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.config import TierConfig
+from moetier.runtime.config import RemoteComputeMode, TierConfig
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address
 from moetier.tiers.disk_order import DiskOrder
@@ -110,7 +110,7 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         remote_compute = None
         if spread is not None:
-            if computes and config.remote_compute != "off":
+            if computes and config.remote_compute is not RemoteComputeMode.OFF:
                 from moetier.runtime.client.remote_compute import RemoteCompute
 
                 remote_compute = RemoteCompute(spread, host)

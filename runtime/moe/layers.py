@@ -205,15 +205,15 @@ class _Call:
         tasks = AttentionTasks.of(self.attention, self.form.sizes, self.kind[0], threads, has_codes=has_codes)
         if tasks is None or tasks.columns != self.columns:
             return None
-        tasks.place(*(self._states[i].data_ptr() for i in (2, 3)))
+        tasks.bind(*(self._states[i].data_ptr() for i in (2, 3)))
         all_, routed = [self._before, *tasks.tasks, self._between], None
         if self.router is not None:
             routing = self.router.quick_router.routing(self.router, self.kind[0])
             tensors = tensors_of(self.router, self.block)
-            if routing is None or not routing.fits(*tensors) or tensors[0].shape[1] != self.columns:
+            if routing is None or not routing.can_route(*tensors) or tensors[0].shape[1] != self.columns:
                 return None
             choice = RoutingTasks(routing.variant, self.kind[0], *tensors)
-            logits, weights, experts = choice.place(self._states[1], *tensors)
+            logits, weights, experts = choice.bind(self._states[1], *tensors)
             self._write(*self._states[:2])
             logit_dtype, row = routing.variant.logit_dtype, self._states[1][0]
             routed = _Routed(row, logits, logit_dtype, weights, experts, experts[0].numpy())

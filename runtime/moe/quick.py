@@ -50,7 +50,7 @@ def _resident_token(
         return None
     _note_uses(demand, experts)
     if (out := token.compute(x, weights, residual)) is None:
-        demand.tiered.source.uses.take_back(demand.tiered.block, experts)
+        demand.tiered.source.uses.note_discarded(demand.tiered.block, experts)
     return out
 
 
@@ -78,7 +78,7 @@ def _resident_tokens(
     outputs = x.new_empty((len(rows), kernels.width))
     of_outputs = x.index_select(0, torch.tensor(rows, device=CPU))
     if not kernels.compute_found(of_outputs, lookup, [*counts.values()], outputs):
-        demand.tiered.source.uses.take_back(demand.tiered.block, [*counts])
+        demand.tiered.source.uses.note_discarded(demand.tiered.block, [*counts])
         return None
     out = torch.empty_like(x)
     ordered = torch.tensor([*itertools.chain.from_iterable(order)], device=CPU)
@@ -186,7 +186,10 @@ def compute_quick(
 
 
 def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> RoutedTokens:
-    """Return tokens in the type that compiled code takes. Raises ValueError if shapes do not fit."""
+    """Return x [tokens, hidden], with indices and weights [tokens, top_k], in types that compiled code takes.
+
+    Raises ValueError if shapes do not fit.
+    """
     check_shapes(x, top_k_index, weights, kernels.width)
     weights = weights if weights.dtype in FLOATS else weights.float()
     return RoutedTokens(x.to(kernels.dtype).contiguous(), top_k_index, weights.contiguous())

@@ -198,7 +198,11 @@ def _trial(router: Any, dtype: torch.dtype) -> RouterVariant | None:
         candidates = [variant._replace(top_k=chosen.shape[-1], **types) for variant in candidates]
         candidates = [variant for variant in candidates if _agrees(variant, logits, weights, chosen, correction)]
     return next(
-        (variant for variant in candidates if CompiledRouter(variant).fits(weight, bias, _like(variant, correction))),
+        (
+            variant
+            for variant in candidates
+            if CompiledRouter(variant).can_route(weight, bias, _like(variant, correction))
+        ),
         None,
     )
 

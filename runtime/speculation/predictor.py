@@ -84,7 +84,7 @@ class Shortcut:
             top_k: number of experts that the gate chooses for a token.
         """
         self._weight = weight
-        self._scores = Scores(weight) if Scores.fits(weight) else None
+        self._scores = Scores(weight) if Scores.can_multiply(weight) else None
         self._bias = bias
         self._biases = None if bias is None else bias.tolist()
         self._top_k = top_k

@@ -40,7 +40,7 @@ class LoadedAlready:
 
         service = self._service
         service.tally = tally
-        limits = {"context": service.context, "most_scored": service.most_scored}
+        limits = {"context": service.context, "max_scored": service.max_scored}
         yield Served(service, Prompts(service.model, service.tokenizer, **limits, leave_out=self._leave_out))
 
 

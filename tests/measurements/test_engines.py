@@ -67,7 +67,7 @@ def test_the_limit_is_the_processs(gguf: Path, checkpoint: Path) -> None:
 
 
 @needs_llama
-def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_none_is_reported(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
     with pytest.raises(PeerError, match=r"llama\.cpp ended with status 1: .*can't be loaded"):
         llama_logits(tmp_path / "no.gguf", [1])
@@ -96,7 +96,7 @@ def test_its_quantiser_makes_what_the_export_makes(checkpoint: Path, tmp_path: P
         llama_quantize(tmp_path / "none.gguf", tmp_path / "out.gguf", threads=1)
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(PeerError, match=r"not installed .*'llama_cpp'") as raised:

@@ -71,7 +71,7 @@ def test_it_replaces_nothing_and_refuses_other_models(checkpoint: Path, tmp_path
     assert not list(tmp_path.glob("model.gguf*"))
 
 
-def test_a_tensor_that_it_lacks_or_does_not_know_is_said(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_it_lacks_or_does_not_know_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     experts = "num_experts" if "num_experts" in config else "num_local_experts"
     for change, said in (({experts: config[experts] + 1}, "has no 'model.layers.0"), ({experts: 2}, "no name for")):

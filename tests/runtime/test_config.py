@@ -53,7 +53,7 @@ def test_malformed_sizes_are_refused_with_an_example(text: str) -> None:
     assert "6GiB" in caught.value.fix
 
 
-def test_a_share_of_more_than_all_is_said() -> None:
+def test_a_share_of_more_than_all_is_reported() -> None:
     with pytest.raises(ConfigError, match="'150%' is more than 100%") as caught:
         Size.parse("150%")
     assert "at most 100%" in caught.value.fix

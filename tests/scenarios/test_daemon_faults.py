@@ -251,7 +251,7 @@ def test_a_client_without_a_descriptor_is_told_so(store: Store, tmp_path: Path) 
         daemon.wait_for("clients == 0")
 
 
-def test_as_many_clients_as_are_said_whatever_the_soft_limit_of_descriptors(store: Store, tmp_path: Path) -> None:
+def test_as_many_clients_as_are_reported_whatever_the_soft_limit_of_descriptors(store: Store, tmp_path: Path) -> None:
     prefix = ["sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh"]
     extra = ["--max-clients", "100"]
     with (
@@ -292,7 +292,7 @@ def starting(store: Store, folder: Path) -> list[str]:
         ("socket that is a folder", "grpc.sock"),
     ],
 )
-def test_a_folder_that_is_of_no_use_is_said(store: Store, tmp_path: Path, place: str, says: str) -> None:
+def test_a_folder_that_is_unusable_is_reported(store: Store, tmp_path: Path, place: str, says: str) -> None:
     folder = tmp_path / place
     (tmp_path / "file").write_text("text")
     (tmp_path / "loop").symlink_to("loop")

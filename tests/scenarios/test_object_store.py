@@ -110,7 +110,7 @@ def test_an_address_with_secrets_is_refused(address: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
-def test_a_file_that_is_damaged_in_a_cache_without_sums_is_said_with_what_to_remove(
+def test_a_file_that_is_damaged_in_a_cache_without_sums_is_reported_with_what_to_remove(
     name: str, tinymix_4bit: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("obstore")

@@ -385,7 +385,7 @@ def test_a_loan_keeps_what_is_lent_or_tells_that_it_did_not(smallest: Opened) ->
 
 
 @pytest.mark.parametrize("kind", LENDERS)
-def test_what_can_not_be_lent_is_an_error(kind: str, folder: Path) -> None:
+def test_what_cannot_be_lent_is_an_error(kind: str, folder: Path) -> None:
     with open_source(kind, folder, dict(ALL)) as opened:
         with pytest.raises(MissingExpertError), opened.source.pin(ExpertKey(0, 6)):
             pass

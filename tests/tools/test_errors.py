@@ -22,7 +22,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_said_of_a_fault(name: str, tinymix_4bit: Path, source: Path, scripts: Prepared) -> None:
+def test_what_is_reported_of_a_fault(name: str, tinymix_4bit: Path, source: Path, scripts: Prepared) -> None:
     with workplace(tinymix_4bit, source, scripts) as bench:
         said = CASES[name](bench)
     assert file_of(name).exists(), "make golden"

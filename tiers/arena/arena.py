@@ -54,7 +54,8 @@ class Arena:
         """
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         first = min(layout.nbytes, max(layout.directory_bytes, FIRST_BYTES))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.fchmod(descriptor, 0o600)
             with _enough_memory(layout):
@@ -64,9 +65,7 @@ class Arena:
                 mapping = mmap.mmap(descriptor, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             directory = Directory.create(memoryview(mapping)[: layout.directory_bytes], layout)
             arena = cls(mapping, layout, directory, descriptor, allocated=first)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            undo.pop_all()
         if first < layout.nbytes:
             with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
                 arena._allocator = start_thread("moetier-arena", arena._allocate_all)

@@ -129,7 +129,7 @@ class DeviceFill:
         Raises:
             ClosedError: the tier was closed.
         """
-        if not self._place(demand, lease.key, began, wait):
+        if not self._take_slot(demand, lease.key, began, wait):
             return False
         if demand.filling is not None:  # otherwise the record is already on the device
             copy = self._transfer(demand, lease)
@@ -138,7 +138,7 @@ class DeviceFill:
         return True
 
     @waiting
-    def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
+    def _take_slot(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
         """Begin to fill a slot for a demand, or pin the slot that already has the record, and return True.
 
         If neither is possible now, wait if ``wait`` is true, and return False otherwise.

@@ -138,7 +138,7 @@ def _narrowed(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(rounded.astype("<u2").tobytes(), np.uint8)
 
 
-def _place(rows: npt.NDArray[np.uint8], stride: int, begin: int, target: npt.NDArray[np.uint8]) -> None:
+def _scatter(rows: npt.NDArray[np.uint8], stride: int, begin: int, target: npt.NDArray[np.uint8]) -> None:
     """Scatter ``rows`` [n, bytes]: row i goes to ``target[begin + i * stride :]``. ``target`` is [bytes].
 
     ``begin`` may be negative. Bytes outside of ``target`` are left out.
@@ -351,7 +351,7 @@ class ExtentStore(DirectoryStore):
         offset = extent.offset + first * row * (2 if extent.is_wide else 1)
         self._files[extent.shard].read(offset, read.data, self._buffers)
         rows = (_narrowed(read) if extent.is_wide else read).reshape(-1, row)
-        _place(rows, stride, first * stride - skipped, np.frombuffer(part, np.uint8))
+        _scatter(rows, stride, first * stride - skipped, np.frombuffer(part, np.uint8))
 
     def _expert(self, key: ExpertKey) -> str:
         path = self.manifest.blocks[key.block].path

@@ -272,7 +272,8 @@ class Demand:
 
     def begin_wait(self, now: float) -> None:
         """Note that the caller waits without a lease. ``now`` is the time in seconds."""
-        self.waits_since = self.waits_since or now
+        if self.waits_since is None:
+            self.waits_since = now
 
     def end_wait(self, now: float) -> float:
         """Note that the caller, which has waited, gets a lease. Return how long it has waited, in seconds."""

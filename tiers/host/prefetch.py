@@ -219,7 +219,7 @@ class Uses:
 
     def counts(self) -> dict[ExpertKey, int]:
         """Return a dictionary from each key to the number of its uses."""
-        return dict(self._counts)
+        return dict(+self._counts)
 
     def note_demand(self, hits: Collection[ExpertKey], misses: Collection[ExpertKey]) -> None:
         """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
@@ -238,9 +238,11 @@ class Uses:
         self._prefetches.note_uses(cached)
         pool.partitions.touch(reversed(cached), is_scan=pool.partitions.is_scan(block, len(keys)))
 
-    def take_back(self, experts: Sequence[int]) -> None:
+    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
         """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
-        self._counters.take_back_hits(len(set(experts)))
+        keys = {ExpertKey(block, expert) for expert in experts}
+        self._counts.subtract(keys)
+        self._counters.count(discarded=len(keys))
 
     def touch(self, block: int, experts: Sequence[int]) -> None:
         """Let records of a block be evicted as late as after a demand that uses them."""

@@ -361,9 +361,9 @@ class HostUses:
         self._uses.note_found(block, experts)
 
     @deferred
-    def take_back(self, block: int, experts: Sequence[int]) -> None:
+    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note`` as discarded, as ``ResidentUses`` specifies."""
-        self._uses.take_back(experts)
+        self._uses.note_discarded(block, experts)
 
     @deferred
     def touch(self, block: int, experts: Sequence[int]) -> None:

@@ -42,7 +42,7 @@ from moetier.tiers.store.folder import (
 )
 from moetier.tiers.store.trunk import check_sum
 
-from .client import Objects, finish, until_right
+from .client import Objects, until_right, wait_for_all
 from .small_files import DAMAGED, fetch_small
 
 READS = 8  # GETs of the trunk at the same time
@@ -260,7 +260,7 @@ class _Fetcher:
                 return len(view)
 
             pieces = [self._pool.submit(fetch_piece, start) for start in range(0, entry.bytes, READ_PIECE_BYTES)]
-            finish(self._objects, pieces, advance)  # none may write once the descriptor is closed
+            wait_for_all(self._objects, pieces, advance)  # none may write once the descriptor is closed
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -138,7 +138,7 @@ class Objects(Closeable):
         try:
             return from_url(self.address, **options)
         except (BaseError, ValueError) as error:
-            cause = f"{self.where} can't be used: {_said(error)}."
+            cause = f"{self.where} can't be used: {_one_line(error)}."
             raise ConfigError(cause, "Check the address.") from redacted_error(error)
 
     @cached_property
@@ -245,10 +245,10 @@ class Objects(Closeable):
 
     def _fault(self, failure: str, error: BaseException) -> tuple[StoreReadError, float]:
         """Return the error to raise for an error of obstore, and the number of retries; inf: those in RETRY_SECONDS."""
-        text, said = str(error), f"{failure}: {_said(error)}."
+        text, said = str(error), f"{failure}: {_one_line(error)}."
         if METADATA.search(text):
             return StoreReadError(
-                f"No credentials were found for {self.where}: {_said(error)}.", CREDENTIALS_FIX
+                f"No credentials were found for {self.where}: {_one_line(error)}.", CREDENTIALS_FIX
             ), RETRIES
         if PROVIDER_OUTAGE.search(text):
             return StoreReadError(said, FIX), math.inf
@@ -307,7 +307,7 @@ class Objects(Closeable):
         try:
             self._obstore.put(self._uploading, name, data, chunk_size=8 << 20, max_concurrency=4)
         except self._errors as error:
-            raise TargetError(f"{name} at {self.where} can't be written: {_said(error)}.", FIX) from redacted_error(
+            raise TargetError(f"{name} at {self.where} can't be written: {_one_line(error)}.", FIX) from redacted_error(
                 error
             )
 
@@ -338,7 +338,7 @@ def until_right(read: Callable[[bool], Result]) -> Result:
     return read(True)
 
 
-def finish(objects: Objects, tasks: Collection[Future[Result]], advance: Callable[[Result], object]) -> None:
+def wait_for_all(objects: Objects, tasks: Collection[Future[Result]], advance: Callable[[Result], object]) -> None:
     """Wait for tasks that read ``objects``, and call ``advance`` with the result of each, in order.
 
     The error of a task is raised once no task runs any more. So that none of them waits for a retry, ``objects`` is
@@ -363,7 +363,7 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """Return the message of obstore's error in one line, without its Rust structures and without secrets."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return redacted(text).strip().removesuffix(".")[:300]

@@ -21,7 +21,7 @@ from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.folder import CACHE, GROUP, MAX_JSON_BYTES, METADATA, ORIGIN
 from moetier.tiers.store.trunk import INDEX
 
-from .client import Objects, RefusedReadError, finish
+from .client import Objects, RefusedReadError, wait_for_all
 
 MAX_SMALL_BYTES = 256 << 20  # most bytes of all small files, such as the tokenizer's
 MAX_SMALL_FILES = 100
@@ -109,7 +109,7 @@ def fetch_small(
     if sizes is not None:
         # none may write when the files are fetched again
         copies = [pool.submit(copy, name, sizes.get(name, 0) + SLACK_BYTES) for name in wanted]
-        finish(objects, copies, lambda size: None)
+        wait_for_all(objects, copies, lambda size: None)
         return
     left = MAX_SMALL_BYTES
     for name in wanted:

@@ -179,7 +179,7 @@ def encode(
             such functions must make the same bytes.
 
     Returns:
-        A dictionary from the name of each projection and bias to its error.
+        A dictionary from the name of each projection and bias to its deviation.
 
     Raises:
         CheckpointError: a weight that is to be quantised is not a finite number.
@@ -188,35 +188,35 @@ def encode(
     assert len(record) == layout.record_bytes, f"a record has {layout.record_bytes} bytes, not {len(record)}"
     record.zero_()
     views = sections(record, layout)
-    errors = {}
+    deviations = {}
     for p in layout.projections:
         weights = tensors[p.name]
         if isinstance(weights, Levels):
             assert p.pairs in ZERO_POINTS, f"{p.name} has no zero points"
             assert weights.codes.shape == (p.rows, p.columns), f"{p.name} is {tuple(weights.codes.shape)}"
             store(weights, p, views)
-            errors[p.name] = WeightDeviation()
+            deviations[p.name] = WeightDeviation()
             continue
         assert tuple(weights.shape) == p.shape, f"{p.name} is {tuple(weights.shape)}, not {p.shape}"
         if p.bits == 16:
-            errors[p.name] = _copy(weights, views[p.name])
+            deviations[p.name] = _copy(weights, views[p.name])
         else:
-            errors[p.name] = (quantise or _quantise)(weights.T if p.transposed else weights, p, views, fast)
+            deviations[p.name] = (quantise or _quantise)(weights.T if p.transposed else weights, p, views, fast)
     for b in layout.biases:
         bias = tensors[b.name]
         assert isinstance(bias, Tensor)
-        errors[b.name] = _copy(bias, views[b.name])
-    return errors
+        deviations[b.name] = _copy(bias, views[b.name])
+    return deviations
 
 
 def _copy(values: Tensor, section: Tensor) -> WeightDeviation:
     section.copy_(values)
-    error = WeightDeviation()
+    deviation = WeightDeviation()
     for start in range(0, len(values), ROW_TILE):
         original = values[start : start + ROW_TILE].float()
         difference = section[start : start + ROW_TILE].float().sub_(original)
-        error += WeightDeviation(_square(difference), _square(original))
-    return error
+        deviation += WeightDeviation(_square(difference), _square(original))
+    return deviation
 
 
 def _square(values: Tensor) -> float:
@@ -239,7 +239,7 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
         low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
     else:
         low = views[f"{p.name}.low" if p.bits == 8 else f"{p.name}.codes"].view(-1)
-    error = WeightDeviation()
+    deviation = WeightDeviation()
     for batch in batches:
         # codes are computed with the values of s and b that are stored, as they will be read
         scales = _store(0, lambda band: hqq.scales(bands.transpose(band), p.bits), bands, batch, p, views)
@@ -253,7 +253,8 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
             w, scale, offset = bands.transpose(band), scales[band], offsets[band]
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, scale, offset, p.bits, out=centred)
-            error += WeightDeviation(_square(torch.addcmul(offset, centred, scale, out=difference).sub_(w)), _square(w))
+            torch.addcmul(offset, centred, scale, out=difference).sub_(w)
+            deviation += WeightDeviation(_square(difference), _square(w))
             # Cast to int16 first: torch's direct cast from fp32 to uint8 is six times slower than these two casts.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
@@ -266,7 +267,7 @@ def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast:
         fold(low, 2, views[f"{p.name}.codes"])
     if p.bits == 3:
         fold(low >> 2, 4, views[f"{p.name}.plane"])
-    return error
+    return deviation
 
 
 def _store(

@@ -142,7 +142,7 @@ class LargeFile:
                 if self.written - self._flushed >= FLUSH_BYTES:
                     self._flush(self.written - FLUSH_BYTES + BEGIN_BYTES)
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Make all that was written durable, and drop it from the page cache."""
         os.fsync(self._descriptor)
         self._flush(self.written)
@@ -180,7 +180,7 @@ def large_file(
             yield file
             assert file.written == size, f"{file.written:,} of {size:,} bytes were written"
             with errors():
-                file.finish()
+                file.flush()
         with errors():
             partial.rename(path)
             sync_folder(path.parent)

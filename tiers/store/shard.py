@@ -320,7 +320,7 @@ def run_reads(reads: Sequence[Read], crc: int) -> int:
         # Checksum the pieces in order, while later pieces are read. This thread reads pieces that no other thread has
         # begun to read.
         for read, piece in zip(reads, pieces, strict=True):
-            piece.finish()
+            piece.wait()
             crc = crc32c(read.payload, crc)
     finally:
         for piece in pieces:  # no thread may write to the slot after this function has returned
@@ -348,7 +348,7 @@ class _Piece:
             except BaseException as error:
                 self._error = error
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Read the piece, or wait for the thread that reads it. Raises the error of the read."""
         self.read()
         if self._error is not None:

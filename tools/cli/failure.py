@@ -58,7 +58,7 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
         case UnicodeDecodeError():
             cause, fix = f"The input is not UTF-8 text: {said}.", "Convert it (iconv -t UTF-8), or name another file."
         case _:
-            return MoetierError(f"{type(error).__name__}: {said} ({_place(error)})", _FAULT), EXIT_FAULT
+            return MoetierError(f"{type(error).__name__}: {said} ({_source_line(error)})", _FAULT), EXIT_FAULT
     return MoetierError(cause, fix), EXIT_ERROR
 
 
@@ -70,7 +70,7 @@ def _of_system(error: OSError) -> str:
     return f"{' -> '.join(names)}: {error.strerror}." if names else f"{error.strerror} (errno {error.errno})."
 
 
-def _place(error: Exception) -> str:
+def _source_line(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 

@@ -13,7 +13,7 @@ from moetier.runtime.checkpoint.containers import Checkpoint, open_checkpoint
 from moetier.runtime.checkpoint.safetensors_folder import check_source
 from moetier.runtime.machine.threads import use_threads
 from moetier.runtime.model.name_files import register_name
-from moetier.runtime.model.names import place_of, tag_of
+from moetier.runtime.model.names import folder_of, tag_of
 from moetier.tiers.errors import ConfigError, StoreError, TargetExistsError
 from moetier.tiers.options import declare_keywords
 from moetier.tiers.store.folder import JOURNAL, replacement_folder
@@ -98,7 +98,7 @@ def pull(hub_id: str, *, quiet: bool = True, **options: Any) -> ConversionReport
     hub.check_id(hub_id)
     bits = Options(**options).bits or DEFAULT_BITS  # of every checkpoint, as the folder is named by it
     how = Options(**options | {"bits": bits})
-    target = place_of(hub_id, tag_of(bits, how.trunk_bits))
+    target = folder_of(hub_id, tag_of(bits, how.trunk_bits))
     return convert_from_hub(hub_id, target, how, ["pull", hub_id], quiet=quiet)
 
 

@@ -28,11 +28,11 @@ from moetier.tiers.store.writer import StoreWriter
 from moetier.tiers.text import format_bytes
 from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.cli.report import table
-from moetier.tools.convert.model_files import free_bytes, nearest_folder
 
 from .conversion_plan import ConversionPlan, Stage, stages
 from .encoder import INTERPRETER_BYTES, Encoder
 from .model_card import CARD, write_card
+from .model_files import free_bytes, nearest_folder
 from .options import CONVERT_OPTIONS, NATIVE, Options
 from .streaming import Download
 from .target import Target, small_files
@@ -254,6 +254,7 @@ class Conversion:
                 self.say(f"resumed: {len(finished)} of {len(self.target.manifest.blocks)} blocks are complete")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
+                # a download brings the files of the trunk last
                 trunk = None if self.download else self._write_trunk()
                 self._write_blocks(writer, errors)
                 sums, deviation = trunk or self._write_trunk()
@@ -324,16 +325,16 @@ class Conversion:
             for stage in readable:
                 with closing(self.encoder.records(stage.blocks)) as records:
                     for block in stage.blocks:
-                        entry, error = manifest.blocks[block], WeightDeviation()
+                        entry, deviation = manifest.blocks[block], WeightDeviation()
                         with writer.block(block) as shard:
                             for record, of_record in islice(records, entry.experts):
                                 shard.write(record)
-                                error += of_record
+                                deviation += of_record
                                 progress.advance(manifest.layout(block).slot_bytes)
-                            errors[block] = error.relative
+                            errors[block] = deviation.relative
                             self.target.write_journal(self.command, errors)  # before the shard is complete
                         if not sys.stderr.isatty():
-                            self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
+                            self.say(f"{entry.path}: {entry.experts} experts, relative error {deviation.relative:.4f}")
 
     @property
     def _weights(self) -> int:

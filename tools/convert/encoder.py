@@ -156,8 +156,8 @@ class Encoder:
             _copy(expert, layout, record[: layout.record_bytes])
             return record, WeightDeviation()
         given = Kept(expert, layout) if any(p.pairs in ZERO_POINTS for p in layout.projections) else expert
-        errors = encode(given, layout, record[: layout.record_bytes], fast=self.fast)
-        return record, sum(errors.values(), WeightDeviation())
+        deviations = encode(given, layout, record[: layout.record_bytes], fast=self.fast)
+        return record, sum(deviations.values(), WeightDeviation())
 
 
 def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:

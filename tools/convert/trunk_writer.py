@@ -116,14 +116,14 @@ class MatrixRecord:
                 )
             layout = matrix_layout(count, p.columns, self._trunk_records)
             piece = np.empty(layout.record_bytes, np.uint8)
-            (error,) = encode({WEIGHT: weights}, layout, piece, fast=self._fast).values()
+            (deviation,) = encode({WEIGHT: weights}, layout, piece, fast=self._fast).values()
             rows = slice(start, start + layout.projections[0].padded_rows)
             for name, values in sections(torch.from_numpy(piece), layout).items():
                 if name == f"{WEIGHT}.pairs":
                     views[name][:, rows] = values  # [K / g, N, 2]
                 else:
                     views[name][rows] = values  # codes, [N, K / 2]
-            return error
+            return deviation
 
         with pool_of(self._workers) as pool:
             deviation = sum(pool.map(fill, range(0, p.rows, most)), WeightDeviation())

@@ -144,7 +144,7 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
     """
     from moetier.tiers.errors import TargetError
     from moetier.tiers.source import LOADERS
-    from moetier.tools.rates.hardware import place_of
+    from moetier.tools.rates.hardware import disk_of
     from moetier.tools.rates.reads import RandomReads
 
     place = directory if directory is not None else Path.cwd()
@@ -159,7 +159,7 @@ def disk(directory: Path | None, seconds: float, root: Path = Path("/")) -> Iter
     except TargetError as error:
         yield warn("disk", f"{error.cause} The speed of the disk was not measured.", other)
         return
-    name = place_of(place)
+    name = disk_of(place)
     if reads.is_direct:
         yield ok("O_DIRECT", f"{name}: files can be read past the page cache")
     else:

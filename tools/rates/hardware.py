@@ -30,7 +30,7 @@ class Machine:
     threads: int | None  # number of torch's threads; None if torch was not used
     memory_bytes: int
     kernel: str  # release of Linux
-    disk: str  # the disk with the measured files, as ``place_of`` describes it; "" if there are none
+    disk: str  # the disk with the measured files, as ``disk_of`` describes it; "" if there are none
     versions: dict[str, str]
 
     @classmethod
@@ -53,7 +53,7 @@ class Machine:
             threads=threads,
             memory_bytes=machine_memory(),
             kernel=platform.release(),
-            disk=place_of(place) if place is not None else "",
+            disk=disk_of(place) if place is not None else "",
             versions=versions,
         )
 
@@ -134,7 +134,7 @@ def _cpu() -> tuple[str, set[str]]:
     return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
 
 
-def place_of(place: Path) -> str:
+def disk_of(place: Path) -> str:
     """Return the file system of a file or folder, and the block device under it: "ext4 on vda, 252 GiB"."""
     device = place.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"

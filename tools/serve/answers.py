@@ -269,7 +269,7 @@ class Answer:
 class AnswerService:
     """Submits jobs to an engine, and has the answers that have not ended.
 
-    ``context`` is the maximum number of tokens of a prompt and its answer together, ``most_scored`` that of a prompt
+    ``context`` is the maximum number of tokens of a prompt and its answer together, ``max_scored`` that of a prompt
     whose tokens have log probabilities. ``bytes_of`` returns the bytes of a token's text.
     """
 
@@ -278,7 +278,7 @@ class AnswerService:
         self.model = model
         self.tokenizer = tokenizer
         self.context = engine.context
-        self.most_scored = engine.most_scored
+        self.max_scored = engine.max_scored
         self.bytes_of = TokenBytes(tokenizer)
         self.tally = tally or Tally()
         self._engine = engine

@@ -33,17 +33,17 @@ class Prompts:
     """Makes the prompts of one model."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, context: int, most_scored: int, leave_out: str | None = None
+        self, model: Any, tokenizer: Any, *, context: int, max_scored: int, leave_out: str | None = None
     ) -> None:
         """Make prompts of fewer than ``context`` tokens; with PLAIN_TEMPLATE if the model has no chat template.
 
-        ``most_scored`` is the maximum length of a prompt whose tokens have log probabilities. ``leave_out`` is a
+        ``max_scored`` is the maximum length of a prompt whose tokens have log probabilities. ``leave_out`` is a
         regular expression of what is left out of system prompts.
         """
         self._model = model
         self._tokenizer = tokenizer
         self._context = context
-        self._most_scored = most_scored
+        self._max_scored = max_scored
         self._most_new = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
         self._vocabulary = min(embeddings_of(model), model.config.get_text_config(decoder=True).vocab_size)
         self._form = form_of(model, tokenizer)
@@ -88,7 +88,7 @@ class Prompts:
             return  # the client has not got all that was sampled
         ids = sequence.ids[len(job.engine_request.ids) :]
         mark = self._tokenizer.decode(ids[-1:]) if sequence.finish is Finish.END else ""
-        self._sampled.note(self._plain(job.chat), answered, ids, job.opening, mark, user=job.engine_request.user)
+        self._sampled.keep(self._plain(job.chat), answered, ids, job.opening, mark, user=job.engine_request.user)
 
     def _jobs_of(
         self, query: Query, prompt: Prompt, field: str, user: str, of_text: CompiledGrammar | None
@@ -100,8 +100,8 @@ class Prompts:
         if chat is not None:
             self._differences.note(user, ids)
         scores = query.echo and query.logprobs is not None
-        if scores and len(ids) > self._most_scored:
-            message = f"{field}: this model can give log probabilities for a prompt of {self._most_scored} tokens."
+        if scores and len(ids) > self._max_scored:
+            message = f"{field}: this model can give log probabilities for a prompt of {self._max_scored} tokens."
             raise Refusal(400, message, param=field)
         biases = {BIASES: dict(query.biases)} if query.biases else {}
         engine_request = Request(

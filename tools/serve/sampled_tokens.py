@@ -68,7 +68,7 @@ class SampledTokens:
         self._sampled = OrderedDict[bytes, SampledAnswer]()
         self._tokens = 0
 
-    def note(
+    def keep(
         self,
         messages: Sequence[ChatMessage],
         answered: Answered,

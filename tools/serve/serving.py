@@ -83,7 +83,7 @@ class ModelLoader:
                     model,
                     tokenizer,
                     context=service.context,
-                    most_scored=service.most_scored,
+                    max_scored=service.max_scored,
                     leave_out=config.leave_out,
                 )
                 gc.collect()

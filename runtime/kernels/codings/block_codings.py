@@ -74,7 +74,7 @@ class _Blocks(Coding):
         self._p, self._block = p, BLOCKS[p.coding]
 
     @staticmethod
-    def fits(p: Projection) -> bool:
+    def can_load(p: Projection) -> bool:
         """Return True: rows consist of whole blocks."""
         return True
 

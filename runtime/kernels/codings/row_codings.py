@@ -58,7 +58,7 @@ class _Nibbles(_Scaled):
         self.chunk = max(1, min(4 // self._item, MAX_COLUMNS // p.group))
 
     @staticmethod
-    def fits(p: Projection) -> bool:
+    def can_load(p: Projection) -> bool:
         """Return whether the coding can load a projection."""
         return p.columns % p.group == 0 and p.group % 16 == 0
 
@@ -103,7 +103,7 @@ class _E4m3(_Scaled):
             self.group = FLOAT_COLUMNS
 
     @staticmethod
-    def fits(p: Projection) -> bool:
+    def can_load(p: Projection) -> bool:
         """Return whether the coding can load a projection."""
         whole = p.group % FLOAT_COLUMNS == 0 or p.group >= p.columns
         return p.columns % UNIT == 0 and (whole or p.group in (16, 32, 48))
@@ -130,4 +130,4 @@ _CODINGS: dict[str, type[Coding]] = {"int4": _Int4, "e2m1": _E2m1, "e4m3": _E4m3
 def coding_of(p: Projection) -> Coding | None:
     """Return the coding of a projection; None if no kernel multiplies with the projection as it is stored."""
     coding = _CODINGS.get(p.coding)
-    return coding(p) if coding is not None and coding.fits(p) and p.rows >= LANES else None
+    return coding(p) if coding is not None and coding.can_load(p) and p.rows >= LANES else None

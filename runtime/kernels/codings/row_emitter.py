@@ -206,5 +206,5 @@ class Coding(ABC):
 
     @staticmethod
     @abstractmethod
-    def fits(p: Projection) -> bool:
+    def can_load(p: Projection) -> bool:
         """Return whether the coding can load a projection."""

@@ -165,7 +165,7 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part
     sum_dtype = FP32 if is_part else dtype
 
     def word(pointer: Value, index: Value) -> Value:
-        return at.load(emit.place(pointer, at.mul(index, n(8)), I64))
+        return at.load(emit.pointer_at(pointer, at.mul(index, n(8)), I64))
 
     with emit.items(begun, tokens) as token:
         first, end = word(bounds, token), word(bounds, at.add(token, n(1)))
@@ -205,7 +205,7 @@ def find_module() -> ir.Module:
     )
 
     def word(pointer: Value, index: Value) -> Value:
-        return emit.place(pointer, at.mul(index, n(8)), I64)
+        return emit.pointer_at(pointer, at.mul(index, n(8)), I64)
 
     with emit.loop(n(0), top_k) as i:
         expert = at.load(word(experts, i))
@@ -240,7 +240,7 @@ def prove_module() -> ir.Module:
     at.fence("seq_cst")  # all reads of the records come before those of the generations
     with emit.loop(n(0), top_k) as i:
         slot, before = (emit.load(pointer, at.mul(i, n(8)), I64) for pointer in (slots, seen))
-        now = at.load_atomic(emit.place(generations, at.mul(slot, n(8)), I64), "acquire", 8)
+        now = at.load_atomic(emit.pointer_at(generations, at.mul(slot, n(8)), I64), "acquire", 8)
         at.store(at.add(at.load(same), at.zext(at.icmp_signed("==", now, before), I64)), same)
     return emit.finish()
 
@@ -249,7 +249,7 @@ def _job(emit: Emitter, jobs: Value, item: Value) -> tuple[Value, Value, Value]:
     """Emit loads of a job: a pointer to its record, its first row, its number of rows."""
     at, n = emit.at, emit.number
     job = at.gep(jobs, [at.mul(item, n(8 * JOB))])
-    record, first, rows = (at.load(emit.place(job, n(8 * i), I64)) for i in range(JOB))
+    record, first, rows = (at.load(emit.pointer_at(job, n(8 * i), I64)) for i in range(JOB))
     return at.inttoptr(record, POINTER), first, rows
 
 

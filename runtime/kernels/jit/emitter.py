@@ -129,7 +129,7 @@ class Emitter:
         The function changes the first field while it runs, such as the number of items taken (see ``items``).
         """
         (context,) = self.function.args
-        places = [self.place(context, self.number(8 * i), I64) for i in range(count)]
+        places = [self.pointer_at(context, self.number(8 * i), I64) for i in range(count)]
         return places[0], [self.at.load(place) for place in places[1:]]
 
     def padded(self, count: Value) -> Value:
@@ -194,17 +194,17 @@ class Emitter:
         at.branch(next_)
         at.position_at_end(done)
 
-    def place(self, pointer: Value, offset: Value, type_: Any) -> Value:
+    def pointer_at(self, pointer: Value, offset: Value, type_: Any) -> Value:
         """Emit the address ``pointer`` + ``offset`` bytes, as a pointer to ``type_``."""
         return self.at.bitcast(self.at.gep(pointer, [offset]), type_.as_pointer())
 
     def load(self, pointer: Value, offset: Value, type_: Any) -> Value:
         """Emit a load of ``type_`` from ``pointer`` + ``offset`` bytes. The address need not be aligned."""
-        return self.at.load(self.place(pointer, offset, type_), align=1)
+        return self.at.load(self.pointer_at(pointer, offset, type_), align=1)
 
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
         """Emit a store of ``value`` at ``pointer`` + ``offset`` bytes. The address need not be aligned."""
-        self.at.store(value, self.place(pointer, offset, value.type), align=1)
+        self.at.store(value, self.pointer_at(pointer, offset, value.type), align=1)
 
     def prefetch(self, pointer: Value, offset: Value, nbytes: int, *, near: bool = True) -> None:
         """Emit prefetches of ``nbytes`` bytes from ``pointer`` + ``offset`` bytes on. The memory need not be mapped.

@@ -76,7 +76,7 @@ class _TeamEmitter(Emitter):
 
     def word(self, number: int) -> Value:
         """Emit the address of a word."""
-        return self.place(self._team, self.number(8 * number), I64)
+        return self.pointer_at(self._team, self.number(8 * number), I64)
 
     def get(self, number: int) -> Value:
         """Emit an atomic load of a word."""

@@ -183,7 +183,7 @@ class _AttentionEmitter(PieceEmitter):
         self.pages, self.page_bits = at.inttoptr(given.pages, POINTER), given.page_bits
         scaling = at.bitcast(at.trunc(given.scaling, I32), F32)
         self._scaling = self.spread(at.fmul(scaling, ir.Constant(F32, LOG2_E)), LANES)
-        thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
+        thread = at.atomic_rmw("add", self.pointer_at(context, n(8), I64), n(1), "monotonic")
         memory = at.inttoptr(at.add(given.scratch, at.mul(thread, given.thread_bytes)), POINTER)
         self._state = self.hold(memory, at.mul(given.strip, given.share))  # of the pieces before
         self._result = at.gep(self._state, [given.item_bytes])
@@ -212,7 +212,7 @@ class _AttentionEmitter(PieceEmitter):
                 self.compute(piece, row, count, self._inside(sight), result)
                 with at.if_then(at.not_(is_split)):
                     self._merge(row, count, result)
-        finished = self.place(context, at.mul(at.add(n(CONTEXT), number), n(8)), I64)
+        finished = self.pointer_at(context, at.mul(at.add(n(CONTEXT), number), n(8)), I64)
         others = at.atomic_rmw("add", finished, n(1), "acq_rel")  # the last thread sees what the others wrote
         with at.if_then(at.icmp_signed("==", at.add(others, n(1)), given.spans)):
             with at.if_then(is_split), self.loop(begin, end) as index:

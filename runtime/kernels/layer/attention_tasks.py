@@ -172,7 +172,10 @@ class AttentionTasks:
         matrices, biases = [*map(_matrix_of, linears)], [parameters_of(linear).get("bias") for linear in linears]
         norms = [part for name in NORMS if (part := children_of(module).get(name)) is not None]
         sinks: Tensor | None = parameters_of(module)[SINKS] if variant.has_sinks else None
-        if any(matrix is None or not matrix.fits(dtype) for matrix in matrices) or _norm_of(norms) != variant.norm:
+        if (
+            any(matrix is None or not matrix.is_readable(dtype) for matrix in matrices)
+            or _norm_of(norms) != variant.norm
+        ):
             return None
         hidden, (q, k, v, attended) = matrices[0].columns, variant.rows  # type: ignore[union-attr]
         shapes = [(q, hidden), (k, hidden), (v, hidden), (hidden, attended)]
@@ -264,7 +267,7 @@ class AttentionTasks:
             *self._last.tasks,
         ]
 
-    def place(self, x: int, y: int) -> None:
+    def bind(self, x: int, y: int) -> None:
         """Set the addresses of the hidden state ``x`` and of the output ``y``."""
         self._first.read(x)
         self._last.write(self._output, y)

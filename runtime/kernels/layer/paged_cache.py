@@ -225,11 +225,11 @@ class PagedCache(Cache):
         self._paged = [layer for layer in replaced if isinstance(layer, PagedLayer)]
         super().__init__(layers=replaced)
 
-    def move(self, pages: list[int], computed: int) -> None:
+    def resume_at(self, pages: list[int], computed: int) -> None:
         """Continue the sequence that has these pages after its first ``computed`` tokens."""
         self.pages, self.key_pages = pages, KeyPages(array("q", pages))
         for layer in self._paged:
-            layer.move(computed)
+            layer.resume_at(computed)
 
     def state(self) -> dict[StatePart, Tensor]:
         """Return the state besides keys and values: the tensors that the layers keep, of any shapes [1, ...]."""
@@ -267,7 +267,7 @@ class PagedLayer(DynamicLayer):
         self._cache, self._memory, self._number, self._window = cache, memory, number, window
         self._room: CacheMemory | None = None  # what ``room`` has returned last
 
-    def move(self, computed: int) -> None:
+    def resume_at(self, computed: int) -> None:
         """Continue a sequence after its first ``computed`` tokens."""
         self.end, self.is_initialized = computed, computed > 0
 
@@ -333,9 +333,9 @@ class PagedIndexedLayer(PagedLayer):
         super().__init__(*given)
         self.index_end = 0  # number of tokens that the index has
 
-    def move(self, computed: int) -> None:
+    def resume_at(self, computed: int) -> None:
         """Continue a sequence after its first ``computed`` tokens."""
-        super().move(computed)
+        super().resume_at(computed)
         self.index_end = computed
 
     @property

@@ -61,7 +61,7 @@ class CompiledRouter:
         self.variant = variant
         self._local = threading.local()  # ``calls`` of this thread
 
-    def fits(self, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None) -> bool:
+    def can_route(self, weight: Tensor, bias: Tensor | None, correction: Tensor | None = None) -> bool:
         """Return whether compiled code can choose with a matrix ``weight`` [experts, columns].
 
         ``bias`` and ``correction`` are [experts].
@@ -88,7 +88,7 @@ class CompiledRouter:
         with without_subclasses():
             if not is_readable(x) or x.dtype not in FLOATS or torch.is_grad_enabled():
                 return None
-            if not self.fits(weight, bias, correction) or not x.numel() or x.shape[-1] != weight.shape[1]:
+            if not self.can_route(weight, bias, correction) or not x.numel() or x.shape[-1] != weight.shape[1]:
                 return None
             if x.numel() != x.shape[-1]:
                 return self._many(x.view(-1, x.shape[-1]), weight, bias, correction)
@@ -105,7 +105,7 @@ class CompiledRouter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         choice = RoutingTask(self.variant, weight, bias, correction, rows=len(x))
         logits = matmul(x, weight, choice.product_dtype)
-        weights, experts = choice.place(logits, bias, correction)
+        weights, experts = choice.bind(logits, bias, correction)
         choice.task.kernel.run(choice.task.context, threads_for(len(x) * weight.numel()))
         return logits.to(self.variant.logit_dtype), weights, experts
 
@@ -126,7 +126,7 @@ class RoutingTask:
         kernel = routing_kernel(RoutingCode(*types, added, variant.best_of_group))
         self.task = KernelTask(kernel, array("q", (*numbers, variant.groups, variant.best_groups)), 1, scratch)
 
-    def place(self, logits: Tensor, bias: Tensor | None, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+    def bind(self, logits: Tensor, bias: Tensor | None, correction: Tensor | None) -> tuple[Tensor, Tensor]:
         """Let the task read logits [rows, experts], ``bias`` and ``correction`` [experts].
 
         Returns the new tensors that it fills: weights and experts, [rows, top_k] each.
@@ -150,7 +150,7 @@ class RoutingTasks:
         self._choice = RoutingTask(variant, weight, bias, correction)
         self.tasks = [gemv_task(weight, given, self._choice.product_dtype), self._choice.task]
 
-    def place(
+    def bind(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Let the tasks read x [1, columns], ``weight`` [experts, columns], ``bias`` and ``correction`` [experts].
@@ -160,7 +160,7 @@ class RoutingTasks:
         logits = torch.empty((1, len(weight)), dtype=self._choice.product_dtype, device=CPU)
         product = self.tasks[0].context
         product[X], product[W], product[Y] = x.data_ptr(), weight.data_ptr(), logits.data_ptr()
-        return logits, *self._choice.place(logits, bias, correction)
+        return logits, *self._choice.bind(logits, bias, correction)
 
 
 class _ThreadRouter:
@@ -174,7 +174,7 @@ class _ThreadRouter:
         self._program = Program(tasks.tasks, locked=is_small(numbers))
 
     def compute(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts; ``given`` are the arguments of ``RoutingTasks.place``."""
-        logits, weights, experts = self._tasks.place(*given)
+        """Choose experts; ``given`` are the arguments of ``RoutingTasks.bind``."""
+        logits, weights, experts = self._tasks.bind(*given)
         self._program.run()
         return logits.to(self._logit_dtype), weights, experts

@@ -192,7 +192,7 @@ class _ProductEmitter(Emitter):
         at, n = self.at, self.number
         job = at.gep(self._jobs, [at.mul(at.udiv(item, self._row_tiles), n(8 * JOB))])
         self._tile = self._tile_of(at.urem(item, self._row_tiles))
-        record, self._first, rows = (at.load(self.place(job, n(8 * i), I64)) for i in range(JOB))
+        record, self._first, rows = (at.load(self.pointer_at(job, n(8 * i), I64)) for i in range(JOB))
         self._sections = [at.inttoptr(at.add(record, offset), POINTER) for offset in self._offsets]
         self._read = at.mul(self._first, self._own)
         return rows

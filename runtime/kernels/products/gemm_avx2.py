@@ -119,7 +119,7 @@ class Avx2Tile(TileEmitter):
                 for own, places in zip(sums, short, strict=True):
                     self._widen_sums(own[first : first + 2], places)
         for row, own in zip(rows, sums, strict=True):
-            places = [self.place(totals, self._total_at(row, i), vector(F32, LANES)) for i in range(VECTORS)]
+            places = [self.pointer_at(totals, self._total_at(row, i), vector(F32, LANES)) for i in range(VECTORS)]
             self._add_group(g, own, pairs, row, places)
 
     # -- both ---------------------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ class TileEmitter(Emitter):
         if variant.out == BF16:
             value, code = self.narrow(value, LANES), "i16"
         place = at.mul(at.add(at.mul(row, self._out_rows), column), n(variant.out.itemsize))
-        target = self.place(self._y, place, value.type)
+        target = self.pointer_at(self._y, place, value.type)
         self.intrinsic(f"llvm.masked.store.v{LANES}{code}.p0", ir.VoidType(), value, target, ir.Constant(I32, 1), mask)
 
 

@@ -48,12 +48,12 @@ class Scores:
     """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction."""
 
     def __init__(self, weight: Tensor) -> None:
-        assert self.fits(weight)
+        assert self.can_multiply(weight)
         self._weight = weight
         self._outputs = array("f", bytes(4 * len(weight)))
 
     @staticmethod
-    def fits(weight: Tensor) -> bool:
+    def can_multiply(weight: Tensor) -> bool:
         """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] as it is in memory."""
         return weight.dtype == torch.float32 and lies_in_rows(weight) and not refusal()
 

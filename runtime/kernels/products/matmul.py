@@ -84,7 +84,7 @@ class _Matmul(DotEmitter):
         self._word_bytes = at.add(at.mul(self._words, n(WORD)), n(PADDING))  # of a row of words
         self._stored_bytes = at.mul(columns, n(kept.itemsize))  # of a row of W
         self._product_bytes = at.mul(self.most(self._rows, n(ROWS)), n(output.itemsize))  # of a row of y
-        thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
+        thread = at.atomic_rmw("add", self.pointer_at(context, n(8), I64), n(1), "monotonic")
         self._strip = at.inttoptr(at.add(scratch, at.mul(thread, nbytes)), POINTER)
         self._copies = at.gep(self._strip, [at.mul(strip_tokens, self._word_bytes)])  # of ROWS rows of W
         copied = at.alloca(I64)  # number of the strip whose words are in memory

@@ -61,7 +61,7 @@ class RowMatrix:
         if x.numel() != self.columns or x.shape[-1] != self.columns or torch.is_grad_enabled() or not is_readable(x):
             return None
         with without_subclasses():  # attributes of a RowWeight are torch functions
-            if not self.fits(x.dtype):
+            if not self.is_readable(x.dtype):
                 return None
             signature = (x.dtype, torch.get_num_threads())
             product: _Product | None = getattr(self._local, "product", None)
@@ -69,7 +69,7 @@ class RowMatrix:
                 product = self._local.product = _Product(self, signature)
             return product.compute(self, x)
 
-    def fits(self, dtype: torch.dtype) -> bool:
+    def is_readable(self, dtype: torch.dtype) -> bool:
         """Return whether the matrix is in memory as compiled code reads it for x of ``dtype``."""
         if self.product is not None:
             return dtype in FLOATS and self.weight.is_cpu

@@ -117,7 +117,7 @@ class RowTile(RowEmitter):
                 whole = at.and_(rows, n(-height))
                 with self.loop(begun, whole, height) as strip:
                     own = [at.add(strip, n(i)) for i in range(height)]
-                    places = [self.place(totals, at.mul(x, n(of_codes)), numbers) for x in own]
+                    places = [self.pointer_at(totals, at.mul(x, n(of_codes)), numbers) for x in own]
                     sums = [self._variable(numbers) for _ in own]
                     for place, total in zip(places, sums, strict=True):
                         # not zeros that a loop has stored: LLVM would call memset, which is not linked

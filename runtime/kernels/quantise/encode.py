@@ -39,7 +39,7 @@ def encode(
 def quantise(
     weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool, processor: Processor | None = None
 ) -> WeightDeviation:
-    """Quantise ``weights`` [rows, columns] of one projection on one thread, and return the error of what is stored.
+    """Quantise ``weights`` [rows, columns] of one projection on one thread, and return the deviation of what is stored.
 
     The result is written into ``views``, which has the sections of the record by name. Raises CheckpointError as
     ``codec.encode`` does.
@@ -55,12 +55,12 @@ def quantise(
             work.run(stage)
             work.store_pairs(values, which)
         work.run(QuantiserPass.CODES)
-    error = work.error()
+    deviation = work.deviation()
     # the squares of fp32 numbers don't overflow in fp64, so the second sum shows weights that are not finite
-    if not (math.isfinite(error.squared) or (math.isfinite(error.squared_norm) and work.has_finite_pairs())):
+    if not (math.isfinite(deviation.squared) or (math.isfinite(deviation.squared_norm) and work.has_finite_pairs())):
         raise codec.not_finite(p)
     work.fold()
-    return error
+    return deviation
 
 
 class _Work:
@@ -89,7 +89,7 @@ class _Work:
         self.scales, self.offsets = torch.empty(
             (2, p.columns // p.group, p.padded_rows) if p.pairs == "uint8" else (2, 0)
         )
-        self._errors = torch.empty(p.padded_rows // ROW_TILE, 2, dtype=torch.float64)
+        self._deviations = torch.empty(p.padded_rows // ROW_TILE, 2, dtype=torch.float64)
         self._table = solver_table()
 
     def run(self, stage: QuantiserPass) -> None:
@@ -107,7 +107,7 @@ class _Work:
                     *(values.data_ptr() + 4 * first for values in (self.scales, self.offsets)),
                     self._low.data_ptr() + codes,
                     0 if self._high is None else self._high.data_ptr() + codes,
-                    self._errors.data_ptr() + 16 * tile,
+                    self._deviations.data_ptr() + 16 * tile,
                     self._table.buffer_info()[0],
                 ),
             )
@@ -127,9 +127,9 @@ class _Work:
         values[:, p.rows :] = 0
         pairs[:, p.rows :, which] = 0
 
-    def error(self) -> WeightDeviation:
-        """Return the error of the stored weights. Call this after the pass that finds the codes."""
-        return WeightDeviation(*self._errors.sum(0).tolist())
+    def deviation(self) -> WeightDeviation:
+        """Return the deviation of the stored weights. Call this after the pass that finds the codes."""
+        return WeightDeviation(*self._deviations.sum(0).tolist())
 
     def has_finite_pairs(self) -> bool:
         """Return whether the stored pairs are finite numbers."""

@@ -74,7 +74,7 @@ def test_each_expert_is_what_transformers_loads(model_type: str, tmp_path: Path)
     assert apart == {model_type not in READ_WHOLE}
 
 
-def test_a_block_that_is_read_whole_is_said_before(tmp_path: Path) -> None:
+def test_a_block_that_is_read_whole_is_reported_before(tmp_path: Path) -> None:
     whole = plan(save_checkpoint(tmp_path / "a" / "src", "ernie4_5_vl_moe"))
     assert any("as whole blocks" in line for line in whole.announce())
     apart = plan(save_checkpoint(tmp_path / "b" / "src", "mixtral"))
@@ -237,7 +237,7 @@ def test_an_architecture_that_is_none_is_refused(tmp_path: Path, name: str | Non
         convert(source, tmp_path / "dst")
 
 
-def test_a_config_that_transformers_can_not_build_is_refused(tmp_path: Path) -> None:
+def test_a_config_that_transformers_cannot_build_is_refused(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "src")
     edit_json(source / "config.json", num_local_experts="many")
     with pytest.raises(CheckpointError, match="can't build MixtralForCausalLM"):

@@ -181,7 +181,7 @@ def test_the_end_of_a_turn_is_an_end_of_the_text_too(tmp_path: Path) -> None:
     assert open_gguf(path).config["eos_token_id"] == [end, end + 1]
 
 
-def test_a_tokenizer_that_can_not_be_made_is_an_error_and_none_makes_no_files(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_made_is_an_error_and_none_makes_no_files(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_weights("qwen3moe"), mostly("Q4_0"))
     assert "tokenizer.json" in open_gguf(path).generated_files()
     data = path.read_bytes()

@@ -102,7 +102,7 @@ def test_one_tensor_of_all_experts_is_read_in_slices(tmp_path: Path) -> None:
         made.make(None)
 
 
-def test_what_transformers_can_not_make_names_the_parameter(tensors: dict[str, list[SourceTensor]]) -> None:
+def test_what_transformers_cannot_make_names_the_parameter(tensors: dict[str, list[SourceTensor]]) -> None:
     (tensors[OTHER][0].parts[0].file).write_bytes(bytes(4 * 6))
     other = StoredTensor("w3", "F32", (2, 3), tensors[OTHER][0].parts[0].file, 0)
     with pytest.raises(CheckpointError, match=f"{PARAMETER} can't be made from this checkpoint"):

@@ -36,7 +36,7 @@ def test_it_is_opened_once_with_the_smallest_budget_and_closed_with_its_store(di
         fallback.open()
 
 
-def test_what_can_not_be_opened_is_tried_again_when_told_so(directory: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_tried_again_when_told_so(directory: Path, tmp_path: Path) -> None:
     fallback = Fallback(tmp_path / "later", manifest_of(directory))
     assert fallback.open() is None
     assert "There is no folder" in fallback.error

@@ -339,7 +339,7 @@ def test_nobody_there(small: Path) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
 )
-def test_a_process_that_can_not_connect_says_so(small: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_process_that_cannot_connect_says_so(small: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise error
 

@@ -542,7 +542,7 @@ def test_whatever_one_says_another_is_asked(three: list[Daemon], manifest: Manif
         assert peers(reader)[0].lost > 0
 
 
-def test_one_that_can_not_be_looked_at_is_looked_at_again(
+def test_one_that_cannot_be_looked_at_is_looked_at_again(
     three: list[Daemon], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where this process has no descriptor left, for now."""

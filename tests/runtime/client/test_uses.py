@@ -39,12 +39,13 @@ def test_a_demand_is_counted_and_its_hits_are_reported_the_first_last() -> None:
     assert sent.used == [ExpertKey(0, 2), ExpertKey(0, 1)]
     assert counted(uses) == (2, 1)
     uses.note_lost(1)
-    assert counted(uses) == (1, 2)
+    assert counted(uses) == (2, 2), "a counter never falls: the hit was discarded, and the request is a miss"
     uses.note(0, [5, 5])
-    uses.take_back(0, [5])
-    assert counted(uses) == (1, 2)
+    uses.note_discarded(0, [5])
+    assert counted(uses) == (3, 2)
     uses.touch(0, [1])
-    assert counted(uses) == (1, 2)
+    assert counted(uses) == (3, 2)
+    assert uses.stats(slots=4, ready=2, slot_bytes=1).discarded == 2
     assert sent.used[2:] == [ExpertKey(0, 5), ExpertKey(0, 1)]
 
 

@@ -106,7 +106,7 @@ def test_a_client_is_known_until_its_connection_ends(clients: Clients) -> None:
         pass
 
 
-def test_a_stream_ends_whose_former_can_not_be_ended(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_ends_whose_former_cannot_be_ended(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
     register(clients, "a")
     with streaming(clients, "a") as former:
         with monkeypatch.context() as patch:

@@ -354,7 +354,7 @@ def test_clients_that_read_nothing_make_room_for_others(
             call.cancel()
 
 
-def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, tinymix_4bit: Path) -> None:
+def test_records_that_are_read_too_slowly_are_reported_in_time(manifest: Manifest, tinymix_4bit: Path) -> None:
     """Before the client takes the daemon for lost. What is being read is there for the next call."""
     with ShardStore.open(tinymix_4bit) as store:
         gate = GatedReader(manifest, read_records(store))
@@ -381,7 +381,7 @@ def test_records_that_are_read_too_slowly_are_said_in_time(manifest: Manifest, t
         assert set(gate.reads.values()) == {1}
 
 
-def test_code_that_can_not_be_compiled_is_not_waited_for(
+def test_code_that_cannot_be_compiled_is_not_waited_for(
     served: tuple[ComputeCalls, Address], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

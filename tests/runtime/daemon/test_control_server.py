@@ -211,7 +211,7 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_a_server_that_can_not_begin_leaves_nothing_open(folder: Path) -> None:
+def test_a_server_that_cannot_begin_leaves_nothing_open(folder: Path) -> None:
     """It takes one, of its socket."""
     before = open_descriptors()
     with only_descriptors(0), pytest.raises(OSError, match="Too many open files"):
@@ -242,7 +242,7 @@ def test_closing_twice_closes_nothing_of_others(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_client_whose_answer_can_not_be_made_is_removed_and_the_arena_closed(folder: Path, tmp_path: Path) -> None:
+def test_a_client_whose_answer_cannot_be_made_is_removed_and_the_arena_closed(folder: Path, tmp_path: Path) -> None:
     arena, registered, left = tmp_path / "arena", list[str](), list[str]()
     arena.touch()
 

@@ -132,7 +132,7 @@ def test_where_it_is_by_default(store: Store, tmp_path: Path, where: str, words:
 
 
 @pytest.mark.parametrize("with_token", [True, False])
-def test_insecure_is_said(store: Store, tmp_path: Path, with_token: bool) -> None:
+def test_insecure_is_reported(store: Store, tmp_path: Path, with_token: bool) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret\n")
     extra = ["--listen", "0.0.0.0:0", "--insecure", *(["--token-file", str(token)] if with_token else [])]
@@ -142,7 +142,7 @@ def test_insecure_is_said(store: Store, tmp_path: Path, with_token: bool) -> Non
         assert daemon.stop() == 0
 
 
-def test_more_memory_than_there_is_is_said(store: Store, tmp_path: Path) -> None:
+def test_more_memory_than_there_is_is_reported(store: Store, tmp_path: Path) -> None:
     """As `generate` has it: all experts fit, which is what it takes."""
     with running_daemon(store[0], ram="900TiB", folder=tmp_path / "d") as daemon:
         assert daemon.stats().host.slots == 24
@@ -218,7 +218,7 @@ def test_files_of_a_killed_daemon_do_not_hinder_the_next(store: Store, tmp_path:
         (["--no-such-option"], "has no option --no-such-option"),
     ],
 )
-def test_options_that_cannot_work_are_said(store: Store, tmp_path: Path, options: list[str], says: str) -> None:
+def test_options_that_cannot_work_are_reported(store: Store, tmp_path: Path, options: list[str], says: str) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret\n")
     options = [str(token) if option == "TOKEN" else option for option in options]
@@ -231,7 +231,7 @@ def test_options_that_cannot_work_are_said(store: Store, tmp_path: Path, options
     assert not (tmp_path / "d").exists() or list((tmp_path / "d").iterdir()) == []
 
 
-def test_stores_that_cannot_be_served_are_said(store: Store, tmp_path: Path) -> None:
+def test_stores_that_cannot_be_served_are_reported(store: Store, tmp_path: Path) -> None:
     for directories in ([tmp_path / "nothing"], [store[0], tmp_path / "nothing"], [store[0], store[0]]):
         result = starting(directories, "--folder", tmp_path / "d")
         assert result.returncode == 1
@@ -251,7 +251,7 @@ def test_a_folder_that_is_not_safe_is_refused(store: Store, tmp_path: Path) -> N
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_taken_port_is_said(store: Store, tmp_path: Path) -> None:
+def test_a_taken_port_is_reported(store: Store, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

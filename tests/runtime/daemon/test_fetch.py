@@ -74,7 +74,7 @@ def test_any_part_of_a_record_by_plain_protocol_buffers(small: Path) -> None:
         (10, {"offset": 2**64 - 1, "length": 2**64 - 1}, grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
-def test_what_can_not_be_asked(
+def test_what_cannot_be_asked(
     small: Path, timeout: float | None, request_: dict[str, int], code: grpc.StatusCode
 ) -> None:
     with served_folder(small) as (address, _, _):

@@ -25,7 +25,7 @@ def host(tinymix_4bit: Path) -> Iterator[HostTier]:
         yield tier
 
 
-def test_a_compiler_that_can_not_be_imported_is_said(
+def test_a_compiler_that_cannot_be_imported_is_reported(
     host: HostTier, tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "moetier.runtime.daemon.compute", None)

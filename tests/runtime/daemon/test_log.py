@@ -18,13 +18,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [Logfmt().format(record).partition(" ")[2] for record in caplog.records]
 
 
-def test_what_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     event = RateLimitedLog(LOG, "read-failed")
     event.log(cause="a bad bit", expert=3)
     assert lines(caplog) == ['level=warning event=read-failed cause="a bad bit" expert=3']
 
 
-def test_what_others_say_can_not_write_to_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_others_say_cannot_write_to_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     for cause in ("\x1b]0;owned\x07", "\x9b31m\n", "perché no"):
         log_event(LOG, "read-failed", logging.ERROR, cause=cause)
     causes = [line.partition("cause=")[2] for line in lines(caplog)]

@@ -154,7 +154,7 @@ def test_a_port_alone_is_of_this_machine(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("where", "is_said"), [("[::1]:0", False), ("localhost:0", False), ("0.0.0.0:0", True)])
-def test_where_it_is_said(store: Store, tmp_path: Path, where: str, is_said: bool) -> None:
+def test_where_it_is_reported(store: Store, tmp_path: Path, where: str, is_said: bool) -> None:
     if where.startswith("[") and not Path("/proc/net/if_inet6").exists():
         pytest.skip("there is no IPv6")
     with running_daemon(store[0], folder=tmp_path / "d", extra=["--metrics", where]) as daemon:
@@ -163,7 +163,7 @@ def test_where_it_is_said(store: Store, tmp_path: Path, where: str, is_said: boo
         assert (said in daemon.log) == is_said
 
 
-def test_a_port_that_is_taken_is_said_and_nothing_is_left(store: Store, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_reported_and_nothing_is_left(store: Store, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = ("daemon", store[0], "--folder", tmp_path / "d", "--ram", 3 * SLOT, "--metrics", port)

@@ -18,7 +18,7 @@ from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
 
 
-def test_an_arena_that_can_not_be_mapped_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arena_that_cannot_be_mapped_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan()
     manifest = write_store(tmp_path, plan, make_records(plan))
     owner = Arena.create(ArenaLayout.of(manifest, {"records": 6}))

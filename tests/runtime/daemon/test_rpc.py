@@ -254,7 +254,7 @@ def test_leases_and_credential_end_with_the_control_connection(daemon: DaemonPro
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_all_slots_leased_is_said_after_a_bounded_wait(daemon: DaemonProcess, store: Store) -> None:
+def test_all_slots_leased_is_reported_after_a_bounded_wait(daemon: DaemonProcess, store: Store) -> None:
     with contextlib.ExitStack() as closing:
         clients = [closing.enter_context(RawClient(daemon.folder, store[1])) for _ in range(4)]
         for block, client in enumerate(clients[:3]):

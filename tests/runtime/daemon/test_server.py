@@ -20,7 +20,7 @@ from half_open import connect, half_open
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_store
-from threads import Task, best_time
+from threads import Task, best_time, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
@@ -69,6 +69,15 @@ class Served:
         with RawClient(self.daemon.folder, self._manifest) as client:
             client.acquire(1, 0, [3])
             assert client.granted().expert == 3
+
+    def is_available(self) -> bool:
+        """Whether the daemon takes a connection and a call now."""
+        with self.remote() as channel:
+            try:
+                ExpertStoreStub(channel).Describe(pb.DescribeRequest(), timeout=PATIENCE)
+            except grpc.RpcError as error:
+                return error.code() is not grpc.StatusCode.UNAVAILABLE
+        return True
 
     def check_is_quick(self) -> None:
         """The best of some rounds takes less than a second: whatever blocks the clients blocks each of them."""
@@ -248,7 +257,8 @@ def test_connections_leave_descriptors_for_this_hosts_clients(store: tuple[Path,
             with RawClient(daemon.folder, store[1]) as client:
                 client.acquire(1, 2, [5])
                 assert client.granted().expert == 5
-        served.use()  # their places are free again
+        wait_until(served.is_available)  # their places are free again, once the daemon has seen them close
+        served.use()
         assert daemon.stop() == 0
 
 

@@ -92,7 +92,7 @@ def test_a_device_of_one_line_loads_a_model_and_generates_the_same_tokens(tinymi
 
 
 @pytest.mark.usefixtures("toy")
-def test_a_tier_is_closed_if_its_model_can_not_be_loaded(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_is_closed_if_its_model_cannot_be_loaded(tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed, close = list[DeviceTier](), DeviceTier.close
 
     def fail(kernels: Kernels, shrink: object) -> None:

@@ -66,7 +66,7 @@ def test_a_turn_computes_only_what_is_new() -> None:
         assert runner.computed - before == 3
 
 
-def test_a_model_that_can_not_resume_scores_only_short_prompts() -> None:
+def test_a_model_that_cannot_resume_scores_only_short_prompts() -> None:
     """It computes a prompt in one piece, and each token has logits for the whole vocabulary."""
     runner = ToyRunner()
     runner.can_resume = False

@@ -350,7 +350,7 @@ def chain(links: int, **more: Any) -> dict[str, Any]:
         (Grammar.lark("start: @missing"), "missing"),
     ],
 )
-def test_what_can_not_be_compiled_is_refused_at_once(compiler: GrammarCompiler, grammar: Grammar, said: str) -> None:
+def test_what_cannot_be_compiled_is_refused_at_once(compiler: GrammarCompiler, grammar: Grammar, said: str) -> None:
     taken = []
     for _ in range(3):
         began = time.process_time()  # the machine may have other work

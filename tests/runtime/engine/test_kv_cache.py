@@ -215,7 +215,7 @@ def test_a_sequence_begins_only_if_it_has_room_beside_those_that_run() -> None:
     assert cache.has_pages_for(TokenSequence(Request((9,) * PAGE_TOKENS, 1)))
 
 
-def test_a_sequence_that_can_not_begin_holds_nothing() -> None:
+def test_a_sequence_that_cannot_begin_holds_nothing() -> None:
     """The copy of a page fails, as memory is short. Then the sequence begins after all."""
     memory = WrittenPages()
     cache = KVCache(4, memory)
@@ -242,7 +242,7 @@ def compute(cache: KVCache, memory: WrittenStates, sequence: TokenSequence) -> l
     """Compute all tokens of a sequence that has begun. Returns where parts begin, and the end."""
     places = [sequence.computed]
     while sequence.remaining:
-        tokens = cache.most_tokens(sequence)
+        tokens = cache.max_tokens(sequence)
         assert cache.reserve(sequence, tokens)
         memory.compute(cache.pages_of(sequence), sequence, sequence.computed + tokens)
         sequence.computed += tokens
@@ -379,7 +379,7 @@ def test_a_sequence_goes_on_without_a_snapshot_for_which_memory_is_missing(
     assert computed_in_parts(cache, memory, [*range(100), 7, 8])[1][0] == PAGE_TOKENS
 
 
-def test_a_state_that_can_not_be_read_leaves_nothing_behind() -> None:
+def test_a_state_that_cannot_be_read_leaves_nothing_behind() -> None:
     memory = WrittenStates()
     cache = KVCache(8, memory)
     cache.end(computed_in_parts(cache, memory, [*range(100)])[0])

@@ -228,7 +228,7 @@ def test_the_faster_way_is_taken_and_the_other_one_tried_now_and_then(monkeypatc
     assert taken.count("slow") == 1 + 3
 
 
-def test_long_prompts_of_a_model_that_can_not_be_packed_let_others_go_on(model: Any) -> None:
+def test_long_prompts_of_a_model_that_cannot_be_packed_let_others_go_on(model: Any) -> None:
     """They are computed in chunks, and one that is cancelled stops no other."""
     runner, shares = PackedRunner(model, PAGES, later_chunk=10, packs=False, pass_tokens=20), list[float]()
     long, other = (TokenSequence(Request(tuple(range(first, first + 55)), 1)) for first in (3, 90))

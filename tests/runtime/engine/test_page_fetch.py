@@ -51,7 +51,7 @@ def test_a_disk_that_hangs_stops_neither_requests_nor_the_end(tmp_path: Path, mo
         order.may_read.set()
 
 
-def test_reads_that_can_not_begin_keep_no_page(tmp_path: Path) -> None:
+def test_reads_that_cannot_begin_keep_no_page(tmp_path: Path) -> None:
     with engine_with(tmp_path) as engine:
         answer(engine, LONG)
     with engine_with(tmp_path, pages=8) as engine:

@@ -135,7 +135,7 @@ def test_a_near_deadline_goes_first_but_nothing_waits_for_ever(monkeypatch: pyte
     assert scheduler.waiting == [running, without, far, late]
 
 
-def test_a_sequence_that_can_not_begin_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_that_cannot_begin_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = scheduler_of(8)
     first = added(scheduler, 3)
 

@@ -63,7 +63,7 @@ def test_an_error_ends_only_its_sequence() -> None:
         assert streams[0].sequence.finish is Finish.FAILED
 
 
-def test_a_sequence_that_can_not_begin_ends_alone() -> None:
+def test_a_sequence_that_cannot_begin_ends_alone() -> None:
     """It begins with a part of a page of another one, which can't be copied."""
 
     class NoCopies(ToyRunner):

@@ -48,7 +48,7 @@ def test_tensors_and_their_rows_are_what_safetensors_wrote(file: Path, monkeypat
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
-def test_a_file_that_is_cut_is_said_to_be(file: Path, size: int) -> None:
+def test_a_file_that_is_cut_is_reported_to_be(file: Path, size: int) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:size])
     with pytest.raises(CheckpointError, match="truncated"):
@@ -97,7 +97,7 @@ def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path: Pat
         read_tensors(file)
 
 
-def test_a_file_that_can_not_be_read_is_named(file: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(file: Path, tmp_path: Path) -> None:
     found = read_tensors(file)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"x\.safetensors can't be read: No such file"):

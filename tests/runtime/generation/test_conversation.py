@@ -72,7 +72,7 @@ def test_a_prompt_begins_with_the_tokens_that_were_sampled(tokenizer: Any) -> No
     assert "Hm." not in tokenizer.decode(found)
 
 
-def test_what_a_template_refuses_is_said_at_the_start(tokenizer: Any) -> None:
+def test_what_a_template_refuses_is_reported_at_the_start(tokenizer: Any) -> None:
     tokenizer.chat_template = NO_SYSTEM
     conversation(tokenizer, system=None)
     with pytest.raises(ConfigError, match="No system role") as caught:

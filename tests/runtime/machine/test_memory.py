@@ -144,7 +144,7 @@ def test_more_than_there_is_does_no_harm_where_all_experts_fit() -> None:
 @pytest.mark.parametrize(
     ("asked", "why"), [(GIB - 1, "too small"), (most(7 * GIB) + 1, "more than this machine leaves"), (8 * GIB, "more")]
 )
-def test_what_can_not_work_is_refused_with_what_would(asked: int, why: str) -> None:
+def test_what_cannot_work_is_refused_with_what_would(asked: int, why: str) -> None:
     with pytest.raises(BudgetError, match=why) as caught:
         budget_for(Size(bytes=asked), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
     smallest, largest = named(caught.value)
@@ -170,7 +170,7 @@ def test_the_largest_that_all_experts_take_is_named_where_they_fit() -> None:
     assert named(caught.value) == [GIB, 2 * GIB]
 
 
-def test_a_machine_that_is_too_small_is_said_to_be() -> None:
+def test_a_machine_that_is_too_small_is_reported_to_be() -> None:
     with pytest.raises(BudgetError, match="this machine leaves"):
         budget_for(None, smallest=8 * GIB, largest=9 * GIB, reserve=GIB, available=HERE)
 

@@ -119,14 +119,14 @@ def test_affinity_for_real() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1, (os.cpu_count() or 1) + 1, True, 1.0, "1"])
-def test_a_number_that_can_not_be(threads: object) -> None:
+def test_a_number_that_cannot_be(threads: object) -> None:
     with pytest.raises(ConfigError, match="`threads` is") as caught:
         TierConfig.of(threads=threads)  # type: ignore[arg-type]
     assert f"1 to {(os.cpu_count() or 1)}, the CPUs of this machine." in caught.value.fix
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", str((os.cpu_count() or 1) + 1), "many"])
-def test_a_number_that_can_not_be_on_a_command_line(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_that_cannot_be_on_a_command_line(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["generate", "nothing", f"--threads={threads}"])
     assert caught.value.code == 2

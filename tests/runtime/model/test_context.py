@@ -99,7 +99,7 @@ def test_a_text_of_any_size_is_measured_in_the_time_of_its_beginning(tokenizer: 
     assert time.process_time() - began < 2
 
 
-def test_how_many_there_are_is_said_as_far_as_they_were_counted() -> None:
+def test_how_many_there_are_is_reported_as_far_as_they_were_counted() -> None:
     assert counted(3005, 2048) == "3,005"
     assert counted(16_000, 2048) == "more than 4,096"
 

@@ -131,7 +131,7 @@ def test_a_page_with_an_index_takes_no_more_than_its_budget(model_type: str) -> 
     use_causal_attention(model)
     memory = PageMemory(1)
     cache = PagedCache(memory, cache_layers(model))
-    cache.move([0], 0)
+    cache.resume_at([0], 0)
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True, **{CACHE: cache})
     assert 0 < memory.page_bytes <= kv_cache_bytes(model.config, PAGE_TOKENS)

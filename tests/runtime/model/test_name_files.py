@@ -62,7 +62,7 @@ def test_a_name_is_resolved_wherever_a_model_is_named(
     assert "`moetier list` has tiny" in capsys.readouterr().err
 
 
-def test_the_name_of_a_model_that_can_not_be_reached_is_not_taken_over(models: Path, tmp_path: Path) -> None:
+def test_the_name_of_a_model_that_cannot_be_reached_is_not_taken_over(models: Path, tmp_path: Path) -> None:
     unmounted = tmp_path / "disk" / "models" / "tiny"
     register_name(folder(unmounted))
     shutil.rmtree(tmp_path / "disk" / "models")
@@ -138,7 +138,7 @@ def test_without_a_home_folder_models_have_no_place(tmp_path: Path, monkeypatch:
     assert "XDG_DATA_HOME" in caught.value.fix
 
 
-def test_the_name_of_a_model_that_can_not_be_looked_for_is_not_taken_over(models: Path, tmp_path: Path) -> None:
+def test_the_name_of_a_model_that_cannot_be_looked_for_is_not_taken_over(models: Path, tmp_path: Path) -> None:
     """Its folder has become a file."""
     lost = folder(tmp_path / "disk" / "tiny")
     register_name(lost)

@@ -34,7 +34,7 @@ def test_a_name_is_a_folder_and_a_folder_that_is_there_goes_before(
     assert model_directory("acme/a") == Path("acme/a")
 
 
-def test_a_name_that_nothing_has_is_said_with_those_that_are_near(
+def test_a_name_that_nothing_has_is_reported_with_those_that_are_near(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place(models, "mistralai/Mixtral-8x7B-v0.1:4bit")

@@ -196,7 +196,7 @@ def test_the_experts_get_what_they_need_at_least() -> None:
     assert found.nbytes <= usable(HERE.bytes) - (700 << 20)
 
 
-def test_it_is_said_that_fewer_tokens_are_computed_together(
+def test_it_is_reported_that_fewer_tokens_are_computed_together(
     tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     free = Available(60 << 20, "this machine")

@@ -140,7 +140,7 @@ def test_registering_again_changes_nothing() -> None:
         assert list(pool.map(lambda _: moetier.register(), range(32))) == [None] * 32
 
 
-def test_the_function_can_not_be_chosen_away(tiny: tuple[Any, Path]) -> None:
+def test_the_function_cannot_be_chosen_away(tiny: tuple[Any, Path]) -> None:
     ordinary, directory = tiny
     moetier.register()
     model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
@@ -403,7 +403,7 @@ del model
     assert (result.returncode, result.stdout) == (0, "closed\n"), result.stderr
 
 
-def test_the_model_can_not_be_saved_without_its_experts(tiny: tuple[Any, Path], tmp_path: Path) -> None:
+def test_the_model_cannot_be_saved_without_its_experts(tiny: tuple[Any, Path], tmp_path: Path) -> None:
     with moetier.load(tiny[1]) as (model, _), pytest.raises(ConfigError, match="can't be saved") as caught:
         model.save_pretrained(tmp_path / "saved")
     assert caught.value.fix == f"Copy {tiny[1]}; or, to an object store: moetier push {tiny[1]} ADDRESS"
@@ -510,7 +510,7 @@ def test_a_config_that_is_no_json(tiny: tuple[Any, Path], tmp_path: Path) -> Non
         ({"attn_implementation": "quick"}, ConfigError, "`attn_implementation` is 'quick'"),
     ],
 )
-def test_options_that_can_not_work(
+def test_options_that_cannot_work(
     tiny: tuple[Any, Path], options: dict[str, Any], error: type[MoetierError], words: str
 ) -> None:
     with pytest.raises(error, match=words):

@@ -104,7 +104,7 @@ def test_other_models_are_loaded_as_ever(tmp_path: Path, register: Callable[...,
     assert not [each for each in (found, chosen, plain) if hasattr(each, "tiers")]
 
 
-def test_experts_that_can_not_be_used_as_they_are_are_named(tmp_path: Path, register: Callable[..., None]) -> None:
+def test_experts_that_cannot_be_used_as_they_are_are_named(tmp_path: Path, register: Callable[..., None]) -> None:
     folder = save_checkpoint(tmp_path / "src", dtype=torch.float32)
     register(ram="1GiB", daemon=None)
     with pytest.warns(RuntimeWarning, match=r"register\(ram='1GiB', daemon=None\) has no effect.* is in float32"):
@@ -113,7 +113,7 @@ def test_experts_that_can_not_be_used_as_they_are_are_named(tmp_path: Path, regi
     assert torch.allclose(logits(model), logits(ordinary_model(folder)), atol=1e-4)
 
 
-def test_a_model_of_the_hub_is_said_to_be_elsewhere(register: Callable[..., None], tmp_path: Path) -> None:
+def test_a_model_of_the_hub_is_reported_to_be_elsewhere(register: Callable[..., None], tmp_path: Path) -> None:
     """Unless its config says that it is converted; a folder without a checkpoint is left to transformers."""
     register(ram="1GiB", daemon=None)
 

@@ -98,7 +98,7 @@ def test_a_running_daemon_of_this_very_store_is_found(
         assert model.tiers.host.stats().bytes_in == 0, "nothing was read here"
 
 
-def test_what_has_no_effect_where_a_daemon_is_found_is_said_once(
+def test_what_has_no_effect_where_a_daemon_is_found_is_reported_once(
     scripts: Prepared, directory: Path, daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who has configured no logging sees it too."""
@@ -164,7 +164,7 @@ def test_a_killed_daemon_s_files_lead_nowhere(directory: Path, daemon: DaemonPro
         moetier.load(directory, daemon=str(daemon.folder))
 
 
-def test_one_that_is_full_is_said_and_one_that_is_gone_not(
+def test_one_that_is_full_is_reported_and_one_that_is_gone_not(
     scripts: Prepared, directory: Path, runtime: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who has configured no logging sees it too."""

@@ -196,7 +196,7 @@ def test_keys_of_another_device_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_experts_and_weights_that_can_not_be_used_are_refused(model: Any) -> None:
+def test_experts_and_weights_that_cannot_be_used_are_refused(model: Any) -> None:
     module = next(iter(experts_modules(model).values()))
     x, experts, weights = numbers(1, 64), torch.tensor([[2, 0, 1]]), torch.ones(1, 3)
     wanted = module(x, experts, weights)

@@ -224,7 +224,7 @@ class Lonely(nn.Module):
         self.dtype = BF16
 
 
-def test_what_is_not_found_is_said() -> None:
+def test_what_is_not_found_is_reported() -> None:
     model = tiny_model("mixtral", BF16)
     del model.model.layers[1].mlp.gate
     del model.model.layers[2].post_attention_layernorm, model.model.layers[2].input_layernorm

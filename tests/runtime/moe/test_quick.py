@@ -44,7 +44,7 @@ def test_shapes_that_do_not_fit_are_named(twin: Any) -> None:
         next(compute_quick(kernels, twin.tiered, [RoutedTokens(x[:4], index, weights)]))
 
 
-def test_what_compiled_code_can_not_compute_is_left_to_others(twin: Any) -> None:
+def test_what_compiled_code_cannot_compute_is_left_to_others(twin: Any) -> None:
     x, index, weights = inputs(ordinary(), torch.float32, tokens=1)
     experts = index[0].tolist()
     assert one_token(twin, x, experts, weights.double(), None) is None

@@ -210,7 +210,7 @@ def test_a_shard_that_is_cut_is_refused_without_a_link_too(folder: Path) -> None
 # what is said
 
 
-def test_that_reads_are_not_proved_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_that_reads_are_not_proved_is_reported_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "moetier"):
         model, _ = moetier.load(folder)
         with model.tiers:

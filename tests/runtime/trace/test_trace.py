@@ -259,7 +259,7 @@ def test_a_damaged_file_is_refused_or_read_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [(255, 255), (256, 256), (3, 300)])
-def test_ids_that_a_byte_can_not_say_are_wider(tmp_path: Path, counts: tuple[int, int]) -> None:
+def test_ids_that_a_byte_cannot_say_are_wider(tmp_path: Path, counts: tuple[int, int]) -> None:
     """With 256 experts, 255 is one of them, and not none."""
     last = np.array(counts)[:, None] - 1  # [B, 1]
     experts = np.stack([last, np.full((2, 1), NO_EXPERT)])

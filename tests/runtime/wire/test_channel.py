@@ -337,7 +337,7 @@ def test_what_is_a_token(tmp_path: Path, ending: str) -> None:
     assert read_token(path) == TOKEN
 
 
-def test_a_token_that_every_user_can_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_token_that_every_user_can_read_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "token"
     path.write_text(TOKEN)
     path.chmod(0o640)

@@ -141,7 +141,7 @@ def test_another_process_reads_and_can_do_nothing_else() -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_can_not_open_it_for_writing() -> None:
+def test_another_user_cannot_open_it_for_writing() -> None:
     arena = Arena.create(layout_of(1))
     descriptor = arena.export()
     child = in_child(
@@ -298,7 +298,7 @@ def test_closing_ends_the_allocation(slow_pages: threading.Event) -> None:
     os.close(descriptor)
 
 
-def test_a_slot_whose_pages_can_not_be_had_is_a_budget_error(
+def test_a_slot_whose_pages_cannot_be_had_is_a_budget_error(
     slow_pages: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = Arena.create(layout_of(4))

@@ -116,7 +116,7 @@ class PoolMachine(RuleBasedStateMachine):
 TestPool = PoolMachine.TestCase
 
 
-def test_an_empty_slot_can_not_be_used() -> None:
+def test_an_empty_slot_cannot_be_used() -> None:
     pool = pool_of(1)
     for method in (pool.complete_fill, pool.abort_fill, pool.pin, pool.unpin, pool.key):
         with pytest.raises((AssertionError, KeyError)):

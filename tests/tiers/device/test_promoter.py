@@ -598,7 +598,7 @@ def test_the_thread_survives_whatever_the_source_raises(
     promoted(tier, 3)
 
 
-def test_a_record_that_can_not_be_read_is_wished_for_in_vain(
+def test_a_record_that_cannot_be_read_is_wished_for_in_vain(
     tier: DeviceTier, device: FakeDevice, reader: GatedReader
 ) -> None:
     reader.broken.add(ExpertKey(1, 0))

@@ -228,7 +228,7 @@ def test_a_refill_waits_for_the_arrangement_of_what_nobody_computed_on(seed: int
         tier.close()
 
 
-def test_what_can_not_be_arranged_leaves_nothing_behind(host: HostTier) -> None:
+def test_what_cannot_be_arranged_leaves_nothing_behind(host: HostTier) -> None:
     device, broken = device_of(), [True]
 
     def arrange(record: torch.Tensor, layout: RecordLayout) -> None:
@@ -535,7 +535,7 @@ def test_a_device_without_room_for_one_token_is_refused(host: HostTier) -> None:
         DeviceTier(host, PLAN, slots=SMALLEST, device=device_of(capacity=2 * size)).close()
 
 
-def test_memory_that_can_not_be_page_locked_is_copied_all_the_same(host: HostTier) -> None:
+def test_memory_that_cannot_be_page_locked_is_copied_all_the_same(host: HostTier) -> None:
     device = device_of(locks_pages=False)
     with pytest.warns(RuntimeWarning, match="No memory can be page-locked") as caught:
         tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)

@@ -59,7 +59,7 @@ def test_it_is_parsed_once_until_it_changes(folder: Path, table: ExtentTable) ->
     assert not same(table, read_table(folder))
 
 
-def test_it_goes_into_the_cache_where_the_checkpoint_can_not_be_written_to(
+def test_it_goes_into_the_cache_where_the_checkpoint_cannot_be_written_to(
     folder: Path, table: ExtentTable, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / f"{NAME}.partial").mkdir()  # so that not even root can write it

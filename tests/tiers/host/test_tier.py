@@ -99,7 +99,7 @@ def test_two_record_sizes() -> None:
             check_integrity(tier)
 
 
-def test_memory_that_can_not_be_had_leaves_nothing() -> None:
+def test_memory_that_cannot_be_had_leaves_nothing() -> None:
     """The arena is larger than the process may make files."""
     output = in_child(
         """

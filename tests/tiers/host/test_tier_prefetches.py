@@ -275,7 +275,7 @@ def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
         assert tier.stats().recalled == 1
 
 
-def test_a_prefetch_that_can_not_be_read_affects_no_demand() -> None:
+def test_a_prefetch_that_cannot_be_read_affects_no_demand() -> None:
     reader = RamReader(PLAN, RECORDS)
     reader.broken.add(ExpertKey(0, 0))
     with HostTier(reader, slots={"records": 6}) as tier:

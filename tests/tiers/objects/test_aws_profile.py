@@ -85,19 +85,19 @@ def test_a_role_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert objects.read_whole("some", 4) == b"here"
 
 
-def test_a_profile_that_is_not_there_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_that_is_not_there_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "absent")
     with pytest.raises(ConfigError, match="profile absent can't be used"):
         Objects(ADDRESS)
 
 
-def test_a_file_of_credentials_that_is_malformed_is_said(home: Path) -> None:
+def test_a_file_of_credentials_that_is_malformed_is_reported(home: Path) -> None:
     (home / ".aws/credentials").write_text("nonsense")
     with pytest.raises(ConfigError, match="credentials"):
         Objects(ADDRESS)
 
 
-def test_a_program_that_fails_is_said_at_once(home: Path, server: FolderServer) -> None:
+def test_a_program_that_fails_is_reported_at_once(home: Path, server: FolderServer) -> None:
     (home / ".aws/credentials").unlink()
     (home / ".aws/config").write_text("[default]\ncredential_process = /bin/false\nregion = eu-north-1\n")
     with pytest.raises((ConfigError, StoreReadError)) as error, Objects(ADDRESS) as objects:

@@ -130,7 +130,7 @@ def test_large_records_come_in_parallel_pieces(tmp_path: Path) -> None:
         assert asked == pieces - 1
 
 
-def test_a_record_that_can_not_be_kept_is_read_all_the_same(
+def test_a_record_that_cannot_be_kept_is_read_all_the_same(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     """There is no thread to write it. The next record that arrives is stored with it."""
@@ -506,7 +506,7 @@ def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
         assert check(store, records) > 1, "then records are kept again"
 
 
-def test_a_stopped_process_with_the_lock_is_said_when_a_cache_is_opened(
+def test_a_stopped_process_with_the_lock_is_reported_when_a_cache_is_opened(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access_times, "TIMEOUT", 0.1)
@@ -577,7 +577,7 @@ def test_a_store_without_a_table_of_checksums_is_refused(folder: Path, tmp_path:
         opened(server, tmp_path / "cache")
 
 
-def test_an_address_without_a_model_is_said(tmp_path: Path) -> None:
+def test_an_address_without_a_model_is_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with served_folder(tmp_path / "empty") as server, pytest.raises(StoreFormatError, match="no model at http"):
         opened(server, tmp_path / "cache")

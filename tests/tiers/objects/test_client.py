@@ -21,7 +21,7 @@ from moetier.tiers.objects.client import Objects
 pytest.importorskip("obstore")
 
 
-def test_an_http_server_can_not_list(tmp_path: Path) -> None:
+def test_an_http_server_cannot_list(tmp_path: Path) -> None:
     with served_folder(tmp_path) as server, Objects(server.address) as objects:
         assert objects.sizes() is None
 
@@ -148,7 +148,7 @@ def test_an_answer_that_trickles_stands_still(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["file/below", "x" * 300])
-def test_what_a_local_folder_can_not_have_is_not_tried_again(name: str, tmp_path: Path) -> None:
+def test_what_a_local_folder_cannot_have_is_not_tried_again(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with Objects(f"file://{tmp_path}") as objects:
         with pytest.raises(StoreReadError):
@@ -156,7 +156,7 @@ def test_what_a_local_folder_can_not_have_is_not_tried_again(name: str, tmp_path
         assert objects.retries == 0
 
 
-def test_an_unknown_host_is_said_soon() -> None:
+def test_an_unknown_host_is_reported_soon() -> None:
     with Objects("http://a..b/model") as objects:  # of two labels, one is empty
         with pytest.raises(StoreReadError, match=r"The host of http://a\.\.b/model is not known\."):
             objects.read_whole("some", 4)
@@ -164,7 +164,7 @@ def test_an_unknown_host_is_said_soon() -> None:
 
 
 @pytest.mark.parametrize("with_tls", [True, False])
-def test_a_server_that_is_not_trusted_is_said_soon(with_tls: bool, tmp_path: Path) -> None:
+def test_a_server_that_is_not_trusted_is_reported_soon(with_tls: bool, tmp_path: Path) -> None:
     certificate = trustme.CA().issue_cert("127.0.0.1") if with_tls else None
     with served_folder(tmp_path, certificate) as server:
         address = server.address.replace("http:", "https:")
@@ -205,7 +205,7 @@ def test_an_answer_that_is_cut_short_is_refused(tmp_path: Path, monkeypatch: pyt
         objects.read("some", 50, memoryview(bytearray(100)))
 
 
-def test_an_object_that_can_not_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.1)
     (tmp_path / "folder/some").mkdir(parents=True)

@@ -117,7 +117,7 @@ def test_a_push_resumes_and_writes_its_manifest_last(tmp_path: Path, monkeypatch
         assert read_records(there) == read_records(two)
 
 
-def test_an_address_that_can_not_be_used_is_said() -> None:
+def test_an_address_that_cannot_be_used_is_reported() -> None:
     with pytest.raises(ConfigError, match="can't be used"):
         Objects("s3://")
 
@@ -193,7 +193,7 @@ def test_a_trunk_of_the_same_size_is_another_model(tinymix_4bit: Path, tmp_path:
 
 
 @pytest.mark.parametrize("fault", ["error", "refused", "all refused"])
-def test_another_model_is_kept_where_it_can_not_be_listed(
+def test_another_model_is_kept_where_it_cannot_be_listed(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
@@ -207,7 +207,7 @@ def test_another_model_is_kept_where_it_can_not_be_listed(
         assert not server.puts
 
 
-def test_a_card_is_kept_where_it_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_kept_where_it_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(tmp_path / "model")
     (there := tmp_path / "there").mkdir()
     (there / module.CARD).write_text("mine")
@@ -244,7 +244,7 @@ def test_what_does_not_belong_to_the_model_is_not_pushed(tmp_path: Path) -> None
         assert read_records(store) == records
 
 
-def test_a_model_that_can_not_be_fetched_is_not_pushed(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_fetched_is_not_pushed(tmp_path: Path) -> None:
     make_store(tmp_path / "model")
     without_table(tmp_path / "model")
     with pytest.raises(StoreFormatError, match="no checksums of records"):

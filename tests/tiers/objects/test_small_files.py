@@ -25,7 +25,7 @@ pytest.importorskip("obstore")
 ARRAY = f"{GROUP}/records/{METADATA}"
 
 
-def test_a_model_that_can_not_be_listed_is_fetched_by_usual_names(
+def test_a_model_that_cannot_be_listed_is_fetched_by_usual_names(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S3 refuses what does not exist to those who may not list."""

@@ -342,7 +342,7 @@ def test_an_error_of_the_page_cache_names_the_shard(tmp_path: Path, monkeypatch:
     assert str(shard(tmp_path, 1, layout_of()).path) in caught.value.cause
 
 
-def test_a_store_that_can_not_be_made_leaves_no_file_open(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_made_leaves_no_file_open(tmp_path: Path) -> None:
     make_store(tmp_path)
     with pytest.raises(AssertionError):
         ShardStore.open(tmp_path, readers=0)

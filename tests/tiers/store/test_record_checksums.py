@@ -71,7 +71,7 @@ def test_the_table_is_that_of_the_digest(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / GROUP).digest == manifest.digest
 
 
-def test_an_older_store_can_not_be_opened_without_a_thread_for_the_check(tmp_path: Path) -> None:
+def test_an_older_store_cannot_be_opened_without_a_thread_for_the_check(tmp_path: Path) -> None:
     make_store(tmp_path)
     without_table(tmp_path)
     with without_thread("moetier-digest"), pytest.raises(StoreReadError, match="can't start new thread"):

@@ -122,7 +122,7 @@ def test_a_file_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(check_sum(path, summed(path))) == [*[100] * 10, 50]
 
 
-def test_what_can_not_be_read_is_a_store_error(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / NAMES[0]).mkdir()
     with pytest.raises(StoreReadError, match="can't be read"):
         list(check_sum(tmp_path / NAMES[0], FileSum(1, 1)))

@@ -256,7 +256,7 @@ def test_two_conversions_into_one_folder_are_refused(tmp_path: Path) -> None:
     StoreWriter.open(tmp_path / GROUP, make_plan()).close()  # the lock went with the first
 
 
-def test_a_target_that_can_not_be_written(tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file where a folder has to be")
     with pytest.raises(TargetError, match="can't be written") as caught:
         StoreWriter.open(tmp_path / "file" / GROUP, make_plan())
@@ -269,7 +269,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_full_disk_is_said_and_resumed_from(small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_resumed_from(small_disk: Path, tmp_path: Path) -> None:
     plan = make_plan(blocks=3, layout=layout_of(512, 128))  # 1.6 MB a block
     records = make_records(plan)
     with (

@@ -27,7 +27,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
 
 
-def test_a_group_that_can_not_be_made_is_an_error_that_says_what_to_do(
+def test_a_group_that_cannot_be_made_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "VERSION_1", tmp_path / "nothing")
@@ -59,7 +59,7 @@ def test_an_error_of_the_child_is_the_parents(tmp_path: Path, monkeypatch: pytes
         fresh({"work": "nothing"})
 
 
-def test_what_is_dropped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_dropped_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(4096))
     (tmp_path / "drop").write_text("")
     assert drop_page_cache([tmp_path / "file"], whole=True).endswith("is not permitted")

@@ -92,7 +92,7 @@ def test_the_last_message_is_answered_again(tmp_path: Path) -> None:
     assert chat.said == chat.kept == ["first", "one", "other words", "four"]
 
 
-def test_a_message_that_can_not_be_answered_leaves_the_last_one(tmp_path: Path) -> None:
+def test_a_message_that_cannot_be_answered_leaves_the_last_one(tmp_path: Path) -> None:
     chat = Chat(tmp_path, "one")
     chat.dialogue.answer("first")
     for text in ("refused", "long " * 400):

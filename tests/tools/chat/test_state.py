@@ -67,7 +67,7 @@ def test_old_lines_go_when_there_are_many(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["file", "link", "none"])
-def test_what_can_not_be_kept_is_not(tmp_path: Path, where: str) -> None:
+def test_what_cannot_be_kept_is_not(tmp_path: Path, where: str) -> None:
     (tmp_path / "target").write_text("kept\n")
     (tmp_path / "file").touch()
     (tmp_path / "link").mkdir()
@@ -113,7 +113,7 @@ def test_a_file_without_messages_is_refused(tmp_path: Path, text: str) -> None:
         read_messages(path)
 
 
-def test_a_file_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ConfigError, match="can't be read"):
             read_messages(path)

@@ -137,7 +137,7 @@ def test_doctor_says_what_is_wrong_with_a_path(place: str, tmp_path: Path) -> No
     assert (found.name, str(tmp_path) in found.found, bool(found.advice)) == ("store", True, True)
 
 
-def test_no_permission_is_said(tmp_path: Path, tinymix_4bit: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_permission_is_reported(tmp_path: Path, tinymix_4bit: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "closed").mkdir(mode=0o700)
     as_nobody(lambda: main(["inspect", str(tmp_path / "closed" / "model")]))
     said = capfd.readouterr().err.splitlines()
@@ -215,7 +215,7 @@ for attempt in attempts:
 """
 
 
-def test_memory_that_can_not_be_allocated_is_no_bug(tmp_path: Path) -> None:
+def test_memory_that_cannot_be_allocated_is_no_bug(tmp_path: Path) -> None:
     """Whatever reports it: Python, the system, torch, a thread's start or the loader of a library."""
     large = tmp_path / "large"
     with large.open("wb") as stream:

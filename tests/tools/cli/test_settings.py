@@ -165,7 +165,7 @@ def test_variables_of_others_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None
     assert parse(GENERATE)[1] == []
 
 
-def test_a_home_that_can_not_be_looked_into_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_looked_into_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOETIER_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", "/dev/null")
     assert parse(GENERATE)[1] == []

@@ -109,7 +109,7 @@ def test_disk(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(word in said for word in ("machine", "GB/s", "ratio", "page cache", found["machine"]["cpu"]))
 
 
-def test_without_fio_a_loop_takes_its_place_and_that_is_said(
+def test_without_fio_a_loop_takes_its_place_and_that_is_reported(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -120,7 +120,7 @@ def test_without_fio_a_loop_takes_its_place_and_that_is_said(
     assert any("fio is not installed" in note for note in found["notes"])
 
 
-def test_what_fio_says_when_it_fails_is_said(
+def test_what_fio_says_when_it_fails_is_reported(
     tinymix_4bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "fio").write_text(
@@ -273,7 +273,7 @@ def test_convert(tinymix: Path, tmp_path: Path) -> None:
     assert not any(into.iterdir())
 
 
-def test_why_a_conversion_fails_is_said(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_a_conversion_fails_is_reported(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the words of moetier convert."""
     source = Path(shutil.copytree(tinymix, tmp_path / "source"))
     (source / "config.json").unlink()
@@ -335,7 +335,7 @@ def test_what_a_limit_permits() -> None:
         (["decode", "{store}", "--prompt-file", "{here}/empty.txt"], ["empty.txt gives no tokens"]),
     ],
 )
-def test_what_can_not_be_measured_is_said(
+def test_what_cannot_be_measured_is_reported(
     tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: list[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")

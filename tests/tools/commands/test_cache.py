@@ -92,7 +92,7 @@ def test_a_folder_that_others_may_enter_is_refused(
 
 
 @pytest.mark.parametrize("given", [["--kv-cache-disk", "much"], ["--kv-cache-ttl", "0"], ["--kv-cache-ttl", "week"]])
-def test_values_that_can_not_be_are_refused(tinymix_4bit: Path, given: list[str]) -> None:
+def test_values_that_cannot_be_are_refused(tinymix_4bit: Path, given: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["serve", str(tinymix_4bit), *given])
     assert end.value.code == 2

@@ -115,7 +115,7 @@ def test_text_goes_to_standard_output_and_all_else_to_standard_error(
     assert quiet.err == ""
 
 
-def test_the_oldest_turns_are_left_out_and_that_is_said(
+def test_the_oldest_turns_are_left_out_and_that_is_reported(
     says: Any, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     says("Good morning to you all.\n" * 8)
@@ -161,7 +161,7 @@ def test_a_directory_says_how_it_talks_and_samples_and_the_seed_what(
     ],
     ids=["command", "no file", "no folder", "there", "no home", "block", "bytes", "length"],
 )
-def test_what_can_not_work_ends_a_pipe(
+def test_what_cannot_work_ends_a_pipe(
     says: Any, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], text: str | bytes, words: list[str]
 ) -> None:
     says(text)

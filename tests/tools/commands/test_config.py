@@ -66,7 +66,7 @@ def test_a_command_without_settings(name: str, capsys: pytest.CaptureFixture[str
     ("line", "key"),
     [("ram = '6GB!'", "ram"), ("device-memory = '0%'", "device-memory"), ("device = 'gpu'", "device")],
 )
-def test_a_value_that_can_not_be_names_its_place(
+def test_a_value_that_cannot_be_names_its_place(
     line: str, key: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of what only a run would look at; doctor says it too."""
@@ -79,7 +79,7 @@ def test_a_value_that_can_not_be_names_its_place(
     assert (found.state, f"[general] {key}: " in found.found) == (State.FAIL, True)
 
 
-def test_the_rest_is_shown_beside_what_can_not_be(
+def test_the_rest_is_shown_beside_what_cannot_be(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.write_text("top = 1\n[general]\nram = '6GB!'\nrma = '1GiB'\n[genrate]\n[ps]\nx = 1\n[convert]\nbits = 8\n")
@@ -105,9 +105,7 @@ def test_the_rest_is_shown_beside_what_can_not_be(
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_its_json_is_json_and_says_what_can_not_be(
-    value: str, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_json_is_json_and_says_what_cannot_be(value: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text(f"[generate]\ntemperature = {value}\n")
     assert main(["config", "show", "generate", "--json"]) == 1
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)

@@ -350,7 +350,7 @@ def test_another_model_is_another_conversion(source: Path, uncut: dict[str, byte
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 @pytest.mark.parametrize("name", ["plan.json", "zarr.json"])
-def test_a_store_that_can_not_be_read_is_replaced_only_if_told_to(
+def test_a_store_that_cannot_be_read_is_replaced_only_if_told_to(
     source: Path, uncut: dict[str, bytes], tmp_path: Path, name: str, text: str
 ) -> None:
     dst = tmp_path / "dst"
@@ -412,7 +412,7 @@ def test_a_model_directory_is_no_source(source: Path, tmp_path: Path, capsys: py
     assert f"{tmp_path / 'dst'} is a model directory: its experts have checksums." in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_a_tokenizer_is_said(
+def test_a_checkpoint_without_a_tokenizer_is_reported(
     source: Path, tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = []
@@ -427,7 +427,7 @@ def test_a_checkpoint_without_a_tokenizer_is_said(
 # what may happen to it
 
 
-def test_a_disk_that_is_too_small_is_said_before(source: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before(source: Path, tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "disk", "size=256k") as disk:
         with pytest.raises(DiskSpaceError, match=r"needs [\d,]+ bytes more; [\d,]+ are free"):
             convert(source, disk / "dst", bits=16)

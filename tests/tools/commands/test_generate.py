@@ -112,7 +112,7 @@ def test_the_report_adds_up(tinymix_4bit: Path, capsys: pytest.CaptureFixture[st
     assert 0 < answer["time_to_first_token_s"] < answer["total_s"]
 
 
-def test_where_records_came_from_is_said(
+def test_where_records_came_from_is_reported(
     tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a daemon by TCP, and when that is gone from the store. A wrong token is an error, store or not."""
@@ -251,7 +251,7 @@ def test_the_next_run_begins_with_what_was_used_most(scripts: Prepared, tinymix_
     assert int(said[1]) >= int(said[2]) > 0
 
 
-def test_counts_that_can_not_be_written_are_a_warning(scripts: Prepared, tinymix_4bit: Path, tmp_path: Path) -> None:
+def test_counts_that_cannot_be_written_are_a_warning(scripts: Prepared, tinymix_4bit: Path, tmp_path: Path) -> None:
     words = ["generate", tinymix_4bit, PROMPT, "--max-new-tokens", "2", "--daemon", "none", "--learn", "--json"]
 
     def check(result: subprocess.CompletedProcess[str], why: str) -> None:
@@ -354,7 +354,7 @@ def test_the_number_of_tokens_has_a_short_name(tinymix_4bit: Path, capsys: pytes
         (["--ram", "0.001%"], ["too small", "--ram", "bytes"]),
     ],
 )
-def test_what_can_not_work_is_said(
+def test_what_cannot_work_is_reported(
     tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
 ) -> None:
     assert main(["generate", str(tinymix_4bit), PROMPT, *options]) == 1
@@ -375,7 +375,7 @@ def test_what_can_not_work_is_said(
         ([], []),
     ],
 )
-def test_more_than_there_is_is_said_once(
+def test_more_than_there_is_is_reported_once(
     tinymix_4bit: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,

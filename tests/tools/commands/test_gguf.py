@@ -155,6 +155,6 @@ def load_template(path: Path) -> Any:
     return tokenizer.chat_template if tokenizer else None
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_there_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(tmp_path / "none.gguf"), PROMPT]) == 1
     assert "none.gguf" in capsys.readouterr().err

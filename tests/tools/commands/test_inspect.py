@@ -111,7 +111,7 @@ def test_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "1 block of 6 experts, top-2, array wide" in text
 
 
-def test_bad_shards_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_shards_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path)
     path = ShardFile.of(tmp_path / GROUP, make_plan(), 1).path
     os.truncate(path, 5)
@@ -121,7 +121,7 @@ def test_bad_shards_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 1
 
 
-def test_a_bad_trunk_is_said(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_trunk_is_reported(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
     assert run(directory, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -135,7 +135,7 @@ def test_a_bad_trunk_is_said(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.
     assert f"bad: {path}, a file of the trunk, is missing" in capsys.readouterr().out
 
 
-def test_what_is_no_finished_store_is_said(tmp_path: Path) -> None:
+def test_what_is_no_finished_store_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreFormatError, match="There is no folder"):
         run(tmp_path / "nowhere")
     with pytest.raises(StoreFormatError, match="has no experts"):

@@ -208,13 +208,13 @@ def test_names_reach_codex_and_a_shell_as_they_are() -> None:
 @pytest.mark.parametrize(
     "body", [b'[{"id": "a\\u001b[2J"}]', b'[{"id": "a", "max_model_len": "8"}]', b'[{"id": "a", "aliases": 5}]']
 )
-def test_models_that_can_not_be_named_are_left_out(body: bytes) -> None:
+def test_models_that_cannot_be_named_are_left_out(body: bytes) -> None:
     with raw_server(b"HTTP/1.0 200 OK\r\n\r\n" + b'{"data": ' + body + b"}") as url:
         assert models_of(url, None) == []
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b" " * (2 << 20)], ids=["nested", "long"])
-def test_an_answer_that_can_not_be_read_is_of_no_server_of_ours(body: bytes) -> None:
+def test_an_answer_that_cannot_be_read_is_of_no_server_of_ours(body: bytes) -> None:
     with (
         raw_server(b"HTTP/1.0 200 OK\r\n\r\n" + b'{"data": ' + body) as url,
         pytest.raises(UnavailableError, match="There is no server of moetier"),
@@ -238,7 +238,7 @@ def test_an_answer_that_comes_byte_by_byte_is_not_waited_for() -> None:
         is_over.set()
 
 
-def test_another_status_is_said() -> None:
+def test_another_status_is_reported() -> None:
     with (
         raw_server(b"HTTP/1.0 500 Internal Server Error\r\n\r\n") as url,
         pytest.raises(UnavailableError, match="it answers with status 500"),
@@ -247,7 +247,7 @@ def test_another_status_is_said() -> None:
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b" " * (2 << 20), b"{}", b'{"error": 5}'], ids=len)
-def test_of_an_answer_that_can_not_be_read_nothing_is_known_of_tools(body: bytes) -> None:
+def test_of_an_answer_that_cannot_be_read_nothing_is_known_of_tools(body: bytes) -> None:
     with raw_server(b"HTTP/1.0 400 Bad Request\r\n\r\n" + body) as url:
         assert has_tools(url, None, {"id": "m", "loaded": True}) is None
 
@@ -284,7 +284,7 @@ def test_without_a_key_none_is_named() -> None:
         assert "MOETIER_API_KEY" not in str(client.launch(target)), name
 
 
-def test_what_can_not_be_used_is_said(
+def test_what_cannot_be_used_is_reported(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def error(*words: str) -> str:

@@ -126,7 +126,7 @@ def test_converted_and_linked_models_have_names(
     assert f"{tmp_path / 'tiny'} is gone: moetier rm tiny forgets it" in capsys.readouterr().out
 
 
-def test_a_model_of_another_user_is_listed_as_one_that_can_not_be_read(
+def test_a_model_of_another_user_is_listed_as_one_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch, tinymix_4bit: Path
 ) -> None:
     def both() -> tuple[int, int, str]:

@@ -102,7 +102,7 @@ def test_the_disk_of_another_machine_is_not_this_ones(
     assert "of this machine: --disk gives another's\n" in measured
 
 
-def test_what_the_machine_permits_is_said_beside_less(tinymix_4bit: Path) -> None:
+def test_what_the_machine_permits_is_reported_beside_less(tinymix_4bit: Path) -> None:
     """With --ram, what would be without; unless that is no more."""
     found = plan(tinymix_4bit, ram="3MiB", context=512, disk=GB_PER_S)
     whole = plan(tinymix_4bit, context=512, disk=GB_PER_S)
@@ -115,7 +115,7 @@ def test_what_the_machine_permits_is_said_beside_less(tinymix_4bit: Path) -> Non
     assert plan(tinymix_4bit, ram="800TiB", context=512, disk=GB_PER_S)["without_ram"] is None
 
 
-def test_speeds_of_a_busy_machine_are_said_to_be_too_low(tinymix_4bit: Path) -> None:
+def test_speeds_of_a_busy_machine_are_reported_to_be_too_low(tinymix_4bit: Path) -> None:
     found = plan(tinymix_4bit, disk=GB_PER_S)
     for others, said in (
         (0.0, "Speeds are those of this moment."),
@@ -241,7 +241,7 @@ def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(
     assert converted["recommended"]["pull"] is None
 
 
-def test_weights_that_may_be_kept_are_said_without_their_headers(index_only: Path, tmp_path: Path) -> None:
+def test_weights_that_may_be_kept_are_reported_without_their_headers(index_only: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(index_only, tmp_path / "source"))
     assert "--bits native" not in text(plan(source, bits=[4], disk=GB_PER_S))
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
@@ -262,7 +262,7 @@ BAD = {  # choices that don't work, the smallest first -> what is said of them
 }
 
 
-def test_choices_that_can_not_be_used_are_named(tmp_path: Path) -> None:
+def test_choices_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     """The reason is that of the smallest of them."""
     source = save_checkpoint(tmp_path / "source", "gpt_oss", shards=1)
     quantise_mxfp4(source)

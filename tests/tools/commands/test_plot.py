@@ -214,9 +214,7 @@ def test_models_whose_blocks_differ(tmp_path: Path) -> None:
         (["heatmap", MIXTRAL, "-o", "a.png", "--cached", "0"], "a block has at most"),
     ],
 )
-def test_what_can_not_be_drawn(
-    words: list[object], cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_drawn(words: list[object], cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=cause):
         run(*words)

@@ -592,7 +592,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
         ),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_two_lines_and_nothing_is_made(
+def test_what_the_hub_refuses_is_reported_in_two_lines_and_nothing_is_made(
     hub: Hub, scripts: Prepared, small: Path, models: Path, name: str, start: str, refusal: tuple[int, str], said: str
 ) -> None:
     offer(hub, name, small)

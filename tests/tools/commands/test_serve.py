@@ -465,13 +465,13 @@ def test_it_does_not_serve_others_without_a_key(
     assert "there is no API key" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_said(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_reported(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(tinymix_4bit), "--port", str(taken.getsockname()[1])]) == 1
     assert "can't listen on" in capsys.readouterr().err
 
 
-def test_the_models_of_another_server_at_the_port_are_said(
+def test_the_models_of_another_server_at_the_port_are_reported(
     tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(tinymix_4bit, context=256) as (app, _), listening(app) as url:
@@ -495,7 +495,7 @@ def test_it_promises_no_context_that_was_not_trained_and_says_how_to_share(
     assert "--context 4096 is more than the 2,048 tokens of the model's training: no more are used." in caplog.text
 
 
-def test_a_key_that_is_none_is_said(
+def test_a_key_that_is_none_is_reported(
     tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "key").write_text("two words\n")

@@ -331,7 +331,7 @@ def test_watching(
     interrupted(machine)
 
 
-def test_watching_one_that_ends_is_said(
+def test_watching_one_that_ends_is_reported(
     daemon: DaemonProcess, runtime: Path, watching: list[subprocess.Popen[str]]
 ) -> None:
     process = watch(runtime, watching)
@@ -359,7 +359,7 @@ def test_between_two_looks_another_daemon_may_have_begun() -> None:
     assert changes((known, before), (known, pb.StatsReply(uptime_s=502, models=[]))) == ""
 
 
-def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:
+def test_mistakes_are_reported(daemon: DaemonProcess, runtime: Path) -> None:
     assert "No daemon runs" in refused(runtime, "stats", "nobody")
     assert "The call to the daemon failed" in refused(runtime, "stats", "127.0.0.1:1", "--insecure")
     assert "can't be read" in refused(runtime, "stats", "127.0.0.1:1", "--token-file", "/nonexistent")
@@ -371,7 +371,7 @@ def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:
         assert "_interval" not in result.stderr
 
 
-def test_what_tls_has_to_be_told_is_said(store: tuple[Path, Manifest], runtime: Path, tmp_path: Path) -> None:
+def test_what_tls_has_to_be_told_is_reported(store: tuple[Path, Manifest], runtime: Path, tmp_path: Path) -> None:
     """In two lines, without gRPC's own."""
     authority, other = trustme.CA(), trustme.CA()
     identity = authority.issue_cert("127.0.0.1")

@@ -51,7 +51,7 @@ def test_a_daemon_is_watched_goes_away_and_comes_back(
     daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path
 ) -> None:
     model = store[1].model
-    with DrawnTerminal(*COMMAND, "--interval", "0.05") as terminal:
+    with DrawnTerminal(*COMMAND, "--interval", "0.2") as terminal:
         text = terminal.shows(model, "0 of 12, 192 KiB", f"process {daemon.pid}", "none", "absent")
         assert all(part in text for part in ("history", "prefetches", "clients of ", "experts by block"))
         terminal.shows_that(lambda: "│ 1 ▆▆▆" in terminal.text, "block 1")

@@ -168,7 +168,7 @@ def test_a_run_that_is_cut_leaves_the_old_file(
         (["--prompts", "/nonexistent"], ["/nonexistent", "No such file"]),
     ],
 )
-def test_what_can_not_work_is_said(
+def test_what_cannot_work_is_reported(
     tinymix_4bit: Path,
     prompts: Path,
     tmp_path: Path,

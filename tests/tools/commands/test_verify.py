@@ -219,7 +219,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert 6 << 10 < int(result.stderr) < 24 << 10  # two buffers, not eight
 
 
-def test_what_can_not_be_checked_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_checked_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreFormatError, match="no experts"):
         run(tmp_path)
     make_store(tmp_path)

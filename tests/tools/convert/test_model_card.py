@@ -46,7 +46,7 @@ def test_a_conversion_writes_a_card_whose_program_runs(
     assert capsys.readouterr().out.startswith("Once upon a time")
 
 
-def test_what_the_source_is_called_can_not_change_the_card(tinymix_4bit: Path) -> None:
+def test_what_the_source_is_called_cannot_change_the_card(tinymix_4bit: Path) -> None:
     manifest = read_manifest(tinymix_4bit / GROUP)
     card = model_card(replace(manifest, model='acme/a"\n---\n`|x')).decode()
     assert front_matter(card)["base_model"] == 'acme/a"\n---\n`|x'

@@ -56,7 +56,7 @@ def test_a_path_that_has_the_folders_in_it_is_another(tmp_path: Path, how: str) 
         assert users_of(folder) == {}
 
 
-def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
+def test_what_it_takes_is_reported_while_files_come_and_go(tmp_path: Path) -> None:
     (tmp_path / "stays").write_bytes(b"1" * 5000)
     ended = threading.Event()
 

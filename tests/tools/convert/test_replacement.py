@@ -157,7 +157,7 @@ def test_a_replacement_that_is_killed_leaves_the_old_or_the_new_one(
 
 
 @pytest.mark.parametrize("chosen", [EVERY_STEP, pytest.param("range(first + 1, first + 4)", id="the renames")])
-def test_where_names_can_not_be_exchanged_it_goes_on_too(
+def test_where_names_cannot_be_exchanged_it_goes_on_too(
     scripts: Prepared, both: Path, tmp_path: Path, chosen: str
 ) -> None:
     """Killed between two renames it leaves no model in its place, but both beside it."""
@@ -177,7 +177,7 @@ def spoil(tensors: dict[str, torch.Tensor]) -> None:
     tensors[last].view(-1)[-1] = torch.nan
 
 
-def test_a_source_that_can_not_be_converted_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_converted_leaves_the_old_one(tmp_path: Path) -> None:
     """Its last block has a NaN. What was begun does not stay when another source is converted."""
     source = save_checkpoint(tmp_path / "src", shards=1)
     convert(source, tmp_path / "dst", bits=8, fast=True)
@@ -259,7 +259,7 @@ def test_the_folders_keep_their_modes_and_owners(tmp_path: Path) -> None:
     assert access(dst) == before
 
 
-def test_one_that_can_not_be_written_is_refused_before() -> None:
+def test_one_that_cannot_be_written_is_refused_before() -> None:
     """Its own user has made it so. When it is exchanged, it is too late to say so."""
     need_root()
     with tempfile.TemporaryDirectory() as parent:  # another user can't enter pytest's own
@@ -319,7 +319,7 @@ def test_a_model_that_is_mounted_stays_until_it_is_not(both: Path, tmp_path: Pat
     assert not replacement_folder(old).exists()
 
 
-def test_a_file_system_that_can_not_exchange_names_renames_both(
+def test_a_file_system_that_cannot_exchange_names_renames_both(
     both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replacement, "exchange", lambda *_: False)
@@ -371,7 +371,7 @@ def test_through_a_link_the_model_is_replaced_and_not_the_link(both: Path, tmp_p
     assert opened(tmp_path / "old") == opened(tmp_path / "new")
 
 
-def test_what_can_not_be_exchanged_is_said_before(both: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_exchanged_is_reported_before(both: Path, tmp_path: Path) -> None:
     """The root of a file system, and a store that is a link to another disk."""
     shutil.move(tmp_path / "old" / GROUP, tmp_path / "store")
     (tmp_path / "old" / GROUP).symlink_to(tmp_path / "store")

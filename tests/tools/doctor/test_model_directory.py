@@ -106,14 +106,14 @@ def test_more_memory_is_advised_for_a_slow_disk_only_if_it_helps(
     assert ("--ram" in found.advice) is advised
 
 
-def test_a_model_that_can_not_be_fitted_is_advised_more_memory(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_fitted_is_advised_more_memory(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no config.json, which another check reports."""
     monkeypatch.setattr(doctor_store, "SLOW", 1e15)
     *_, found = doctor_store.disk(store, SECONDS)
     assert (found.name, found.state, "--ram" in found.advice) == ("disk", State.WARN, True)
 
 
-def test_a_disk_that_can_not_be_measured_is_said_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_measured_is_reported_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has little room, or can't be written."""
     monkeypatch.setattr(doctor_store, "SAMPLE_BYTES", 1 << 20)
     with mounted("tmpfs", tmp_path / "disk", "size=3m") as disk:
@@ -134,7 +134,7 @@ def test_a_file_system_without_direct_reads_is_named(store: Path, tmp_path: Path
     assert "files can only be read through the page cache" in found.found
 
 
-def test_a_folder_that_can_not_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     said = as_nobody(lambda: [str(found.state) for found in doctor_store.disk(None, SECONDS)])
     assert "['warn']" in said

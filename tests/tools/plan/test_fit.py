@@ -53,7 +53,7 @@ def test_8_bits_are_recommended_where_all_experts_stay_in_memory(index_only: Pat
     assert "caching" not in text(less).lower()
 
 
-def test_too_few_slots_are_said_to_cache_nothing(tinymix_4bit: Path) -> None:
+def test_too_few_slots_are_reported_to_cache_nothing(tinymix_4bit: Path) -> None:
     found = plan(tinymix_4bit, ram="2MiB", context=256, disk=GB_PER_S)
     (choice,) = found["choices"]
     assert choice["streams"]
@@ -104,7 +104,7 @@ def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> N
         (8 << 30, 8 << 30, "", ""),
     ],
 )
-def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
+def test_with_a_gpu_it_is_reported_whose_memory_is_too_little(
     index_only: Path, host: int, device: int, words: str, fix: str
 ) -> None:
     """On a GPU of so many free bytes, of which nothing but their number is asked."""

@@ -41,7 +41,7 @@ def test_the_standard_error_covers_what_it_should() -> None:
     assert 0.03 < np.mean(clear) < 0.1
 
 
-def test_what_can_not_be_told_apart_is_not_ranked() -> None:
+def test_what_cannot_be_told_apart_is_not_ranked() -> None:
     base = np.linspace(1000.0, 3000.0, 16)
     noise = np.asarray([5.5, -4.5] * 8)  # its mean is a third of its standard error
     rows = [base, base + noise, base + 50.0, base + 50.0 + noise, base - 10.0]

@@ -52,7 +52,7 @@ def test_a_daemon_that_starts_slowly_is_kept_and_then_ends(tinymix_4bit: Path, t
     assert run(tmp_path / "daemon", tinymix_4bit, "--ram", "100%") == ["runs", "ended"]
 
 
-def test_a_daemon_that_can_not_start_is_an_error(tmp_path: Path) -> None:
+def test_a_daemon_that_cannot_start_is_an_error(tmp_path: Path) -> None:
     fault, end = run(tmp_path / "daemon", tmp_path / "no-model")
     assert "ended with status" in fault
     assert "no-model" in fault

@@ -50,7 +50,7 @@ def test_a_folder_has_the_models_in_it(folder: Path) -> None:
     }  # fmt: skip
 
 
-def test_links_and_folders_that_can_not_be_read_add_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_and_folders_that_cannot_be_read_add_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [*Catalogue([folder]).models()]
     (folder / "a--b").mkdir()
     (folder / "a--b" / "x--y").symlink_to("..")

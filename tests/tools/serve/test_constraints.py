@@ -239,7 +239,7 @@ def test_tools_that_make_no_sense(ask: Ask, parameters: Any) -> None:
     ],
 )
 @of_one_kind
-def test_what_can_not_be_demanded(ask: Ask, fields: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_demanded(ask: Ask, fields: dict[str, Any], said: str) -> None:
     answer = ask(scripted.MAIN, **fields)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"].startswith(said)
@@ -247,7 +247,7 @@ def test_what_can_not_be_demanded(ask: Ask, fields: dict[str, Any], said: str) -
 
 
 @pytest.mark.parametrize("ask", ["gemma4", "olmoe"], indirect=True)
-def test_calls_in_an_unknown_syntax_can_not_be_demanded(ask: Ask) -> None:
+def test_calls_in_an_unknown_syntax_cannot_be_demanded(ask: Ask) -> None:
     answer = ask(scripted.TOOL, tools=TOOLS, tool_choice="required")
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("tool_choice: it is not known how this model writes")

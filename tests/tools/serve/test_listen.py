@@ -143,7 +143,7 @@ def error_of(body: str) -> dict[str, Any]:
     return error
 
 
-def test_of_two_servers_that_start_together_one_says_that_it_can_not_listen(application: Application) -> None:
+def test_of_two_servers_that_start_together_one_says_that_it_cannot_listen(application: Application) -> None:
     """Both are bound, as neither listens yet."""
     with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
         first.listen()

@@ -267,7 +267,7 @@ def test_the_only_engine_that_dies_is_seen_and_made_again(pair: list[Path], monk
         assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_a_model_that_can_not_be_loaded_takes_no_other_its_place(
+def test_a_model_that_cannot_be_loaded_takes_no_other_its_place(
     pair: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(pair, whole=one_of(pair[0])) as (_, client):

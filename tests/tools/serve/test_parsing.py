@@ -236,7 +236,7 @@ def test_an_answer_has_the_same_parts_in_any_pieces(kind: str, data: st.DataObje
 
 
 @pytest.mark.parametrize("template", [{"fields": {}}, {"fields": {"content": 5}, "start_anchor": "<a>"}, ["x"]])
-def test_a_response_template_that_can_not_be_used_is_logged(template: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_response_template_that_cannot_be_used_is_logged(template: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = scripted.tokenizer_of("mixtral")
     tokenizer.response_template = template
     assert form_of(SimpleNamespace(config=SimpleNamespace(model_type="mixtral")), tokenizer) is None

@@ -32,7 +32,7 @@ def service(tinymix_4bit: Path) -> Iterator[Any]:
 
 def answers_of(service: Any, texts: list[str], each: int, tokens: int = 3) -> RequestAnswers:
     """Begin ``each`` answers to each text."""
-    prompts = Prompts(service.model, service.tokenizer, context=service.context, most_scored=service.most_scored)
+    prompts = Prompts(service.model, service.tokenizer, context=service.context, max_scored=service.max_scored)
     asked = [tuple(service.tokenizer(text)["input_ids"]) for text in texts]
     jobs = [
         [Job(Request(ids, tokens, {"do_sample": False}), counts_prompt=not number) for number in range(each)]

@@ -58,7 +58,7 @@ def sampled(
     answer = Answered()
     for event in events:
         answer.add(event)
-    turns.note(messages, answer, ids, OPENING, end)
+    turns.keep(messages, answer, ids, OPENING, end)
     return ids
 
 

@@ -180,7 +180,7 @@ def test_a_daemon_that_tells_nothing_of_experts(tmp_path: Path) -> None:
     assert not (tmp_path / "a.png").exists()
 
 
-def test_what_can_not_be_written(daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_what_cannot_be_written(daemon: DaemonProcess, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not a \.png or \.svg file"):
         run("default", "-o", tmp_path / "a.jpeg")
     with pytest.raises(TargetError, match="can't be written"):

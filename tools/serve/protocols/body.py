@@ -195,7 +195,7 @@ def checked(body: dict[str, Any], kind: type[AnyBody]) -> AnyBody:
         return kind.model_validate(given, context=BoundedJson())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise Refusal(400, f"{_place(first['loc'])}: {first['msg']}.", param=str(first["loc"][0])) from None
+        raise Refusal(400, f"{_field_path(first['loc'])}: {first['msg']}.", param=str(first["loc"][0])) from None
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
@@ -240,6 +240,6 @@ class UnknownFields:
             _log.warning("requests have the unknown field %s, which is ignored", shown)
 
 
-def _place(path: tuple[int | str, ...]) -> str:
+def _field_path(path: tuple[int | str, ...]) -> str:
     """Return the path of a field in a body as text: ("messages", 0, "role") -> "messages[0].role"."""
     return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")

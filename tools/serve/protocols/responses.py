@@ -106,22 +106,22 @@ class _TextItem:
     def begin(self, sent: Sent) -> Iterator[str]:
         """Yield the events before the first text."""
         yield sent("output_item.added", output_index=self._index, item=self.item("in_progress"))
-        yield sent("content_part.added", **self._place, part=self._part(""))
+        yield sent("content_part.added", **self._position, part=self._part(""))
 
     def add(self, sent: Sent, text: Text) -> str:
         """Return the event of further text."""
         self._text += text.text
         self._tokens += text.tokens
-        return sent(f"{self._type}.delta", **self._place, delta=text.text, **self._logprobs(text.tokens))
+        return sent(f"{self._type}.delta", **self._position, delta=text.text, **self._logprobs(text.tokens))
 
     def end(self, sent: Sent) -> Iterator[str]:
         """Yield the events after the last text."""
-        yield sent(f"{self._type}.done", **self._place, text=self._text, **self._logprobs(self._tokens))
-        yield sent("content_part.done", **self._place, part=self._part(self._text))
+        yield sent(f"{self._type}.done", **self._position, text=self._text, **self._logprobs(self._tokens))
+        yield sent("content_part.done", **self._position, part=self._part(self._text))
         yield sent("output_item.done", output_index=self._index, item=self.item())
 
     @property
-    def _place(self) -> dict[str, Any]:
+    def _position(self) -> dict[str, Any]:
         return {"item_id": self._id, "output_index": self._index, "content_index": 0}
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def test_files_of_other_programs_stay(tmp_path: Path) -> None:
     assert all(path.exists() for path in others)
 
 
-def test_what_can_not_be_read_is_removed_and_written_again(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_removed_and_written_again(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     write(folder, name(0), b"data")
     path = Path(next(entries(tmp_path)).path)
@@ -424,7 +424,7 @@ def test_a_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
     assert sum(1 for _ in entries(tmp_path / "pages")) == 1
 
 
-def test_a_folder_that_can_not_be_made_again_is_no_other_one(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_again_is_no_other_one(tmp_path: Path) -> None:
     folder, place, other = opened(tmp_path / "pages"), tmp_path / "pages", tmp_path / "other"
     write(folder, name(0), b"data")
     shutil.rmtree(place)
@@ -476,7 +476,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere/pages", "/dev/null/pages"])
-def test_a_folder_that_can_not_be_is_refused(place: str) -> None:
+def test_a_folder_that_cannot_be_is_refused(place: str) -> None:
     with pytest.raises(ConfigError, match="can't be used"):
         open_folder(Path(place))
 

@@ -64,7 +64,7 @@ def permitted(scripts: Prepared, tinymix_4bit: Path) -> Any:
 
 @linked
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_computes_where_written_memory_can_not_be_run(
+def test_a_model_computes_where_written_memory_cannot_be_run(
     kind: str, permitted: Any, scripts: Prepared, tinymix_4bit: Path
 ) -> None:
     """By the same kernels; torch without oneDNN, which it says once."""

@@ -97,9 +97,7 @@ def _flip(file: Path) -> None:
     ],
     ids=["flipped", "empty", "cut", "of a group", "of all", "of another user"],
 )
-def test_what_can_not_be_trusted_is_replaced(
-    compiler: Compiler, folder: Path, change: Callable[[Path], object]
-) -> None:
+def test_what_cannot_be_trusted_is_replaced(compiler: Compiler, folder: Path, change: Callable[[Path], object]) -> None:
     assert cached_object(SOURCE, compiler) == cached_object(SOURCE, compiler) == OBJECT
     assert compiler.calls == 1
     (file,) = folder.iterdir()

@@ -36,7 +36,7 @@ def test_pages_hold_what_a_cache_holds(model_type: str, pages: list[int]) -> Non
     with torch.no_grad():
         for part in PARTS:
             given = ids[:, at : at + part]
-            paged.move(pages, at)
+            paged.resume_at(pages, at)
             wanted, found = (model(input_ids=given, **{CACHE: cache}).logits for cache in (own, paged))
             assert torch.equal(wanted, found) or torch.allclose(wanted, found, rtol=1e-5, atol=1e-5)
             at += part
@@ -59,7 +59,7 @@ def test_compiled_layers_get_the_places_of_a_token(pages: list[int]) -> None:
     memory = PageMemory(PAGES)
     cache = PagedCache(memory, [DynamicLayer(), DynamicSlidingWindowLayer(16)])
     keys = torch.randn(1, 2, 100, 16)
-    cache.move(pages, 0)
+    cache.resume_at(pages, 0)
     for number, layer in enumerate(cache.layers):
         assert layer.memory() is None, "there is no memory yet"
         cache.update(keys, keys, number)
@@ -87,11 +87,11 @@ class Operations(TorchDispatchMode):
 def test_positions_of_an_index_are_made_when_asked_for_and_on_the_device_of_its_keys() -> None:
     cache, keys = PagedCache(PageMemory(1), [DynamicIndexedLayer()]), torch.randn(1, 2, 20, 16, device="meta")
     (layer,) = cache.layers
-    cache.move([0], 0)
+    cache.resume_at([0], 0)
     assert layer.indexer_position_ids is None
     cache.update(keys, keys, 0)
     with Operations() as operations:
-        cache.move([0], 20)
+        cache.resume_at([0], 20)
     assert not operations.names, "most models don't ask for positions"
     positions = layer.indexer_position_ids
     assert (positions.shape, positions.device.type) == ((3, 1, 20), "meta")

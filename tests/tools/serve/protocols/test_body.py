@@ -72,7 +72,7 @@ ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
         ({"messages": [USER], "modalities": ["audio"]}, 'modalities: only ["text"] is supported.', "modalities"),
     ],
 )
-def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:
+def test_what_cannot_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:
     with pytest.raises(Refusal) as refused:
         fields(body)
     assert (refused.value.detail, refused.value.param, refused.value.status_code) == (said, param, 400)
@@ -202,7 +202,7 @@ def test_what_a_template_may_know_is_passed_on() -> None:
         {"messages": [USER], "stop": ["", ""]},
     ],
 )
-def test_no_more_errors_are_looked_for_than_are_said(body: dict[str, Any]) -> None:
+def test_no_more_errors_are_looked_for_than_are_reported(body: dict[str, Any]) -> None:
     """A list may have 65,536 of them. The four stop strings are few enough."""
     with pytest.raises(ValidationError) as raised:
         ChatBody.model_validate(body, context=BoundedJson())
