@@ -58,8 +58,8 @@ class BlockLayout(NamedTuple):
     group: int  # number of weights that share a scale
 
 
-# The codings in which records keep a checkpoint's weights. ``runtime.kernels.codings.row_codings`` has compiled code for
-# each, ``runtime.formats`` reads them from checkpoints.
+# The codings in which records keep a checkpoint's weights. ``runtime.kernels.codings.row_codings`` has compiled code
+# for each, and ``runtime.formats`` reads them from checkpoints.
 CODINGS: dict[str, Bits] = {"e2m1": 4, "int4": 4, "e4m3": 8}  # a dictionary from codings to their bits per weight
 BLOCKS: dict[str, BlockLayout] = {  # a dictionary from codings of GGUF files to their blocks
     "q4_0": BlockLayout(32, 18, 4, 32),
