@@ -209,6 +209,10 @@ def flip(name: str, position: int) -> Callable[[Path], object]:
         (flip(TRUNK, 3), "a header of"),  # the length of its header
         (flip(TRUNK, 9), "The header of .* is not JSON"),  # the header
         (lambda folder: edit(folder / "config.json", lambda c: c.update(hidden_size="wide")), "can't be loaded"),
+        (
+            lambda folder: edit(folder / "config.json", lambda c: c.update(eos_token_id="x")),
+            r"/config\.json: eos_token_id is 'x', not the id of a token\.",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of .* can't be loaded"),
         (
             lambda folder: (folder / "generation_config.json").write_text("[]"),
