@@ -208,7 +208,7 @@ class StatsReply(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ModelStats, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., details: _Optional[_Iterable[_Union[Details, _Mapping]]] = ...) -> None: ...
 
 class ModelStats(_message.Message):
-    __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "used", "fetches", "fetched_bytes", "computed", "session_bytes_in", "session_bytes_out", "recovered", "fault")
+    __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "reported_hits", "fetches", "fetched_bytes", "computed", "session_bytes_in", "session_bytes_out", "recovered", "fault")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -216,7 +216,7 @@ class ModelStats(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    USED_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_HITS_FIELD_NUMBER: _ClassVar[int]
     FETCHES_FIELD_NUMBER: _ClassVar[int]
     FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
@@ -231,7 +231,7 @@ class ModelStats(_message.Message):
     sessions: int
     leases: int
     requests: int
-    used: int
+    reported_hits: int
     fetches: int
     fetched_bytes: int
     computed: int
@@ -239,7 +239,7 @@ class ModelStats(_message.Message):
     session_bytes_out: int
     recovered: int
     fault: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., computed: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., reported_hits: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., computed: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class Details(_message.Message):
     __slots__ = ("clients", "blocks")
@@ -250,20 +250,20 @@ class Details(_message.Message):
     def __init__(self, clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ...) -> None: ...
 
 class Client(_message.Message):
-    __slots__ = ("number", "pid", "connected_s", "leases", "hits", "misses")
+    __slots__ = ("number", "pid", "connected_s", "leases", "reported_hits", "requested")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_S_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
-    HITS_FIELD_NUMBER: _ClassVar[int]
-    MISSES_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_HITS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_FIELD_NUMBER: _ClassVar[int]
     number: int
     pid: int
     connected_s: float
     leases: int
-    hits: int
-    misses: int
-    def __init__(self, number: _Optional[int] = ..., pid: _Optional[int] = ..., connected_s: _Optional[float] = ..., leases: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
+    reported_hits: int
+    requested: int
+    def __init__(self, number: _Optional[int] = ..., pid: _Optional[int] = ..., connected_s: _Optional[float] = ..., leases: _Optional[int] = ..., reported_hits: _Optional[int] = ..., requested: _Optional[int] = ...) -> None: ...
 
 class Block(_message.Message):
     __slots__ = ("ready", "uses")

@@ -82,7 +82,7 @@ and the number of Watch calls (``daemon.server``).
         register._lock          the replacement of ``from_pretrained`` (``model.register``)
     clients
         ClientUses._counting    the client's counters (``client.uses``)
-        MissOrder._changed      misses that wait, and pages that are read (``client.miss_order``)
+        ClientDiskOrder._changed      misses that wait, and pages that are read (``client.disk_order``)
         Link._lock              requests that are sent, for the first time or again (``client.daemon_link``)
         Fallback._lock          the opening of the local store (``client.fallback``)
         Peers._state            the daemons, and which are away (``client.peers``)

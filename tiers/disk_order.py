@@ -6,7 +6,7 @@
     4. writes of pages
 
 The host tier's ledger has the first and the third, and says when pages have their turn: ``HostTier.disk_order`` is the
-DiskOrder of its process. Where a daemon reads the records, ``client.miss_order`` knows those that its own process waits
+DiskOrder of its process. Where a daemon reads the records, ``client.disk_order`` knows those that its own process waits
 for.
 """
 

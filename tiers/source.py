@@ -16,7 +16,6 @@ from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
 
-READERS = 4  # number of threads of a store that read pieces of large records, by default: enough to keep a disk busy
 LOADERS = 4  # number of records that a host tier reads at the same time, by default
 LEASES = 8  # most slots that a session of a host tier may hold or claim, by default
 SLOT_TIMEOUT = 10.0  # seconds without a slot after which a request to a host tier fails, by default
@@ -75,7 +74,7 @@ class Residents(NamedTuple):
 class ResidentUses(Protocol):
     """Interface that counts uses without leases, of records at the addresses from ``ExpertSource.residents``."""
 
-    def note(self, block: int, experts: Sequence[int]) -> None:
+    def note_found(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand for ``experts`` of a block.
 
         This has the effect of a demand that finds all its records: each record counts as a hit, and the block's
@@ -84,7 +83,7 @@ class ResidentUses(Protocol):
         """
 
     def note_discarded(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note`` as discarded, too, because records were replaced during their use.
+        """Count hits of an earlier ``note_found`` as discarded, too, because records were replaced during their use.
 
         The caller then repeats the demand, and the repeated demand is counted.
         """
@@ -112,7 +111,7 @@ class CopyUses(ResidentUses, Protocol):
 class NoUses:
     """The ``ResidentUses`` of a source without residents: no caller uses its records without leases."""
 
-    def note(self, block: int, experts: Sequence[int]) -> None:
+    def note_found(self, block: int, experts: Sequence[int]) -> None:
         """Do nothing: what the caller has leased is counted already."""
 
     def note_discarded(self, block: int, experts: Sequence[int]) -> None:
@@ -174,7 +173,7 @@ class ExpertSource(PrefetchSource, Protocol[Record]):
             ClosedError: the source was closed.
         """
 
-    def end_leases(self) -> None:
+    def release_leases(self) -> None:
         """End all leases of the calling thread. Call this after an exception, which may have left leases open.
 
         The iterators that gave these leases must not be used any more.

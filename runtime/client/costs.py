@@ -99,10 +99,11 @@ class RecentUses:
 def earns_slot(uses: float, least: float, price: float) -> bool:
     """Return whether to fetch a record into a slot, so that its expert is no longer computed on other hosts.
 
-    This is the rule of ski rental: buy once renting cost as much (Karlin et al. 1988, "Competitive snoopy caching").
-    DEVIATIONS of the difference of two random counts are added, as experts that are used alike would evict one another
-    by turns: with 1, ``tests/measurements/remote_compute.py`` moved 60 times the bytes on a busy machine, on which
-    computing seems slow at times. ``tests/measurements/remote_compute_slots.py`` replays the rule.
+    This is the rule of ski rental: buy once renting has cost as much (Karlin et al. 1988, "Competitive snoopy
+    caching"). The counts are random, so the difference must exceed the price by DEVIATIONS of its standard deviations.
+    Otherwise two experts that are used equally often would evict each other again and again: with one deviation, a busy
+    machine fetched 60 times as many bytes in ``tests/measurements/remote_compute.py``.
+    ``tests/measurements/remote_compute_slots.py`` replays the rule.
 
     Args:
         uses: number of recent uses of the expert.

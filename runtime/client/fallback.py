@@ -51,7 +51,7 @@ class Fallback:
                                 f"{self._location} holds another store than the daemon.", "Load the model again."
                             )
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
-                        host = opening.enter_context(HostTier.open(store, slots=slots))
+                        host = opening.enter_context(HostTier(store, slots=slots, loads_rest=store.is_local))
                     except (StoreError, CheckpointError, BudgetError) as error:
                         self.error = error.cause
                     else:

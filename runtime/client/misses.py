@@ -18,15 +18,15 @@ from moetier.tiers.locks import POLL_SECONDS
 from moetier.tiers.source import Lease
 
 from .daemon_link import Link, SlotAnswer, SlotRequest
+from .disk_order import ClientDiskOrder
 from .fallback import Fallback
-from .miss_order import MissOrder
 from .uses import ClientUses
 
 AWAY_GRACE = 1.0  # seconds that a daemon may be away before the local store is read
 _RETRY = 0.1  # seconds before a request that failed because the daemon was ending is sent again
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class ClientContext:
     """Objects that a client's tier shares with all its misses."""
 
@@ -35,7 +35,7 @@ class ClientContext:
     uses: ClientUses
     timeout: float  # seconds for which a miss waits for the daemon
     check_open: Callable[[], None]  # raises ClosedError once the tier is closed
-    disk_order: MissOrder = field(default_factory=MissOrder)
+    disk_order: ClientDiskOrder = field(default_factory=ClientDiskOrder)
     by_thread: dict[int, Misses] = field(default_factory=dict)  # by thread id: the misses that hold or await its leases
 
 

@@ -101,10 +101,10 @@ class SpreadStore(Store):
         if self.local is not None:
             self.local.on_fault(watcher)
 
-    def on_recovery(self, watcher: Callable[[], None]) -> None:
+    def on_failover(self, watcher: Callable[[], None]) -> None:
         """Register ``watcher`` with the local store. It is not called if a daemon was away: ``shares`` says so."""
         if self.local is not None:
-            self.local.on_recovery(watcher)
+            self.local.on_failover(watcher)
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
         """Read a record from a daemon, or from the local store, which alone calls ``pause``.

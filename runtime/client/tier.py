@@ -15,18 +15,19 @@ from pathlib import Path
 
 from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.control import ControlConnection
+from moetier.tiers.arena.directory import Placement
 from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ClosedError
-from moetier.tiers.layout import ExpertKey, TierSlot
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Residents
 from moetier.tiers.stats import TierStats
 
 from .daemon_link import Link
+from .disk_order import ClientDiskOrder
 from .fallback import AWAY_TIMEOUT, Fallback
 from .mapped_arena import MappedArena
-from .miss_order import MissOrder
 from .misses import ClientContext, Misses
 from .uses import ClientUses
 
@@ -35,7 +36,7 @@ class DaemonTier(Closeable):
     """Source of experts in the memory of a daemon on this host; a ``CopySource``.
 
     Thread-safe. A forked child can't use it. Spawn a child that needs a tier: gRPC may abort in a forked child of a
-    process that has one. If an exception from outside, such as Ctrl-C, interrupts a method, ``end_leases`` ends the
+    process that has one. If an exception from outside, such as Ctrl-C, interrupts a method, ``release_leases`` ends the
     leases that it has left open.
     """
 
@@ -94,15 +95,12 @@ class DaemonTier(Closeable):
             yield from misses.leases()
 
     def _lease_cached(
-        self, arena: MappedArena, cached: Mapping[ExpertKey, tuple[TierSlot, int]], misses: Misses
+        self, arena: MappedArena, cached: Mapping[ExpertKey, Placement], misses: Misses
     ) -> Iterator[Lease[memoryview]]:
-        """Yield leases of records that the arena has, and request those again that were replaced meanwhile.
-
-        ``cached`` has for each key the slot and its generation.
-        """
+        """Yield leases of ``cached`` records, which the arena has. Request those again that were replaced meanwhile."""
         proofs = []
-        for number, (key, (slot, generation)) in enumerate(cached.items(), 1):
-            lease, proof = arena.lease(key, slot, generation, more=number < len(cached))
+        for number, (key, placement) in enumerate(cached.items(), 1):
+            lease, proof = arena.lease(key, *placement, more=number < len(cached))
             proofs.append((key.expert, proof))
             yield lease
             if self._is_closed:
@@ -116,13 +114,13 @@ class DaemonTier(Closeable):
         self._check_open()
         return self._arena.residents(block, self._manifest.blocks[block].array)
 
-    def end_leases(self) -> None:
-        """End the leases of this thread that an exception has left open, as ``ExpertSource`` specifies."""
+    def release_leases(self) -> None:
+        """Release the leases of this thread that an exception has left open, as ``ExpertSource`` specifies."""
         self._fork_guard.check()
         if (misses := self._context.by_thread.get(threading.get_ident())) is not None:
             misses.close()
         if self._fallback.host is not None:
-            self._fallback.host.end_leases()
+            self._fallback.host.release_leases()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` specifies, unless the daemon is away.
@@ -142,7 +140,7 @@ class DaemonTier(Closeable):
 
     @contextmanager
     def pin(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Yield a lease of a record to copy, as ``CopySource`` says; None if the arena does not have the record.
+        """Yield a lease of a record to copy, as ``CopySource`` specifies; None if the arena does not have the record.
 
         The lease has a proof. No message is sent to the daemon. Raises MissingExpertError if the model has no such
         expert.
@@ -176,7 +174,7 @@ class DaemonTier(Closeable):
         return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)
 
     @property
-    def disk_order(self) -> MissOrder:
+    def disk_order(self) -> ClientDiskOrder:
         """When pages of keys and values may be read and written."""
         return self._context.disk_order
 

@@ -43,12 +43,12 @@ class ClientUses:
         with self._counting:
             self._counters.count(hits=len(hits), misses=len(misses))
 
-    def note(self, block: int, experts: Sequence[int]) -> None:
+    def note_found(self, block: int, experts: Sequence[int]) -> None:
         """Count and report a demand, as ``ResidentUses`` specifies."""
         self.note_demand(block, [ExpertKey(block, expert) for expert in dict.fromkeys(experts)], ())
 
     def note_discarded(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note`` as discarded, as ``ResidentUses`` specifies."""
+        """Count the hits of an earlier ``note_found`` as discarded, as ``ResidentUses`` specifies."""
         self.count(discarded=len(set(experts)))
 
     def touch(self, block: int, experts: Sequence[int]) -> None:

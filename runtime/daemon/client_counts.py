@@ -13,7 +13,7 @@ class StreamCounts(Counts):
     """Counts of all streams of a client."""
 
     requests: int = 0  # requests for experts
-    hits: int = 0  # hits that the client has reported
+    reported_hits: int = 0  # hits that the client has reported
     requested: int = 0  # experts of these requests, which the client has not found in the arena
     bytes_in: int = 0
     bytes_out: int = 0

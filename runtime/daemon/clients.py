@@ -61,8 +61,8 @@ class Client:
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
             leases=0 if call is None else call.outstanding,
-            hits=counts.hits,
-            misses=counts.requested,
+            reported_hits=counts.reported_hits,
+            requested=counts.requested,
         )
 
 
@@ -154,7 +154,7 @@ class SessionCall:
                 self._release(message.release)
             case "uses":
                 keys = [key for entry in message.uses.blocks for key in self._keys(entry)]
-                self._count(hits=self._session.note_uses(keys))
+                self._count(reported_hits=self._session.note_uses(keys))
             case "prefetch":
                 requested = message.prefetch.requested
                 self._session.prefetch(requested.block, self._keys(requested))
@@ -216,7 +216,7 @@ class Clients:
         """
         self.models = models
         self.started = time.time()
-        self.began = time.monotonic()
+        self.started_monotonic = time.monotonic()
         self._max_leases = max_leases
         self._timeout = timeout
         # guards: ``_clients``, ``_remote_calls``, ``_is_ending``, and the call of a client

@@ -130,7 +130,7 @@ class HostedModel:
             recovered=self.host.recovered,
             fault="" if self.host.fault is None else self.host.fault.cause,
             requests=counts.requests,
-            used=counts.hits,
+            reported_hits=counts.reported_hits,
             session_bytes_in=counts.bytes_in,
             session_bytes_out=counts.bytes_out,
             **fetched,

@@ -48,7 +48,7 @@ OF_CLIENTS_NOW = {
 FAULTY = "1 if the model is no longer served: its shards are not of one conversion, or a thread has failed; else 0."
 OF_CLIENTS = {
     "requests": MetricText("requests", "Requests of clients for the missing experts of a block."),
-    "used": MetricText("reported_hits", "Hits in the directory, as clients report them."),
+    "reported_hits": MetricText("reported_hits", "Hits in the directory, as clients report them."),
     "fetches": MetricText("fetches", "Records, or parts of them, sent to other hosts."),
     "fetched_bytes": MetricText("fetched_bytes", "Bytes of records sent to other hosts."),
     "computed": MetricText("computed_rows", "Outputs of experts computed for other hosts."),

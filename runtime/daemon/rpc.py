@@ -78,7 +78,7 @@ class Service(ExpertStoreServicer):
         with _errors_as_codes(context):
             return pb.StatsReply(
                 models=self._clients.stats(),
-                uptime_s=time.monotonic() - self._clients.began,
+                uptime_s=time.monotonic() - self._clients.started_monotonic,
                 details=self._clients.details() if request.details else (),
             )
 

@@ -73,7 +73,14 @@ def open_models(
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
         host = closing.enter_context(
-            HostTier.open(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
+            HostTier(
+                store,
+                slots=slots[digest],
+                loaders=config.loaders,
+                arena=arena,
+                policy=config.policy,
+                loads_rest=store.is_local,
+            )
         )
         model = HostedModel(
             store.manifest,

@@ -165,8 +165,9 @@ def _speculate(
 
 
 def _mode(config: TierConfig, tiers: Tiers, modules: Mapping[str, Any]) -> SpeculationMode:
-    """Return when to speculate: by default not if a daemon computes, as it need not send records then.
+    """Return when to speculate.
 
+    The default mode is OFF if a daemon on another host computes missing experts, as their records are not fetched then.
     ``modules`` is as in ``_speculate``.
     """
     if (

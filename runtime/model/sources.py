@@ -106,7 +106,9 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
             store = open_store(location)
             where = f"this process, from {store.where}" if store.where else "this process"
         closing.enter_context(store)
-        host = closing.enter_context(HostTier.open(store, slots=slots, loaders=config.loaders, policy=config.policy))
+        host = closing.enter_context(
+            HostTier(store, slots=slots, loaders=config.loaders, policy=config.policy, loads_rest=store.is_local)
+        )
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         remote_compute = None
         if spread is not None:

@@ -118,21 +118,21 @@ class BlockDemand:
 
     def __init__(self, tiered: TieredBlock) -> None:
         self.tiered = tiered
-        self._is_noted = False
+        self._is_announced = False
 
-    def note(self, experts: Collection[int]) -> None:
+    def announce(self, experts: Collection[int]) -> None:
         """Call ``on_demand`` of the block with all ``experts`` of the demand, unless it was called before."""
-        if not self._is_noted and self.tiered.on_demand is not None:
-            self._is_noted = True
+        if not self._is_announced and self.tiered.on_demand is not None:
+            self._is_announced = True
             self.tiered.on_demand(self.tiered.block, experts)
 
     def leases(self, experts: Collection[int], of_total: int = 0) -> Generator[list[Lease[Tensor]], None, None]:
         """Lease experts, and yield lists of leases that are valid at the same time.
 
         Records are uint8 [record bytes]. ``of_total`` is that of ``ExpertSource.acquire``. If it is 0, these are all
-        experts of the demand, which is noted: before the leases are yielded if all are available together; otherwise
-        after the first list has been computed. At that time other experts are still being read, so the call delays
-        nothing.
+        experts of the demand, which is announced: before the leases are yielded if all are available together;
+        otherwise after the first list has been computed. At that time other experts are still being read, so the call
+        delays nothing.
         """
         block, source = self.tiered.block, self.tiered.source
         _open.source = source
@@ -144,11 +144,11 @@ class BlockDemand:
                 if lease.more:
                     continue
                 if left <= 0 and not of_total:
-                    self.note(experts)
+                    self.announce(experts)
                 yield together
                 together = []
                 if not of_total:
-                    self.note(experts)
+                    self.announce(experts)
         _open.source = None
 
 
@@ -168,12 +168,12 @@ def refuse_copy(*_: object) -> NoReturn:
     )
 
 
-def end_open_leases() -> None:
+def release_open_leases() -> None:
     """End leases of this thread that an exception has left open."""
     if (cut := getattr(_open, "source", None)) is not None:
         _open.source = None
         with suppress(MoetierError):  # the source may be closed, or belong to another process
-            cut.end_leases()
+            cut.release_leases()
 
 
 def tokens_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:

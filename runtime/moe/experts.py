@@ -27,7 +27,7 @@ from moetier.runtime.libraries.transformers_internals import apply_gate, is_expe
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
-from .block import BlockDemand, RoutedTokens, TieredBlock, end_open_leases, tokens_of_experts
+from .block import BlockDemand, RoutedTokens, TieredBlock, release_open_leases, tokens_of_experts
 from .gradients import without_gradient
 from .quick import compute_quick, kernels_of
 from .slots import compute_in_slots, slot_kernels_of
@@ -99,7 +99,7 @@ def compute_together(
     Each expert is leased once for all of them. ``between`` is called between groups of experts, while no expert is
     leased.
     """
-    end_open_leases()
+    release_open_leases()
     tiered: TieredBlock = module.tiered
     kernels = kernels_of(module, tiered, calls[0].x.dtype)
     if kernels is not None and all(has_memory(call.x) and has_memory(call.weights) for call in calls):

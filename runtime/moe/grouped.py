@@ -101,7 +101,7 @@ def _compute_groups(
         for group in groups:
             _read_ahead(tiered, used, group)
             _add_group(kernels, demand, outputs, group, sums, buffer)
-            demand.note(used)  # only now, so that the reads of the first group go first
+            demand.announce(used)  # only now, so that the reads of the first group go first
             if kept := [span.expert for span in group if span.expert in recent]:
                 tiered.source.uses.touch(tiered.block, kept)  # else the next experts of the prompt would evict them
             between()
@@ -261,7 +261,7 @@ def _compute(kernels: ExpertKernels, demand: BlockDemand, part: DemandPart, of_t
         x, tokens_of = part.x, part.tokens_of()
         with closing(tiered.remote_compute.send(kernels, tiered.block, x.data_ptr(), len(x), tokens_of)) as sent:
             if sent.experts and not of_total:
-                demand.note(experts)
+                demand.announce(experts)
             _compute_leased(
                 demand, [expert for expert in experts if expert not in sent.experts], part.compute, of_total
             )

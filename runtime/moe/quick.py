@@ -25,7 +25,7 @@ from moetier.tiers.layout import RecordLayout
 
 from . import grouped
 from .activation import activation_of
-from .block import BlockDemand, RoutedTokens, TieredBlock, check_shapes, end_open_leases
+from .block import BlockDemand, RoutedTokens, TieredBlock, check_shapes, release_open_leases
 from .snapshot import Trials, has_global_hooks
 
 Made = TypeVar("Made")
@@ -90,10 +90,10 @@ def _resident_tokens(
 def _note_uses(demand: BlockDemand, experts: Sequence[int]) -> None:
     """Note that ``experts`` are demanded, and that all their records are in memory and used without leases."""
     tiered = demand.tiered
-    tiered.source.uses.note(tiered.block, experts)
+    tiered.source.uses.note_found(tiered.block, experts)
     if tiered.remote_compute is not None:
         tiered.remote_compute.note_local(tiered.block, experts)
-    demand.note(experts)
+    demand.announce(experts)
 
 
 def one_token(
@@ -117,7 +117,7 @@ def one_token(
     kernels = kernels_of(module, tiered, x.dtype)
     if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
         return None
-    end_open_leases()
+    release_open_leases()
     return _one_token(kernels, BlockDemand(tiered), x, experts, weights, residual)
 
 

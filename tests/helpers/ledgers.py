@@ -10,6 +10,7 @@ from two_layouts import two_layouts
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.host.demands import Demand, Pool, ThreadCaller
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loads import LoadLimits
@@ -66,6 +67,7 @@ def ledger_of(
         directory,
         Notifier(Transitions(woken)),
         LoadLimits(ahead, prefetches=1),
+        policy=DEFAULT_POLICY,
         loads_rest=loads_rest,
         clock=clock,
     )

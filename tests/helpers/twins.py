@@ -48,7 +48,7 @@ class OneSlot:
     def residents(self, block: int) -> None:
         return None
 
-    def end_leases(self) -> None:
+    def release_leases(self) -> None:
         """Nothing is kept of who acquired."""
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:

@@ -52,8 +52,8 @@ class UnsteadySource:
     def residents(self, block: int) -> None:
         return None  # so that all is leased
 
-    def end_leases(self) -> None:
-        self.source.end_leases()
+    def release_leases(self) -> None:
+        self.source.release_leases()
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self.source.absent(keys)

@@ -176,7 +176,7 @@ def test_an_older_store_is_checked_while_a_process_computes_from_it(
     found = threading.Event()
     with (
         ShardStore.open(swapped) as store,
-        HostTier.open(store, slots=slots_for(store.manifest, 12 * SLOT)) as host,
+        HostTier(store, slots=slots_for(store.manifest, 12 * SLOT)) as host,
     ):
         list(host.acquire(keys(0, 0, 1)))
         store.on_fault(lambda error: found.set())

@@ -209,7 +209,7 @@ def test_an_exception_from_outside_at_any_moment_breaks_nothing(
             kept.append(error)
         else:
             error.__traceback__ = None
-        smallest.source.end_leases()
+        smallest.source.release_leases()
         smallest.check()
         block = number % 3
         found = Task(lambda block=block: smallest.take(block, 1, 4, 5)).result()  # type: ignore[misc]
@@ -506,8 +506,8 @@ def test_a_noted_use_counts_as_a_hit_and_cancels_prefetches(roomy: Opened) -> No
     residents_of(roomy, 0)
     roomy.take(0, 0, 1, 2)
     before = roomy.source.stats()
-    roomy.source.uses.note(0, [2, 1])
-    roomy.source.uses.note(0, [0])
+    roomy.source.uses.note_found(0, [2, 1])
+    roomy.source.uses.note_found(0, [0])
     after = roomy.source.stats()
     assert after.hits - before.hits == 3
     assert after.misses == before.misses
@@ -518,11 +518,11 @@ def test_many_noted_uses_need_no_other_call(roomy: Opened) -> None:
     roomy.take(0, 0)
     before = roomy.source.stats().hits
     for _ in range(2000):
-        roomy.source.uses.note(0, [0])
+        roomy.source.uses.note_found(0, [0])
     assert roomy.source.stats().hits - before == 2000
 
 
-@pytest.mark.parametrize("use", ["note", "touch"])
+@pytest.mark.parametrize("use", ["note_found", "touch"])
 @pytest.mark.parametrize("kind", ["host", "views", "remote"])
 def test_noted_uses_decide_what_is_evicted(kind: str, use: str, folder: Path) -> None:
     """Three records have slots. When a fourth comes, the one that was used least is evicted."""

@@ -23,6 +23,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.errors import ArenaError, ClosedError
@@ -93,6 +94,13 @@ class ArenaHeader:
         )
 
 
+class Placement(NamedTuple):
+    """Where a record is. It is still there as long as the slot has this generation."""
+
+    slot: TierSlot
+    generation: int
+
+
 class Directory:
     """The directory in the first ``layout.directory_bytes`` of an arena. Only one thread may change it at a time."""
 
@@ -133,8 +141,8 @@ class Directory:
 
     # -- readers ------------------------------------------------------------------------------------------------------
 
-    def find(self, key: ExpertKey) -> tuple[TierSlot, int] | None:
-        """Return the slot of a key's record and the slot's generation, or None if no slot holds the record now.
+    def find(self, key: ExpertKey) -> Placement | None:
+        """Return where the record of a key is, or None if no slot holds it now.
 
         The model must have the expert. Raises ClosedError after ``close``.
         """
@@ -150,7 +158,7 @@ class Directory:
                 return None
         except ValueError:
             raise _closed() from None
-        return TierSlot(slot), generation
+        return Placement(TierSlot(slot), generation)
 
     def generation(self, slot: TierSlot) -> int:
         """Return the generation of a slot. Raises ClosedError after ``close``."""

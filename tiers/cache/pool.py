@@ -26,7 +26,7 @@ from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .budget import Partition
-from .policies import DEFAULT_POLICY, POLICIES, Partitions, Policy
+from .policies import Partitions, Policy
 
 
 class SlotState(Enum):
@@ -54,7 +54,7 @@ class SlotPool:
     def __init__(
         self,
         partitions: Sequence[Partition],
-        make_policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
+        make_policy: Callable[[int], Policy],
         *,
         first: int = 0,
         slot_bytes: int = 0,

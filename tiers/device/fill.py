@@ -31,8 +31,8 @@ class DeviceDemand:
     """One call of ``acquire``, or a promotion: the slots that it holds, and the copies that it waits for.
 
     This class has no base class in common with ``Demand`` of the host tier, because the two differ too much: a
-    DeviceDemand copies one record at a time, in the caller's own thread, never waits for a read, and ends its leases
-    with events of the device.
+    DeviceDemand copies one record at a time, in the caller's own thread, never waits for a read, and releases its
+    leases with events of the device.
     """
 
     pool: DevicePool
@@ -78,7 +78,7 @@ class DeviceDemand:
         self.latest = self.pool.key(slots[-1])
         return slots
 
-    def end_leases(self) -> None:
+    def release_leases(self) -> None:
         """Note that the leases have ended. The slots are still pinned."""
         self.leased = None
 

@@ -134,10 +134,10 @@ class DeviceTier:
         """Return None, because compiled code can't look records up in a device tier."""
         return None
 
-    def end_leases(self) -> None:
+    def release_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._end_caller(threading.get_ident())
-        self._source.end_leases()
+        self._source.release_leases()
 
     @transition
     def _end_caller(self, caller: int) -> None:
@@ -374,7 +374,7 @@ class DeviceTier:
             ended = stream.record_event()
             for slot in slots:
                 demand.pool.used[slot][stream] = ended
-            demand.end_leases()
+            demand.release_leases()
             for slot in slots:
                 demand.pool.unpin(slot)
             self._monitor.wake()

@@ -78,9 +78,9 @@ class HostViews:
         self._check_open()
         return self._source.residents(block)
 
-    def end_leases(self) -> None:
+    def release_leases(self) -> None:
         """End all leases of the calling thread in the source."""
-        self._source.end_leases()
+        self._source.release_leases()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches from the source."""

@@ -26,9 +26,8 @@ from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
-from moetier.tiers.source import READERS
 from moetier.tiers.store.atomic import read_errors
-from moetier.tiers.store.base import DirectoryStore, Pause
+from moetier.tiers.store.base import READERS, DirectoryStore, Pause
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
 from moetier.tiers.store.scrubbable import Problem

@@ -5,7 +5,7 @@ Other packages use ``tier.HostTier``, ``warmup``, and the events in ``demands``.
 
 The tier's state is the ledger (``ledger``, with its parts ``demands``, ``waiting``, ``slots``, ``loads`` and
 ``prefetch``) and the arena's directory. One lock guards all of it: that of the tier's ``tiers.locks.Monitor``. Each
-change is a *transition*, a method with one of the decorators of ``tiers.locks``; ``tier``, ``page_order``, ``loaders``
+change is a *transition*, a method with one of the decorators of ``tiers.locks``; ``tier``, ``disk_order``, ``loaders``
 and ``session`` have all of them. No transition waits for a read or for another transition; the first session starts a
 thread in one. Records are written into slots without the lock, by the one loader that has taken the load of the slot.
 
@@ -16,7 +16,7 @@ thread in one. Records are written into slots without the lock, by the one loade
     moetier-timekeeper      Timekeeper._expire; runs if there are sessions
     moetier-learner         HostUses.counts and HostTier._warm (``warmup``)
     threads of a daemon     methods of Session, which never wait for a record
-    threads of an engine    PageOrder: they read and write pages of keys and values
+    threads of an engine    HostDiskOrder: they read and write pages of keys and values
     any finalizer           HostTier._end, which is posted: another thread may run it
 
 If a read fails, the slot becomes EMPTY, and every demand that waits for the record gets the error (``Loads.fail``): an

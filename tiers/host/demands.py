@@ -183,8 +183,9 @@ class Demand:
     is_scan: bool = False  # the demand is for more records than its block can keep
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet
     loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
-    ready: deque[PoolSlot] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
-    found_ready: int = 0  # how many of the slots in ``ready`` were READY when the demand came
+    # slots that are pinned for the demand, but not leased yet: those that were READY when it came, and all others
+    hits: deque[PoolSlot] = field(default_factory=deque)
+    arrived: deque[PoolSlot] = field(default_factory=deque)
     leased: dict[PoolSlot, None] = field(default_factory=dict)  # slots that are pinned and leased
     error: BaseException | None = None  # the error with which the demand has failed
     waits_since: float | None = None  # time since when the caller has waited without a lease; None while it has one
@@ -192,7 +193,7 @@ class Demand:
     @property
     def is_idle(self) -> bool:
         """Whether the demand neither holds nor claims a slot."""
-        return not self.ready and not self.loads and not self.leased
+        return not (self.hits or self.arrived or self.loads or self.leased)
 
     @property
     def is_over(self) -> bool:
@@ -205,9 +206,14 @@ class Demand:
         return [*self.leased, *self.ready, *(load.slot for load in self.loads)]
 
     @property
+    def ready(self) -> list[PoolSlot]:
+        """The slots that are pinned for the demand and not leased yet, in the order in which they are leased."""
+        return [*self.hits, *self.arrived]
+
+    @property
     def outstanding(self) -> int:
         """Number of slots that the demand holds or claims."""
-        return len(self.loads) + len(self.ready) + len(self.leased)
+        return len(self.loads) + len(self.hits) + len(self.arrived) + len(self.leased)
 
     def begin(self, keys: Iterable[ExpertKey], *, is_scan: bool) -> None:
         """Begin with all ``keys`` pending."""
@@ -216,8 +222,7 @@ class Demand:
 
     def hold(self, key: ExpertKey, slot: PoolSlot, *, is_hit: bool = False) -> None:
         """Note that a READY slot was pinned for the demand. ``is_hit``: it was READY when the demand came."""
-        self.ready.append(slot)
-        self.found_ready += is_hit
+        (self.hits if is_hit else self.arrived).append(slot)
         self.pending.pop(key, None)
 
     def wait_for(self, load: Load) -> None:
@@ -227,7 +232,7 @@ class Demand:
 
     def complete(self, load: Load) -> None:
         """Note that the record of a load has arrived in its slot."""
-        self.ready.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
+        self.arrived.append(load.slot)  # before ``remove``, so that an exception in between loses nothing
         self.loads.remove(load)
 
     def lose(self, load: Load, error: BaseException) -> None:
@@ -248,15 +253,14 @@ class Demand:
     def lease(self, limit: int) -> list[PoolSlot]:
         """Lease up to ``limit`` of the slots that are ready, and return these slots."""
         slots: list[PoolSlot] = []
-        while self.ready and len(slots) < limit:
-            slot = self.ready.popleft()
+        while (queue := self.hits or self.arrived) and len(slots) < limit:
+            slot = queue.popleft()
             self.leased[slot] = None
             slots.append(slot)
-        self.found_ready = max(self.found_ready - len(slots), 0)
         return slots
 
     def release(self, slots: Collection[PoolSlot | None]) -> list[PoolSlot]:
-        """End the leases of ``slots``, and return those of them that were leased."""
+        """Release the leases of ``slots``, and return those of them that were leased."""
         ended = [slot for slot in slots if slot in self.leased]
         for slot in ended:
             del self.leased[slot]
@@ -266,7 +270,8 @@ class Demand:
         """Let go of all slots and loads, and return them. The slots are still pinned."""
         slots, loads = self.slots, self.loads
         self.pending, self.loads = {}, []
-        self.ready.clear()
+        self.hits.clear()
+        self.arrived.clear()
         self.leased.clear()
         return slots, loads
 

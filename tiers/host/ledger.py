@@ -20,7 +20,7 @@ that lets such a demand go on (``WaitingDemands.recheck``) or wakes callers. An 
 leases at a time, up to a limit. If one of its demands is without a slot for too long, the demand fails. So a process
 that does not return its slots can't block other callers.
 
-The tier calls methods of the ledger, and gives two of its parts to others: ``loads`` to loaders and ``page_order``, and
+The tier calls methods of the ledger, and gives two of its parts to others: ``loads`` to loaders and ``disk_order``, and
 ``uses`` to sessions and to what finds records without a demand. It reads quotas from ``slots``.
 """
 
@@ -31,7 +31,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import SlotState, stats_of
 from moetier.tiers.errors import MoetierError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
@@ -67,8 +66,8 @@ class Ledger:
         notifier: Notifier,
         limits: LoadLimits,
         *,
-        policy: str = DEFAULT_POLICY,
-        loads_rest: bool = False,
+        policy: str,
+        loads_rest: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = manifest
@@ -102,7 +101,7 @@ class Ledger:
         """Make slots READY that hold intact records of a reclaimed arena. ``kept`` has the keys of these records."""
         self.slots.recover(kept)
 
-    def note_recovery(self) -> None:
+    def note_failover(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
         self._counters.count(failures=1)
 
@@ -142,7 +141,7 @@ class Ledger:
         self.waiting.recheck(demand)
 
     def next_leases(self, demand: Demand) -> tuple[list[PoolSlot], bool] | None:
-        """End the demand's leases, and lease the slots that are ready for it.
+        """Release the demand's leases, and lease the slots that are ready for it.
 
         Returns the leased slots, and whether they are the last of the demand; None if the caller has to wait. If the
         demand has failed, there are no slots. Raises the same errors as ``begin``.
@@ -171,7 +170,7 @@ class Ledger:
         demand.pool.partitions.touch(reversed(self._take_slots(demand)), is_scan=demand.is_scan)
 
     def release(self, demand: Demand, keys: Iterable[ExpertKey] | None = None) -> None:
-        """End the demand's leases of ``keys``, or all of its leases if ``keys`` is None.
+        """Release the demand's leases of ``keys``, or all of its leases if ``keys`` is None.
 
         Keys that the demand has not leased are ignored.
         """
@@ -230,7 +229,7 @@ class Ledger:
             if demand.caller.is_asynchronous:
                 demand.fail(error)
                 self.waiting.recheck(demand)
-        self._notifier.wake_callers()
+        self._notifier.wake_sleepers()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
@@ -329,7 +328,7 @@ class Ledger:
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
-            self._notifier.wake_callers()
+            self._notifier.wake_sleepers()
         self.waiting.note_released(demand, len(slots))
 
     # -- repair -------------------------------------------------------------------------------------------------------

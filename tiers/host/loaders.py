@@ -82,7 +82,7 @@ class Loaders:
         Once a demand waits for the prefetched record, the read need not yield any more. Raises _CancelledError if the
         load was cancelled.
         """
-        if not self._may_continue(load):
+        if not self._continue_or_cancel(load):
             raise _CancelledError
         return not load.waiters
 
@@ -99,8 +99,8 @@ class Loaders:
         self._loads.fail(load, error)
 
     @waiting
-    def _may_continue(self, load: Load) -> bool | None:
-        return self._loads.may_continue(load)
+    def _continue_or_cancel(self, load: Load) -> bool | None:
+        return self._loads.continue_or_cancel(load)
 
 
 class _CancelledError(Exception):

@@ -6,7 +6,7 @@ keys and values, which others read and write on the same disk, come between: beh
 are written while nothing is read (``tiers.disk_order``).
 
 A load goes through ``begin_for``, ``take`` by a loader, and ``complete`` or ``fail``. It ends early in ``withdraw``, if
-no loader has taken it and no demand waits for it, and in ``may_continue``, if it is a prefetch that is no longer
+no loader has taken it and no demand waits for it, and in ``continue_or_cancel``, if it is a prefetch that is no longer
 wanted.
 """
 
@@ -123,7 +123,7 @@ class Loads:
         self._limits = limits
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
-        # reads of pages, in progress or waiting for reads for demands (``page_order``); no prefetch begins meanwhile
+        # reads of pages, in progress or waiting for reads for demands (``disk_order``); no prefetch begins meanwhile
         self._pages = set[object]()
 
     def __iter__(self) -> Iterator[Load]:
@@ -145,8 +145,7 @@ class Loads:
         starved, ahead = demand.pool.starved, self._limits.ahead
         if len(demand.loads) >= ahead or (starved and starved[0] is not demand):
             return False
-        arrivals = len(demand.ready) - demand.found_ready
-        return demand.caller.is_asynchronous or len(demand.loads) + arrivals < 2 * ahead
+        return demand.caller.is_asynchronous or len(demand.loads) + len(demand.arrived) < 2 * ahead
 
     def _choose(self, demand: Demand) -> PoolSlot | None:
         """Return a slot for a load of the demand; None if there is no slot.
@@ -185,9 +184,9 @@ class Loads:
         load.pool.pin(load.slot)
         if load.is_prefetch:
             self._prefetches.note_uses((key,))
-            # The loader of this record may have paused (``may_continue``). Wake it for every demand that joins, not
-            # only for the first: the first may have left before the loader looked.
-            self._notifier.wake_callers()
+            # The loader of this record may have paused (``continue_or_cancel``). Wake it for every demand that joins,
+            # not only for the first: the first may have left before the loader looked.
+            self._notifier.wake_sleepers()
         load.waiters.append(demand)
         demand.wait_for(load)
         if load.state is LoadState.QUEUED:
@@ -205,7 +204,7 @@ class Loads:
             load.state = LoadState.CANCELLED
             self._abort(load)
         if not self.has_demand_loads:  # prefetches that yielded to the load may go on
-            self._notifier.wake_callers()
+            self._notifier.wake_sleepers()
             self.wake_loaders_for_prefetches()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ class Loads:
             if len(keys) == pool.slot_count:
                 self.warm(pool, keys)
 
-    def may_continue(self, load: Load) -> bool | None:
+    def continue_or_cancel(self, load: Load) -> bool | None:
         """Decide whether the read of a prefetch goes on.
 
         Returns True if the read goes on, None while it has to yield to reads for demands or of pages, and False if the
@@ -246,7 +245,7 @@ class Loads:
             is_wanted = self._prefetches.is_requested(load.key)
         if not is_wanted:
             self._abort(load, is_cancelled=True)
-            self._notifier.wake_callers()
+            self._notifier.wake_sleepers()
         return is_wanted
 
     def _begin_prefetch(self) -> Load | None:
@@ -291,7 +290,7 @@ class Loads:
     def end_page(self, read: object) -> None:
         """Note that the read of a page has ended. Prefetches that yielded to it may go on. Idempotent."""
         self._pages.discard(read)
-        self._notifier.wake_callers()
+        self._notifier.wake_sleepers()
         self.wake_loaders_for_prefetches()
 
     # -- loaders ------------------------------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ class Loads:
         for demand in load.waiters:
             demand.complete(load)
             self._waiting.recheck(demand)
-        self._notifier.wake_callers()
+        self._notifier.wake_sleepers()
         if load.is_for_demands:
             self.wake_loaders_for_prefetches()  # this may have been the last read for a demand
 
@@ -334,7 +333,7 @@ class Loads:
             demand.lose(load, error)
             self._waiting.note_released(demand, 1)
             self._waiting.recheck(demand)
-        self._notifier.wake_callers()
+        self._notifier.wake_sleepers()
 
     def close(self, error: MoetierError) -> None:
         """Begin no more reads. The loads that no loader has taken fail with ``error``."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moetier.tiers.cache.pool import SlotState
@@ -30,7 +31,8 @@ class NextRead(NamedTuple):
     is_scan: bool = False  # the request is for more records than the block can keep
 
 
-class BlockRequests(NamedTuple):
+@dataclass(slots=True)
+class BlockRequests:
     """The latest prefetch requests of a caller for a block."""
 
     pool: Pool
@@ -83,7 +85,7 @@ class PrefetchQueue:
         """Let a caller's requests for a block be those of a scan, until it has none any more."""
         blocks = self._requests.setdefault(caller, {})
         before = blocks.get(block, BlockRequests(pool, frozenset(), deque(), is_scan=True))
-        blocks[block] = before._replace(is_scan=True)
+        blocks[block] = replace(before, is_scan=True)
 
     def cancel(self, caller: Caller) -> None:
         """Cancel all requests of a caller."""

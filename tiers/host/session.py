@@ -88,7 +88,7 @@ class Session(AsyncCaller):
 
     @transition
     def release(self, number: int, keys: Sequence[ExpertKey]) -> None:
-        """End the leases of ``keys`` that the request ``number`` holds.
+        """Release the leases of ``keys`` that the request ``number`` holds.
 
         Keys without a lease are ignored, because the request may have failed since the caller decided to release them.
         """

@@ -11,11 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from moetier.tiers.arena.arena import Arena, recover
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.cache.policies import DEFAULT_POLICY
-from moetier.tiers.closeable import Closeable, closed_on_error
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
 from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
@@ -24,18 +25,24 @@ from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Pause, Store
 
 from .demands import Demand, Load, SessionEvent, ThreadCaller
+from .disk_order import HostDiskOrder
 from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
-from .page_order import PageOrder
 from .prefetch import Uses
 from .session import Session, Timekeeper
 from .waiting import Notifier
 
-# leases that are available together, and whether they are the last of the demand
-Leases = tuple[deque[Lease[memoryview]], bool]
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
 HANDOVER = 1e-5
+
+
+class LeaseBatch(NamedTuple):
+    """Leases that are valid at the same time."""
+
+    leases: deque[Lease[memoryview]]
+    is_last: bool  # whether the demand has no further ones
+
 
 _log = logging.getLogger(__name__)
 
@@ -46,27 +53,6 @@ class HostTier(Closeable):
     A thread that iterates over ``acquire`` must not call ``acquire`` again inside the loop: with the smallest budget,
     the inner call would wait for slots that the outer call holds.
     """
-
-    @classmethod
-    def open(
-        cls,
-        store: Store,
-        *,
-        slots: Mapping[str, int],
-        loaders: int = LOADERS,
-        arena: Arena | None = None,
-        policy: str = DEFAULT_POLICY,
-    ) -> HostTier:
-        """Open a tier over a store, which reads all records where there is room, unless reads need requests.
-
-        The tier is condemned if the store finds that records are not those of the manifest, and it counts failed reads
-        that succeed from another copy. Arguments and errors are those of ``HostTier``.
-        """
-        host = cls(store, slots=slots, loaders=loaders, arena=arena, policy=policy, loads_rest=store.is_local)
-        with closed_on_error(host):
-            store.on_fault(host.condemn)
-            store.on_recovery(host._note_recovery)
-        return host
 
     def __init__(
         self,
@@ -80,6 +66,9 @@ class HostTier(Closeable):
     ) -> None:
         """Allocate the memory, and start the loaders.
 
+        The tier is condemned if the store finds that records are not those of the manifest, and it counts failed reads
+        that succeed from another copy.
+
         Args:
             store: reads the records.
             slots: a dictionary from the name of each zarr array to a number of slots, as ``slots_for`` returns it.
@@ -89,7 +78,7 @@ class HostTier(Closeable):
                 have mapped the arena can go on using it.
             policy: the policy of eviction, a key of ``POLICIES``.
             loads_rest: whether a tier with room for all records of one layout reads them all, in the background, once
-                half of them are there or on their way.
+                half of them are there or on their way. Give ``store.is_local``, as these reads must need no requests.
 
         Raises:
             BudgetError: the system does not have enough memory.
@@ -122,7 +111,7 @@ class HostTier(Closeable):
                 loads_rest=loads_rest,
             )
             self.uses = HostUses(self._monitor, self._ledger.uses)
-            self.disk_order = PageOrder(self._monitor, self._ledger.loads)
+            self.disk_order = HostDiskOrder(self._monitor, self._ledger.loads)
             self._timekeeper = Timekeeper(self._monitor, self._ledger, self._notifier.timekeeper, self._run_or_condemn)
             self._loaders = Loaders(self._monitor, self._ledger.loads, self._notifier, self._read, self._run_or_condemn)
             undo.callback(self.close)
@@ -131,6 +120,8 @@ class HostTier(Closeable):
                 self._ledger.recover(kept)
                 self.recovered = len(kept)
             self._loaders.start(loaders)
+            store.on_fault(self.condemn)
+            store.on_failover(self._note_failover)
             undo.pop_all()
 
     def _read(self, load: Load, pause: Pause | None) -> None:
@@ -177,23 +168,23 @@ class HostTier(Closeable):
             self._end(demand)
 
     @transition
-    def _begin(self, demand: Demand, keys: Sequence[ExpertKey], of_total: int) -> Leases | None:
+    def _begin(self, demand: Demand, keys: Sequence[ExpertKey], of_total: int) -> LeaseBatch | None:
         """Begin a demand. Return the leases that are available at once; None if the caller has to wait."""
         self._ledger.begin(demand, keys, of_total)
         return self._ready(demand)
 
     @waiting
-    def _next_leases(self, demand: Demand) -> Leases | None:
-        """End the demand's leases, wait for the next ones, and return them."""
+    def _next_leases(self, demand: Demand) -> LeaseBatch | None:
+        """Release the demand's leases, wait for the next ones, and return them."""
         return self._ready(demand)
 
     @posted
     def _end(self, demand: Demand) -> None:
         self._ledger.end(demand)
 
-    def _ready(self, demand: Demand) -> Leases | None:
+    def _ready(self, demand: Demand) -> LeaseBatch | None:
         ready = self._ledger.next_leases(demand)
-        return None if ready is None else (self._leases(demand, ready[0]), ready[1])
+        return None if ready is None else LeaseBatch(self._leases(demand, ready[0]), ready[1])
 
     def _leases(self, demand: Demand, slots: Sequence[PoolSlot]) -> deque[Lease[memoryview]]:
         pool, leases = demand.pool, deque[Lease[memoryview]]()
@@ -203,7 +194,7 @@ class HostTier(Closeable):
         return leases
 
     @transition
-    def end_leases(self) -> None:
+    def release_leases(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._ledger.end_caller(ThreadCaller(threading.get_ident()))
 
@@ -307,9 +298,9 @@ class HostTier(Closeable):
         return self._ledger.stats()
 
     @transition
-    def _note_recovery(self) -> None:
+    def _note_failover(self) -> None:
         """Count a read that failed, but succeeded from a mirror."""
-        self._ledger.note_recovery()
+        self._ledger.note_failover()
 
     @property
     def fault(self) -> StoreError | None:
@@ -356,13 +347,13 @@ class HostUses:
         self._uses = uses
 
     @deferred
-    def note(self, block: int, experts: Sequence[int]) -> None:
+    def note_found(self, block: int, experts: Sequence[int]) -> None:
         """Count a demand, as ``ResidentUses`` specifies."""
         self._uses.note_found(block, experts)
 
     @deferred
     def note_discarded(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note`` as discarded, as ``ResidentUses`` specifies."""
+        """Count the hits of an earlier ``note_found`` as discarded, as ``ResidentUses`` specifies."""
         self._uses.note_discarded(block, experts)
 
     @deferred

@@ -24,7 +24,7 @@ class Notifier:
         self.loaders: SimpleQueue[None] = SimpleQueue()  # each item wakes one loader, which reads all there is to read
         self.timekeeper: SimpleQueue[None] = SimpleQueue()  # an item makes the timekeeper look at the deadlines again
 
-    def wake_callers(self) -> None:
+    def wake_sleepers(self) -> None:
         """Wake sleeping callers and paused loaders; then ``Ledger.serve`` runs, too."""
         self._monitor.wake()
 
@@ -70,7 +70,7 @@ class WaitingDemands:
         starved = demand.pool.starved
         if demand in starved:
             starved.remove(demand)
-            self._notifier.wake_callers()  # the next demand in the queue may find a slot too
+            self._notifier.wake_sleepers()  # the next demand in the queue may find a slot too
             self._notifier.wake_loader()  # prefetches that have yielded to the demand may go on
 
     # -- asynchronous demands -----------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class WaitingDemands:
             waiting = [other for other in demand.caller.open_demands() if other.pending]
             for other in sorted(waiting, key=lambda other: self._deadlines.get(other, math.inf)):
                 self.recheck(other)
-            self._notifier.wake_callers()
+            self._notifier.wake_sleepers()
 
     def expire(self) -> float | None:
         """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None."""
@@ -136,7 +136,7 @@ class WaitingDemands:
         for demand in demands:
             demand.caller.register(demand)
             self.recheck(demand)
-        self._notifier.wake_callers()
+        self._notifier.wake_sleepers()
 
 
 def _exhausted(demand: Demand) -> ExhaustedError:

@@ -26,6 +26,8 @@ from .checksum import checksum_bytes, crc32c
 from .scrubbable import Problem, Scrubbable
 from .shard import Pause as Pause
 
+READERS = 4  # number of threads of a store that read pieces of large records, by default: enough to keep a disk busy
+
 
 class Store(Closeable):
     """The records of a model's experts.
@@ -112,7 +114,7 @@ class Store(Closeable):
         store whose reads are all checked: it does nothing.
         """
 
-    def on_recovery(self, watcher: Callable[[], None]) -> None:
+    def on_failover(self, watcher: Callable[[], None]) -> None:
         """Register ``watcher``. It is called, in any thread, each time a read fails but succeeds from another copy.
 
         The default is for a store that has one copy of each record: it does nothing.
@@ -232,9 +234,9 @@ class WrapperStore(DirectoryStore):
         """Register ``watcher`` with the store."""
         self.store.on_fault(watcher)
 
-    def on_recovery(self, watcher: Callable[[], None]) -> None:
+    def on_failover(self, watcher: Callable[[], None]) -> None:
         """Register ``watcher`` with the store."""
-        self.store.on_recovery(watcher)
+        self.store.on_failover(watcher)
 
     def path(self, block: int) -> Path:
         """Return the store's file of a block."""

@@ -147,7 +147,7 @@ class MirroredStore(WrapperStore):
         """No faults: each shard is good in one of the copies."""
         return {}
 
-    def on_recovery(self, watcher: Callable[[], None]) -> None:
+    def on_failover(self, watcher: Callable[[], None]) -> None:
         """Register ``watcher``, to be called each time a read fails but succeeds from another copy."""
         self._watchers.append(watcher)
 
@@ -163,7 +163,7 @@ class MirroredStore(WrapperStore):
                 crc = read_in_pieces(view, pause, partial(self._read_part, key, used))
                 self._copies[0].store.compare_checksums(key, view, crc)
             except StoreError as error:
-                self._recover(key, buffer, pause, used, error)
+                self._fail_over(key, buffer, pause, used, error)
             else:
                 with self._lock:
                     for copy in used:
@@ -246,7 +246,7 @@ class MirroredStore(WrapperStore):
             self._fail(copy, key, error)
             raise
 
-    def _recover(
+    def _fail_over(
         self,
         key: ExpertKey,
         buffer: memoryview,

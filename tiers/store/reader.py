@@ -21,11 +21,10 @@ from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import READERS
 from moetier.tiers.threads import start_thread
 
 from .atomic import read_errors
-from .base import DirectoryStore, Pause
+from .base import READERS, DirectoryStore, Pause
 from .checksum import stored_checksum
 from .folder import CACHE, METADATA, MIRRORS, check_array, command, has_store, is_cache, read_manifest, store_folder
 from .shard import (

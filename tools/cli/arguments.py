@@ -47,7 +47,7 @@ class OneOf:
     choices: tuple[Any, ...]
 
     def __call__(self, text: str) -> Any:
-        """Return the choice; argparse refuses a text that is none."""
+        """Return the choice with this text. Any other text is returned unchanged, and argparse refuses it."""
         return next((choice for choice in self.choices if str(choice) == text), text)
 
 

@@ -145,7 +145,7 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
             f"  clients   {with_processes(model.clients, processes.get(model.digest, []))}, {model.sessions} of them "
             f"connected; they use {model.leases} experts now",
             f"  requests  {model.requests:,} for missing experts, {format_bytes(model.session_bytes_in)} received, "
-            f"{format_bytes(model.session_bytes_out)} sent; {model.used:,} hits reported",
+            f"{format_bytes(model.session_bytes_out)} sent; {model.reported_hits:,} hits reported",
             f"  fetches   {model.fetches:,} by other machines, {format_bytes(model.fetched_bytes)} sent",
         ]
     return "\n".join(lines)

@@ -181,7 +181,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
     )
     if has_manifest(new) and not (new / JOURNAL).exists():
         raise TargetExistsError(
-            f"{new} holds another model. The new model for {folder} is made there, before it takes its place.",
+            f"{new} holds another model. A model that is to replace {folder} is first written to {new}.",
             f"Move {new} elsewhere.",
         )
     try:

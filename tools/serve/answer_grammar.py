@@ -100,7 +100,7 @@ class AnswerGrammar:
     # -- marks ---------------------------------------------------------------------------------------------------------
 
     def _text(self, text: str) -> str:
-        """Return an expression for a text, in which added tokens are either tokens or letters."""
+        """Return an expression for a text. Each added token in it may be sampled as one token, or letter by letter."""
         found, place = list[str](), 0
         for token in self._split.finditer(text):
             found += [_quoted(text[place : token.start()]), f"(<[{self._added[token[0]]}]> | {_quoted(token[0])})"]

@@ -50,7 +50,8 @@ class SampledAnswer:
     def is_said_by(self, message: ChatMessage) -> bool:
         """Return whether a message is this answer as its client got it.
 
-        The client may trim its text, and beside tool calls, whose ids nobody else knows, leave out text and reasoning.
+        The client may have trimmed the text. If the answer has tool calls, whose ids identify it, the client may also
+        have left out text and reasoning.
         """
         content, reasoning = (str(message.get(name) or "").strip() for name in ("content", "reasoning_content"))
         return (

@@ -67,7 +67,10 @@ class ModelHistory:
         self.changes.append(_change(self.stats, stats, seconds))
         former = {client.number: client for client in self.details.clients}
         self.rates = {
-            client.number: ((client.hits - was.hits) / seconds, (client.misses - was.misses) / seconds)
+            client.number: (
+                (client.reported_hits - was.reported_hits) / seconds,
+                (client.requested - was.requested) / seconds,
+            )
             for client in details.clients
             for was in [former.get(client.number, Client())]
         }

@@ -220,7 +220,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
     table.show_header = True
     for client in model.details.clients:
         hits, misses = model.rates.get(client.number, (0.0, 0.0))
-        requested = client.hits + client.misses
+        demanded = client.reported_hits + client.requested
         table.add_row(
             str(client.pid),
             *([Text(program_of(client.pid))] if local else []),  # a Text, so that it is not read as markup
@@ -228,7 +228,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
             f"{client.leases:,}",
             f"{hits:,.0f}",
             f"{misses:,.0f}",
-            f"{client.hits / requested:.1%}" if requested else "-",
+            f"{client.reported_hits / demanded:.1%}" if demanded else "-",
         )
     if not model.details.clients:
         table.add_row(Text("none", "dim"))

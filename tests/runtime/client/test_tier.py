@@ -64,7 +64,7 @@ def test_a_hit_is_no_message(store: MappedStore, tmp_path: Path) -> None:
         before = daemon.stats()
         for _ in range(1_000):
             assert store.take(tier, 1, 4, 0, 3) == [4, 0, 3]
-        after = daemon.wait_for("used == 3000")
+        after = daemon.wait_for("reported_hits == 3000")
         assert after.requests == before.requests == 1
         assert after.session_bytes_out == before.session_bytes_out, "nothing is answered"
         assert after.session_bytes_in - before.session_bytes_in < 2 * 3_000, "what was used is told in batches"
@@ -81,7 +81,7 @@ def test_hits_are_reported_before_a_tier_closes(store: MappedStore, tmp_path: Pa
             store.take(tier, 1, 0, 3, 4)
             for _ in range(5):
                 store.take(tier, 1, 4, 0, 3)
-        assert daemon.wait_for("clients == 0").used == 15
+        assert daemon.wait_for("clients == 0").reported_hits == 15
 
 
 def test_a_copy_that_was_interrupted_is_no_use(store: MappedStore, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_copy_that_was_interrupted_is_no_use(store: MappedStore, tmp_path: Pat
                 assert lease is not None
                 assert lease.validate()
             tier.uses.note_copies(keys(1, 0, 3))
-        assert daemon.wait_for("clients == 0").used == 1
+        assert daemon.wait_for("clients == 0").reported_hits == 1
 
 
 HITS = """
@@ -249,7 +249,7 @@ def test_a_prefetch_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
         for _ in range(5):
             tier.prefetch(1, keys(1, 0, 3))
         tier.prefetch(1, [])
-        told = daemon.wait_for("used == 2").session_bytes_in - before
+        told = daemon.wait_for("reported_hits == 2").session_bytes_in - before
         assert told < 30, "what is there is not requested: five such messages would be 50 bytes"
 
 

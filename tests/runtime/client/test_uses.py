@@ -40,7 +40,7 @@ def test_a_demand_is_counted_and_its_hits_are_reported_the_first_last() -> None:
     assert counted(uses) == (2, 1)
     uses.note_lost(1)
     assert counted(uses) == (2, 2), "a counter never falls: the hit was discarded, and the request is a miss"
-    uses.note(0, [5, 5])
+    uses.note_found(0, [5, 5])
     uses.note_discarded(0, [5])
     assert counted(uses) == (3, 2)
     uses.touch(0, [1])

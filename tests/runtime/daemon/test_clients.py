@@ -140,7 +140,7 @@ def test_what_is_granted_is_leased_until_it_is_released(clients: Clients, gate: 
         stream.say(release=pb.Release(request=7))
         wait_until(lambda: stream.call.is_idle)
         (described,) = clients.details()[0].clients
-        assert (described.pid, described.leases, described.hits, described.misses) == (os.getpid(), 0, 3, 2)
+        assert (described.pid, described.leases, described.reported_hits, described.requested) == (os.getpid(), 0, 3, 2)
         assert clients.wait(0)
 
 

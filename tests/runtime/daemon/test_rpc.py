@@ -114,7 +114,7 @@ def test_hits_are_counted_and_requested_prefetches_are_loaded(daemon: DaemonProc
         client.send(prefetch=pb.Prefetch(requested=pb.Experts(block=1, experts=[0, 7])))
         daemon.wait_for("host.ready == 2")
         client.send(uses=pb.Uses(blocks=[pb.Experts(block=1, experts=[0, 7])]))
-        stats = daemon.wait_for("used == 2")
+        stats = daemon.wait_for("reported_hits == 2")
         assert (stats.host.hits, stats.host.misses, stats.host.prefetched) == (2, 0, 2)
 
 
@@ -133,13 +133,13 @@ def test_details_are_told_on_request(daemon: DaemonProcess, store: Store) -> Non
         client.granted()
         client.granted()
         client.send(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[5, 5])]))
-        daemon.wait_for("used == 2")
+        daemon.wait_for("reported_hits == 2")
         client.open_stream()
         client.acquire(1, 2, [7])
         client.granted()
         found = details(daemon)
         pid = os.getpid()
-        assert [(one.number, one.pid, one.hits, one.misses) for one in found.clients] == [
+        assert [(one.number, one.pid, one.reported_hits, one.requested) for one in found.clients] == [
             (1, pid, 2, 3),
             (2, pid, 0, 0),
         ]

@@ -58,7 +58,7 @@ def test_misses_hits_and_what_is_evicted(store: Path, daemon: DaemonProcess) -> 
         found = dict(client.hits(1, [5, 2, 7, 0]))
         assert sorted(found) == [2, 5, 7]
         assert all(slot[:-4] == record(store, 1, expert) for expert, slot in found.items())
-        daemon.wait_for("used == 3")
+        daemon.wait_for("reported_hits == 3")
 
         # more than a block has slots, and more than a client may hold
         assert sorted(expert for expert, _ in client.demand(1, range(8))) == [*range(8)]

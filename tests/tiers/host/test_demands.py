@@ -38,10 +38,11 @@ def test_hits_are_those_of_the_slots_that_are_ready_still() -> None:
     demand.hold(A, PoolSlot(0), is_hit=True)
     demand.hold(B, PoolSlot(1), is_hit=True)
     demand.lease(1)
-    assert demand.found_ready == 1
+    assert (list(demand.hits), list(demand.arrived)) == ([1], [])
     demand.hold(C, PoolSlot(2))
-    demand.lease(2)
-    assert demand.found_ready == 0
+    assert demand.ready == [1, 2]
+    assert demand.lease(2) == [1, 2]
+    assert demand.ready == []
 
 
 def test_the_first_error_stays_and_each_demand_gets_its_own() -> None:

@@ -318,7 +318,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """A loader yields between two pieces, or finds that what it reads is unwanted."""
         load = data.draw(st.sampled_from([load for load in self.awake() if load.is_prefetch]))
         with self.monitor.transition():
-            found = self.ledger.loads.may_continue(load)
+            found = self.ledger.loads.continue_or_cancel(load)
             if found is None and len(self.yielding) < self.loaders - 1:  # one is always there for the demands
                 self.yielding.append(load)
             elif found is False:

@@ -22,10 +22,10 @@ def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() 
     prefetch = ledger.loads.take()
     assert prefetch is not None
     other = demand(ledger, pool, 3, 0)
-    assert ledger.loads.may_continue(prefetch) is None
+    assert ledger.loads.continue_or_cancel(prefetch) is None
     before = wakes
     ledger.end(other)  # no loader had begun its load
-    assert ledger.loads.may_continue(prefetch)
+    assert ledger.loads.continue_or_cancel(prefetch)
     assert wakes > before
 
 
@@ -208,13 +208,13 @@ def test_a_warm_up_that_yields_is_cancelled_when_a_demand_is_starved() -> None:
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
     load = ledger.loads.take()
     assert load is not None
-    assert ledger.loads.may_continue(load)
+    assert ledger.loads.continue_or_cancel(load)
     demand(ledger, pool, 3, 0)
-    assert ledger.loads.may_continue(load) is None
+    assert ledger.loads.continue_or_cancel(load) is None
     starved = demand(ledger, pool, 4, 0)
     assert list(pool.starved) == [starved]
     arrive_all(ledger)
-    assert ledger.loads.may_continue(load) is False
+    assert ledger.loads.continue_or_cancel(load) is False
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
     assert ledger.loads.take() is None, "the slot is for the demand that is starved"
     ledger.next_leases(starved)

@@ -33,7 +33,9 @@ class Reading:
         directory = Directory.create(memoryview(bytearray(layout.directory_bytes)), layout)
         self.monitor = Monitor()
         notifier = Notifier(self.monitor)
-        self.ledger = Ledger(MANIFEST, layout, directory, notifier, LoadLimits(ahead=4, prefetches=1))
+        self.ledger = Ledger(
+            MANIFEST, layout, directory, notifier, LoadLimits(ahead=4, prefetches=1), policy="lru", loads_rest=False
+        )
         self.failed = threading.Event()  # a thread has ended with an error
         self.loaders = Loaders(self.monitor, self.ledger.loads, notifier, read, self._run)
         self.loaders.start(loaders)

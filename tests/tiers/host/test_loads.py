@@ -160,16 +160,16 @@ def test_the_read_of_a_prefetch_yields_to_demands_goes_on_for_one_and_ends_unwan
     tier = Tier()
     tier.prefetches.replace(tier.pool, 0, [A], None)
     load = tier.take()
-    assert tier.loads.may_continue(load) is True
+    assert tier.loads.continue_or_cancel(load) is True
     other = tier.demand(B)
-    assert tier.loads.may_continue(load) is None
+    assert tier.loads.continue_or_cancel(load) is None
     joined = tier.demand(A)
-    assert tier.loads.may_continue(load) is True
+    assert tier.loads.continue_or_cancel(load) is True
     tier.leave(joined)
     tier.leave(other)
-    assert tier.loads.may_continue(load) is True
+    assert tier.loads.continue_or_cancel(load) is True
     tier.prefetches.replace(tier.pool, 0, [], None)
-    assert tier.loads.may_continue(load) is False
+    assert tier.loads.continue_or_cancel(load) is False
     assert (tier.counters.snapshot().late, tier.counters.snapshot().cancelled) == (1, 0), (
         "each prefetch has one outcome"
     )

@@ -128,7 +128,7 @@ def test_a_store_that_takes_no_listener_leaves_no_tier(monkeypatch: pytest.Monke
     monkeypatch.setattr(RamReader, "is_local", False, raising=False)
     before = threading.active_count()
     with pytest.raises(OSError, match="lost"):
-        HostTier.open(store, slots=SMALLEST)
+        HostTier(store, slots=SMALLEST)
     assert threading.active_count() == before
 
 

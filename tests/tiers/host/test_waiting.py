@@ -83,7 +83,15 @@ def test_callers_that_come_again_and_again_overtake_no_caller_for_ever() -> None
     manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
     layout = ArenaLayout.of(manifest, {"records": 1000})
     directory = Directory.create(memoryview(bytearray(layout.directory_bytes)), layout)
-    ledger = Ledger(manifest, layout, directory, Notifier(Monitor()), LoadLimits(ahead=4, prefetches=1))
+    ledger = Ledger(
+        manifest,
+        layout,
+        directory,
+        Notifier(Monitor()),
+        LoadLimits(ahead=4, prefetches=1),
+        policy="lru",
+        loads_rest=False,
+    )
     pool = ledger.slots.pools["records"]
     experts = iter(range(1000))
 

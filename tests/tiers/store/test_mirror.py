@@ -190,7 +190,7 @@ def test_a_damaged_record_is_read_from_the_other_copy(
     Reads(monkeypatch, **{other: 0.1})  # so that most is read from the copy that is bad
     recovered: list[None] = []
     with open_both(tmp_path) as store:
-        store.on_recovery(lambda: recovered.append(None))
+        store.on_failover(lambda: recovered.append(None))
         for _ in range(4):
             for key in records:
                 assert read(store, key) == records[key]
@@ -219,7 +219,7 @@ def test_a_copy_that_fails_is_set_aside_and_tried_again(
     recovered: list[None] = []
     of_block = [key for key in records if key.block == 0]
     with open_both(tmp_path) as store:
-        store.on_recovery(lambda: recovered.append(None))
+        store.on_failover(lambda: recovered.append(None))
         os.truncate(path, 0)
         for _ in range(5):
             for key in of_block:
@@ -341,7 +341,7 @@ def test_the_host_tier_counts_what_was_recovered_as_a_failure(tmp_path: Path) ->
     records = make(tmp_path)
     flip_bit(path_of(tmp_path / "b"), MIDDLE.slot_bytes + 10)
     flip_bit(path_of(tmp_path / "b"), 2 * MIDDLE.slot_bytes - 10)
-    with MirroredStore.open(tmp_path / "a") as store, HostTier.open(store, slots={"records": 3}) as host:
+    with MirroredStore.open(tmp_path / "a") as store, HostTier(store, slots={"records": 3}) as host:
         for _ in range(3):
             for block in range(2):
                 for lease in host.acquire([ExpertKey(block, expert) for expert in range(3)]):

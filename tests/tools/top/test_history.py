@@ -12,11 +12,12 @@ from moetier.tools.top.history import History
 def test_changes_are_by_the_second_and_another_daemon_begins_anew() -> None:
     history = History()
     history.add(
-        SEVEN, reply(10, pb.Tier(hits=10, misses=2), block(2, uses={0: 8}), clients=[pb.Client(number=1, hits=10)])
+        SEVEN,
+        reply(10, pb.Tier(hits=10, misses=2), block(2, uses={0: 8}), clients=[pb.Client(number=1, reported_hits=10)]),
     )
     assert history.models["1"].last is None
     now = pb.Tier(hits=40, misses=12, joined=4, prefetched=5, warmed=1, bytes_in=64, evictions=3, wait_seconds=0.5)
-    clients = [pb.Client(number=1, hits=30, misses=8), pb.Client(number=2, misses=4)]
+    clients = [pb.Client(number=1, reported_hits=30, requested=8), pb.Client(number=2, requested=4)]
     history.add(SEVEN, reply(12, now, block(2, uses={0: 12}), clients=clients))
     model = history.models["1"]
     change = model.last

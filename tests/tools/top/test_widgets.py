@@ -29,7 +29,7 @@ def test_large_numbers_fit_into_the_least_width() -> None:
         wait_median=seconds, wait_p99=seconds, bytes_in=9 << 50, prefetched=many,
         useful=many // 20, late=9_999, wasted=9_999, cancelled=9_999, saved_seconds=many, warmed=many, recalled=many,
     )  # fmt: skip
-    clients = [pb.Client(number=1, pid=4_194_303, connected_s=9e6, leases=64, hits=many, misses=1)]
+    clients = [pb.Client(number=1, pid=4_194_303, connected_s=9e6, leases=64, reported_hits=many, requested=1)]
     history = History()
     for uptime in (1, 2):
         history.add(SEVEN, reply(uptime, host, block(2), clients=clients))

@@ -11,7 +11,7 @@ import pytest
 from saved_engines import FULL, LONG, Waiting, answer, engine_with, files, written
 from threads import wait_until
 
-from moetier.runtime.client.miss_order import MissOrder
+from moetier.runtime.client.disk_order import ClientDiskOrder
 from moetier.runtime.engine.pages import page_writer, saved_pages
 from moetier.runtime.engine.pages.page_folder import PageFolder
 from moetier.runtime.kernels.layer.pages import PAGE_TOKENS
@@ -41,7 +41,7 @@ def test_pages_are_written_at_a_limited_rate(tmp_path: Path, monkeypatch: pytest
 
 def test_pages_are_written_though_reads_never_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_writer, "MAX_WAIT", 0.05)
-    order = MissOrder()
+    order = ClientDiskOrder()
     with engine_with(tmp_path, order=order) as engine, order.waiting_for_records():
         answer(engine, LONG)
         wait_until(lambda: len([path for path in files(tmp_path) if path.suffix == ".page"]) == 7)

@@ -13,7 +13,7 @@ from .loads import Loads
 PAGE_PATIENCE = 0.1  # seconds after which a page is read even while records are read for demands
 
 
-class PageOrder:
+class HostDiskOrder:
     """The ``DiskOrder`` of a process with a host tier of its own: says when pages are read and written."""
 
     def __init__(self, monitor: Monitor, loads: Loads) -> None:

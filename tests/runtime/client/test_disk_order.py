@@ -8,26 +8,26 @@ import pytest
 from readers import PATIENCE
 from threads import Task
 
-from moetier.runtime.client import miss_order
-from moetier.runtime.client.miss_order import MissOrder
+from moetier.runtime.client import disk_order
+from moetier.runtime.client.disk_order import ClientDiskOrder
 
 
 class Read:
     """A thread that reads a page: ``begun`` once it may, and it ends with ``end``."""
 
-    def __init__(self, order: MissOrder) -> None:
+    def __init__(self, order: ClientDiskOrder) -> None:
         self.begun, self.end = threading.Event(), threading.Event()
         self.task = Task(lambda: self._read(order))
 
-    def _read(self, order: MissOrder) -> None:
+    def _read(self, order: ClientDiskOrder) -> None:
         with order.reading_page():
             self.begun.set()
             assert self.end.wait(PATIENCE)
 
 
 def test_a_page_waits_for_a_miss_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(miss_order, "PAGE_PATIENCE", PATIENCE)
-    order = MissOrder()
+    monkeypatch.setattr(disk_order, "PAGE_PATIENCE", PATIENCE)
+    order = ClientDiskOrder()
     with order.waiting_for_records():
         read = Read(order)
         assert not read.begun.wait(0.1)
@@ -36,13 +36,13 @@ def test_a_page_waits_for_a_miss_but_not_for_ever(monkeypatch: pytest.MonkeyPatc
     read.end.set()
     read.task.result()
     assert not order.is_reading_page
-    monkeypatch.setattr(miss_order, "PAGE_PATIENCE", 0.05)
+    monkeypatch.setattr(disk_order, "PAGE_PATIENCE", 0.05)
     with order.waiting_for_records(), order.reading_page():
         pass
 
 
 def test_a_write_waits_for_misses_and_pages_unless_it_is_urgent() -> None:
-    order, is_urgent = MissOrder(), threading.Event()
+    order, is_urgent = ClientDiskOrder(), threading.Event()
     with order.waiting_for_records():
         write = Task(lambda: order.wait_to_write(lambda: False))
         urgent = Task(lambda: order.wait_to_write(is_urgent.is_set))
@@ -59,7 +59,7 @@ def test_a_write_waits_for_misses_and_pages_unless_it_is_urgent() -> None:
 
 
 def test_a_write_that_becomes_urgent_waits_no_longer() -> None:
-    order, begun, is_urgent = MissOrder(), threading.Event(), threading.Event()
+    order, begun, is_urgent = ClientDiskOrder(), threading.Event(), threading.Event()
 
     def asked() -> bool:
         begun.set()
@@ -73,7 +73,7 @@ def test_a_write_that_becomes_urgent_waits_no_longer() -> None:
 
 
 def test_an_error_of_a_miss_ends_its_wait() -> None:
-    order = MissOrder()
+    order = ClientDiskOrder()
     with pytest.raises(ZeroDivisionError), order.waiting_for_records():
         raise ZeroDivisionError
     order.wait_to_write(lambda: False)

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from moetier.tiers.host.page_order import PAGE_PATIENCE
+from moetier.tiers.host.disk_order import PAGE_PATIENCE
 from moetier.tiers.locks import POLL_SECONDS
 
 
-class MissOrder:
+class ClientDiskOrder:
     """The ``DiskOrder`` of a daemon's client: pages wait for the client's misses. Thread-safe."""
 
     def __init__(self) -> None:

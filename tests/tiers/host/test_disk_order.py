@@ -12,7 +12,7 @@ from stores import keys
 from threads import Task
 
 from moetier.tiers.disk_order import DiskOrder
-from moetier.tiers.host import page_order
+from moetier.tiers.host import disk_order
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
@@ -40,7 +40,7 @@ class PageRead:
 
 
 def test_a_page_waits_for_a_demand(gate: GatedReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_order, "PAGE_PATIENCE", PATIENCE)
+    monkeypatch.setattr(disk_order, "PAGE_PATIENCE", PATIENCE)
     with HostTier(gate, slots={"records": 12}) as tier:
         demand = Task(lambda: take(tier, 0, 0))
         gate.wait_begun(DEMANDED)
@@ -54,7 +54,7 @@ def test_a_page_waits_for_a_demand(gate: GatedReader, monkeypatch: pytest.Monkey
 
 
 def test_a_page_does_not_wait_for_a_demand_that_hangs(gate: GatedReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_order, "PAGE_PATIENCE", 0.1)
+    monkeypatch.setattr(disk_order, "PAGE_PATIENCE", 0.1)
     with HostTier(gate, slots={"records": 12}) as tier:
         demand = Task(lambda: take(tier, 0, 0))
         gate.wait_begun(DEMANDED)
@@ -121,7 +121,7 @@ def test_a_write_that_has_become_urgent_waits_for_one_read_at_most(gate: GatedRe
 
 
 def test_nothing_waits_for_a_tier_that_is_closed(gate: GatedReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_order, "PAGE_PATIENCE", PATIENCE)
+    monkeypatch.setattr(disk_order, "PAGE_PATIENCE", PATIENCE)
     tier = HostTier(gate, slots={"records": 12})
     demand = Task(lambda: take(tier, 0, 0))
     gate.wait_begun(DEMANDED)
