@@ -1,8 +1,9 @@
-"""Objects with a method ``close``. All packages may use this module."""
+"""Objects with a method ``close``, and descriptors of files. All packages may use this module."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol, Self, TypeVar
@@ -39,4 +40,14 @@ def closed_on_error(opened: Opened) -> Iterator[Opened]:
         yield opened
     except BaseException:
         opened.close()
+        raise
+
+
+@contextlib.contextmanager
+def descriptor_closed_on_error(descriptor: int) -> Iterator[None]:
+    """Close the descriptor of a file if the ``with`` block raises."""
+    try:
+        yield
+    except BaseException:
+        os.close(descriptor)
         raise

@@ -70,10 +70,10 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
         for name in own_config.sub_configs:
             if (part := getattr(own_config, name)) is not None:
                 part.dtype = dtype
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(made_on_meta())
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(made_on_meta())
             for context in made_by.get_init_context(dtype, False, False, False):
-                stack.enter_context(context)
+                closing.enter_context(context)
             model = made_by(own_config)
     except Exception as error:  # for a config that does not fit, transformers may raise any error
         raise CheckpointError(

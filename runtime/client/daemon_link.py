@@ -27,7 +27,7 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
-from moetier.tiers.closeable import closed_on_error
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
 from moetier.tiers.inbox import Inbox
@@ -72,7 +72,7 @@ class SlotAnswer(NamedTuple):
     arena: MappedArena  # has the slot that is granted
 
 
-class Link:
+class Link(Closeable):
     """Connection to a daemon. When it breaks, the link reconnects and sends open requests again, until ``close``.
 
     The link's thread calls ``connected`` with each new control connection, and gets that connection's arena.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import BudgetError, CheckpointError, ClosedError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.locks import ForkGuard
@@ -16,7 +17,7 @@ from moetier.tiers.manifest import Manifest
 AWAY_TIMEOUT = 30.0  # seconds that a read waits while all daemons are away and there is no local store
 
 
-class Fallback:
+class Fallback(Closeable):
     """Host tier with the smallest budget over the store at ``location``, opened when it is first needed."""
 
     def __init__(self, location: Path, manifest: Manifest) -> None:
@@ -43,19 +44,19 @@ class Fallback:
                 raise ClosedError("The tier of this model was closed.", "Load the model again.")
             if self.host is None and not self.error:
                 self._closing.close()  # what an earlier attempt has opened that an exception interrupted
-                with contextlib.ExitStack() as opening:
+                with contextlib.ExitStack() as undo:
                     try:
-                        store = opening.enter_context(open_store(self._location))
+                        store = undo.enter_context(open_store(self._location))
                         if store.manifest.digest != self._manifest.digest:
                             raise StoreError(
                                 f"{self._location} holds another store than the daemon.", "Load the model again."
                             )
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
-                        host = opening.enter_context(HostTier(store, slots=slots, loads_rest=store.is_local))
+                        host = undo.enter_context(HostTier(store, slots=slots, loads_rest=store.is_local))
                     except (StoreError, CheckpointError, BudgetError) as error:
                         self.error = error.cause
                     else:
-                        self._closing = opening.pop_all()
+                        self._closing = undo.pop_all()
                         self.host = host
             return self.host
 

@@ -8,6 +8,7 @@ from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.directory import ArenaHeader
 from moetier.tiers.arena.layout import ArenaLayout
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import SAME_VERSION, ArenaError, ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey, TierSlot
 from moetier.tiers.manifest import Manifest
@@ -34,7 +35,7 @@ class Proof:
         return self.is_valid
 
 
-class MappedArena:
+class MappedArena(Closeable):
     """A daemon's arena, mapped read-only into this process.
 
     It stays mapped while this object or one of its records is referenced, even if the daemon dies. The mapping keeps a

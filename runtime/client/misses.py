@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from queue import Empty
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
@@ -39,7 +40,7 @@ class ClientContext:
     by_thread: dict[int, Misses] = field(default_factory=dict)  # by thread id: the misses that hold or await its leases
 
 
-class Misses:
+class Misses(Closeable):
     """The misses of one call of ``acquire``, all of one block. The daemon grants them, or the local store is read."""
 
     def __init__(self, context: ClientContext, block: int, of_total: int = 0) -> None:

@@ -21,6 +21,7 @@ from functools import partial
 from hashlib import blake2b
 
 from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -81,7 +82,7 @@ class Peer:
         self.counts = former
 
 
-class Peers:
+class Peers(Closeable):
     """All daemons, also those that are away. Thread-safe. ``close`` closes their stores.
 
     A daemon that fails counts as away until a background check finds it again, so no other call waits for it.

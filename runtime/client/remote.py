@@ -22,6 +22,7 @@ from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, decode_piece
 from moetier.runtime.wire.request import encode_request
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     SAME_VERSION,
     BudgetError,
@@ -207,7 +208,7 @@ class RemoteStore(Store):
             )
 
 
-class _Channels:
+class _Channels(Closeable):
     """Channels to one daemon. ``fetches`` is an endless iterator of callables for Fetch, one channel after another.
 
     ``compute`` is the callable for Compute, on a channel of its own, so that hidden states don't wait for records.
@@ -216,14 +217,14 @@ class _Channels:
     """
 
     def __init__(self, address: Address, credentials: Credentials, channel_count: int) -> None:
-        with contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as undo:
             bearer = None
             if address.folder is not None:
-                bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
+                bearer = undo.enter_context(ControlConnection.open(address.folder, None)).session_id
             self._open = partial(open_channel, address, credentials, bearer=bearer)
-            channels = [opened.enter_context(self._open()) for _ in range(channel_count)]
+            channels = [undo.enter_context(self._open()) for _ in range(channel_count)]
             self._computing = [self._open()]  # the channel for computations, and then the one that it replaced
-            self._opened = opened.pop_all()
+            self._opened = undo.pop_all()
         self.first = channels[0]
         self.channel_count = channel_count
         # they take and yield serialised messages: see ``encode_request`` and ``decode_piece``

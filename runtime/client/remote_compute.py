@@ -22,7 +22,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.channel import INPUT_BYTES, MAX_OUTPUTS, OUTPUT_BYTES
 from moetier.runtime.wire.piece import decode_piece
 from moetier.runtime.wire.status_codes import CALL_ERRORS, error_of
-from moetier.tiers.closeable import closed_on_error
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import (
     SAME_VERSION,
     BudgetError,
@@ -166,7 +166,7 @@ class _PeerCall:
         return not isinstance(self.rpc, MoetierError) and self.rpc.time_remaining() < self.peer.store.timeout / 2
 
 
-class RemoteOutputs:
+class RemoteOutputs(Closeable):
     """Outputs of one block that daemons are computing. Only one thread uses the object, and closes it at the end."""
 
     def __init__(

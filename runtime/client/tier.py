@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class DaemonTier(Closeable):
         cached = {key: placement for key, placement in placements.items() if placement is not None}
         missing = [key for key in placements if key not in cached]
         self.uses.note_demand(block, [*cached], missing, is_part=of_total > 0)
-        with closing(Misses(self._context, block, of_total)) as misses:
+        with Misses(self._context, block, of_total) as misses:
             if missing:
                 misses.submit([key.expert for key in missing])
             yield from self._lease_cached(arena, cached, misses)
@@ -198,9 +198,9 @@ class DaemonTier(Closeable):
 
         In a forked child, only the child's own mappings and descriptors are closed.
         """
-        with ExitStack() as ending:
-            ending.callback(self._arena.close)
-            ending.callback(self._fallback.close)
+        with ExitStack() as closing:
+            closing.callback(self._arena.close)
+            closing.callback(self._fallback.close)
             if self._fork_guard.is_owner:
                 self._is_closed = True
                 self._link.close()

@@ -27,6 +27,7 @@ from moetier.runtime.kernels.jit.emitter import BF16, FP32
 from moetier.runtime.kernels.jit.processor import refusal
 from moetier.runtime.kernels.jit.team import Memory
 from moetier.runtime.wire.channel import MAX_OUTPUTS, OUTPUT_BYTES
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import SAME_VERSION, ConfigError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Granted
 from moetier.tiers.host.tier import HostTier
@@ -63,7 +64,7 @@ class ComputeTask:
     outputs: int  # number of outputs
 
 
-class ComputeCalls:
+class ComputeCalls(Closeable):
     """Compute calls of other hosts on one host tier. A call waits at most ``timeout`` seconds for a slot.
 
     A call holds slots while it computes, and while it waits for other calls to compute or for its other records. While

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import PACKET_SECONDS, PROTOCOL, answer, check_peer, error_json, parse
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import SAME_VERSION, MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.threads import start_thread
 
@@ -41,7 +42,7 @@ class Welcome:
     descriptor: int | None = None
 
 
-class ControlServer:
+class ControlServer(Closeable):
     """Server of the control socket in a daemon's folder, with a thread for each connection.
 
     ``register(session, digest, pid)`` returns the answer to a client. If it raises a MoetierError, that is sent to the

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.closeable import closed_on_error
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import SAME_VERSION, ExhaustedError, ProtocolError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -22,7 +22,7 @@ from moetier.tiers.threads import start_thread
 from .leases import STALL, CallLeases, OpenCalls, no_caller, timeout_of
 
 
-class FetchCalls:
+class FetchCalls(Closeable):
     """Fetch calls of other hosts on one host tier. A call holds a slot while its client takes the pieces.
 
     All calls together may hold a quarter of the slots of each record layout, and at least one slot. The other slots are

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.proto import expert_store_pb2 as pb
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ConfigError, ExhaustedError, MissingExpertError, MoetierError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
@@ -32,7 +33,7 @@ TRUNK_SHARE = 0.1  # share of the time in which the trunk is checked; the rest i
 _log = logging.getLogger(__name__)
 
 
-class HostedModel:
+class HostedModel(Closeable):
     """A model's host tier, and counters of the requests of its clients.
 
     A fetch waits at most ``timeout`` seconds for a slot. With ``learn``, the most used experts are recorded and loaded

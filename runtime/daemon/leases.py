@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 import grpc
 
 from moetier.runtime.wire.piece import WIRE_PIECE_BYTES, encode_piece
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Failed, Granted, SessionEvent
 from moetier.tiers.host.tier import HostTier
@@ -78,7 +79,7 @@ class OpenCalls:
             call.cancel()
 
 
-class CallLeases:
+class CallLeases(Closeable):
     """Leases of all fetches, or of all computations. They share one session, so together they count as one client."""
 
     def __init__(self, host: HostTier, *, timeout: float) -> None:

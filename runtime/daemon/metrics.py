@@ -30,6 +30,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import DIGEST_CHARS
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.stats import MetricText, TierStats, declared
 from moetier.tiers.threads import start_thread
@@ -130,7 +131,7 @@ def registry_of(collector: Collector) -> CollectorRegistry:
     return registry
 
 
-class MetricsServer:
+class MetricsServer(Closeable):
     """HTTP server for metrics and /healthz, which runs until ``close``. ``address`` is its HOST:PORT."""
 
     def __init__(self, address: str, registry: CollectorRegistry, is_serving: Callable[[], bool]) -> None:

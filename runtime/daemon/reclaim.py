@@ -48,8 +48,8 @@ def reclaim_arenas(
     seen: set[tuple[int, int]] = set()  # files that need not be examined again
     while True:
         locked = False
-        with contextlib.ExitStack() as opened:
-            for holder, descriptor in [*passed, *_held_by_processes(opened)]:
+        with contextlib.ExitStack() as descriptors:
+            for holder, descriptor in [*passed, *_held_by_processes(descriptors)]:
                 if (file := _identity(os.fstat(descriptor))) is None or file in seen:
                     continue
                 seen.add(file)

@@ -10,10 +10,12 @@ import os
 import socket
 from collections.abc import MutableMapping, Sequence
 
+from moetier.tiers.closeable import Closeable
+
 _FIRST = 3  # number of the first descriptor that systemd passes
 
 
-class ServiceManager:
+class ServiceManager(Closeable):
     """Connection to the service manager that the environment variable NOTIFY_SOCKET names.
 
     This variable and those of passed descriptors are removed from ``environment``, as they are not for child processes.

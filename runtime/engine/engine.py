@@ -240,9 +240,9 @@ class Engine(Closeable):
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
-        with contextlib.ExitStack() as ending:
+        with contextlib.ExitStack() as closing:
             if self.saved is not None:
-                ending.callback(self.saved.close)
+                closing.callback(self.saved.close)
             self._masks.shutdown(cancel_futures=True)
 
     def _work(self) -> None:

@@ -109,7 +109,7 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
         host = closing.enter_context(
             HostTier(store, slots=slots, loaders=config.loaders, policy=config.policy, loads_rest=store.is_local)
         )
-        learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
+        learner = closing.enter_context(Learner(host)) if config.learn else None
         remote_compute = None
         if spread is not None:
             if computes and config.remote_compute is not RemoteComputeMode.OFF:

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, TierSlot
 from moetier.tiers.locks import ForkGuard
@@ -39,7 +40,7 @@ FIRST_BYTES = 256 << 20  # that are allocated at once; some gigabytes take secon
 ALLOCATION_BYTES = 32 << 20  # that are allocated at a time in the background
 
 
-class Arena:
+class Arena(Closeable):
     """A memory file with a directory and slots, mapped into this process. Each slot begins on a page."""
 
     @classmethod
@@ -54,8 +55,7 @@ class Arena:
         """
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         first = min(layout.nbytes, max(layout.directory_bytes, FIRST_BYTES))
-        with contextlib.ExitStack() as undo:
-            undo.callback(os.close, descriptor)
+        with descriptor_closed_on_error(descriptor):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.fchmod(descriptor, 0o600)
             with _enough_memory(layout):
@@ -65,7 +65,6 @@ class Arena:
                 mapping = mmap.mmap(descriptor, layout.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             directory = Directory.create(memoryview(mapping)[: layout.directory_bytes], layout)
             arena = cls(mapping, layout, directory, descriptor, allocated=first)
-            undo.pop_all()
         if first < layout.nbytes:
             with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
                 arena._allocator = start_thread("moetier-arena", arena._allocate_all)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.layout import PoolSlot, RecordLayout
 from moetier.tiers.source import Lease
 
@@ -27,7 +28,7 @@ class QueuedCopy(NamedTuple):
     uses: Mapping[DeviceStream, StreamEvent]  # the end of the work on the slot after the copy, by its stream
 
 
-class Copies:
+class Copies(Closeable):
     """Queues copies of records to one device. One thread at a time: the one that fills a LOADING slot."""
 
     def __init__(self, device: StreamDevice, record_bytes: int, arrange: Arrange | None = None) -> None:

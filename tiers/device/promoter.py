@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
@@ -33,7 +34,7 @@ LONGEST_PAUSE = 0.1  # longest pause, in seconds
 _log = logging.getLogger(__name__)
 
 
-class Promoter:
+class Promoter(Closeable):
     """The promotions of one device tier. Callers of all methods except ``close`` hold the tier's lock."""
 
     def __init__(

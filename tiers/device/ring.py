@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moetier.tiers.closeable import Closeable
+
 from .stream import StreamDevice, StreamEvent
 
 BUFFERS = 4
@@ -23,7 +25,7 @@ class _Buffer:
     copied: StreamEvent | None = None  # the end of the latest copy from the buffer
 
 
-class Ring:
+class Ring(Closeable):
     """Buffers that are filled in turn. Each is filled again after its latest copy has ended.
 
     One thread at a time may use the ring: the one that fills a LOADING slot (see ``DeviceFill``).

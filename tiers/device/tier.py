@@ -28,7 +28,7 @@ import torch
 
 from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import SlotState
-from moetier.tiers.closeable import closed_on_error
+from moetier.tiers.closeable import Closeable, closed_on_error
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, posted, transition, waiting
@@ -47,7 +47,7 @@ _SHRUNK = "The device has no memory left, so the device tier now has %d slots in
 _log = logging.getLogger(__name__)
 
 
-class DeviceTier:
+class DeviceTier(Closeable):
     """A cache of records in device memory. Records are copied from leases of the host tier.
 
     The tier has one allocation of memory for each record layout. A thread that iterates over ``acquire`` must not call

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import torch
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource, Lease, Residents
@@ -55,7 +56,7 @@ class SlotViews:
         self._views.clear()  # without taking the lock, which may stay held for ever in a forked child
 
 
-class HostViews:
+class HostViews(Closeable):
     """The device tier of a CPU. It leases views of the source's records, and neither copies nor caches records."""
 
     def __init__(self, source: ExpertSource[memoryview]) -> None:

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from moetier.tiers.closeable import closed_on_error
+from moetier.tiers.closeable import Closeable, closed_on_error, descriptor_closed_on_error
 from moetier.tiers.errors import DOWNLOAD_AGAIN, MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
@@ -39,7 +39,7 @@ from .table import Extent, ExtentTable, Shard
 BUFFER_BYTES = (4 << 20) + PAGE_BYTES  # of pages that are read at a time; with 1 MiB, the disk waits for copies
 
 
-class OpenFile:
+class OpenFile(Closeable):
     """A shard of a checkpoint, open and compared with the table. Thread-safe, except for ``close``."""
 
     def __init__(self, path: Path, shard: Shard, fix: str) -> None:
@@ -54,15 +54,12 @@ class OpenFile:
                 self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise MissingExpertError(f"{path}, a file of the checkpoint, is missing.", fix) from None
-        try:
+        with descriptor_closed_on_error(self.descriptor):
             if header_digest(path) != shard.header:
                 raise StoreFormatError(f"{path} has another header than before: it was replaced.", fix)
             self._compare(shard)
             self._unchanged = Unchanged(path, self.descriptor, fix)
             self.is_direct = try_direct(self.descriptor)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
 
     def _compare(self, shard: Shard) -> None:
         """Raise StoreFormatError if the file's size, or the time of its last change, is not that of ``shard``."""

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.locks import Monitor, transition, waiting
 from moetier.tiers.store.base import Pause
 from moetier.tiers.threads import start_thread
@@ -17,7 +18,7 @@ from .loads import Loads
 from .waiting import Notifier
 
 
-class Loaders:
+class Loaders(Closeable):
     """A few threads, which take loads in transitions, and read the records outside of them.
 
     Args:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from queue import Empty, SimpleQueue
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, ProtocolError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, transition
@@ -23,7 +24,7 @@ from .ledger import Ledger
 MAX_USES = 1024  # most uses that are noted in one transition: one message of another process may have a million
 
 
-class Session(AsyncCaller):
+class Session(AsyncCaller, Closeable):
     """An asynchronous caller of the host tier. ``HostTier.session`` makes it.
 
     Thread-safe. No method waits for a record. Events are delivered in the order in which they happen.
@@ -156,7 +157,7 @@ class Session(AsyncCaller):
         return True
 
 
-class Timekeeper:
+class Timekeeper(Closeable):
     """A thread that fails asynchronous demands at their deadlines."""
 
     def __init__(

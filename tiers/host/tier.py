@@ -321,7 +321,7 @@ class HostTier(Closeable):
         Callers that sleep in ``acquire`` wake up and get ClosedError. The record of a lease stays readable as long as
         the lease object exists. In a forked child, this only closes the child's mappings and file descriptors.
         """
-        with contextlib.closing(self._arena):
+        with self._arena:
             if self._monitor.fork_guard.is_owner:
                 self._close_ledger()
                 self._loaders.close()

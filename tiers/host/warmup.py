@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError, TargetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
@@ -69,7 +70,7 @@ class HotSet(dict[ExpertKey, float]):
         return hot_set
 
 
-class Learner:
+class Learner(Closeable):
     """A thread that warms up a tier, and then saves the counts of uses from time to time until ``close``.
 
     Only ``close`` waits for the thread. Errors of the thread don't affect the tier.

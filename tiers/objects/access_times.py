@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
 from moetier.tiers.errors import StoreFormatError, TargetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -22,7 +23,7 @@ ACCESS_TIMES = "uses.bin"  # in the store's folder: for each record a u64, the t
 TIMEOUT = 20.0  # longest wait for the lock, in seconds
 
 
-class AccessTimes:
+class AccessTimes(Closeable):
     """Times of last access to the records of a cache; 0 for absent records. Processes may share the file. Thread-safe.
 
     An entry is read and set without a lock. ``locked`` is for changes that belong together.
@@ -43,7 +44,7 @@ class AccessTimes:
                 raise
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.is_durable = False
-        try:
+        with descriptor_closed_on_error(self._descriptor):
             size = 8 * manifest.record_count
             with self.locked():
                 if os.fstat(self._descriptor).st_size == 0:
@@ -56,13 +57,10 @@ class AccessTimes:
             self._memory = mmap.mmap(
                 self._descriptor, size, access=mmap.ACCESS_WRITE if self.is_durable else mmap.ACCESS_COPY
             )
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        self._times = np.frombuffer(self._memory, np.uint64)
-        experts = [block.experts for block in manifest.blocks]
-        self._first = np.cumsum([0, *experts])  # number of the first record of each block
-        self._sizes = np.repeat([manifest.layout(block).slot_bytes for block in range(len(experts))], experts)
+            self._times = np.frombuffer(self._memory, np.uint64)
+            experts = [block.experts for block in manifest.blocks]
+            self._first = np.cumsum([0, *experts])  # number of the first record of each block
+            self._sizes = np.repeat([manifest.layout(block).slot_bytes for block in range(len(experts))], experts)
 
     def __contains__(self, key: ExpertKey) -> bool:
         return bool(self._times[self._index(key)])

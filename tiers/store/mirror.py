@@ -110,7 +110,7 @@ class MirroredStore(WrapperStore):
         except StoreError as error:
             _log.warning("No mirror is used: %s %s", error.cause, error.fix)
             listed = []
-        with contextlib.ExitStack() as opening:
+        with contextlib.ExitStack() as undo:
             mirrors = []
             for path in listed:
                 try:
@@ -119,13 +119,13 @@ class MirroredStore(WrapperStore):
                 except StoreError as error:
                     _log.warning("The mirror %s of %s is not used: %s", path, directory, error.cause)
                 else:
-                    mirrors.append(opening.enter_context(mirror))
+                    mirrors.append(undo.enter_context(mirror))
             if not mirrors:
                 return ShardStore.open(location)
-            store = opening.enter_context(ShardStore.open(location, damaged=True))
+            store = undo.enter_context(ShardStore.open(location, damaged=True))
             _check(store)
             mirrored = cls([store, *mirrors])
-            opening.pop_all()
+            undo.pop_all()
             return mirrored
 
     def __init__(self, stores: Sequence[ShardStore]) -> None:

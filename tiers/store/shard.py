@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES
 from moetier.tiers.manifest import Manifest
@@ -94,7 +95,7 @@ def store_digest(checksums: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenShard:
+class OpenShard(Closeable):
     """An open shard whose size and index were checked. Thread-safe, except for ``close``."""
 
     file: ShardFile
@@ -130,7 +131,7 @@ class OpenShard:
                 f"{name}: its shard {file.path} is missing; it should have {file.file_bytes:,} bytes.",
                 "Restore this file, or run the same conversion again, which writes only missing files.",
             ) from None
-        try:
+        with descriptor_closed_on_error(descriptor):
             with read_errors(file.path):
                 size = os.fstat(descriptor).st_size
                 if size != file.file_bytes:
@@ -149,9 +150,6 @@ class OpenShard:
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
             unchanged = None if has_checksums else Unchanged(file.path, descriptor, REPAIR)
             return cls(file, descriptor, try_direct(descriptor), unchanged)
-        except BaseException:
-            os.close(descriptor)
-            raise
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``offset`` on, as ``read_at`` does.

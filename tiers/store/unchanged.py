@@ -15,6 +15,7 @@ import mmap
 import os
 from pathlib import Path
 
+from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import PAGE_BYTES
 
@@ -26,7 +27,7 @@ SAMPLES = 8  # number of pages, from the first to the last; more of them would m
 _log = logging.getLogger(__name__)
 
 
-class Unchanged:
+class Unchanged(Closeable):
     """An open file, compared with its size, its times and samples of its bytes when this object was made. Thread-safe.
 
     A file that is replaced by another one of the same name is not changed: the descriptor is still that of the old one.
@@ -37,11 +38,8 @@ class Unchanged:
         """Open the file ``path``, which ``close`` closes. Raises StoreReadError, and FileNotFoundError."""
         with read_errors(path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with descriptor_closed_on_error(descriptor):
             return cls(path, descriptor, fix)
-        except BaseException:
-            os.close(descriptor)
-            raise
 
     def __init__(self, path: Path, descriptor: int, fix: str) -> None:
         """Note size, times and samples. ``path`` is the file's name in errors, and ``fix`` the fix that they name.

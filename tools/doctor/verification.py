@@ -78,14 +78,14 @@ def verify(directory: Path, *, shows: bool) -> Verification:
     The progress is shown on standard error, and each problem as it is found if ``shows``. Raises StoreError if nothing
     can be checked.
     """
-    with ExitStack() as opened:
-        store = opened.enter_context(open_store(directory, damaged=True))
+    with ExitStack() as closing:
+        store = closing.enter_context(open_store(directory, damaged=True))
         manifest, folder = store.manifest, store.directory
         if not store.has_checksums:
             raise StoreFormatError(
                 f"{folder} is a checkpoint without checksums to compare with.", f"Make them: {command('link', folder)}"
             )
-        mirrors, absent, problems = _open_mirrors(folder, manifest.digest, opened)
+        mirrors, absent, problems = _open_mirrors(folder, manifest.digest, closing)
         stores = [store, *mirrors]
         small = small_faults(folder) if manifest.trunk else ()  # small files, such as config.json, have no checksums
         checks = chain(
@@ -136,9 +136,9 @@ def _run(checks: Iterable[int | Problem], total: int, *, shows: bool) -> tuple[l
 
 
 def _open_mirrors(
-    folder: Path, digest: str, opened: ExitStack
+    folder: Path, digest: str, closing: ExitStack
 ) -> tuple[list[DirectoryStore], list[Path], list[Problem]]:
-    """Open the mirrors of the store in ``folder``, whose digest is ``digest``; ``opened`` will close them.
+    """Open the mirrors of the store in ``folder``, whose digest is ``digest``; ``closing`` will close them.
 
     Return the mirrors, the folders of mirrors that are missing, because their disk may not be mounted, and the problems
     of mirrors that can't be used.
@@ -154,7 +154,7 @@ def _open_mirrors(
             absent.append(path)
             continue
         try:
-            mirrors.append(opened.enter_context(open_mirror(path, digest)))
+            mirrors.append(closing.enter_context(open_mirror(path, digest)))
         except StoreError as error:
             problems.append(Problem(None, None, str(path), error.cause))
     return mirrors, absent, problems

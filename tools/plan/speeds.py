@@ -138,7 +138,7 @@ def _disk_rate(
     ``resources.into``, or else a temporary file.
     """
     block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), READ_PIECE_BYTES)
-    with ExitStack() as stack:
+    with ExitStack() as closing:
         folder, headers = Path(model_choices.source), model_choices.headers
         if headers is None and not is_cache(folder / GROUP):
             reads, what = RandomReads.of_records(folder), "its records"
@@ -146,7 +146,8 @@ def _disk_rate(
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
             size = probe_bytes(max(choice.disk_bytes for choice in choices), free_bytes(resources.into))
-            reads, what = stack.enter_context(RandomReads.of_new_file(resources.into, size, block)), "a temporary file"
+            what = "a temporary file"
+            reads = closing.enter_context(RandomReads.of_new_file(resources.into, size, block))
         # during the first half, one read is in flight
         one, several = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))
         return DiskRate(one, several, LOADERS), f"{reads.by}, on {what}"

@@ -132,12 +132,12 @@ class RandomReads:
 
         flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.is_direct else 0)
         places = range(0, self.data_bytes - self.block_bytes + 1, self.block_bytes)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(read_errors(self.files[0]))
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(read_errors(self.files[0]))
             descriptors = []
             for path in self.files:
                 descriptors.append(os.open(path, flags))
-                stack.callback(os.close, descriptors[-1])
+                closing.callback(os.close, descriptors[-1])
                 os.posix_fadvise(descriptors[-1], 0, 0, os.POSIX_FADV_DONTNEED)
 
             def read(buffer: memoryview) -> None:

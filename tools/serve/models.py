@@ -278,11 +278,11 @@ class Models(Closeable):
         """Return a loaded model, with what unloads it; None if memory is too small beside others."""
         began = time.monotonic()
         try:
-            with entry.loading(), contextlib.ExitStack() as stack:
+            with entry.loading(), contextlib.ExitStack() as closing:
                 path = self.catalogue.models()[entry.name]
-                served = stack.enter_context(self._loader.loaded(path, entry.tally, options))
+                served = closing.enter_context(self._loader.loaded(path, entry.tally, options))
                 _log.info("%s is loaded, after %.1f s", entry.name, time.monotonic() - began)
-                return served, stack.pop_all()
+                return served, closing.pop_all()
         except BudgetError:
             if not self._others(entry):
                 raise

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.disk_order import DiskOrder
 
 from .page_file import PageBytes
@@ -29,7 +30,7 @@ class Traffic:
         return Traffic(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
-class SavedPages:
+class SavedPages(Closeable):
     """Reads and writes pages of one engine."""
 
     def __init__(
