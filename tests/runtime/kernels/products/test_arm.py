@@ -20,7 +20,10 @@ from moetier.runtime.kernels.experts.expert_code import (
     ACTIVATE,
     ADD_UP,
     PLACE,
+    ActivateContext,
     Activation,
+    AddUpContext,
+    PlaceContext,
     activation_module,
     adding_module,
     placing_module,
@@ -168,28 +171,34 @@ def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory
     outputs, out = (memory.empty(count, columns, dtype=torch.bfloat16) for count in (rows, 1))
     weights = memory.copy(torch.rand(1, rows, generator=random))
     order, bounds = memory.context(array("q", reversed(range(rows)))), memory.context(array("q", (0, rows)))
-    steps = [
-        (
-            ACTIVATE,
-            array(
-                "q", (0, 1, jobs.data_ptr(), inner.data_ptr(), numbers, scales, sums, columns, 0, *activation.numbers)
-            ),
-        ),
-        (
-            PLACE,
-            array("q", (0, 1, jobs.data_ptr(), part.data_ptr(), places.data_ptr(), outputs.data_ptr(), columns, 0)),
-        ),
-        (
-            ADD_UP,
-            array(
-                "q",
-                (
-                    *(0, 1, outputs.data_ptr(), weights.data_ptr(), order.data_ptr(), bounds.data_ptr()),
-                    *(out.data_ptr(), columns, 0),
-                ),
-            ),
-        ),
-    ]
+    activating = ActivateContext(
+        items=1,
+        jobs=jobs.data_ptr(),
+        product=inner.data_ptr(),
+        rounded=numbers,
+        scales=scales,
+        sums=sums,
+        columns=columns,
+        **dict(zip(("alpha", "limit", "shift"), activation.numbers, strict=True)),
+    )
+    placing = PlaceContext(
+        items=1,
+        jobs=jobs.data_ptr(),
+        product=part.data_ptr(),
+        places=places.data_ptr(),
+        outputs=outputs.data_ptr(),
+        columns=columns,
+    )
+    adding = AddUpContext(
+        tokens=1,
+        outputs=outputs.data_ptr(),
+        weights=weights.data_ptr(),
+        rows=order.data_ptr(),
+        bounds=bounds.data_ptr(),
+        sums=out.data_ptr(),
+        columns=columns,
+    )
+    steps = [(ACTIVATE, array("q", activating)), (PLACE, array("q", placing)), (ADD_UP, array("q", adding))]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
         return {
