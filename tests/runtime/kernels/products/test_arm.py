@@ -40,6 +40,7 @@ from moetier.runtime.kernels.layer.attention_code import (
 )
 from moetier.runtime.kernels.layer.attention_piece import PIECE, held_numbers, result_numbers
 from moetier.runtime.kernels.layer.eight_bits import in_codes
+from moetier.runtime.kernels.layer.norm import float_bits
 from moetier.runtime.kernels.products.dots import ROWS
 from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
@@ -234,12 +235,15 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype, has
         out = memory.empty(1, tokens, share * key_heads, value_width, dtype=dtype)
         thread = 4 * (held_numbers(tokens * share, key_width, value_width) + 2 * tokens * share * result_numbers(48))
         given = AttentionContext(
-            *(0, 0, key_heads, key_heads, share, tokens, tokens, 0, length, NO_WINDOW, 0, key_width, value_width, 1),
-            *(queries.data_ptr(), *query.stride()[:3], key.data_ptr(), value.data_ptr()),
-            *(pages.data_ptr(), 62, 0, 0, *key.stride()[1:3], *value.stride()[1:3], 0, 0, 0, out.data_ptr()),
-            *(memory.empty(thread, dtype=torch.uint8).data_ptr(), thread, 0, 4 * tokens * share * result_numbers(48)),
-            *(int(torch.tensor(0.2).view(torch.int32)), 0),
-        )
+            items=key_heads, key_heads=key_heads, share=share, tokens=tokens, strip=tokens, spans=1,
+            end=length, window=NO_WINDOW, key_width=key_width, value_width=value_width,
+            queries=queries.data_ptr(), query_head=query.stride(1), query_token=query.stride(2),
+            keys=key.data_ptr(), key_head=key.stride(1), key_position=key.stride(2),
+            values=value.data_ptr(), value_head=value.stride(1), value_position=value.stride(2),
+            pages=pages.data_ptr(), page_bits=62, out=out.data_ptr(),
+            scratch=memory.empty(thread, dtype=torch.uint8).data_ptr(), thread_bytes=thread,
+            item_bytes=4 * tokens * share * result_numbers(48), scaling=float_bits(0.2),
+        )  # fmt: skip
         steps.append((name, array("q", (*given, *bytes(key_heads)))))
         results.append(out)
 
