@@ -96,7 +96,11 @@ class _Activation(NamedTuple):
 
 @triton.jit
 def _weights(record, row, inside, first, matrix: tl.constexpr):
-    """Decode the weights of ``row`` [R], where ``inside`` [R], and of the columns from ``first`` on: fp32 [step, R]."""
+    """Decode the weights of R rows of a matrix in its columns ``first`` to before ``first`` + step: fp32 [step, R].
+
+    ``row`` [R] has the rows' numbers. ``inside`` [R] says which of the rows are read; the results of others mean
+    nothing.
+    """
     column = first + tl.arange(0, matrix.step)
     codes = record + matrix.codes
     if matrix.group == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from llvmlite import ir
 
@@ -32,9 +32,6 @@ from moetier.runtime.kernels.products.rounding import Rounding, emit_rounding
 
 # names of the compiled functions
 ACTIVATE, PLACE, ADD_UP, FIND, PROVE = (f"moetier_{name}" for name in ("activate", "place", "add_up", "find", "prove"))
-# Numbers of i64 fields in their contexts. The docstring of the function that emits each lists them.
-ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 12, 8, 9, 13, 5
-
 
 Function = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
@@ -67,28 +64,95 @@ class Activation:
         return array("I", array("f", (self.alpha, self.limit, self.shift)).tobytes())
 
 
+class ActivateContext(NamedTuple):
+    """The i64 fields in the context of ACTIVATE."""
+
+    begun: int = 0  # jobs that threads have taken
+    items: int = 0  # number of all jobs
+    jobs: int = 0  # address of the jobs
+    product: int = 0  # address of the first product, fp32 [R, 2 * K], or without gates [R, K]
+    rounded: int = 0  # addresses of n, t and sums, as ``rounding_module`` writes them
+    scales: int = 0
+    sums: int = 0
+    columns: int = 0  # K
+    bias: int = 0  # offset in a record, in bytes, of the bias, bf16 [2 * K], or without gates [K]
+    alpha: int = 0  # ``Activation.numbers``
+    limit: int = 0
+    shift: int = 0
+
+
+class PlaceContext(NamedTuple):
+    """The i64 fields in the context of PLACE."""
+
+    begun: int = 0  # jobs that threads have taken
+    items: int = 0  # number of all jobs
+    jobs: int = 0  # address of the jobs
+    product: int = 0  # address of the last product, fp32 [R, N]
+    places: int = 0  # address of the number of each row's row in the outputs, i64 [R]
+    outputs: int = 0  # address of the outputs [*, N]
+    columns: int = 0  # N
+    bias: int = 0  # offset in a record, in bytes, of the bias, bf16 [N]
+
+
+class AddUpContext(NamedTuple):
+    """The i64 fields in the context of ADD_UP."""
+
+    begun: int = 0  # tokens that threads have taken
+    tokens: int = 0  # number of all tokens
+    outputs: int = 0  # address of the outputs [R, N]
+    weights: int = 0  # address of their weights [R]
+    rows: int = 0  # address of the rows of each token's outputs, i64 [R], in the order in which they are added
+    bounds: int = 0  # address of the number of rows before those of each token, i64 [tokens + 1]
+    sums: int = 0  # address of the sums [tokens, N]
+    columns: int = 0  # N
+    residual: int = 0  # address of numbers [tokens, N] that are added to the rounded sums; 0 if there are none
+
+
+class FindContext(NamedTuple):
+    """The i64 fields in the context of FIND. From ``experts`` to ``slot_bytes`` they are ``Residents.numbers``."""
+
+    found: int = 0  # number of experts before the first that is not resident; FIND writes it
+    top_k: int = 0
+    wanted: int = 0  # address of the experts to look up, i64 [top_k]
+    experts: int = 0
+    table: int = 0
+    generations: int = 0
+    first_slot: int = 0
+    slots: int = 0
+    records: int = 0
+    slot_bytes: int = 0
+    jobs: int = 0  # addresses of what FIND writes: jobs of one row, i64 [top_k, JOB]
+    found_slots: int = 0  # slots of the experts, i64 [top_k]
+    found_generations: int = 0  # generations of these slots, i64 [top_k]
+
+
+class ProveContext(NamedTuple):
+    """The i64 fields in the context of PROVE."""
+
+    unchanged: int = 0  # number of slots whose generations are unchanged; PROVE writes it
+    top_k: int = 0
+    generations: int = 0  # address of the directory's generations
+    found_slots: int = 0  # addresses of what FIND has written
+    found_generations: int = 0
+
+
 def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -> ir.Module:
     """Emit the function ``ACTIVATE(context)``, which computes items until none is left. An item is the rows of a job.
-
-    The fields of the context, each an i64:
-
-        the number of jobs that threads have taken
-        the number of all jobs
-        a pointer to the jobs
-        a pointer to the first product, fp32 [R, 2 * K], or without gates [R, K]
-        three pointers to n, t and sums, as ``rounding_module`` writes them
-        K
-        the offset in a record, in bytes, of the bias, bf16 [2 * K], or without gates [K]
-        three numbers: ``Activation.numbers``
 
     The code does not use the numbers of ``variant``; they come from the context.
     """
     emit = Emitter(new_module(), ACTIVATE, [POINTER])
     at, n, group = emit.at, emit.number, rounding.group
-    begun, (count, jobs, inner, *rounded, columns, bias, alpha, limit, shift) = emit.fields(ACTIVATE_CONTEXT)
-    jobs, inner, out, scales, sums = (at.inttoptr(address, POINTER) for address in (jobs, inner, *rounded))
-    groups = at.udiv(columns, n(group))
-    numbers = [emit.spread(at.bitcast(at.trunc(bits, I32), F32), group) for bits in (alpha, limit, shift)]
+    begun, fields = emit.fields(len(ActivateContext._fields))
+    given = ActivateContext(begun, *fields)
+    jobs, inner, out, scales, sums = (
+        at.inttoptr(address, POINTER)
+        for address in (given.jobs, given.product, given.rounded, given.scales, given.sums)
+    )
+    columns, groups = given.columns, at.udiv(given.columns, n(group))
+    numbers = [
+        emit.spread(at.bitcast(at.trunc(bits, I32), F32), group) for bits in (given.alpha, given.limit, given.shift)
+    ]
 
     def load(row: Value, biases: Value, first: Value, count: int) -> Value:
         """Emit a load of ``count`` elements of a row, from element ``first`` on, and the addition of their biases."""
@@ -97,9 +161,9 @@ def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -
             values = at.fadd(values, emit.load_floats(biases, at.mul(first, n(2)), BF16, count))
         return values
 
-    with emit.items(begun, count) as item:
+    with emit.items(begun, given.items) as item:
         record, first, rows = _job(emit, jobs, item)
-        biases = at.gep(record, [bias])
+        biases = at.gep(record, [given.bias])
         with emit.loop(first, at.add(first, rows)) as row:
             products = at.gep(inner, [at.mul(at.mul(row, columns), n(8 if variant.gated else 4))])
             with emit.loop(n(0), groups) as g:
@@ -119,20 +183,21 @@ def activation_module(variant: Activation, rounding: Rounding, has_bias: bool) -
 def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
     """Emit the function ``PLACE(context)``, which computes items until none is left. An item is the rows of a job.
 
-    PLACE adds biases to the rows of the last product, and writes each row to its row of the outputs. The context:
-    number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the product, fp32 [R, N], to
-    the number of each row's row in the outputs, i64 [R], and to the outputs [*, N] of ``dtype``; N; the offset in a
-    record of the bias, bf16 [N].
+    PLACE adds biases to the rows of the last product, and writes each row to its row of the outputs, of ``dtype``.
     """
     emit = Emitter(new_module(), PLACE, [POINTER])
     at, n = emit.at, emit.number
-    begun, (count, jobs, part, places, outputs, columns, bias) = emit.fields(PLACE_CONTEXT)
-    jobs, part, places, outputs = (at.inttoptr(address, POINTER) for address in (jobs, part, places, outputs))
-    with emit.items(begun, count) as item:
+    begun, fields = emit.fields(len(PlaceContext._fields))
+    given = PlaceContext(begun, *fields)
+    jobs, product, places, outputs = (
+        at.inttoptr(address, POINTER) for address in (given.jobs, given.product, given.places, given.outputs)
+    )
+    columns = given.columns
+    with emit.items(begun, given.items) as item:
         record, first, rows = _job(emit, jobs, item)
-        biases = at.gep(record, [bias])
+        biases = at.gep(record, [given.bias])
         with emit.loop(first, at.add(first, rows)) as row:
-            source = at.gep(part, [at.mul(at.mul(row, columns), n(4))])
+            source = at.gep(product, [at.mul(at.mul(row, columns), n(4))])
             place = emit.load(places, at.mul(row, n(8)), I64)
             target = at.gep(outputs, [at.mul(at.mul(place, columns), n(dtype.itemsize))])
             with emit.loop(n(0), columns, LANES) as column:
@@ -146,20 +211,18 @@ def placing_module(dtype: Dtype, has_bias: bool) -> ir.Module:
 def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part: bool = False) -> ir.Module:
     """Emit the function ``ADD_UP(context)``, which computes items until none is left. An item is a token.
 
-    The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs [R, N] of
-    ``dtype`` and to their weights [R] of ``weight_dtype``; pointers to the rows of each token's outputs, i64 [R], in
-    the order in which they are added, and to the number of rows before those of each token, i64 [tokens + 1]; a pointer
-    to the sums [tokens, N] of ``dtype``; N; if ``has_residual``, a pointer to numbers [tokens, N] of ``dtype``, which
-    are added to the rounded sums.
-
+    The weights are of ``weight_dtype``; the outputs, the sums and, if ``has_residual``, the residual are of ``dtype``.
     With ``is_part``, the outputs are only some of the tokens': sums are fp32, and the outputs are added to them.
     """
     emit = Emitter(new_module(), ADD_UP, [POINTER])
     at, n = emit.at, emit.number
-    begun, (tokens, outputs, weights, rows, bounds, sums, columns, residual) = emit.fields(ADD_UP_CONTEXT)
+    begun, fields = emit.fields(len(AddUpContext._fields))
+    given = AddUpContext(begun, *fields)
     outputs, weights, rows, bounds, sums, residual = (
-        at.inttoptr(address, POINTER) for address in (outputs, weights, rows, bounds, sums, residual)
+        at.inttoptr(address, POINTER)
+        for address in (given.outputs, given.weights, given.rows, given.bounds, given.sums, given.residual)
     )
+    columns = given.columns
     total = at.alloca(vector(F32, LANES))
     row_bytes = at.mul(columns, n(dtype.itemsize))
     sum_dtype = FP32 if is_part else dtype
@@ -167,7 +230,7 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part
     def word(pointer: Value, index: Value) -> Value:
         return at.load(emit.pointer_at(pointer, at.mul(index, n(8)), I64))
 
-    with emit.items(begun, tokens) as token:
+    with emit.items(begun, given.tokens) as token:
         first, end = word(bounds, token), word(bounds, at.add(token, n(1)))
         target = at.gep(sums, [at.mul(token, at.mul(columns, n(sum_dtype.itemsize)))])
         with emit.loop(n(0), columns, LANES) as column:
@@ -177,8 +240,8 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part
             )
             with emit.loop(first, end) as number:
                 row = word(rows, number)
-                given = emit.load_floats(weights, at.mul(row, n(weight_dtype.itemsize)), weight_dtype, 1)
-                weight = emit.pick(given, given, [0] * LANES)
+                weight = emit.load_floats(weights, at.mul(row, n(weight_dtype.itemsize)), weight_dtype, 1)
+                weight = emit.pick(weight, weight, [0] * LANES)
                 values = emit.load_floats(outputs, at.add(at.mul(row, row_bytes), offset), dtype, LANES)
                 at.store(_multiply_add(emit, weight, values, at.load(total)), total)
             emit.store_floats(at.load(total), target, at.mul(column, n(sum_dtype.itemsize)), sum_dtype)
@@ -192,56 +255,56 @@ def adding_module(dtype: Dtype, weight_dtype: Dtype, has_residual: bool, is_part
 def find_module() -> ir.Module:
     """Emit the function ``FIND(context)``, which looks experts up in a directory (``tiers/arena/directory.py``).
 
-    FIND stops at the first expert that is not resident. The context: number of experts before it (written by
-    FIND); top_k; a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays
-    into which the jobs, slots and generations of the experts are written.
+    FIND stops at the first expert that is not resident.
     """
     emit = Emitter(new_module(), FIND, [POINTER])
     at, n = emit.at, emit.number
-    resident, fields = emit.fields(FIND_CONTEXT)
-    top_k, experts, size, table, generations, first, count, records, slot_bytes, jobs, slots, seen = fields
-    experts, table, generations, jobs, slots, seen = (
-        at.inttoptr(address, POINTER) for address in (experts, table, generations, jobs, slots, seen)
+    found, fields = emit.fields(len(FindContext._fields))
+    given = FindContext(found, *fields)
+    wanted, table, generations = (
+        at.inttoptr(address, POINTER) for address in (given.wanted, given.table, given.generations)
+    )
+    jobs, found_slots, found_generations = (
+        at.inttoptr(address, POINTER) for address in (given.jobs, given.found_slots, given.found_generations)
     )
 
     def word(pointer: Value, index: Value) -> Value:
         return emit.pointer_at(pointer, at.mul(index, n(8)), I64)
 
-    with emit.loop(n(0), top_k) as i:
-        expert = at.load(word(experts, i))
-        emit.return_if(at.icmp_unsigned(">=", expert, size))
+    with emit.loop(n(0), given.top_k) as i:
+        expert = at.load(word(wanted, i))
+        emit.return_if(at.icmp_unsigned(">=", expert, given.experts))
         slot = at.load_atomic(word(table, expert), "acquire", 8)
-        number = at.sub(slot, first)
-        emit.return_if(at.icmp_unsigned(">=", number, count))
+        number = at.sub(slot, given.first_slot)
+        emit.return_if(at.icmp_unsigned(">=", number, given.slots))
         generation = at.load_atomic(word(generations, slot), "acquire", 8)
         # the slot is looked up again after its generation was read: if it was refilled in between, they differ
         is_moved = at.icmp_signed("!=", at.load_atomic(word(table, expert), "acquire", 8), slot)
         is_filled = at.icmp_unsigned("==", at.and_(generation, n(1)), n(0))
         emit.return_if(at.or_(is_moved, at.not_(is_filled)))
         job = at.mul(i, n(JOB))
-        for offset, value in enumerate((at.add(records, at.mul(number, slot_bytes)), i, n(1))):
+        for offset, value in enumerate((at.add(given.records, at.mul(number, given.slot_bytes)), i, n(1))):
             at.store(value, word(jobs, at.add(job, n(offset))))
-        at.store(slot, word(slots, i))
-        at.store(generation, word(seen, i))
-        at.store(at.add(i, n(1)), resident)
+        at.store(slot, word(found_slots, i))
+        at.store(generation, word(found_generations, i))
+        at.store(at.add(i, n(1)), found)
     return emit.finish()
 
 
 def prove_module() -> ir.Module:
-    """Emit the function ``PROVE(context)``, which counts the slots whose generations are unchanged.
-
-    The context: number of such slots, which PROVE writes; top_k; pointers to the directory's generations, and to the
-    slots and the generations that FIND has written, i64 [top_k] each.
-    """
+    """Emit the function ``PROVE(context)``, which counts the slots whose generations are unchanged."""
     emit = Emitter(new_module(), PROVE, [POINTER])
     at, n = emit.at, emit.number
-    same, (top_k, generations, slots, seen) = emit.fields(PROVE_CONTEXT)
-    generations, slots, seen = (at.inttoptr(address, POINTER) for address in (generations, slots, seen))
+    unchanged, fields = emit.fields(len(ProveContext._fields))
+    given = ProveContext(unchanged, *fields)
+    generations, slots, seen = (
+        at.inttoptr(address, POINTER) for address in (given.generations, given.found_slots, given.found_generations)
+    )
     at.fence("seq_cst")  # all reads of the records come before those of the generations
-    with emit.loop(n(0), top_k) as i:
+    with emit.loop(n(0), given.top_k) as i:
         slot, before = (emit.load(pointer, at.mul(i, n(8)), I64) for pointer in (slots, seen))
         now = at.load_atomic(emit.pointer_at(generations, at.mul(slot, n(8)), I64), "acquire", 8)
-        at.store(at.add(at.load(same), at.zext(at.icmp_signed("==", now, before), I64)), same)
+        at.store(at.add(at.load(unchanged), at.zext(at.icmp_signed("==", now, before), I64)), unchanged)
     return emit.finish()
 
 

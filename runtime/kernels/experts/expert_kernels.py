@@ -23,10 +23,25 @@ from moetier.runtime.kernels.products.rounding import X
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Residents
 
-from .expert_code import ADD_UP, FIND, PROVE, Activation, adding_module, find_module, prove_module
+from .expert_code import (
+    ADD_UP,
+    FIND,
+    PROVE,
+    Activation,
+    AddUpContext,
+    FindContext,
+    ProveContext,
+    adding_module,
+    find_module,
+    prove_module,
+)
 from .expert_products import ExpertProducts, compiled
 
-TOKENS, WEIGHTS, SUMS, RESIDUAL = 1, 3, 6, 8  # indices of addresses in a context of ADD_UP
+# indices of fields in the contexts of ADD_UP, FIND and PROVE
+TOKENS, WEIGHTS, SUMS, RESIDUAL = map(AddUpContext._fields.index, ("tokens", "weights", "sums", "residual"))
+FOUND, WANTED = map(FindContext._fields.index, ("found", "wanted"))
+RESIDENT_FIELDS = slice(*map(FindContext._fields.index, ("experts", "jobs")))  # of ``Residents.numbers``
+UNCHANGED, GENERATIONS = map(ProveContext._fields.index, ("unchanged", "generations"))
 _scratch = Scratch()
 
 
@@ -46,8 +61,8 @@ class ExpertKernels(ExpertProducts):
         super().__init__(layout, activation, dtype, processor)
         self.dtype = dtype
         self.experts = experts
-        self._find = compiled(self._processor, find_module, FIND)
-        self._prove = compiled(self._processor, prove_module, PROVE)
+        self.find_kernel = compiled(self._processor, find_module, FIND)
+        self.prove_kernel = compiled(self._processor, prove_module, PROVE)
         self._local = threading.local()  # ``token``: the thread's OneToken
         # by arguments of ``adding_module``, so that ``add_up`` does not wait while a thread compiles
         self._add_up: dict[tuple[torch.dtype, bool, bool], Kernel] = {}
@@ -98,7 +113,7 @@ class ExpertKernels(ExpertProducts):
             is_part: the outputs are only some of the tokens'. They are added to ``sums``, which are fp32.
         """
         threads = threads_for(outputs.numel())
-        task = self._adding(
+        task = self.adding_task(
             weights.dtype, outputs.data_ptr(), rows.data_ptr(), bounds.data_ptr(), threads, is_part=is_part
         )
         task.context[TOKENS], task.context[WEIGHTS], task.context[SUMS] = len(sums), weights.data_ptr(), sums.data_ptr()
@@ -112,7 +127,7 @@ class ExpertKernels(ExpertProducts):
             token = self._local.token = OneToken(self, signature)
         return token
 
-    def _adding(
+    def adding_task(
         self,
         weight_dtype: torch.dtype,
         outputs: int,
@@ -127,7 +142,8 @@ class ExpertKernels(ExpertProducts):
         variant = weight_dtype, has_residual, is_part
         if (kernel := self._add_up.get(variant)) is None:
             kernel = self._add_up[variant] = compiled(self._processor, adding_module, ADD_UP, self.dtype, *variant)
-        return KernelTask(kernel, array("q", (0, 1, outputs, 0, rows, bounds, 0, self._down.rows, 0)), threads)
+        given = AddUpContext(tokens=1, outputs=outputs, rows=rows, bounds=bounds, columns=self._down.rows)
+        return KernelTask(kernel, array("q", given), threads)
 
 
 class RecordLookup:
@@ -139,24 +155,27 @@ class RecordLookup:
     def __init__(self, kernels: ExpertKernels, count: int) -> None:
         """Look up ``count`` experts at a time."""
         self.jobs, self._slots, self._generations = (array("q", bytes(8 * count * n)) for n in (JOB, 1, 1))
-        addresses = [numbers.buffer_info()[0] for numbers in (self.jobs, self._slots, self._generations)]
+        jobs, slots, generations = (numbers.buffer_info()[0] for numbers in (self.jobs, self._slots, self._generations))
         self._count = count
-        self._find = kernels._find
-        self._context = array("q", (0, count, *[0] * 8, *addresses))
-        self.proof = KernelTask(kernels._prove, array("q", (0, count, 0, *addresses[1:])), 1)
+        self._find = kernels.find_kernel
+        given = FindContext(top_k=count, jobs=jobs, found_slots=slots, found_generations=generations)
+        self._context = array("q", given)
+        proved = ProveContext(top_k=count, found_slots=slots, found_generations=generations)
+        self.proof = KernelTask(kernels.prove_kernel, array("q", proved), 1)
 
     def find(self, experts: Sequence[int], residents: Residents) -> bool:
         """Look experts up, and write a job of one row for each into ``jobs``. Return whether all are resident."""
         chosen, context = array("q", experts), self._context
-        context[0], context[2], context[3:10] = 0, chosen.buffer_info()[0], array("q", residents.numbers)
-        self.proof.context[2] = residents.generations
+        context[FOUND], context[WANTED] = 0, chosen.buffer_info()[0]
+        context[RESIDENT_FIELDS] = array("q", residents.numbers)
+        self.proof.context[GENERATIONS] = residents.generations
         self._find.call_locked(context.buffer_info()[0])
-        return context[0] == self._count
+        return context[FOUND] == self._count
 
     @property
     def is_proved(self) -> bool:
         """Whether ``proof``, which has run, has found all records unchanged."""
-        return self.proof.context[0] == self._count
+        return self.proof.context[UNCHANGED] == self._count
 
 
 class OneToken:
@@ -169,15 +188,17 @@ class OneToken:
         """``signature``: number of experts, type of the weights, whether there is a residual, number of threads."""
         self.signature = signature
         self._top_k, weight_dtype, has_residual, _ = signature
-        starts = kernels._starts(1, self._top_k, has_outputs=False)
+        starts = kernels.scratch_starts(1, self._top_k, has_outputs=False)
         self.nbytes = starts[-1]
         self.scratch = _scratch.take(self.nbytes)
         self._lookup = RecordLookup(kernels, self._top_k)
         outputs = self.scratch + starts[4]
-        tasks = kernels._tasks(1, self._lookup.jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
+        tasks = kernels.tasks(1, self._lookup.jobs, array("q", range(self._top_k)), self.scratch, starts, outputs)
         self._order, bounds = array("q", bytes(8 * self._top_k)), array("q", (0, self._top_k))
         rows, bound = (numbers.buffer_info()[0] for numbers in (self._order, bounds))
-        adding = kernels._adding(weight_dtype, outputs, rows, bound, 1, has_residual=has_residual)._replace(kept=bounds)
+        adding = kernels.adding_task(weight_dtype, outputs, rows, bound, 1, has_residual=has_residual)._replace(
+            kept=bounds
+        )
         self._x, self._sums = tasks[0].context, adding.context
         self._program = Program([*tasks, adding, self._lookup.proof])
 

@@ -23,7 +23,15 @@ from moetier.runtime.kernels.products.gemm import JOB, ProjectionProduct, Rounde
 from moetier.runtime.kernels.products.rounding import X
 from moetier.tiers.layout import RecordLayout
 
-from .expert_code import ACTIVATE, PLACE, Activation, activation_module, placing_module
+from .expert_code import (
+    ACTIVATE,
+    PLACE,
+    ActivateContext,
+    Activation,
+    PlaceContext,
+    activation_module,
+    placing_module,
+)
 
 BATCH_OUTPUTS = 256  # most outputs that callers compute together, which limits memory for intermediate values
 PIECE = 16  # most rows of an expert that a thread takes at a time between and after the products
@@ -88,12 +96,12 @@ class ExpertProducts:
             outputs: address of rows of hidden numbers in the type of x.
             memory: scratch memory, which no other thread uses meanwhile.
         """
-        starts = self._starts(own, len(places))
-        tasks = self._tasks(own, jobs, places, memory.take(starts[-1]), starts, outputs)
+        starts = self.scratch_starts(own, len(places))
+        tasks = self.tasks(own, jobs, places, memory.take(starts[-1]), starts, outputs)
         tasks[0].context[X] = x
         run_all(tasks)
 
-    def _starts(self, own: int, rows: int, *, has_outputs: bool = True) -> list[int]:
+    def scratch_starts(self, own: int, rows: int, *, has_outputs: bool = True) -> list[int]:
         """Return where in scratch memory values begin for ``own`` rows of x and ``rows`` rows after them; and the end.
 
         The values: x rounded, the first product, the activation rounded, the second product, and unless ``has_outputs``
@@ -109,35 +117,58 @@ class ExpertProducts:
         )
         return [*itertools.accumulate((-(-nbytes // LINE) * LINE for nbytes in sizes), initial=0)]
 
-    def _tasks(
+    def tasks(
         self, own: int, jobs: array[int], places: array[int], scratch: int, starts: list[int], outputs: int
     ) -> list[KernelTask]:
         """Return the tasks of ``compute_at``, in order: round x, multiply, activate, multiply, and place the outputs.
 
-        The context of the first still lacks the address of x [own, hidden]. ``starts`` are those of ``_starts``, in the
-        memory at ``scratch``; ``outputs`` is the address of the outputs.
+        The context of the first still lacks the address of x [own, hidden]. ``starts`` are those of ``scratch_starts``,
+        in the memory at ``scratch``; ``outputs`` is the address of the outputs.
         """
         up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
         taken, inner, activated, part = (scratch + start for start in starts[:4])
         given, rounded = Rounded(taken, own, up), Rounded(activated, rows, down)
         pieces = jobs if count == rows else _pieces(jobs)  # ``jobs`` may not be filled yet if each has one row
-        items = (0, len(pieces) // JOB, pieces.buffer_info()[0])
-        numbers = (inner, *rounded.places, down.columns, self._biases[0], *self._activation_numbers)
-        activation = array("q", (*items, *numbers))
-        placing = array("q", (*items, part, places.buffer_info()[0], outputs, down.rows, self._biases[1]))
+        items, address = len(pieces) // JOB, pieces.buffer_info()[0]
+        numbers, scales, sums = rounded.places
+        alpha, limit, shift = self._activation_numbers
+        activation = ActivateContext(
+            items=items,
+            jobs=address,
+            product=inner,
+            rounded=numbers,
+            scales=scales,
+            sums=sums,
+            columns=down.columns,
+            bias=self._biases[0],
+            alpha=alpha,
+            limit=limit,
+            shift=shift,
+        )
+        placing = PlaceContext(
+            items=items,
+            jobs=address,
+            product=part,
+            places=places.buffer_info()[0],
+            outputs=outputs,
+            columns=down.rows,
+            bias=self._biases[1],
+        )
         weights = rows * up.columns * up.rows
         return [
             KernelTask(up.round, given.context(0), threads_for(own * up.columns)),
             KernelTask(
                 up.kernel, up.context(count, jobs, given, inner, has_own_rows=own == rows), threads_for(weights)
             ),
-            KernelTask(self._activate, activation, min(items[1], threads_for(rows * up.rows))),
+            KernelTask(self._activate, array("q", activation), min(items, threads_for(rows * up.rows))),
             KernelTask(
                 down.kernel,
                 down.context(count, jobs, rounded, part, has_own_rows=True),
                 threads_for(rows * down.columns * down.rows),
             ),
-            KernelTask(self._place, placing, min(items[1], threads_for(rows * down.rows)), (jobs, pieces, places)),
+            KernelTask(
+                self._place, array("q", placing), min(items, threads_for(rows * down.rows)), (jobs, pieces, places)
+            ),
         ]
 
 

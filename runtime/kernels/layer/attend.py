@@ -6,7 +6,6 @@ once, for all the heads of queries that share them, and each piece of their posi
 
 from __future__ import annotations
 
-import struct
 from array import array
 
 import torch
@@ -16,9 +15,10 @@ from moetier.runtime.kernels.jit.processor import this_processor
 from moetier.runtime.kernels.jit.team import Scratch, threads_for
 from moetier.runtime.kernels.products.api import CPU
 
-from .attention_code import NO_WINDOW, STRIP_ROWS, AttentionKernel
+from .attention_code import NO_WINDOW, STRIP_ROWS, AttentionContext, AttentionKernel
 from .attention_piece import PIECE
 from .eight_bits import SCALE_BYTES
+from .norm import float_bits
 from .pages import ONE_PAGE, KeyPages
 
 _scratch = Scratch()
@@ -66,34 +66,43 @@ def attend(
     share, begin, first = heads // key_heads, first - first % PIECE, first % PIECE
     end = first + length
     out = torch.empty((batch, tokens, heads, values), dtype=query.dtype, device=CPU)
-    pieces, strip = -(-end // PIECE), max(1, min(tokens, STRIP_ROWS // share))
-    strips = batch * key_heads * -(-tokens // strip)
     threads = threads_for(batch * heads * tokens * length * (width + values))
-    spans = pieces if tokens == 1 or strips < 2 * threads else 1
+    strip, strips, spans = _division(batch * key_heads, share, tokens, end, threads)
     items = strips * spans
     threads = min(items, threads)
+    sink_dtype, sinks = (None, None) if sinks is None else (sinks.dtype, sinks.contiguous())
     compiled = AttentionKernel.of(
-        this_processor(),
-        query.dtype,
-        strip * share,
-        (width, values),
-        None if sinks is None else sinks.dtype,
-        has_codes=has_codes,
+        this_processor(), query.dtype, strip * share, (width, values), sink_dtype, has_codes=has_codes
     )
     own = threads * compiled.thread_bytes
     nbytes = own + (items * compiled.item_bytes if spans > 1 else 0)
     scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
-    scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
-    places, skipped = (ONE_PAGE, first) if pages is None else (pages, 0)
-    bases = [tensor.data_ptr() - skipped * tensor.stride(2) * tensor.itemsize for tensor in (key, value)]
-    sinks = None if sinks is None else sinks.contiguous()
-    context = (  # the fields of ``AttentionContext``, in their order
-        *(0, 0, items, key_heads, share, tokens, strip, first, end, window, 0, width, values, spans),
-        *(query.data_ptr(), *query.stride()[:3], *bases, places.address(begin), places.bits),
-        *(key.stride(0), value.stride(0), *key.stride()[1:3], *value.stride()[1:3]),
-        *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride()[:2])),
-        *(out.data_ptr(), scratch, compiled.thread_bytes, scratch + own, compiled.item_bytes, scale),
-        0 if sinks is None else sinks.data_ptr(),
-    )
+    places, skipped = (ONE_PAGE, first * key.itemsize) if pages is None else (pages, 0)
+    of_queries, of_keys, of_values = query.stride(), key.stride(), value.stride()  # strides, in numbers
+    of_mask = (0, 0) if mask is None else mask.stride()
+    context = AttentionContext(
+        items=items, key_heads=key_heads, share=share, tokens=tokens, strip=strip, spans=spans,
+        first=first, end=end, window=window, key_width=width, value_width=values,
+        queries=query.data_ptr(), keys=key.data_ptr() - skipped * of_keys[2],
+        values=value.data_ptr() - skipped * of_values[2], pages=places.address(begin), page_bits=places.bits,
+        query_sequence=of_queries[0], query_head=of_queries[1], query_token=of_queries[2],
+        key_sequence=of_keys[0], key_head=of_keys[1], key_position=of_keys[2],
+        value_sequence=of_values[0], value_head=of_values[1], value_position=of_values[2],
+        mask=0 if mask is None else mask.data_ptr(), mask_sequence=of_mask[0], mask_token=of_mask[1],
+        out=out.data_ptr(), scratch=scratch, thread_bytes=compiled.thread_bytes,
+        results=scratch + own, item_bytes=compiled.item_bytes,
+        scaling=float_bits(width**-0.5 if scaling is None else scaling),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+    )  # fmt: skip
     compiled.kernel.run(array("q", (*context, *bytes(strips))), threads)
     return out
+
+
+def _division(groups: int, share: int, tokens: int, end: int, threads: int) -> tuple[int, int, int]:
+    """Divide the work of ``groups`` query groups, whose keys end before position ``end``, among threads.
+
+    Returns the number of tokens of a strip, the number of strips, and the number of items of a strip.
+    """
+    strip = max(1, min(tokens, STRIP_ROWS // share))
+    strips = groups * -(-tokens // strip)
+    return strip, strips, -(-end // PIECE) if tokens == 1 or strips < 2 * threads else 1

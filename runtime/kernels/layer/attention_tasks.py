@@ -202,7 +202,6 @@ class AttentionTasks:
         self._variant, self._threads, self._itemsize = variant, threads, 1 if has_codes else dtype.itemsize
         self._room: CacheMemory | None = None
         self.columns, self._output = matrices[0].columns, matrices[3]
-        count, key_count, width, values = variant[:4]
         self._memory = [torch.empty(size, dtype=dtype, device=CPU) for size in variant.rows]
         q, k, v, attended = (part.data_ptr() for part in self._memory)
         self._first, self._last = (
@@ -212,54 +211,19 @@ class AttentionTasks:
         for matrix, address in zip(matrices[:3], (q, k, v), strict=True):
             self._first.write(matrix, address)
 
-        scale, eps = variant.norm or (None, 0.0)
-        weights, columns = ([read(norm.weight) for norm in norms] for read in (Tensor.data_ptr, Tensor.numel))
-        q_weight, k_weight = weights or (0, 0)
-        q_columns, k_columns = columns or (width, width)
-        heads = HeadsContext(
-            heads=count,
-            key_heads=key_count,
-            key_width=width,
-            value_width=values,
-            rotated=variant.rotated,
-            q=q,
-            k=k,
-            v=v,
-            q_weight=q_weight,
-            k_weight=k_weight,
-            q_columns=q_columns,
-            k_columns=k_columns,
-            eps=float_bits(eps),
-            apart=variant.rotated // 2 if variant.angles == variant.rotated else 0,
-        )
-        self._heads = array("q", heads)
-        share = count // key_count
+        self._heads = array("q", _heads_context(variant, norms)._replace(q=q, k=k, v=v))
         self._compiled = AttentionKernel.of(
             this_processor(),
             dtype,
-            share,
-            (width, values),
+            variant.heads // variant.key_heads,
+            (variant.width, variant.values),
             None if sinks is None else sinks.dtype,
             has_codes=has_codes,
         )
-        self._finished = array("q", bytes(8 * key_count))
-        given = AttentionContext(
-            key_heads=key_count,
-            share=share,
-            tokens=1,
-            strip=1,
-            window=NO_WINDOW,
-            key_width=width,
-            value_width=values,
-            queries=q,
-            query_head=width,
-            out=attended,
-            thread_bytes=self._compiled.thread_bytes,
-            item_bytes=self._compiled.item_bytes,
-            scaling=float_bits(variant.scaling),
-            sinks=0 if sinks is None else sinks.data_ptr(),
-        )
+        self._finished = array("q", bytes(8 * variant.key_heads))
+        given = _attention_context(variant, self._compiled, sinks)._replace(queries=q, out=attended)
         self._attention = array("q", (*given, *self._finished))
+        scale = None if variant.norm is None else variant.norm[0]
         self.tasks = [
             *self._first.tasks,
             KernelTask(heads_kernel(dtype, scale, has_codes=has_codes), self._heads, 1),
@@ -293,6 +257,43 @@ class AttentionTasks:
         attention[PLACE["first"]], attention[PLACE["end"]] = token.offset, end
         attention[PLACE["spans"]] = token.items // self._variant.key_heads
         attention[CONTEXT:] = self._finished
+
+
+def _heads_context(variant: AttentionVariant, norms: list[Any]) -> HeadsContext:
+    """Return the context of HEADS, which still lacks addresses of q, k and v, and what depends on a token."""
+    q_weight, k_weight = (norm.weight.data_ptr() for norm in norms) if norms else (0, 0)
+    q_columns, k_columns = (norm.weight.numel() for norm in norms) if norms else (variant.width, variant.width)
+    return HeadsContext(
+        heads=variant.heads,
+        key_heads=variant.key_heads,
+        key_width=variant.width,
+        value_width=variant.values,
+        rotated=variant.rotated,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        q_columns=q_columns,
+        k_columns=k_columns,
+        eps=float_bits(0.0 if variant.norm is None else variant.norm[1]),
+        apart=variant.rotated // 2 if variant.angles == variant.rotated else 0,
+    )
+
+
+def _attention_context(variant: AttentionVariant, compiled: AttentionKernel, sinks: Tensor | None) -> AttentionContext:
+    """Return the context of ATTEND, which still lacks addresses of queries and output, and what depends on a token."""
+    return AttentionContext(
+        key_heads=variant.key_heads,
+        share=variant.heads // variant.key_heads,
+        tokens=1,
+        strip=1,
+        window=NO_WINDOW,
+        key_width=variant.width,
+        value_width=variant.values,
+        query_head=variant.width,
+        thread_bytes=compiled.thread_bytes,
+        item_bytes=compiled.item_bytes,
+        scaling=float_bits(variant.scaling),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+    )
 
 
 def _matrix_of(module: Any) -> RowMatrix | None:

@@ -22,11 +22,11 @@ class KeyPages(NamedTuple):
         return self.numbers.buffer_info()[0] + self.numbers.itemsize * (position >> self.bits)
 
     def place(self, position: int) -> int:
-        """Return the place in memory of a position of the sequence."""
+        """Return the place of a position of the sequence, in tokens from the beginning of the memory of all pages."""
         return (self.numbers[position >> self.bits] << self.bits) + (position & ((1 << self.bits) - 1))
 
     def places(self, positions: Tensor) -> Tensor:
-        """Return the places in memory of positions of the sequence, both int64 [n]."""
+        """Return ``place`` of each of several positions of the sequence, both int64 [n]."""
         numbers = torch.frombuffer(self.numbers, dtype=torch.int64)
         return (numbers[positions >> self.bits] << self.bits) + (positions & ((1 << self.bits) - 1))
 

@@ -42,7 +42,11 @@ class DotEmitter(WordEmitter):
         return self.at.udiv(columns, self.number(self.numbers))
 
     def dots_of_words(self, matrix: Sequence[Value], x: Sequence[Value], words: Value) -> list[list[Value]]:
-        """Emit ``dots`` of rows in memory that have been arranged as words."""
+        """Emit ``dots`` of rows that lie in memory as words of WORD bytes, one after the other (``words.py``).
+
+        Where words are pairs, rows of bf16 numbers lie so already, else rows of fp32 numbers do; ``matmul.py`` makes
+        copies of others.
+        """
         return self._dots(matrix, x, words, lambda row, i, _: self.load_stored(row, i))
 
     def dots(self, matrix: Sequence[Value], x: Sequence[Value], words: Value) -> list[list[Value]]:

@@ -80,7 +80,7 @@ class PackedKernels(Kernels):
         return y
 
     def product(self, layout: RecordLayout, name: str, dtype: torch.dtype) -> ProjectionProduct:
-        """Return the compiled product with the quantised projection ``name``, of x and y of ``dtype``."""
+        """Return the compiled product with the quantised projection ``name``. Its x and its y are of type ``dtype``."""
         if (product := self._products.get((id(layout), name, dtype))) is None:
             product = self._products[id(layout), name, dtype] = ProjectionProduct(
                 layout, name, dtype, dtype, self.processor

@@ -15,7 +15,15 @@ from interpreted import interpret
 from llvmlite import ir
 from stores import layout_of, make_plan
 
-from moetier.runtime.kernels.experts.expert_code import FIND, PROVE, find_module, prove_module
+from moetier.runtime.kernels.experts.expert_code import (
+    FIND,
+    PROVE,
+    FindContext,
+    ProveContext,
+    find_module,
+    prove_module,
+)
+from moetier.runtime.kernels.experts.expert_kernels import RESIDENT_FIELDS
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
 from moetier.tiers.layout import ExpertKey
@@ -109,9 +117,12 @@ def functions() -> dict[str, ir.Function]:
 
 def emitted_find(function: ir.Function, experts: Sequence[int], residents: Residents) -> Thread:
     """Run FIND. Jobs must be those of the experts that it has found."""
-    context, asked, jobs, slots, seen = (ADDRESS * n for n in range(1, 6))
+    context, wanted, jobs, slots, seen = (ADDRESS * n for n in range(1, 6))
     count = len(experts)
-    private = words(context, [0, count, asked, *residents.numbers, jobs, slots, seen]) | words(asked, experts)
+    assert FindContext._fields[RESIDENT_FIELDS] == residents._fields[: len(residents.numbers)]
+    numbers = dict(zip(FindContext._fields[RESIDENT_FIELDS], residents.numbers, strict=True))
+    given = FindContext(top_k=count, wanted=wanted, **numbers, jobs=jobs, found_slots=slots, found_generations=seen)
+    private = words(context, given) | words(wanted, experts)
     private |= words(jobs, [0] * 3 * count) | words(slots, [0] * count) | words(seen, [0] * count)
     yield from interpret(function, (context,), private)
     found = [(private[slots + 8 * n], private[seen + 8 * n]) for n in range(private[context])]
@@ -123,7 +134,8 @@ def emitted_find(function: ir.Function, experts: Sequence[int], residents: Resid
 
 def emitted_prove(function: ir.Function, found: Found, residents: Residents) -> Thread:
     context, slots, seen = (ADDRESS * n for n in range(1, 4))
-    private = words(context, [0, len(found), residents.generations, slots, seen])
+    given = ProveContext(top_k=len(found), generations=residents.generations, found_slots=slots, found_generations=seen)
+    private = words(context, given)
     private |= words(slots, [slot for slot, _ in found]) | words(seen, [generation for _, generation in found])
     yield from interpret(function, (context,), private)
     return private[context]

@@ -20,7 +20,10 @@ from moetier.runtime.kernels.experts.expert_code import (
     ACTIVATE,
     ADD_UP,
     PLACE,
+    ActivateContext,
     Activation,
+    AddUpContext,
+    PlaceContext,
     activation_module,
     adding_module,
     placing_module,
@@ -37,6 +40,7 @@ from moetier.runtime.kernels.layer.attention_code import (
 )
 from moetier.runtime.kernels.layer.attention_piece import PIECE, held_numbers, result_numbers
 from moetier.runtime.kernels.layer.eight_bits import in_codes
+from moetier.runtime.kernels.layer.norm import float_bits
 from moetier.runtime.kernels.products.dots import ROWS
 from moetier.runtime.kernels.products.gemm import WORK, ProjectionProduct, Rounded, product_module, variant_of
 from moetier.runtime.kernels.products.gemm_tile import PackedVariant
@@ -168,28 +172,34 @@ def test_what_is_between_and_after_products(tmp_path: Path, memory: SharedMemory
     outputs, out = (memory.empty(count, columns, dtype=torch.bfloat16) for count in (rows, 1))
     weights = memory.copy(torch.rand(1, rows, generator=random))
     order, bounds = memory.context(array("q", reversed(range(rows)))), memory.context(array("q", (0, rows)))
-    steps = [
-        (
-            ACTIVATE,
-            array(
-                "q", (0, 1, jobs.data_ptr(), inner.data_ptr(), numbers, scales, sums, columns, 0, *activation.numbers)
-            ),
-        ),
-        (
-            PLACE,
-            array("q", (0, 1, jobs.data_ptr(), part.data_ptr(), places.data_ptr(), outputs.data_ptr(), columns, 0)),
-        ),
-        (
-            ADD_UP,
-            array(
-                "q",
-                (
-                    *(0, 1, outputs.data_ptr(), weights.data_ptr(), order.data_ptr(), bounds.data_ptr()),
-                    *(out.data_ptr(), columns, 0),
-                ),
-            ),
-        ),
-    ]
+    activating = ActivateContext(
+        items=1,
+        jobs=jobs.data_ptr(),
+        product=inner.data_ptr(),
+        rounded=numbers,
+        scales=scales,
+        sums=sums,
+        columns=columns,
+        **dict(zip(("alpha", "limit", "shift"), activation.numbers, strict=True)),
+    )
+    placing = PlaceContext(
+        items=1,
+        jobs=jobs.data_ptr(),
+        product=part.data_ptr(),
+        places=places.data_ptr(),
+        outputs=outputs.data_ptr(),
+        columns=columns,
+    )
+    adding = AddUpContext(
+        tokens=1,
+        outputs=outputs.data_ptr(),
+        weights=weights.data_ptr(),
+        rows=order.data_ptr(),
+        bounds=bounds.data_ptr(),
+        sums=out.data_ptr(),
+        columns=columns,
+    )
+    steps = [(ACTIVATE, array("q", activating)), (PLACE, array("q", placing)), (ADD_UP, array("q", adding))]
 
     def emit(processor: Processor) -> dict[str, ir.Module]:
         return {
@@ -225,12 +235,15 @@ def test_attention(tmp_path: Path, memory: SharedMemory, dtype: torch.dtype, has
         out = memory.empty(1, tokens, share * key_heads, value_width, dtype=dtype)
         thread = 4 * (held_numbers(tokens * share, key_width, value_width) + 2 * tokens * share * result_numbers(48))
         given = AttentionContext(
-            *(0, 0, key_heads, key_heads, share, tokens, tokens, 0, length, NO_WINDOW, 0, key_width, value_width, 1),
-            *(queries.data_ptr(), *query.stride()[:3], key.data_ptr(), value.data_ptr()),
-            *(pages.data_ptr(), 62, 0, 0, *key.stride()[1:3], *value.stride()[1:3], 0, 0, 0, out.data_ptr()),
-            *(memory.empty(thread, dtype=torch.uint8).data_ptr(), thread, 0, 4 * tokens * share * result_numbers(48)),
-            *(int(torch.tensor(0.2).view(torch.int32)), 0),
-        )
+            items=key_heads, key_heads=key_heads, share=share, tokens=tokens, strip=tokens, spans=1,
+            end=length, window=NO_WINDOW, key_width=key_width, value_width=value_width,
+            queries=queries.data_ptr(), query_head=query.stride(1), query_token=query.stride(2),
+            keys=key.data_ptr(), key_head=key.stride(1), key_position=key.stride(2),
+            values=value.data_ptr(), value_head=value.stride(1), value_position=value.stride(2),
+            pages=pages.data_ptr(), page_bits=62, out=out.data_ptr(),
+            scratch=memory.empty(thread, dtype=torch.uint8).data_ptr(), thread_bytes=thread,
+            item_bytes=4 * tokens * share * result_numbers(48), scaling=float_bits(0.2),
+        )  # fmt: skip
         steps.append((name, array("q", (*given, *bytes(key_heads)))))
         results.append(out)
 
