@@ -40,6 +40,8 @@ Pause = Callable[[], bool]
 
 REPAIR = "Restore this file, or remove it and run the same conversion again, which writes only missing files."
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
@@ -246,9 +248,6 @@ def try_direct(descriptor: int) -> bool:
             pass
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return False
-
-
-_log = logging.getLogger(__name__)
 
 
 class RecordPart(NamedTuple):
