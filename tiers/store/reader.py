@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError, StoreReadError
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
@@ -70,11 +71,11 @@ class ShardStore(DirectoryStore):
         return read_manifest(store_folder(location))
 
     @classmethod
-    def open(cls, folder: Path, *, readers: int = READERS, damaged: bool = False) -> ShardStore:
+    def open(cls, location: Path, *, readers: int = READERS, damaged: bool = False) -> ShardStore:
         """Open a store, and check everything except the bytes of the records.
 
         Args:
-            folder: a model directory, or its ``experts.zarr``.
+            location: a model directory, or its ``experts.zarr``.
             readers: number of threads that read pieces of large records.
             damaged: open the store even if shards are bad. ``faults`` then has their errors. The digest is not checked.
 
@@ -85,7 +86,7 @@ class ShardStore(DirectoryStore):
             ChecksumError: a shard belongs to another conversion.
             StoreReadError: the system reported an error when a file was read.
         """
-        folder = store_folder(folder)
+        folder = store_folder(location)
         if is_cache(folder):
             raise IncompleteStoreError(
                 f"{folder.parent} is the cache of a model in an object store, and does not have all experts.",
@@ -109,10 +110,9 @@ class ShardStore(DirectoryStore):
                     faults[block] = error
             store = cls(folder, manifest, shards, faults, readers)
             undo.pop_all()
-            undo.push(store)
+        with closed_on_error(store):
             if not damaged:
                 store.check_digest()
-            undo.pop_all()
         return store
 
     def __init__(
