@@ -17,7 +17,7 @@ threads of their own, and a server has those of asyncio (``tools.serve.waiting``
     stores
         moetier-store       reads parts of large or mirrored records (``tiers.store.reader``, ``tiers.extents.reader``)
         moetier-digest      compares an older store with its digest (``tiers.store.reader``)
-        moetier-cache       writes fetched records into the cache (``tiers.objects.cache``)
+        moetier-cache       writes fetched records into the cache (``tiers.objects.cache_writer``)
         moetier-fetch       fetches what a cache needs before it is opened (``tiers.objects.cache_folder``)
         moetier-verify      compares all records with their checksums (``tiers.store.scrub``)
     computing
@@ -68,7 +68,7 @@ and the number of Watch calls (``daemon.server``).
         MirroredStore._lock     failures and speed of each copy (``tiers.store.mirror``)
         _Piece._lock            the read of one piece, which one thread makes (``tiers.store.shard``)
         CachedStore._lock       the opening of the client of an object store, and counts (``tiers.objects.cache``)
-        CachedStore._keeping    fetched records that are yet to be written (``tiers.objects.cache``)
+        CacheWriter._keeping    fetched records that are yet to be written (``tiers.objects.cache_writer``)
         Inbox._arrived          nothing: it wakes the thread that waits for items (``tiers.inbox``)
         Objects._lock           counts of requests, and when failures are logged (``tiers.objects.client``)
         checkpoint_store._lock  the table of a checkpoint, which one thread makes (``stores.checkpoint_store``)

@@ -56,6 +56,10 @@ TESTED_BY: dict[str, tuple[str, str]] = {
     ),
     "tiers/device/device_pool.py": ("tiers/device/test_tier.py", "only a device tier fills and shrinks it"),
     "tiers/device/views.py": ("tiers/test_source_contract.py", "a source of experts, tested as all of them are"),
+    "tiers/objects/cache_writer.py": (
+        "tiers/objects/test_cache.py",
+        "what it writes is read again, through the store that writes it",
+    ),
     "tiers/store/base.py": ("tiers/test_store_contract.py", "an interface: each store is tested by its contract"),
     "tools/bench/child.py": ("tools/commands/test_bench.py", COMMAND),
     "tools/bench/convert.py": ("tools/commands/test_bench.py", COMMAND),

@@ -17,8 +17,9 @@ Locks are taken in this order. A thread that holds one of them takes only later 
     2. the lock of one Monitor. A thread in a transition of one tier begins none of another tier
     3. SlotViews._lock
     4. long locks, held while something is made, opened, read or computed: Merging._merging, checkpoint_store._lock,
-       RemoteStore._state, CachedStore._lock and _keeping, _Piece._lock, GrammarCompiler._making, compute._computing,
-       team._making, and emitter.compile_lock of compiled code, which alone is taken while another of these is held
+       RemoteStore._state, CachedStore._lock, CacheWriter._keeping, _Piece._lock, GrammarCompiler._making,
+       compute._computing, team._making, and emitter.compile_lock of compiled code, which alone is taken while another
+       of these is held
     5. all other locks. They are held for a few statements, in which no lock is taken, but those of Python with which
        a thread starts: under Team._starting, grammar._stack_size, Peers._state, HostedModel._opening and
        ComputeCalls._state

@@ -36,7 +36,7 @@ from moetier.tiers.errors import (
     StoreReadError,
 )
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.objects import access_times, cache, client
+from moetier.tiers.objects import access_times, cache, cache_writer, client
 from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.store.checksum import READ_PIECE_BYTES
@@ -367,10 +367,10 @@ def test_a_full_disk_ends_the_caching_and_not_the_work(
 def test_an_error_while_records_are_written_is_logged(
     server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(store: CachedStore) -> None:
+    def refuse(writer: cache_writer.CacheWriter) -> None:
         raise StoreError("The store is bad.", "Get another.")
 
-    monkeypatch.setattr(CachedStore, "_evict", refuse)
+    monkeypatch.setattr(cache_writer.CacheWriter, "_evict", refuse)
     with opened(server, tmp_path) as store:
         read_record(store, KEY)
     assert "The store is bad." in caplog.text
@@ -469,7 +469,7 @@ def test_a_cache_is_complete_only_with_the_bytes_of_all(
 def test_a_record_that_two_threads_fetch_is_kept_once(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together, copy = threading.Barrier(2), cache.copy_bytes
+    together, copy = threading.Barrier(2), cache_writer.copy_bytes
 
     def copy_together(target: memoryview, source: memoryview) -> None:
         copy(target, source)
@@ -477,11 +477,11 @@ def test_a_record_that_two_threads_fetch_is_kept_once(
 
     with opened(server, tmp_path) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(cache, "copy_bytes", copy_together)
+            patched.setattr(cache_writer, "copy_bytes", copy_together)
             assert run_all([lambda: read_record(store, KEY)] * 2) == [records[KEY]] * 2
         wait_until(lambda: store.cached_bytes == 16384)
-        monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
-        monkeypatch.setattr(cache, "ROOM_TIMEOUT", 2 * PATIENCE)
+        monkeypatch.setattr(cache_writer, "QUEUE_BYTES", 16384)
+        monkeypatch.setattr(cache_writer, "ROOM_TIMEOUT", 2 * PATIENCE)
         began = time.monotonic()
         read_record(store, ExpertKey(0, 0))
         assert time.monotonic() - began < PATIENCE, "there is room for others"
@@ -492,8 +492,8 @@ def test_a_record_that_two_threads_fetch_is_kept_once(
 def test_a_stopped_process_with_the_lock_does_not_hold_up_reads(
     server: FolderServer, tmp_path: Path, records: dict[ExpertKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
-    monkeypatch.setattr(cache, "ROOM_TIMEOUT", 2.0)
+    monkeypatch.setattr(cache_writer, "QUEUE_BYTES", 16384)
+    monkeypatch.setattr(cache_writer, "ROOM_TIMEOUT", 2.0)
     with opened(server, tmp_path) as store, (store.folder / access_times.ACCESS_TIMES).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         began = time.monotonic()
@@ -648,7 +648,7 @@ def test_without_memory_a_record_is_read_and_not_kept(
             patched.setattr(mmap, "mmap", refuse)
             store.read_into(KEY, memoryview(slot))
         assert slot[:-4] == records[KEY]
-        assert cache.NOT_KEPT in caplog.messages
+        assert cache_writer.NOT_KEPT in caplog.messages
         assert store.cached_bytes == 0
         assert read_record(store, KEY) == records[KEY]
         wait_until(lambda: store.cached_bytes == 16384)
@@ -660,11 +660,11 @@ def test_an_interrupt_while_a_record_is_copied_leaves_room_for_the_next(
     def interrupt(target: memoryview, source: memoryview) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "QUEUE_BYTES", 16384)
-    monkeypatch.setattr(cache, "ROOM_TIMEOUT", 2 * PATIENCE)
+    monkeypatch.setattr(cache_writer, "QUEUE_BYTES", 16384)
+    monkeypatch.setattr(cache_writer, "ROOM_TIMEOUT", 2 * PATIENCE)
     with opened(server, tmp_path) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(cache, "copy_bytes", interrupt)
+            patched.setattr(cache_writer, "copy_bytes", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 read_record(store, KEY)
         began = time.monotonic()
