@@ -68,10 +68,10 @@ class _Held:
 class KVCache:
     """Keys and values in pages. Each running sequence holds the pages of all its computed tokens.
 
-    If a model has states besides, a sequence can only continue behind a snapshot. They are taken at
-    each multiple of SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt, after an answer, and where a prompt
-    differs from an earlier one. So if a sequence continues another one, it computes fewer than MIN_TOKENS + LAST_TOKENS
-    tokens of that one again.
+    If a model has states besides, a sequence can only continue behind a snapshot of them. Snapshots are taken at each
+    multiple of SNAPSHOT_TOKENS, LAST_TOKENS before the end of a prompt (if the latest snapshot is MIN_TOKENS or more
+    before that place), after an answer, and where a prompt differs from an earlier one. So a sequence that continues
+    another one computes fewer than MIN_TOKENS + LAST_TOKENS of the other's tokens again.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class HotSet(dict[ExpertKey, float]):
         keys = [key for key in self if key.block == block]
         return sorted(keys, key=lambda key: (-self[key], key))[:most]
 
-    def after(self, earlier: HotSet, experts: Mapping[int, int]) -> HotSet:
+    def plus_decayed(self, earlier: HotSet, experts: Mapping[int, int]) -> HotSet:
         """Return the sum of these counts and those of ``earlier`` runs. Earlier counts decay with each use in this run.
 
         Only uses of experts of the same block make a count decay. ``experts`` is a dictionary from block to its number
@@ -157,7 +157,7 @@ def save_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the descriptor is closed, or when the process ends
-            hot_set = used.after(load_hot_set(digest, experts), experts)
+            hot_set = used.plus_decayed(load_hot_set(digest, experts), experts)
             write_durably(path, _text(hot_set, digest).encode())
         finally:
             os.close(lock)

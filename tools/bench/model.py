@@ -262,9 +262,10 @@ class Rated:
 def result_of(
     limits: RunLimits, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: BoundRates
 ) -> dict[str, Any]:
-    """Return the result of the runs with ``limits`` as JSON, in bytes and seconds.
+    """Return the result of all rounds with one amount of memory as JSON, in bytes and seconds.
 
-    ``runs``: results of ``child.model``, by round. A step is one of the timed pieces of ``work``.
+    ``limits``: the memory of these runs. ``runs``: results of ``child.model``, by round. A step is one of the
+    timed pieces of ``work``.
     """
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)

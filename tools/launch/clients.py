@@ -63,14 +63,14 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class ClientProgram:
-    """A program.
+    """A program that ``moetier launch`` can start as a client of a server.
 
     Attributes:
         command: its command.
         package: its package at npm.
         place: the file in which users configure it, or what else they set.
         prompt_tokens: tokens of its first prompt, with its instructions and tools, for a message of a few words.
-        configuration: returns what belongs there.
+        configuration: returns the text that users put into ``place``.
         launch: returns how to start it.
     """
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import TIER_OPTIONS, Size, TierConfig
 from moetier.runtime.libraries.lean import lean_imports
@@ -16,6 +16,9 @@ from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.layout import BITS, TRUNK_BITS
 from moetier.tiers.options import command_words
 from moetier.tools.cli.parser import UsageError
+
+if TYPE_CHECKING:
+    from .fit import Fit, MachineResources
 
 PLANNED = ("ram", "context", "kv_cache", "kv_bits", "device_memory", "device", "threads", "prefill_chunk")
 """Names of the options of TierConfig that a plan has, too."""
@@ -50,16 +53,10 @@ def plan(
         say: called with a line of progress before each measurement that takes long.
         resources: PLANNED, as in ``load``.
     """
-    from moetier.tools.convert.model_files import nearest_folder  # imports numpy, which starts threads
-
-    _check(bits, trunk_bits, disk)
-    if isinstance(memory, str) and memory.isdecimal() and int(memory) < MIN_BYTES:
-        raise ConfigError(f"--memory {memory} is {memory} bytes.", f"Did you mean {memory}GiB?")
+    _check(bits, trunk_bits, disk, memory)
     parallel = replace(TIER_OPTIONS["sequences"], name="parallel").read(parallel)
     pulls = into is None and not Path(source).exists()
-    place = nearest_folder(models_folder()) if pulls else into or Path()
-    if not place.is_dir():
-        raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
+    place = _disk_place(into, pulls=pulls)
     config = TierConfig.of(sequences=parallel, **resources)
     if short := shortage():
         _log.warning("%s", short)
@@ -74,7 +71,7 @@ def plan(
         from .choices import open_choices
         from .cold import cold_start
         from .estimate import choice_entry, estimate
-        from .fit import Fit, MachineResources, by_preference, fit_of, impossible
+        from .fit import MachineResources, by_preference, fit_of, impossible
         from .speeds import Speeds
 
     transformers.utils.logging.set_verbosity_error()
@@ -85,14 +82,10 @@ def plan(
             "On a CPU there is no device memory: the CPU computes with the experts in host memory.",
             "Give --ram without --device-memory.",
         )
-    kernels, machine = device.kernels(), MachineResources.measure(device, place, memory_for_model(), resident_bytes())
+    kernels = device.kernels()
+    machine = MachineResources.measure(device, place, memory_for_model(), resident_bytes())
     if memory is not None:
-        left = Size.parse(memory).of(machine.host.bytes + PROCESS_BYTES) - PROCESS_BYTES
-        machine = replace(
-            machine,
-            host=Available(max(left, 0), f"--memory {memory}"),
-            disk_free=None if into is None else machine.disk_free,
-        )
+        machine = _with_memory(machine, memory, into)
     model_choices = open_choices(source)
     chosen = model_choices.chosen(bits, trunk_bits)
 
@@ -124,13 +117,38 @@ def plan(
     return forecast | {"cold_start": cold} | ({} if cold is None else {"source": cold["address"]})
 
 
-def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | None) -> None:
-    """Raise UsageError if a number of bits is not supported, or the speed of the disk is not positive."""
+def _disk_place(into: Path | None, *, pulls: bool) -> Path:
+    """Return the folder whose disk is measured. Raises TargetError if there is no such folder."""
+    from moetier.tools.convert.model_files import nearest_folder  # imports numpy, which starts threads
+
+    place = nearest_folder(models_folder()) if pulls else into or Path()
+    if not place.is_dir():
+        raise TargetError(f"{place} is not a folder.", "Create it, or name another folder with --into.")
+    return place
+
+
+def _with_memory(machine: MachineResources, memory: str | int, into: Path | None) -> MachineResources:
+    """Return ``machine`` with so much free ``memory``, and with its disk's free space only if ``into`` is given."""
+    left = Size.parse(memory).of(machine.host.bytes + PROCESS_BYTES) - PROCESS_BYTES
+    return replace(
+        machine,
+        host=Available(max(left, 0), f"--memory {memory}"),
+        disk_free=None if into is None else machine.disk_free,
+    )
+
+
+def _check(bits: list[int] | None, trunk_bits: list[int] | None, disk: float | None, memory: str | int | None) -> None:
+    """Raise UsageError if a number of bits is not supported, or the speed of the disk is not positive.
+
+    Raises ConfigError if the memory is so small that its unit must be missing.
+    """
     for name, given, supported in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
         if strange := [number for number in given or () if number not in supported]:
             raise UsageError(f"{name} can't be {strange[0]}.", f"Choose from {', '.join(map(str, supported))}.")
     if disk is not None and not 0 < disk < float("inf"):
         raise UsageError(f"--disk can't be {disk}.", "Give a speed in GB/s that is more than 0.")
+    if isinstance(memory, str) and memory.isdecimal() and int(memory) < MIN_BYTES:
+        raise ConfigError(f"--memory {memory} is {memory} bytes.", f"Did you mean {memory}GiB?")
 
 
 def _words(resources: dict[str, Any]) -> list[str]:

@@ -35,12 +35,12 @@ class DaemonActor(Supervisor):
 
 
 def hold_daemon(words: list[str], needed: Callable[[int], int]) -> Path:
-    """Return the folder of this node's daemon with the options ``words``, and hold the daemon while this process lives.
+    """Start this node's daemon with the options ``words``, unless it runs, and hold it while this process lives.
 
-    ``needed`` returns the number of bytes of the daemon's experts, given the bytes that Ray can offer on this node. It
-    is called if the node has no such daemon yet. Ray then counts these bytes as used. Raises RuntimeError if the daemon
-    can't start, ConfigError if Ray's resource ``memory`` of the node is smaller, or is in use by others for MEMORY_WAIT
-    seconds, and what ``needed`` raises.
+    Returns the daemon's folder. ``needed`` returns the number of bytes of the daemon's experts, given the bytes that
+    Ray can offer on this node. It is called if the node has no such daemon yet. Ray then counts these bytes as used.
+    Raises RuntimeError if the daemon can't start, ConfigError if Ray's resource ``memory`` of the node is smaller, or
+    is in use by others for MEMORY_WAIT seconds, and what ``needed`` raises.
     """
     node = ray.get_runtime_context().get_node_id()
     name = f"ray-{node[:12]}-{hashlib.blake2b(repr(words).encode(), digest_size=4).hexdigest()}"

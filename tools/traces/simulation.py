@@ -239,7 +239,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
                     used = HotSet()
                     for demand in demands:
                         used.add(demand.keys)
-                    hot_set = used.after(hot_set, {block: experts})
+                    hot_set = used.plus_decayed(hot_set, {block: experts})
                 missed = [tier.demand(demand.keys, is_prompt=demand.is_prompt) for demand in demands]
             for demand, missing in zip(demands, missed, strict=True):
                 (prompts if demand.is_prompt else decoding).add(demand.keys, missing)

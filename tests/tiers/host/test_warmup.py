@@ -56,7 +56,7 @@ def test_the_hottest(uses: list[tuple[int, int]], most: int) -> None:
 def test_earlier_runs_fade_by_use() -> None:
     earlier = HotSet({ExpertKey(0, 0): 100.0, ExpertKey(1, 0): 100.0})
     now = used(*[(0, 1)] * (HOT_SET_HALF_LIFE * 4))
-    found = now.after(earlier, EXPERTS)
+    found = now.plus_decayed(earlier, EXPERTS)
     assert found[ExpertKey(0, 0)] == pytest.approx(50)
     assert found[ExpertKey(0, 1)] == HOT_SET_HALF_LIFE * 4
     assert found[ExpertKey(1, 0)] == 100, "its block was not used"
