@@ -33,7 +33,7 @@ def use(daemon: DaemonProcess, manifest: Manifest) -> None:
         client.granted()
         client.release(1)
         client.send(uses=pb.Uses(blocks=[pb.Experts(block=0, experts=[2])] * 2))
-        daemon.wait_for("used == 2")
+        daemon.wait_for("reported_hits == 2")
 
 
 def test_sigterm_keeps_what_was_used_and_the_next_start_reads_it(manifest: Manifest, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ HOMES = {
 LIBRARIES = ("torch", "transformers", "tokenizers", "grpc", "ray")
 PRIVATE = re.compile(r"(\w+\.)*_[a-zA-Z]\w*(\.\w+)*")
 # private names of Python's own library, and of gguf, whose types have no public list
-OTHERS = {"_replace", "_actions", "_action_groups", "_group_actions", "_option_string_actions", "_optionals",
+OTHERS = {"_replace", "_fields", "_actions", "_action_groups", "_group_actions", "_option_string_actions", "_optionals",
           "_positionals", "_format_args", "_indent_increment", "_SubParsersAction", "_ArgumentGroup",
           "_ActionsContainer", "_StoreAction", "_choices_actions", "_type_traits"}  # fmt: skip
 # names that are used with the releases of torch in TRIED only

@@ -218,7 +218,9 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
             assert said(runtime, "stats", address).splitlines()[1:] == text.splitlines()[1:]
     assert (found["pid"], found["address"], found["version"]) == (daemon.pid, str(daemon.folder), daemon.card.version)
     (model,) = found["models"]
-    counted = {name: model[name] for name in ("name", "digest", "clients", "sessions", "leases", "requests", "used")}
+    counted = {
+        name: model[name] for name in ("name", "digest", "clients", "sessions", "leases", "requests", "reported_hits")
+    }
     assert model["client_pids"] == [os.getpid()]
     assert counted == {
         "name": store[1].model,
@@ -227,7 +229,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
         "sessions": 1,
         "leases": 2,
         "requests": 2,
-        "used": 0,
+        "reported_hits": 0,
     }
     host = model["host"]
     assert (host["slots"], host["ready"], host["hits"], host["misses"]) == (12, 3, 1, 3)
