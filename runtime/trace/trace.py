@@ -126,7 +126,7 @@ class Trace:
     def save(self, path: Path) -> None:
         """Write the trace to a file, atomically. Raises TargetError if that fails."""
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **self._to_arrays())
+        np.savez_compressed(buffer, **self._to_arrays())
         try:
             write_durably(path, buffer.getvalue())
         except OSError as error:

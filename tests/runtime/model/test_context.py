@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from shutil import copytree
@@ -104,8 +105,11 @@ def test_how_many_there_are_is_reported_as_far_as_they_were_counted() -> None:
     assert counted(16_000, 2048) == "more than 4,096"
 
 
-def test_transformers_warns_of_a_text_that_is_too_long(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_transformers_warns_of_a_text_that_is_too_long(
+    tinymix_4bit: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In Python. tinymix's own tokenizer says nothing of a length, as most do."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, tokenizer = moetier.load(tinymix_4bit)
     with model.tiers:
         assert tokenizer is not None
@@ -118,8 +122,9 @@ def test_transformers_warns_of_a_text_that_is_too_long(tinymix_4bit: Path, caplo
 
 
 def test_transformers_warns_of_generating_beyond_the_context(
-    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder = tmp_path / "short"
     copytree(tinymix_4bit, folder)
     config = json.loads((folder / "config.json").read_text())
