@@ -303,7 +303,7 @@ class TierConfig(HostTierConfig):
 
     @property
     def mapped(self) -> Address | None:
-        """Address of the daemon that was named, if it is the only one and on this host; else None.
+        """Address of the daemon that was named, if it is the only one and on this machine; else None.
 
         Its memory is mapped, so this process needs no budget for experts.
         """

@@ -1,4 +1,4 @@
-"""Link to a daemon on this host: a stream of messages that is reopened when it breaks.
+"""Link to a daemon on this machine: a stream of messages that is reopened when it breaks.
 
 The link uses two threads. Its own thread reads the daemon's messages and reconnects; a thread of gRPC sends. A caller
 that finds its record in the arena's directory waits for neither.
@@ -39,7 +39,7 @@ from .mapped_arena import MappedArena
 REPORT_KEPT = 65_536  # most uses that wait to be reported; the oldest are dropped while the daemon is away
 REPORT_SECONDS = 0.5  # longest time until a hit is reported to the daemon
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each pause is twice the last
-_ANSWER = 2.0  # seconds to wait for an answer that a working daemon gives at once
+_ANSWER_TIMEOUT = 2.0  # seconds to wait for an answer that a working daemon gives at once
 _STEADY = 1.0  # seconds after which a connection counts as established, even without a message
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Link(Closeable):
         call = self._call
         if outbox is not None and self._uses:
             outbox.put(None)  # the stream ends after a last report, and so does the link's thread
-            self._thread.join(_ANSWER)
+            self._thread.join(_ANSWER_TIMEOUT)
         if call is not None:
             call.cancel()
         self._thread.join()
@@ -177,7 +177,7 @@ class Link(Closeable):
             began, messages, connections = time.monotonic(), self._messages, self.connections
             try:
                 if control is None:
-                    control = ControlConnection.open(self._folder, self._digest, timeout=_ANSWER)
+                    control = ControlConnection.open(self._folder, self._digest, timeout=_ANSWER_TIMEOUT)
                     began = time.monotonic()  # leave out the time that connecting took
                 with control:
                     self._error = self._run_connection(control)
@@ -221,7 +221,7 @@ class Link(Closeable):
                 if error is None or self._closed.is_set() or self._messages == messages or not control.is_alive():
                     return error
                 # check that the daemon answers: one that was stopped (SIGSTOP) keeps its sockets open
-                if stub.Describe.future(pb.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
+                if stub.Describe.future(pb.DescribeRequest(), timeout=_ANSWER_TIMEOUT).code() is not grpc.StatusCode.OK:
                     return error
                 self._closed.wait(FIRST_PAUSE)  # a pause, as streams may break again and again
 
@@ -246,7 +246,7 @@ class Link(Closeable):
             self._call = None
             call.cancel()
             outbox.put(None)
-            sent.wait(_ANSWER)
+            sent.wait(_ANSWER_TIMEOUT)
         return None
 
     def _attach(self, outbox: Outbox) -> None:

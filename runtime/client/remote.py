@@ -40,12 +40,12 @@ from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.base import Pause, Store
 from moetier.tiers.store.checksum import crc32c, stored_checksum
-from moetier.tiers.store.shard import as_bytes
+from moetier.tiers.store.pieces import as_bytes
 
 CHANNELS = 3  # number of connections, as one core limits the speed of TLS on a single connection
 SPLIT_BYTES = 8 << 20  # larger records are read over all channels at once
 SLOWEST = 4_000_000  # bytes per second of one call; slower calls are cut off
-_ANSWER = 5.0  # seconds for a daemon to answer which models it serves
+_PROBE_TIMEOUT = 5.0  # seconds for a daemon to answer which models it serves
 _MAX_NAMES = 200  # longest list of a daemon's models in an error, in characters
 # Errors after which a read is not tried again here. Any other may come from a request or an answer that was changed on
 # its way: there is no block 70, or the call has no deadline.
@@ -84,7 +84,7 @@ class RemoteStore(Store):
         self.checks = False  # whether its answers repeat the checksums of requests: those of older daemons don't
         self._threads = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
-    def probe(self, timeout: float = _ANSWER, *, again: bool = True) -> None:
+    def probe(self, timeout: float = _PROBE_TIMEOUT, *, again: bool = True) -> None:
         """Check that the daemon serves this store, over new connections if ``again``.
 
         ``timeout``: seconds for the daemon to answer.

@@ -33,7 +33,7 @@ from .uses import ClientUses
 
 
 class DaemonTier(Closeable):
-    """Source of experts in the memory of a daemon on this host; a ``CopySource``.
+    """Source of experts in the memory of a daemon on this machine; a ``CopySource``.
 
     Thread-safe. A forked child can't use it. Spawn a child that needs a tier: gRPC may abort in a forked child of a
     process that has one. If an exception from outside, such as Ctrl-C, interrupts a method, ``release_leases`` ends the

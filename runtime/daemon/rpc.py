@@ -49,7 +49,7 @@ class Service(ExpertStoreServicer):
             )
 
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
-        """Serve the stream of a client on this host: read its serialised messages, and yield the answers."""
+        """Serve the stream of a client on this machine: read its serialised messages, and yield the answers."""
         with _errors_as_codes(context):
             if self._is_remote:
                 raise ArenaError(

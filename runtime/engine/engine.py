@@ -185,6 +185,7 @@ class Engine(Closeable):
 
         ``on_token`` is called with the sequence and each new token, and ``on_end`` once after the last one, on the
         engine's thread.
+
         Raises ValueError if the prompt is empty, does not fit into the context or is too long to be scored, or if no
         token is wanted, and EngineError if the engine has ended.
         """

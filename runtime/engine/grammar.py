@@ -177,9 +177,9 @@ class CompiledGrammar:
         """Keep a matcher as it is before the first token. Raises GrammarError if it has failed.
 
         Args:
-            matcher: llguidance's.
-            end: the id of END.
-            ends: tokens that end an answer by the tokenizer.
+            matcher: llguidance's matcher for the grammar and the tokenizer.
+            end: the id of the token END, which llguidance chooses at the end of an answer.
+            ends: ids of the tokens that end an answer for the model.
         """
         _check(matcher)
         self.ends = ends

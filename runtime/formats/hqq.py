@@ -204,7 +204,10 @@ class Hqq(Format):
 
 
 def _numbers(weight: str, tensor: StoredTensor) -> list[float]:
-    """Read one of the tensors DESCRIBING: two numbers of "shape", one of any other. Raises CheckpointError."""
+    """Return the numbers of a tensor that describes ``weight`` (DESCRIBING). "shape" has two, any other has one.
+
+    Raises CheckpointError if it has another type or number.
+    """
     count = 2 if tensor.name.endswith(".shape") else 1
     types = ("int32", "int64", *(("float32",) if tensor.name.endswith(".nbits") else ()))
     if math.prod(tensor.shape) != count or tensor.dtype not in types:

@@ -1,4 +1,4 @@
-"""Choose where a process's experts come from: its own host tier, or the host tier of a daemon on this host.
+"""Choose where a process's experts come from: its own host tier, or the host tier of a daemon on this machine.
 
 A process's own host tier reads from the store, or from daemons on other hosts and the store.
 """
@@ -42,7 +42,7 @@ class Origin:
     disk_order: DiskOrder  # when pages of keys and values may be read and written beside the records
     learner: Learner | None = None  # only of a tier of this process, with the option `learn`
     shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
-    daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
+    daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this machine
     remote_compute: RemoteCompute | None = None  # computes experts at daemons of other hosts
 
 

@@ -1,6 +1,6 @@
 """Addresses of daemons, credentials of clients, and cards, by which processes find the daemons of this host.
 
-The address of a daemon on this host is the folder of its Unix sockets, which only the daemon's user may enter. The
+The address of a daemon on this machine is the folder of its Unix sockets, which only the daemon's user may enter. The
 address of a daemon on another host is HOST:PORT. dns:///HOST:PORT means several daemons: one at each IP address of the
 name HOST. The folder also holds the daemon's card, daemon.json.
 """
@@ -38,7 +38,7 @@ _MAX_PATH_BYTES = 107  # longest path of a Unix socket (unix(7))
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Address of a daemon: a ``folder`` of Unix sockets on this host, or a ``target`` HOST:PORT.
+    """Address of a daemon: a ``folder`` of Unix sockets on this machine, or a ``target`` HOST:PORT.
 
     With ``is_dns_name`` it stands for several daemons: one at each IP address of the target's host, at that port.
     ``tls_name`` is the name that the daemon's certificate must have, if it is not the target's host.
@@ -108,7 +108,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether packets to this TCP address stay on this host."""
+        """Whether packets to this TCP address stay on this machine."""
         return _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from moetier.tiers.closeable import Closeable, closed_on_error, descriptor_closed_on_error
+from moetier.tiers.closeable import closed_on_error, descriptor_closed_on_error
 from moetier.tiers.errors import DOWNLOAD_AGAIN, MissingExpertError, StoreError, StoreFormatError, StoreReadError
 from moetier.tiers.headers.gguf import SUFFIX, digest_of
 from moetier.tiers.headers.safetensors import MAX_HEADER_BYTES, read_header
@@ -30,8 +30,9 @@ from moetier.tiers.store.atomic import read_errors
 from moetier.tiers.store.base import READERS, DirectoryStore, Pause
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, crc32c
 from moetier.tiers.store.folder import command
+from moetier.tiers.store.pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 from moetier.tiers.store.scrubbable import Problem
-from moetier.tiers.store.shard import Read, RecordPart, as_bytes, read_at, read_in_pieces, run_reads, try_direct
+from moetier.tiers.store.shard import read_at, try_direct
 from moetier.tiers.store.unchanged import Unchanged
 
 from .table import Extent, ExtentTable, Shard
@@ -39,7 +40,7 @@ from .table import Extent, ExtentTable, Shard
 BUFFER_BYTES = (4 << 20) + PAGE_BYTES  # of pages that are read at a time; with 1 MiB, the disk waits for copies
 
 
-class OpenFile(Closeable):
+class OpenFile:
     """A shard of a checkpoint, open and compared with the table. Thread-safe, except for ``close``."""
 
     def __init__(self, path: Path, shard: Shard, fix: str) -> None:

@@ -39,8 +39,9 @@ from moetier.tiers.stats import TierCounters, TierStats
 
 from .demands import AsyncCaller, Caller, Demand, Failed, Granted
 from .loads import LoadLimits, Loads
-from .prefetch import PrefetchQueue, Uses
+from .prefetch import PrefetchQueue
 from .slots import HostSlots
+from .uses import Uses
 from .waiting import Notifier, WaitingDemands
 
 
@@ -124,7 +125,7 @@ class Ledger:
         distinct, requester = dict.fromkeys(keys), caller if caller.is_asynchronous else None
         demand.begin(distinct, is_scan=pool.partitions.is_scan(demand.block, max(len(distinct), of_total)))
         if not of_total:
-            self._prefetches.replace(pool, demand.block, (), requester)
+            self._prefetches.cancel_block(pool, demand.block, requester)
         elif demand.is_scan:
             self._prefetches.begin_scan(pool, demand.block, requester)
         hits = []

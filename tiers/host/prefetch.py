@@ -1,20 +1,15 @@
 """The prefetch queue: records that are to be read before a demand comes, for prefetch requests and for the warm-up.
 
-It also counts uses of records, which decide whether a prefetch was useful. Uses are demands of the host tier, and finds
-without one: compiled code and clients of a daemon find records in the arena's directory, other demands find copies in
-the tier above.
-
 This module is a part of the ledger: callers hold the tier's lock, and it does no I/O.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.layout import ExpertKey, PoolSlot
 from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
@@ -80,6 +75,10 @@ class PrefetchQueue:
         is_scan = pool.partitions.is_scan(block, len(requested)) or (before is not None and before.is_scan)
         blocks[block] = BlockRequests(pool, requested, absent, is_scan)
         return bool(absent)
+
+    def cancel_block(self, pool: Pool, block: int, caller: Caller | None) -> None:
+        """Cancel a caller's requests for a block, because its demand for the block has come."""
+        self.replace(pool, block, (), caller)
 
     def begin_scan(self, pool: Pool, block: int, caller: Caller | None) -> None:
         """Let a caller's requests for a block be those of a scan, until it has none any more."""
@@ -202,67 +201,3 @@ class PrefetchQueue:
         self._copied.discard(key)
         self._warmed.discard(key)
         self._outcomes.note_eviction(key)
-
-
-class Uses:
-    """Counts uses, and lets them count in outcomes of prefetches and in the order of eviction.
-
-    Args:
-        pool_of: for each block, the pool of its records.
-        counters: the tier's counters.
-        prefetches: the queue of prefetches.
-    """
-
-    def __init__(self, pool_of: Sequence[Pool], counters: TierCounters, prefetches: PrefetchQueue) -> None:
-        self._pool_of = pool_of
-        self._counters = counters
-        self._prefetches = prefetches
-        self._counts = Counter[ExpertKey]()
-
-    def counts(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of its uses."""
-        return dict(+self._counts)
-
-    def note_demand(self, hits: Collection[ExpertKey], misses: Collection[ExpertKey]) -> None:
-        """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
-        self._counts.update([*hits, *misses])
-        self._counters.count(hits=len(hits), misses=len(misses))
-        self._prefetches.note_uses(hits)
-
-    def note_found(self, block: int, experts: Sequence[int]) -> None:
-        """Note a use of ``experts`` by compiled code of this process, which has found all of them. Each is a hit."""
-        pool = self._pool_of[block]
-        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
-        self._prefetches.replace(pool, block, (), None)
-        self._counts.update(keys)
-        self._counters.count(hits=len(keys))
-        cached = [key for key in keys if pool.state_of(key) is SlotState.READY]  # others were evicted since
-        self._prefetches.note_uses(cached)
-        pool.partitions.touch(reversed(cached), is_scan=pool.partitions.is_scan(block, len(keys)))
-
-    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
-        """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
-        keys = {ExpertKey(block, expert) for expert in experts}
-        self._counts.subtract(keys)
-        self._counters.count(discarded=len(keys))
-
-    def touch(self, block: int, experts: Sequence[int]) -> None:
-        """Let records of a block be evicted as late as after a demand that uses them."""
-        pool = self._pool_of[block]
-        keys = (ExpertKey(block, expert) for expert in reversed(experts))
-        pool.partitions.touch(key for key in keys if pool.state_of(key) is SlotState.READY)
-
-    def note_client(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses by another process, which has found the records of ``keys``, in this order. Each is a hit."""
-        self._counters.count(hits=len(keys))
-        self._counts.update(keys)
-        for key in keys:
-            pool = self._pool_of[key.block]
-            if pool.slot_of(key) is not None:
-                pool.partitions.touch((key,))
-                self._prefetches.note_uses((key,))
-
-    def note_copies(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses of copies in the tier above. They are hits of that tier, not of this one."""
-        self._prefetches.note_uses(keys)
-        self._counts.update(keys)

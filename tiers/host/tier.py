@@ -19,7 +19,7 @@ from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey, PoolSlot, TierSlot
-from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
+from moetier.tiers.locks import Monitor, posted, transition, waiting
 from moetier.tiers.source import LEASES, LOADERS, SLOT_TIMEOUT, Lease, Residents
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.base import Pause, Store
@@ -29,8 +29,8 @@ from .disk_order import HostDiskOrder
 from .ledger import Ledger
 from .loaders import Loaders
 from .loads import LoadLimits
-from .prefetch import Uses
 from .session import Session, Timekeeper
+from .uses import HostUses
 from .waiting import Notifier
 
 # seconds to sleep so that a loader can take the GIL and begin its read; the system makes the sleep about 6e-5 longer
@@ -337,36 +337,3 @@ class HostTier(Closeable):
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()
         self._ledger.check_open()
-
-
-class HostUses:
-    """The ``CopyUses`` of a host tier, which also returns what was counted."""
-
-    def __init__(self, monitor: Monitor, uses: Uses) -> None:
-        self._monitor = monitor
-        self._uses = uses
-
-    @deferred
-    def note_found(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand, as ``ResidentUses`` specifies."""
-        self._uses.note_found(block, experts)
-
-    @deferred
-    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
-        """Count the hits of an earlier ``note_found`` as discarded, as ``ResidentUses`` specifies."""
-        self._uses.note_discarded(block, experts)
-
-    @deferred
-    def touch(self, block: int, experts: Sequence[int]) -> None:
-        """Let records stay in memory, as ``ResidentUses`` specifies."""
-        self._uses.touch(block, experts)
-
-    @transition
-    def note_copies(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``CopyUses`` specifies. The result of ``counts`` includes them."""
-        self._uses.note_copies(keys)
-
-    @transition
-    def counts(self) -> dict[ExpertKey, int]:
-        """Return a dictionary from each key to the number of its uses."""
-        return self._uses.counts()

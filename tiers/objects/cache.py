@@ -22,8 +22,9 @@ from moetier.tiers.store.atomic import disk_errors, durable_file, make_folders
 from moetier.tiers.store.base import Pause, WrapperStore
 from moetier.tiers.store.checksum import READ_PIECE_BYTES, stored_checksum
 from moetier.tiers.store.folder import METADATA, check_array, has_store, is_cache, read_manifest, store_folder
+from moetier.tiers.store.pieces import Read, as_bytes, run_reads
 from moetier.tiers.store.reader import ShardStore
-from moetier.tiers.store.shard import OpenShard, Read, ShardFile, as_bytes, run_reads
+from moetier.tiers.store.shard import OpenShard, ShardFile
 
 from .access_times import ACCESS_TIMES, AccessTimes
 from .cache_folder import cache_of

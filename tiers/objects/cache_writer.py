@@ -23,8 +23,8 @@ from moetier.tiers.errors import TargetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.atomic import sync_folder, write_all
 from moetier.tiers.store.folder import FETCHED, METADATA, is_cache
+from moetier.tiers.store.pieces import as_bytes
 from moetier.tiers.store.reader import ShardStore
-from moetier.tiers.store.shard import as_bytes
 
 from .access_times import AccessTimes
 from .client import copy_bytes

@@ -294,7 +294,7 @@ def _store(
 def not_finite(p: Projection) -> CheckpointError:
     """Return the error for a projection that can't be quantised: a weight or a group's range is not a finite number."""
     return CheckpointError(
-        f"{p.name} has weights that are not finite numbers.",
+        f"{p.name} has weights that are not finite numbers, or that differ too much for one scale.",
         "Get an intact copy of the checkpoint, or convert with --bits 16, which keeps such weights as they are.",
     )
 

@@ -23,8 +23,8 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 
 from .checksum import checksum_bytes, crc32c
+from .pieces import Pause as Pause
 from .scrubbable import Problem, Scrubbable
-from .shard import Pause as Pause
 
 READERS = 4  # number of threads of a store that read pieces of large records, by default: enough to keep a disk busy
 

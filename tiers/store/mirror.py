@@ -25,8 +25,8 @@ from moetier.tiers.manifest import Manifest
 
 from .base import DirectoryStore, Pause, WrapperStore
 from .folder import MIRRORS, has_store, is_cache, read_json, read_manifest, store_folder
+from .pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 from .reader import ShardStore
-from .shard import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 
 MIN_BYTES = 256 << 10  # smallest part of a record that is worth a read of its own
 RATE_SECONDS = 1.0  # seconds of reading over which the rate of a disk is averaged

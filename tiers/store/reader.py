@@ -28,19 +28,8 @@ from .atomic import read_errors
 from .base import READERS, DirectoryStore, Pause
 from .checksum import stored_checksum
 from .folder import CACHE, METADATA, MIRRORS, check_array, command, has_store, is_cache, read_manifest, store_folder
-from .shard import (
-    REPAIR,
-    OpenShard,
-    Read,
-    RecordPart,
-    ShardFile,
-    as_bytes,
-    foreign_record,
-    foreign_shards,
-    read_in_pieces,
-    run_reads,
-    store_digest,
-)
+from .pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
+from .shard import REPAIR, OpenShard, ShardFile, foreign_record, foreign_shards, store_digest
 
 # for the check of the digest of an older store, see ``ShardStore.check_digest``
 DIGEST_SECONDS = 0.1  # seconds for which ``open`` waits for the check: enough for a quick disk or a small store

@@ -287,7 +287,7 @@ class PagedLayer(DynamicLayer):
         return self.end
 
     def memory(self) -> CacheMemory | None:
-        """Return the memory of all pages. Those of the sequence have room for the next token."""
+        """Return the memory of all pages. The pages of this sequence have room for its next token."""
         if self._room is None:
             self._room = self._memory.layer_memory(self._number)
         return self._room

@@ -59,7 +59,7 @@ def attend_with_torch(
         return F.pad(part, (0, missing[0], 0, missing[1])) if any(missing) else part
 
     def attend_to(strip: Tensor, low: int, high: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what ``flash_attention`` does for the keys from ``low`` to before ``high``."""
+        """Return the results of ``flash_attention`` with the keys from ``low`` to before ``high``."""
         return flash_attention(strip, some(key, low, high), some(value, low, high), mask=mask, scale=scaling)
 
     def mask_of(rows: Tensor, low: int, high: int) -> Tensor:

@@ -33,7 +33,7 @@ from moetier.tiers.errors import CheckpointError, MoetierError, UnsupportedModel
 from moetier.tiers.extents.reader import ExtentStore
 from moetier.tiers.headers.gguf import read_gguf
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store import shard
+from moetier.tiers.store import pieces
 from moetier.tools.main import main
 
 has_mapping = find_spec("transformers.integrations.gguf.gguf_config_mapping") is not None  # from 5.24 on
@@ -108,7 +108,7 @@ def test_rows_that_alternate_are_read_in_parts(tmp_path: Path, monkeypatch: pyte
         record = bytearray(layout.slot_bytes)
         store.read_into(key, memoryview(record))
         for size in random.Random(0).sample(range(50, layout.payload_bytes), 50):
-            monkeypatch.setattr(shard, "READ_PIECE_BYTES", size)
+            monkeypatch.setattr(pieces, "READ_PIECE_BYTES", size)
             again = bytearray(b"?" * layout.slot_bytes)
             store.read_into(key, memoryview(again))
             assert again == record, size

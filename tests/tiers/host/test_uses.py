@@ -10,7 +10,8 @@ from moetier.tiers.cache.budget import Partition
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import SlotState
 from moetier.tiers.host.demands import Pool, Purpose
-from moetier.tiers.host.prefetch import PrefetchQueue, Uses
+from moetier.tiers.host.prefetch import PrefetchQueue
+from moetier.tiers.host.uses import Uses
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
 

@@ -116,7 +116,7 @@ class Answered:
 
     @property
     def blocks(self) -> list[Text | Call]:
-        """The answer as few parts as possible, in order. Text that is blank is left out, as ``without_blank`` does."""
+        """The answer in as few parts as possible, in order. Blank text is left out, as ``without_blank`` does."""
         blocks = list[Text | Call]()
         for is_reasoning, group in itertools.groupby(
             self._parts, lambda part: part.is_reasoning if isinstance(part, Text) else None

@@ -11,7 +11,7 @@ from readers import PATIENCE
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE_BYTES
 from moetier.tiers.source import INTERRUPTIBLE_BYTES
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.shard import Read, RecordPart, as_bytes, read_in_pieces, run_reads
+from moetier.tiers.store.pieces import Read, RecordPart, as_bytes, read_in_pieces, run_reads
 
 
 def test_a_part_is_divided_into_pieces_without_the_checksum() -> None:
