@@ -40,14 +40,14 @@ is not a transition, so Ctrl-C ends it at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import get_ident
-from types import TracebackType
 from typing import Any, TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
@@ -291,38 +291,37 @@ def deferred(method: Callable[[Owner, *Arguments], None]) -> Callable[[Owner, *A
 
 
 class UseCount:
-    """Count the uses of a resource that are in progress, so that ``close`` can wait for their end.
-
-    A use is a block ``with use_count:``. Entering the block raises ClosedError after ``close``, and in a forked child.
-    """
+    """Count the uses of a resource that are in progress, so that ``close`` can wait for their end."""
 
     def __init__(self, name: str) -> None:
         """``name`` is the name of the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()  # guards: ``_users``, ``_is_closed``
-        self._idle = threading.Condition(self._lock)  # notified when the last user has ended, once it is closed
-        self._users = 0
+        self._lock = threading.Lock()  # guards: ``_uses``, ``_is_closed``
+        self._idle = threading.Condition(self._lock)  # notified when the last use has ended, once it is closed
+        self._uses: set[object] = set()
         self._is_closed = False
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Use the resource in this context. Raises ClosedError after ``close``, and in a forked child."""
         self._fork_guard.check()
-        with self._lock:
-            if self._is_closed:
-                raise ClosedError(f"{self._name} was closed.", "Open it again.")
-            self._users += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._is_closed:
-                self._idle.notify_all()
+        use = object()
+        try:
+            with self._lock:
+                if self._is_closed:
+                    raise ClosedError(f"{self._name} was closed.", "Open it again.")
+                self._uses.add(use)
+            yield
+        finally:
+            with self._lock:
+                self._uses.discard(use)
+                if self._is_closed:
+                    self._idle.notify_all()
 
     def close(self) -> None:
         """Refuse further uses, and wait until those in progress have ended. Does nothing in a forked child."""
         if self._fork_guard.is_owner:
             with self._lock:
                 self._is_closed = True
-                self._idle.wait_for(lambda: not self._users)
+                self._idle.wait_for(lambda: not self._uses)

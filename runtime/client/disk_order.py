@@ -19,38 +19,39 @@ class ClientDiskOrder:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards: ``_misses``, ``_pages``. No finalizer takes it
-        self._misses = 0  # calls that wait for records
-        self._pages = 0  # pages that are read, or wait to be
+        self._misses: set[object] = set()  # calls that wait for records
+        self._pages: set[object] = set()  # pages that are read, or wait to be
 
     @property
     def is_reading_page(self) -> bool:
         """Whether a page is read, or waits to be. Takes no lock."""
-        return self._pages > 0
+        return bool(self._pages)
 
     @contextmanager
     def waiting_for_records(self) -> Iterator[None]:
         """Return a context manager in which a caller waits for records."""
-        with self._changed:
-            self._misses += 1
+        wait = object()
         try:
+            with self._changed:
+                self._misses.add(wait)
             yield
         finally:
             with self._changed:
-                self._misses -= 1
+                self._misses.discard(wait)
                 self._changed.notify_all()
 
     @contextmanager
     def reading_page(self) -> Iterator[None]:
         """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
-        with self._changed:
-            self._pages += 1
+        read = object()
         try:
             with self._changed:
+                self._pages.add(read)
                 self._changed.wait_for(lambda: not self._misses, PAGE_PATIENCE)
             yield
         finally:
             with self._changed:
-                self._pages -= 1
+                self._pages.discard(read)
                 self._changed.notify_all()
 
     def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:

@@ -22,24 +22,30 @@ class ModelBuilding:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards: ``_computing``, ``_waiting``, ``_builder``
-        self._computing = 0  # number of computations
-        self._waiting = 0  # number of builders, those that wait included
+        self._computing: set[int] = set()  # threads that compute
+        self._waiting: set[int] = set()  # threads that build, or wait for it
         self._builder: int | None = None  # thread that builds
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Compute in this context. Waits for builders."""
-        self._begin_computing()
+        own = threading.get_ident()
         try:
+            self._begin_computing(own)
             yield
         finally:
-            self._end_computing()
+            with self._changed:  # in place, as an exception from outside may come when a function is called
+                self._computing.discard(own)
+                self._changed.notify_all()
 
     def let_build(self) -> None:
         """Let builders go first that wait. Called between two parts of a long computation, in ``computing``."""
         if self._waiting:
-            self._end_computing()
-            self._begin_computing()
+            own = threading.get_ident()
+            with self._changed:
+                self._computing.discard(own)
+                self._changed.notify_all()
+            self._begin_computing(own)
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
@@ -48,32 +54,23 @@ class ModelBuilding:
         if self._builder == own:
             yield
             return
-        with self._changed:
-            self._waiting += 1
-            try:
+        try:
+            with self._changed:
+                self._waiting.add(own)
                 self._changed.wait_for(lambda: not self._computing and self._builder is None)
                 self._builder = own
-            except BaseException:
-                self._waiting -= 1
-                self._changed.notify_all()
-                raise
-        try:
             yield
         finally:
             with self._changed:
-                self._waiting -= 1
-                self._builder = None
+                self._waiting.discard(own)
+                if self._builder == own:
+                    self._builder = None
                 self._changed.notify_all()
 
-    def _begin_computing(self) -> None:
+    def _begin_computing(self, own: int) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting)
-            self._computing += 1
-
-    def _end_computing(self) -> None:
-        with self._changed:
-            self._computing -= 1
-            self._changed.notify_all()
+            self._computing.add(own)
 
 
 BUILDING = ModelBuilding()  # of this process

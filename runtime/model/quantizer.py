@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
@@ -49,7 +50,8 @@ from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 from .attach import attach_tiers
 from .trunk_files import TrunkFiles
 
-_lock = threading.Lock()  # held while moetier is added to transformers' registries
+_lock = threading.Lock()  # guards: ``_is_installed``; held while moetier is added to transformers' registries
+_is_installed = False
 IN_CONFIG = tuple(name for name, option in TIER_OPTIONS.items() if option.in_config)
 
 _options: TierOptions = {}  # set by register(), for models that are loaded without load()
@@ -96,12 +98,17 @@ def is_loading() -> bool:
 
 def install() -> None:
     """Make moetier known to transformers. Idempotent."""
+    global _is_installed
     with _lock:
-        if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+        if _is_installed:
+            return
+        ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+        if NAME not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(NAME)(MoetierQuantizer)
+        if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             register_quantization_config(NAME)(MoetierConfig)
-            _build_alone()
+        _build_alone()
+        _is_installed = True  # only now, so that the next call completes what an exception has interrupted
 
 
 def _build_alone() -> None:

@@ -57,7 +57,7 @@ class TarStore(DirectoryStore):
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Pause | None = None) -> None:
         """Read a record at once. ``pause`` is not called."""
-        with self._use:
+        with self._use.use():
             self.manifest.check_keys(key.block, (key,))
             if (offset := self._offsets.get(f"{key.block}/{key.expert}")) is None:
                 raise StoreFormatError(f"{self._path} has no record of {key}.", self.fix)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from cuts import cut
 from threads import Task, sleeps, wait_until
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.locks import Monitor, deferred, posted, transition, waiting
+from moetier.tiers.locks import Monitor, UseCount, deferred, posted, transition, waiting
 
 
 class Account:
@@ -297,3 +298,18 @@ def test_finalizers_may_post_at_any_moment() -> None:
         gc.set_threshold(*threshold)
     gc.collect()
     assert ended == made == 3000
+
+
+def test_an_exception_from_outside_leaves_no_use_behind() -> None:
+    for number in itertools.count():
+        uses = UseCount("The store")
+
+        def work(uses: UseCount = uses) -> None:
+            with uses.use():
+                pass
+
+        exception = cut(work, number)
+        Task(uses.close).result()
+        if exception is None:
+            break
+    assert number > 3

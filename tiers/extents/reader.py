@@ -297,7 +297,7 @@ class ExtentStore(DirectoryStore):
             StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
             StoreFormatError: there are no checksums, and a file was written to since it was opened.
         """
-        with self._use:
+        with self._use.use():
             self.manifest.check_keys(key.block, (key,))
             if key.block in self._faults:
                 raise self._faults[key.block].fresh()

@@ -141,7 +141,7 @@ class CachedStore(WrapperStore):
         Raises, beside the errors that ``Store`` names:
             StoreReadError: the record could not be fetched; the error names the object and the endpoint.
         """
-        with self._use:
+        with self._use.use():
             self.manifest.check_keys(key.block, (key,))
             if self._writer.copy_waiting(key, buffer):
                 self._count(self._from_cache, buffer.nbytes)

@@ -156,7 +156,7 @@ class MirroredStore(WrapperStore):
 
         Raises the same errors as ``ShardStore.read_into``.
         """
-        with self._use:
+        with self._use.use():
             self.manifest.check_keys(key.block, (key,))
             view, used = as_bytes(buffer), set[_Copy]()
             try:

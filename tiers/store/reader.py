@@ -207,7 +207,7 @@ class ShardStore(DirectoryStore):
             StoreReadError: the system reported an error; if the error is EIO, a second try has failed too.
             StoreFormatError: the manifest has no checksums, and the shard was written to since it was opened.
         """
-        with self._use:
+        with self._use.use():
             shard, offset = self.locate(key)
             view = as_bytes(buffer)
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
+from cuts import cut
 from readers import PATIENCE
 from threads import Task
 
@@ -77,3 +79,20 @@ def test_an_error_of_a_miss_ends_its_wait() -> None:
     with pytest.raises(ZeroDivisionError), order.waiting_for_records():
         raise ZeroDivisionError
     order.wait_to_write(lambda: False)
+
+
+def test_an_exception_from_outside_leaves_no_wait_behind() -> None:
+    for way in ("waiting_for_records", "reading_page"):
+        for number in itertools.count():
+            order = ClientDiskOrder()
+
+            def work(order: ClientDiskOrder = order, way: str = way) -> None:
+                with getattr(order, way)():
+                    pass
+
+            exception = cut(work, number)
+            Task(lambda order=order: order.wait_to_write(lambda: False)).result()
+            assert not order.is_reading_page
+            if exception is None:
+                break
+        assert number > 2

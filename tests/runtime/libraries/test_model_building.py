@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuts import cut
 from readers import PATIENCE
 from threads import Task, wait_until, waits
 
@@ -125,3 +127,23 @@ def test_an_operation_that_torch_lacks_is_tried_again_with_its_python_code() -> 
             torch.ops.moetier_tests.twice(x)
         assert torch.ops.moetier_tests.twice(x).shape == (2, 3)
     assert len(asked) == 2
+
+
+def test_an_exception_from_outside_shuts_nobody_out() -> None:
+    def compute(building: ModelBuilding) -> None:
+        with building.computing():
+            building.let_build()
+
+    def build(building: ModelBuilding) -> None:
+        with building.building():
+            pass
+
+    for work in (compute, build):
+        for number in itertools.count():
+            building = ModelBuilding()
+            exception = cut(lambda work=work, building=building: work(building), number)
+            for other in (compute, build):
+                Task(lambda other=other, building=building: other(building)).result()
+            if exception is None:
+                break
+        assert number > 3
