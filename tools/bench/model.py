@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import TIER_OPTIONS, Size
@@ -146,19 +147,11 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
     The rates of disk, kernels and memory, from which the bounds are computed, are measured in the same rounds. After
     SIGINT or SIGTERM, what was measured until then is printed. Raises MoetierError.
     """
-    from moetier.runtime.checkpoint.containers import container_of
     from moetier.runtime.stores.registry import read_manifest
 
     began = begin_bench(arguments)
-    several = [
-        RunLimits(None if limit is None else Size.parse(limit).of(machine_memory()), ram)
-        for limit in arguments.limit or [None]
-        for ram in arguments.ram or [None]
-    ]
-    folder = arguments.directory
-    own = folder.rglob("*") if folder.is_dir() else container_of(folder).weight_files(folder)
-    files = sorted(path for path in own if path.is_file())
-    manifest, fio = read_manifest(folder), fio_version()
+    several, folder = _combinations(arguments), arguments.directory
+    files, manifest, fio = _files_of(folder), read_manifest(folder), fio_version()
     child = {"directory": str(folder.absolute()), "threads": arguments.threads}
     feed = child | {"work": "model"} | work.to_json()
 
@@ -175,17 +168,8 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
     seconds = len(several) * (time.monotonic() - start) + 2 * KERNEL_SECONDS + DISK_SECONDS
     whole = format_seconds(arguments.rounds * seconds)
     _say(f"{arguments.rounds} rounds take about {whole}; Ctrl-C prints what was measured until then")
-    interrupted_in = None
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        measured = alternate(arguments.rounds, ways, say=_say)
-    except BenchInterrupted as stop:
-        measured, interrupted_in = stop.results, 1 + min(map(len, stop.results.values()))
-        several = [limits for limits in several if measured[limits]]
-        if not several:
-            raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    measured, interrupted_in = _run_rounds(arguments.rounds, ways, several)
+    several = [limits for limits in several if measured[limits]]
     page_cache = measured[several[0]][-1]["page_cache"]
 
     rates, rates_json, notes = rated.summary(measured["disk"], measured["rates"], work)
@@ -212,6 +196,41 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
         idle_bytes=floor.idle_bytes,
         page_cache=page_cache,
     )
+
+
+def _combinations(arguments: argparse.Namespace) -> list[RunLimits]:
+    """Return every combination of a --limit and a --ram. Raises ConfigError if a limit is no size."""
+    return [
+        RunLimits(None if limit is None else Size.parse(limit).of(machine_memory()), ram)
+        for limit in arguments.limit or [None]
+        for ram in arguments.ram or [None]
+    ]
+
+
+def _files_of(model: Path) -> list[Path]:
+    """Return the files of a model, in a folder or one file such as a GGUF: their cached pages are dropped for a run."""
+    from moetier.runtime.checkpoint.containers import container_of
+
+    own = model.rglob("*") if model.is_dir() else container_of(model).weight_files(model)
+    return sorted(path for path in own if path.is_file())
+
+
+def _run_rounds(
+    rounds: int, ways: dict[Any, Any], several: Sequence[RunLimits]
+) -> tuple[dict[Any, list[Any]], int | None]:
+    """Return the results of ``ways`` by name, one for each round, and the round that was interrupted, counted from 1.
+
+    SIGTERM interrupts a round as SIGINT does. Raises BenchInterrupted if none of ``several`` has a result then.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return alternate(rounds, ways, say=_say), None
+    except BenchInterrupted as stop:
+        if not any(stop.results[limits] for limits in several):
+            raise
+        return stop.results, 1 + min(map(len, stop.results.values()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(line: str) -> None:
@@ -262,10 +281,10 @@ class Rated:
 def result_of(
     limits: RunLimits, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: BoundRates
 ) -> dict[str, Any]:
-    """Return the result of all rounds with one amount of memory as JSON, in bytes and seconds.
+    """Return the result of one combination of --limit and --ram as JSON, in bytes and seconds.
 
-    ``limits``: the memory of these runs. ``runs``: results of ``child.model``, by round. A step is one of the
-    timed pieces of ``work``.
+    ``limits``: the combination; ``runs``: results of ``child.model`` with it, by round. A step is one of the timed
+    pieces of ``work``.
     """
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
