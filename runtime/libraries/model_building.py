@@ -62,9 +62,9 @@ class ModelBuilding:
             yield
         finally:
             with self._changed:
-                self._waiting.discard(own)
                 if self._builder == own:
                     self._builder = None
+                self._waiting.discard(own)
                 self._changed.notify_all()
 
     def _begin_computing(self, own: int) -> None:
