@@ -297,7 +297,8 @@ class UseCount:
         """``name`` is the name of the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
-        self._lock = threading.Lock()  # guards: ``_uses``, ``_is_closed``
+        # guards: ``_uses``, ``_is_closed``. A finalizer of a use may take it while this thread holds it
+        self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)  # notified when the last use has ended, once it is closed
         self._uses: set[object] = set()
         self._is_closed = False

@@ -96,7 +96,7 @@ class TierStats:
 
     @property
     def hit_ratio(self) -> float:
-        """Hits divided by all demands; 0 before the first demand."""
+        """Hits divided by all demands; 0 before the first demand. A demand that was repeated counts each time."""
         demands = self.hits + self.misses
         return self.hits / demands if demands else 0.0
 

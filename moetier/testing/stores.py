@@ -324,7 +324,7 @@ class StoreTests:
     def test_a_host_tier_reads_from_it(self, small: Written) -> None:
         """At the smallest budget, with what a host tier registers."""
         slots = slots_for(small.manifest, smallest_budget(small.manifest))
-        with self.open(small.folder) as store, HostTier(store, slots=slots) as host:
+        with self.open(small.folder) as store, HostTier(store, slots=slots, loads_rest=store.is_local) as host:
             for seed in range(20):
                 wanted = [ExpertKey(seed % 2, expert) for expert in random.Random(seed).sample(range(4), 3)]
                 read = {lease.key: bytes(lease.record) for lease in host.acquire(wanted)}

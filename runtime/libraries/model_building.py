@@ -28,7 +28,7 @@ class ModelBuilding:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Compute in this context. Waits for builders."""
+        """Compute in this context, which a thread must not enter again in it. Waits for builders."""
         own = threading.get_ident()
         try:
             self._begin_computing(own)

@@ -53,7 +53,6 @@ from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
 MISFIT = "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again."
-COPY_AGAIN = "Copy the file from the source again, or remove it."
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -155,7 +154,9 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
     """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
     check_directory(location)
     manifest, config_json = read_manifest(location), config_of(location)
-    _check_token_ids(config_json, location if location.is_file() else location / "config.json")
+    texts = {name: value for name, value in config_json.items() if isinstance(value, str)}
+    config_path = location if location.is_file() else location / "config.json"
+    _check_token_ids(texts, config_path, remaking(config_path, "Copy the file from the source again."))
     _check_generation_config(location / "generation_config.json")
     model_class = _model_class(config_json)
     if is_checkpoint(location):
@@ -167,7 +168,7 @@ def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
 
 def _check_generation_config(path: Path) -> None:
     """Raise StoreFormatError if transformers would fail at the file or its token ids. It ignores what is not JSON."""
-    fix = remaking(path, COPY_AGAIN)
+    fix = remaking(path, "Copy the file from the source again, or remove it.")
     try:
         data = path.read_bytes()
         with contextlib.suppress(RecursionError):
@@ -176,16 +177,15 @@ def _check_generation_config(path: Path) -> None:
         return
     except ValueError as error:  # an integer has thousands of digits
         raise StoreFormatError(f"{path} can't be read: {error}.", fix) from error
-    _check_token_ids(parse_json(data, str(path), fix, limit=len(data)), path)
+    _check_token_ids(parse_json(data, str(path), fix, limit=len(data)), path, fix)
 
 
-def _check_token_ids(values: Mapping[str, Any], path: Path) -> None:
+def _check_token_ids(values: Mapping[str, Any], path: Path, fix: str) -> None:
     """Raise StoreFormatError if a special token's id, among the ``values`` from the file ``path``, is no number."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = values.get(name)
         several = value if isinstance(value, list) and name != "pad_token_id" else [value]
         if not all(each is None or isinstance(each, int | float) for each in several):
-            fix = remaking(path, COPY_AGAIN)
             raise StoreFormatError(f"{path}: {name} is {shown(value)}, not the id of a token.", fix)
 
 

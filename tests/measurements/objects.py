@@ -35,7 +35,7 @@ from moetier.tiers.objects.cache import CachedStore
 from moetier.tiers.objects.cache_folder import fetch
 from moetier.tiers.objects.push import push
 from moetier.tiers.store.shard import ShardFile
-from moetier.tools.cli.progress import shown
+from moetier.tools.cli.progress import transfer_progress
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         write_store(folder / "store", plan, make_records(plan))
         with weed_bucket(folder / "weed", patch) as bucket:
             address = f"{bucket}/model"
-            push(folder / "store", address, shown("push"))
+            push(folder / "store", address, transfer_progress("push"))
             rates: dict[str, list[float]] = {"obstore": [], "cached": []}
             for round_ in range(arguments.rounds):
                 with CachedStore.open(fetch(address, folder / f"cache{round_}")) as store:

@@ -33,7 +33,7 @@ from daemons import running_daemon
 from networks import Network, network
 
 import moetier
-from moetier.runtime.config import REMOTE_COMPUTE, Size
+from moetier.runtime.config import RemoteComputeMode, Size
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.wire.address import Credentials
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -84,11 +84,11 @@ def main() -> None:
             f"{manifest.blocks[0].experts} experts of {manifest.layout(0).slot_bytes:,} bytes, of which the client has "
             f"room for {arguments.ram}; {arguments.daemons} daemons, {round_trip(addresses[0]):.2f} ms there and back"
         )
-        results: dict[str, list[tuple[float, float]]] = {way: [] for way in REMOTE_COMPUTE}
+        results: dict[str, list[tuple[float, float]]] = {mode.value: [] for mode in RemoteComputeMode}
         logits: dict[str, torch.Tensor] = {}
         ids = read_tokens(directory) if (directory / TOKENS_FILE).exists() else list(range(3, 250)) * 40
         for round_ in range(arguments.rounds):
-            for way in sorted(REMOTE_COMPUTE, reverse=round_ % 2 == 1):
+            for way in sorted(reverse=round_ % 2 == 1):
                 model, _ = moetier.load(
                     bare,
                     ram=budget,

@@ -281,9 +281,9 @@ class Ledger:
             self.end(demand)
             caller.deliver(Failed(demand.number, demand.error))
             return
-        if demand.ready:
+        if demand.hits or demand.arrived:
             self._end_wait(demand)
-        while demand.ready:
+        while demand.hits or demand.arrived:
             (slot,) = demand.lease(1)
             number = demand.pool.number(slot)
             caller.deliver(Granted(demand.number, demand.pool.key(slot), number, self._directory.generation(number)))

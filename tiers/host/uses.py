@@ -37,7 +37,7 @@ class Uses:
 
     def counts(self) -> dict[ExpertKey, int]:
         """Return a dictionary from each key to the number of its uses."""
-        return dict(+self._counts)
+        return dict(self._counts)
 
     def note_demand(self, hits: Collection[ExpertKey], misses: Collection[ExpertKey]) -> None:
         """Note a demand of the host tier: for ``hits``, whose records are READY, and ``misses``."""
@@ -56,11 +56,9 @@ class Uses:
         self._prefetches.note_uses(cached)
         pool.partitions.touch(reversed(cached), is_scan=pool.partitions.is_scan(block, len(keys)))
 
-    def note_discarded(self, block: int, experts: Sequence[int]) -> None:
-        """Count hits of ``note_found`` as discarded, because records were replaced during their use."""
-        keys = {ExpertKey(block, expert) for expert in experts}
-        self._counts.subtract(keys)
-        self._counters.count(discarded=len(keys))
+    def note_discarded(self, experts: Sequence[int]) -> None:
+        """Count hits of ``note_found`` as discarded, too, because records were replaced during their use."""
+        self._counters.count(discarded=len(set(experts)))
 
     def touch(self, block: int, experts: Sequence[int]) -> None:
         """Let records of a block be evicted as late as after a demand that uses them."""
@@ -99,7 +97,7 @@ class HostUses:
     @deferred
     def note_discarded(self, block: int, experts: Sequence[int]) -> None:
         """Count the hits of an earlier ``note_found`` as discarded, as ``ResidentUses`` specifies."""
-        self._uses.note_discarded(block, experts)
+        self._uses.note_discarded(experts)
 
     @deferred
     def touch(self, block: int, experts: Sequence[int]) -> None:

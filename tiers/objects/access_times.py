@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
+from moetier.tiers.closeable import descriptor_closed_on_error
 from moetier.tiers.errors import StoreFormatError, TargetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -23,7 +23,7 @@ ACCESS_TIMES = "uses.bin"  # in the store's folder: for each record a u64, the t
 TIMEOUT = 20.0  # longest wait for the lock, in seconds
 
 
-class AccessTimes(Closeable):
+class AccessTimes:
     """Times of last access to the records of a cache; 0 for absent records. Processes may share the file. Thread-safe.
 
     An entry is read and set without a lock. ``locked`` is for changes that belong together.

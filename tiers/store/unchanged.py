@@ -15,7 +15,7 @@ import mmap
 import os
 from pathlib import Path
 
-from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
+from moetier.tiers.closeable import descriptor_closed_on_error
 from moetier.tiers.errors import StoreFormatError
 from moetier.tiers.layout import PAGE_BYTES
 
@@ -27,7 +27,7 @@ SAMPLES = 8  # number of pages, from the first to the last; more of them would m
 _log = logging.getLogger(__name__)
 
 
-class Unchanged(Closeable):
+class Unchanged:
     """An open file, compared with its size, its times and samples of its bytes when this object was made. Thread-safe.
 
     A file that is replaced by another one of the same name is not changed: the descriptor is still that of the old one.
