@@ -89,6 +89,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_three_hold_a_third_each_and_one_is_killed_under_load(
     three: list[DaemonProcess], small: Path, tmp_path: Path, token: Path
 ) -> None:

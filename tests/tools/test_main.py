@@ -374,6 +374,7 @@ def test_a_fault_in_a_mapped_file_that_is_cut_names_the_place(tmp_path: Path) ->
     assert 'File "<string>", line 8 in <module>' in ended.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_again_and_again_prints_no_traceback(tinymix_4bit: Path) -> None:
     """The second comes when the command has ended, and Python ends."""
     words = ["generate", str(tinymix_4bit), "la mattina", "--max-new-tokens", "1500", "--daemon", "none"]

@@ -61,6 +61,7 @@ def test_it_needs_only_what_moetier_always_has(made: Path) -> None:
     assert str(made) in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tinymix_4bit")  # so that zarr's thread is there before
 def test_the_model_is_kept_and_that_of_another_version_is_replaced(
     made: Path, capsys: pytest.CaptureFixture[str], tinymix: Path

@@ -110,6 +110,7 @@ def test_a_plan_offers_it_as_it_is(tinymix: Path) -> None:
     assert "With experts of 16 bits no conversion is needed: the files are used as downloaded." in text(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_probes")
 def test_a_plan_for_weights_of_4_bits_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No other width is recommended, and nothing is converted. What it recommends works."""

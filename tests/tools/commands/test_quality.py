@@ -56,6 +56,7 @@ def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: py
     assert hqq["stored_bytes"] == rounding["stored_bytes"]
 
 
+@pytest.mark.slow
 def test_fast_means_what_it_means_in_convert(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plain rounding in place of HQQ, so that less is done, not more."""
     settings = ("--text", str(TEXTS / "it.txt"), "--tokens", "64", "--bits", "2")
@@ -96,6 +97,7 @@ def test_a_model_directory_is_measured_as_it_runs(
     assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)  # it runs in bf16
 
 
+@pytest.mark.slow
 def test_a_quantised_trunk(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In memory, and as a model directory runs it; the trunk is what it was in the way behind."""
     settings = ("--text", str(TEXTS / "python.txt"), "--tokens", "512")

@@ -80,6 +80,7 @@ def shown(app: Top, selector: str) -> str:
     return "\n".join("".join(segment.text for segment in line) for line in static.render_lines(static.size.region))
 
 
+@pytest.mark.slow
 def test_pausing_and_the_interval(daemon: DaemonProcess, store: tuple[Path, Manifest]) -> None:
     watch = Watch(Credentials(), 0.05)
     app = Top([], daemon.address, watch)
