@@ -95,7 +95,7 @@ class ArenaHeader:
 
 
 class Placement(NamedTuple):
-    """Where a record is. It is still there as long as the slot has this generation."""
+    """The slot that holds a record. The slot holds the same record until its generation changes."""
 
     slot: TierSlot
     generation: int

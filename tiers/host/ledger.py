@@ -1,8 +1,8 @@
 """The ledger: the state of the host tier, which consists of all demands, the loads in progress, and the slots.
 
 The ledger does no I/O, and has neither threads nor a lock. Its methods are parts of transitions (``tiers.locks``), so
-their callers hold the host tier's lock. Its parts (``slots``, ``loads``, ``waiting``, ``prefetch``) change in the same
-transitions, so their methods also expect the lock.
+their callers hold the host tier's lock. Its parts (``slots``, ``loads``, ``waiting``, ``prefetch``, ``uses``) change in
+the same transitions, so their methods also expect the lock.
 
 A demand goes through ``begin``, ``next_leases`` as often as its caller wants leases, and ``end``. A load goes through
 ``Loads.begin_for``, ``take``, and ``complete`` or ``fail``.
