@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import sys
 import threading
 import time
@@ -80,6 +81,18 @@ def joins(thread: threading.Thread) -> bool:
 def waits(thread: threading.Thread) -> bool:
     """Return whether the thread waits for a condition."""
     return _is_in(thread, threading.Condition.wait.__code__)
+
+
+def interrupt_main(is_waiting: Callable[[], bool]) -> None:
+    """Press Ctrl-C once the main thread waits. Called in another thread.
+
+    A signal that comes just before a lock begins to sleep is handled only after that sleep. So it is sent again.
+    """
+    wait_until(is_waiting)
+    until = time.monotonic() + PATIENCE
+    while is_waiting() and time.monotonic() < until:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.5)
 
 
 def _is_in(thread: threading.Thread, code: CodeType) -> bool:

@@ -20,7 +20,7 @@ from prepared import for_daemons
 from readers import PATIENCE
 from relays import relay
 from stores import keys
-from threads import Task, best_time, current_frames, threads_named, wait_until
+from threads import Task, best_time, current_frames, interrupt_main, threads_named, wait_until
 from workers import WorkerError
 
 from moetier.runtime.client.daemon_link import Link
@@ -454,13 +454,9 @@ def test_an_interrupt_while_a_tier_waits_for_its_first_stream_ends_its_thread(
             frame = frame.f_back
         return frame.f_back is not None and frame.f_back.f_code is Link.__init__.__code__
 
-    def interrupt() -> None:
-        wait_until(waits)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
     monkeypatch.setattr(Link, "_run_connection", lambda link, control: link._closed.wait(PATIENCE))
     with store.daemon(4, tmp_path / "d") as daemon:
-        interrupting = Task(interrupt)
+        interrupting = Task(lambda: interrupt_main(waits))
         with pytest.raises(KeyboardInterrupt):
             DaemonTier.open(daemon.folder, store.directory, store.manifest)
         interrupting.result()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from cuts import cut
 from readers import PATIENCE
-from threads import Task, wait_until, waits
+from threads import Task, interrupt_main, wait_until, waits
 
 import moetier
 from moetier.runtime.engine.engine import Engine
@@ -92,8 +91,7 @@ def test_a_builder_that_is_interrupted_while_it_waits_keeps_nobody_waiting() -> 
 
     def interrupt() -> None:
         assert begins.wait(PATIENCE)
-        wait_until(lambda: waits(threading.main_thread()))
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        interrupt_main(lambda: waits(threading.main_thread()))
 
     first = Task(compute)
     assert is_computing.wait(PATIENCE)
