@@ -115,7 +115,7 @@ def until_it_waits(thread: threading.Thread) -> bool:
     """Wait until ``thread`` has ended or sleeps. Return whether it has ended."""
     asleep = 0
     while asleep < 10 and thread.is_alive():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends just now
             state = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()[0]
             asleep = asleep + 1 if state == "S" else 0
         time.sleep(0.01)
