@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moetier.runtime.formats.registry import Format, format_of, quantised_with
-from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_at
+from moetier.runtime.formats.tensors import SourceTensor, StoredTensor, read_range
 from moetier.tiers.errors import DOWNLOAD_AGAIN, CheckpointError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Checkpoint:
             state.update(json.dumps(place).encode())
             for offset, size in samples(tensor):
                 sample = np.empty(size, np.uint8)
-                read_at(tensor.file, offset, sample)
+                read_range(tensor.file, offset, sample)
                 state.update(sample.data)
         return state.hexdigest()
 

@@ -162,7 +162,7 @@ class _PeerCall:
 
     @property
     def is_late(self) -> bool:
-        """Whether the call has so little time left that it may end although the daemon has answered."""
+        """Whether less than half of the call's time is left. It may then run out while its answer is read."""
         return not isinstance(self.rpc, MoetierError) and self.rpc.time_remaining() < self.peer.store.timeout / 2
 
 

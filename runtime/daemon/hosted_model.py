@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ class HostedModel(Closeable):
         self._timeout = timeout
         self._opening = threading.Lock()  # guards: ``_opener``
         self._opener: threading.Thread | None = None
-        self._compute_calls: ComputeCalls | MoetierError | None = None  # set by the opener
+        self._compute_calls = Future["ComputeCalls"]()  # set by the opener
         self._failures = RateLimitedLog(_log, "read-failed")
         self.counts = ClientCounts()
         self._closing = threading.Event()
@@ -89,11 +90,11 @@ class HostedModel(Closeable):
                     self._opener = start_thread("moetier-opener", self._import_compiler, daemon=False)
                 except RuntimeError as error:
                     raise no_thread(error) from None
-        if self._compute_calls is None:
+        if not self._compute_calls.done():
             raise ExhaustedError("The daemon is still loading its compiler.", "Fetch records meanwhile.")
-        if isinstance(self._compute_calls, MoetierError):
-            raise self._compute_calls.fresh()
-        return self._compute_calls
+        if isinstance(error := self._compute_calls.exception(), MoetierError):
+            raise error.fresh()
+        return self._compute_calls.result()
 
     def log_condemned(self, error: StoreError) -> None:
         """Log that the tier was condemned: clients of the model get ``error``. Other models are still served."""
@@ -119,8 +120,8 @@ class HostedModel(Closeable):
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
         """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers of each."""
         counts = self.counts.sum()
-        stats, compute_calls, fetched = self.host.stats(), self._compute_calls, self.fetch_calls.counts()
-        computed = {} if compute_calls is None or isinstance(compute_calls, MoetierError) else compute_calls.counts()
+        stats, fetched = self.host.stats(), self.fetch_calls.counts()
+        computed = self._compute_calls.result().counts() if self._has_compute_calls() else {}
         return pb.ModelStats(
             name=self.name,
             digest=self.digest,
@@ -158,19 +159,23 @@ class HostedModel(Closeable):
             opener = self._opener
         if opener is not None:
             opener.join()
-        if self._compute_calls is not None and not isinstance(self._compute_calls, MoetierError):
-            self._compute_calls.close()
+        if self._has_compute_calls():
+            self._compute_calls.result().close()
+
+    def _has_compute_calls(self) -> bool:
+        return self._compute_calls.done() and self._compute_calls.exception() is None
 
     def _import_compiler(self) -> None:
         try:
             from .compute import ComputeCalls
 
-            self._compute_calls = ComputeCalls(self.host, self.manifest, timeout=self._timeout)
+            self._compute_calls.set_result(ComputeCalls(self.host, self.manifest, timeout=self._timeout))
         except MoetierError as error:
-            self._compute_calls = error.with_traceback(None)
+            self._compute_calls.set_exception(error.with_traceback(None))
         except Exception as error:  # llvmlite can't be imported, or there is no memory: callers must not wait for more
             _log.exception("Nothing can be computed for other hosts.")
-            self._compute_calls = ConfigError(f"This daemon can't compute experts ({error}).", "Fetch records instead.")
+            refusal = ConfigError(f"This daemon can't compute experts ({error}).", "Fetch records instead.")
+            self._compute_calls.set_exception(refusal)
 
     def _check_trunk(self) -> None:
         for name, entry in self.manifest.trunk.items():

@@ -200,7 +200,7 @@ class StoredTensor(SourceTensor):
             shape = (rows, *shape[1:])
             offset += first * (self.nbytes // self.shape[0] if self.shape[0] else 0)
         tensor = torch.empty(shape, dtype=getattr(torch, self.dtype))
-        read_at(self.file, offset, tensor.view(-1).view(torch.uint8).numpy())
+        read_range(self.file, offset, tensor.view(-1).view(torch.uint8).numpy())
         return tensor
 
     def by_expert(self, experts: int) -> list[list[SourceTensor]]:
@@ -220,7 +220,7 @@ class StoredTensor(SourceTensor):
         buffer = np.empty(min(CHUNK_BYTES, self.nbytes), np.uint8)
         for start in range(0, self.nbytes, CHUNK_BYTES):
             chunk = buffer[: min(CHUNK_BYTES, self.nbytes - start)]
-            read_at(self.file, self.offset + start, chunk)
+            read_range(self.file, self.offset + start, chunk)
             yield chunk
 
 
@@ -275,7 +275,7 @@ def check(stored: Numbers, shape: Sequence[int | str], *dtypes: str) -> None:
         )
 
 
-def read_at(path: Path, offset: int, out: Bytes) -> None:
+def read_range(path: Path, offset: int, out: Bytes) -> None:
     """Fill ``out`` with bytes of a file from ``offset`` on.
 
     Raises CheckpointError if the file is too short or can't be read. What was read is dropped from the page cache,

@@ -59,7 +59,7 @@ def lean_imports() -> Iterator[None]:
     gc.disable()
     try:
         if "transformers" not in sys.modules:
-            sys.meta_path.insert(0, _After("transformers.utils.import_utils", _lighten))
+            sys.meta_path.insert(0, _AfterImport("transformers.utils.import_utils", _lighten))
             put_stand_ins()
         with made_on_meta():
             yield
@@ -95,8 +95,8 @@ def _lighten(utils: Any) -> None:
     search_later(utils)
 
 
-class _After(MetaPathFinder):
-    """Finder for one module, ``name``. After the import of this module, it calls ``then`` with it."""
+class _AfterImport(MetaPathFinder):
+    """Calls ``then`` with the module ``name`` once it was imported. Finds it as others do, and wraps its loader."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name = name

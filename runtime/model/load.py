@@ -15,19 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -35,24 +29,23 @@ from moetier.runtime.checkpoint.containers import container_of, open_checkpoint
 from moetier.runtime.checkpoint.model_config import config_of, is_checkpoint
 from moetier.runtime.config import CACHE, TIER_OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.devices.device import chosen_device
-from moetier.runtime.machine.memory import shortage_in
 from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
-from moetier.tiers.errors import ConfigError, MoetierError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.fields import shown
 from moetier.tiers.options import declare_keywords, read_all
-from moetier.tiers.store.folder import check_directory, command, parse_json, remaking
+from moetier.tiers.store.folder import check_directory, parse_json, remaking
 from moetier.tiers.store.trunk import check_trunk
 from moetier.tiers.text import some
 
 from .context import longest_context
+from .load_errors import MISFIT, bar_only_on_a_terminal, load_errors, report_held_back
 from .names import directory_at, is_address, model_directory, note_use_of
 from .quantizer import LoadArguments, install, loading
 from .trunk_files import TrunkFiles
 from .vocabulary import check_tokenizer
 
-MISFIT = "Check that config.json belongs to these weights. If it does, get the checkpoint or convert it again."
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -124,7 +117,7 @@ def _load(location: Path, tier_config: TierConfig, dtype: str | torch.dtype, att
     device = chosen_device(tier_config.device)
     install()
     tokenizer = container_of(location).tokenizer(location)
-    with _load_errors(location):
+    with load_errors(location):
         config_class = model_class.config_class
         config = (
             config_class.from_dict(config_json) if is_checkpoint(location) else config_class.from_pretrained(location)
@@ -132,7 +125,7 @@ def _load(location: Path, tier_config: TierConfig, dtype: str | torch.dtype, att
     if tokenizer is not None and (most := longest_context(config)) is not None:
         # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    with _load_errors(location), _report_held_back(), _bar_on_a_terminal_alone():
+    with load_errors(location), report_held_back(), bar_only_on_a_terminal():
         model = model_of(
             location,
             config,
@@ -270,100 +263,6 @@ def _attention(name: object) -> str | None:
     if name is None or (isinstance(name, str) and name in implementations):
         return name
     raise ConfigError(f"`attn_implementation` is {name!r}.", f"Give one of {', '.join(sorted(implementations))}.")
-
-
-@contextlib.contextmanager
-def _bar_on_a_terminal_alone() -> Iterator[None]:
-    """Disable transformers' progress bar if standard error is not a terminal."""
-    log = transformers.utils.logging
-    if not log.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
-        yield
-        return
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _load_errors(location: Path) -> Iterator[None]:
-    """Turn errors of transformers into errors of this project.
-
-    These are StoreFormatError if files can't be read or don't match, ConfigError if a library is missing, and
-    BudgetError if memory can't be allocated.
-    """
-    try:
-        yield
-    except MoetierError:
-        raise
-    except Exception as error:
-        if (shortage := shortage_in(error)) is not None:
-            raise shortage from error
-        _raise_own_error(error, location)
-        raise
-
-
-def _raise_own_error(error: Exception, location: Path) -> None:
-    """Raise this project's error for an error of transformers in loading ``location``, if there is one."""
-    if isinstance(error, ImportError):
-        raise ConfigError(
-            f"{location} can't be loaded in this way: {_one_line(error)}",
-            "Install what is missing, or choose another `attn_implementation`.",
-        ) from error
-    if isinstance(error, OSError | ValueError | SafetensorError | StrictDataclassError):
-        raise StoreFormatError(
-            f"{location} can't be loaded: {_one_line(error)}",
-            f"Check the directory: {command('verify', location)}; or convert the model again.",
-        ) from error
-    if (misfit := _misfit(error)) is not None:
-        raise StoreFormatError(f"{location} can't be loaded: {misfit}.", MISFIT) from error
-
-
-def _misfit(error: Exception) -> str | None:
-    """Return which weight of a checkpoint does not fit its config, by an error of transformers; None for another error.
-
-    The error itself refers to the report that transformers has logged.
-    """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        loading_info = frame.f_locals.get("loading_info")
-        if shapes := sorted(getattr(loading_info, "mismatched_keys", ())):
-            name, stored, expected = shapes[0]
-            more = f", and {len(shapes) - 1} more do not fit" if shapes[1:] else ""
-            return f"{name} has shape {list(stored)}, and by config.json {list(expected)}{more}"
-        if failed := sorted(getattr(loading_info, "conversion_errors", {})):
-            return f"the weights that {failed[0]} is made of do not fit together"
-    return None
-
-
-@contextlib.contextmanager
-def _report_held_back() -> Iterator[None]:
-    """Log transformers' report about the weights of a model at the end of the context, unless it raises an exception.
-
-    An exception says the same more clearly. Reports of other threads are logged at once: they are about other models.
-    """
-    held: list[logging.LogRecord] = []
-    own = threading.get_ident()
-
-    def passes(record: logging.LogRecord) -> bool:
-        is_report = threading.get_ident() == own and "LOAD REPORT" in record.getMessage()
-        if is_report:
-            held.append(record)
-        return not is_report
-
-    log = logging.getLogger(PreTrainedModel.__module__)
-    log.addFilter(passes)
-    try:
-        yield
-    finally:
-        log.removeFilter(passes)
-    for record in held:
-        log.handle(record)
-
-
-def _one_line(error: Exception) -> str:
-    """Format an error in one line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _model_class(config: dict[str, Any]) -> Any:

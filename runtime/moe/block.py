@@ -176,7 +176,7 @@ def release_open_leases() -> None:
             cut.release_leases()
 
 
-def tokens_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
+def group_by_expert(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Return for each expert that is used, in ascending order, the tokens that use it and its positions in their top-k.
 
     ``top_k_index`` is [tokens, top_k]. Both tensors of an expert are [n] if n tokens use it. They are in the order of

@@ -27,7 +27,7 @@ from moetier.runtime.libraries.transformers_internals import apply_gate, is_expe
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.quant.codec import sections
 
-from .block import BlockDemand, RoutedTokens, TieredBlock, release_open_leases, tokens_of_experts
+from .block import BlockDemand, RoutedTokens, TieredBlock, group_by_expert, release_open_leases
 from .gradients import without_gradient
 from .quick import compute_quick, kernels_of
 from .slots import compute_in_slots, slot_kernels_of
@@ -157,7 +157,7 @@ def _eager(
     If ``tiered.kernels`` are exact, this is the exact way that the module's docstring describes.
     """
     compute, accumulate = arithmetic(module, hidden_states, top_k_weights)
-    tokens_of = tokens_of_experts(top_k_index, module.num_experts)
+    tokens_of = group_by_expert(top_k_index, module.num_experts)
     waiting, computed = deque(tokens_of), dict[int, Tensor]()
     out = torch.zeros_like(hidden_states, dtype=accumulate)
 

@@ -42,7 +42,7 @@ class DemandPart(NamedTuple):
     outputs: Tensor  # [outputs, hidden], to be filled
 
 
-def compute_token(
+def compute_leased_token(
     kernels: ExpertKernels, demand: BlockDemand, x: Tensor, experts: Sequence[int], weights: Tensor
 ) -> Tensor:
     """Compute a token, x [1, hidden] with weights [1, top_k] of distinct ``experts``. Returns [1, hidden]."""

@@ -25,7 +25,7 @@ from moetier.runtime.libraries.torch_internals import children_of, hooks_after, 
 
 from .gates import Observer
 from .layer_forms import LayerForm, find_form, key_of, parts_of
-from .quick import is_row_like, one_token
+from .quick import forward_token, is_row_like
 from .routers import quick_class, tensors_of
 from .snapshot import MAX_TRIALS, Snapshot, has_global_hooks, hooks_of
 
@@ -136,7 +136,7 @@ class OneTokenLayer:
         """Compute the experts, and add ``more`` [1, 1, hidden] if it is given. Return the sum, or [1, hidden]."""
         # what a module has returned may be of any type and shape; then torch adds it
         added = more if more is call.total or (more is not None and is_row_like(more, routed.row)) else None
-        y = one_token(call.experts, routed.row, routed.chosen.tolist(), routed.weights, added)
+        y = forward_token(call.experts, routed.row, routed.chosen.tolist(), routed.weights, added)
         if y is None:
             y, added = call.experts.forward(routed.row, routed.experts, routed.weights), None
         found: Tensor = y if more is None or more is added else more + y

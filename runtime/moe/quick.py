@@ -31,7 +31,7 @@ from .snapshot import Trials, has_global_hooks
 Made = TypeVar("Made")
 
 
-def _resident_token(
+def _compute_resident_token(
     kernels: ExpertKernels,
     demand: BlockDemand,
     x: Tensor,
@@ -54,7 +54,7 @@ def _resident_token(
     return out
 
 
-def _resident_tokens(
+def _compute_resident_tokens(
     kernels: ExpertKernels, demand: BlockDemand, x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor | None:
     """Compute a few tokens, x [tokens, hidden], with ``index`` and ``weights`` [tokens, top_k].
@@ -96,7 +96,7 @@ def _note_uses(demand: BlockDemand, experts: Sequence[int]) -> None:
     demand.announce(experts)
 
 
-def one_token(
+def forward_token(
     module: Any, x: Tensor, experts: Sequence[int], weights: Tensor, residual: Tensor | None
 ) -> Tensor | None:
     """Compute ``experts_forward`` of one token without gradients, and add the residual if there is one.
@@ -118,7 +118,7 @@ def one_token(
     if kernels is None or kernels.dtype != x.dtype or x.shape[1] != kernels.width:
         return None
     release_open_leases()
-    return _one_token(kernels, BlockDemand(tiered), x, experts, weights, residual)
+    return _compute_token(kernels, BlockDemand(tiered), x, experts, weights, residual)
 
 
 def is_row_like(other: Tensor, x: Tensor) -> bool:
@@ -180,12 +180,12 @@ def compute_quick(
     inputs from ``calls`` before they take the results.
     """
     dtype, sizes = calls[0].x.dtype, [len(call.x) for call in calls]
-    sums = _sums(kernels, BlockDemand(tiered), [_checked(kernels, *call) for call in calls], between)
+    sums = _compute_calls(kernels, BlockDemand(tiered), [_converted(kernels, *call) for call in calls], between)
     for out in torch.split(sums, sizes):
         yield out.to(dtype)
 
 
-def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> RoutedTokens:
+def _converted(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Tensor) -> RoutedTokens:
     """Return x [tokens, hidden], with indices and weights [tokens, top_k], in types that compiled code takes.
 
     Raises ValueError if shapes do not fit.
@@ -195,7 +195,7 @@ def _checked(kernels: ExpertKernels, x: Tensor, top_k_index: Tensor, weights: Te
     return RoutedTokens(x.to(kernels.dtype).contiguous(), top_k_index, weights.contiguous())
 
 
-def _sums(
+def _compute_calls(
     kernels: ExpertKernels, demand: BlockDemand, calls: Sequence[RoutedTokens], between: Callable[[], object]
 ) -> Tensor:
     """Compute the tokens of all calls. Return their sums [tokens, hidden]."""
@@ -203,15 +203,15 @@ def _sums(
         x, index, weights = calls[0]
         out: Tensor | None = None
         if len(x) == 1:
-            out = _one_token(kernels, demand, x, index.tolist()[0], weights)
+            out = _compute_token(kernels, demand, x, index.tolist()[0], weights)
         if out is None and index.numel() <= BATCH_OUTPUTS and demand.tiered.remote_compute is None:
-            out = _resident_tokens(kernels, demand, x, index, weights)
+            out = _compute_resident_tokens(kernels, demand, x, index, weights)
         if out is not None:
             return out
     return grouped.compute_tokens(kernels, demand, calls, between)
 
 
-def _one_token(
+def _compute_token(
     kernels: ExpertKernels,
     demand: BlockDemand,
     x: Tensor,
@@ -226,9 +226,9 @@ def _one_token(
     """
     if not experts or len(set(experts)) < len(experts):
         return None
-    if (out := _resident_token(kernels, demand, x, experts, weights, residual)) is not None:
+    if (out := _compute_resident_token(kernels, demand, x, experts, weights, residual)) is not None:
         return out
     if max(experts) >= kernels.experts or min(experts) < 0:
         return None
-    out = grouped.compute_token(kernels, demand, x, experts, weights)
+    out = grouped.compute_leased_token(kernels, demand, x, experts, weights)
     return out if residual is None else residual + out

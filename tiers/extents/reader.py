@@ -338,7 +338,7 @@ class ExtentStore(DirectoryStore):
         part[done - start :] = bytes(stop - done)
 
     def _read_extent(self, extent: Extent, skipped: int, part: memoryview) -> None:
-        """Read ``part``, which begins ``skipped`` bytes after the extent's first byte in the record."""
+        """Read a part of an extent into ``part``. In the record, it begins ``skipped`` bytes after the extent does."""
         if not extent.row_bytes and not extent.is_wide:
             self._files[extent.shard].read(extent.offset + skipped, part, self._buffers)
             return

@@ -22,7 +22,7 @@ import torch
 from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.native import Kept, stored_in
 from moetier.runtime.checkpoint.recipe import Expert, Merging
-from moetier.runtime.formats.tensors import Bytes, read_at
+from moetier.runtime.formats.tensors import Bytes, read_range
 from moetier.runtime.kernels.quantise.encode import encode
 from moetier.runtime.machine.memory import available_memory
 from moetier.runtime.machine.threads import usable_cpus
@@ -170,5 +170,5 @@ def _copy(expert: Expert, layout: RecordLayout, record: Bytes) -> None:
         bytes_, at = view.view(-1).view(torch.uint8).numpy(), 0
         for stored in stored_in(expert.block, layout.section(name)):
             one = stored[expert.index]
-            read_at(one.file, one.offset, bytes_[at : at + one.nbytes])
+            read_range(one.file, one.offset, bytes_[at : at + one.nbytes])
             at += one.nbytes

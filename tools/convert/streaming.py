@@ -38,7 +38,7 @@ from moetier.runtime.checkpoint.safetensors_folder import (
     weights_of,
     without_weights,
 )
-from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
+from moetier.runtime.formats.tensors import CHUNK_BYTES, StoredTensor, listed, read_range, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import PAGE_BYTES
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
@@ -269,7 +269,7 @@ class Download:
             for offset, size in ranges:
                 for start in range(offset, offset + size, CHUNK_BYTES):
                     piece = np.empty(min(CHUNK_BYTES, offset + size - start), np.uint8)
-                    read_at(path, start, piece)
+                    read_range(path, start, piece)
                     write_all(stream.fileno(), piece.data, start)
             os.fsync(stream.fileno())
         write_durably(_kept_path(path), json.dumps(ranges).encode())

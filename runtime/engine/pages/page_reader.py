@@ -182,7 +182,10 @@ class PageReader:
         return []
 
     def _find_pages(self, user: str, ids: Sequence[int], known: int) -> tuple[list[bytes], list[SavedFile]]:
-        """Return pages as ``find`` says, and for each page up to the last one the name of the page before it."""
+        """Return the pages that ``find`` looks for, and the names from which the folder follows.
+
+        The name at index i is that of page i - 1 of the prompt, or the root's for i = 0.
+        """
         pages, name, names = list[SavedFile](), self._root_of(user), list[bytes]()
         for depth in range(len(ids) // PAGE_TOKENS + 1):
             tokens = tuple(ids[PAGE_TOKENS * depth : PAGE_TOKENS * (depth + 1)])

@@ -94,7 +94,7 @@ class WordEmitter(Emitter):
         return at.bitcast(self.intrinsic(name, _PAIRS, parts[1], parts[0]), _WORDS)
 
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
-        """Emit the columns of LANES vectors of as many words."""
+        """Emit the transposition of a matrix of LANES × LANES words: take its rows, return its columns."""
         quarters = range(0, LANES, 4)
 
         def mix(a: Value, b: Value, pattern: Sequence[int]) -> Value:

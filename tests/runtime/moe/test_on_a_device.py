@@ -27,7 +27,7 @@ from moetier.runtime.devices.cuda import CudaInt4, CudaStreams
 from moetier.runtime.kernels.int4 import FusedKernels
 from moetier.runtime.kernels.products.api import Kernels
 from moetier.runtime.kernels.slots import Make, SlotKernels, can_compute
-from moetier.runtime.moe.block import TieredBlock, tokens_of_experts
+from moetier.runtime.moe.block import TieredBlock, group_by_expert
 from moetier.runtime.moe.experts import experts_forward, experts_modules
 from moetier.runtime.moe.linear import QuantizedLinear
 from moetier.runtime.moe.slots import slot_kernels_of
@@ -290,7 +290,7 @@ def test_tokens_of_experts(tokens: int) -> None:
     """By position and then by token, as torch.where gives them in the ordinary modules."""
     index = torch.randint(0, 9, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
     index[::5] = 1_000_000
-    rows = tokens_of_experts(index, 8)
+    rows = group_by_expert(index, 8)
     assert list(rows) == [expert for expert in range(8) if (index == expert).any()]
     for expert, (found, positions) in rows.items():
         expected = torch.where((index == expert).T)

@@ -11,7 +11,7 @@ from twins import BLOCK, CPU, inputs, pair
 
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.moe.block import RoutedTokens, TieredBlock
-from moetier.runtime.moe.quick import compute_quick, is_row_like, kernels_of, one_token
+from moetier.runtime.moe.quick import compute_quick, forward_token, is_row_like, kernels_of
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def test_shapes_that_do_not_fit_are_named(twin: Any) -> None:
 def test_what_compiled_code_cannot_compute_is_left_to_others(twin: Any) -> None:
     x, index, weights = inputs(ordinary(), torch.float32, tokens=1)
     experts = index[0].tolist()
-    assert one_token(twin, x, experts, weights.double(), None) is None
-    assert one_token(twin, x.half(), experts, weights, None) is None
-    assert one_token(twin, x, [*experts[:2], experts[0]], weights, None) is None, "an expert twice"
-    assert one_token(twin, x, [0, 1, twin.num_experts], weights, None) is None, "an expert of another device"
+    assert forward_token(twin, x, experts, weights.double(), None) is None
+    assert forward_token(twin, x.half(), experts, weights, None) is None
+    assert forward_token(twin, x, [*experts[:2], experts[0]], weights, None) is None, "an expert twice"
+    assert forward_token(twin, x, [0, 1, twin.num_experts], weights, None) is None, "an expert of another device"
     handle = twin.act_fn.register_forward_hook(lambda *_: None)
-    assert one_token(twin, x, experts, weights, None) is None, "compiled code would not call the hook"
+    assert forward_token(twin, x, experts, weights, None) is None, "compiled code would not call the hook"
     handle.remove()
-    assert one_token(twin, x, experts, weights, None) is not None
+    assert forward_token(twin, x, experts, weights, None) is not None
 
 
 def ordinary() -> Any:
