@@ -92,8 +92,8 @@ class HostedModel(Closeable):
                     raise no_thread(error) from None
         if not self._compute_calls.done():
             raise ExhaustedError("The daemon is still loading its compiler.", "Fetch records meanwhile.")
-        if isinstance(error := self._compute_calls.exception(), MoetierError):
-            raise error.fresh()
+        if isinstance(refusal := self._compute_calls.exception(), MoetierError):
+            raise refusal.fresh()
         return self._compute_calls.result()
 
     def log_condemned(self, error: StoreError) -> None:

@@ -1,6 +1,7 @@
 """Loading a model over the tiers: ``moetier.load``, and ``register`` for transformers' ``from_pretrained``.
 
     load            ``moetier.load``
+    load_errors     errors and reports of transformers while it loads
     register        transformers' ``from_pretrained``
     quantizer       what transformers calls while it loads
     attach          attaches the tiers to the loaded model
