@@ -1,4 +1,4 @@
-"""What transformers says while it loads a model: its errors become this project's, and its report and bar wait."""
+"""Errors, reports and the progress bar of transformers while it loads a model."""
 
 from __future__ import annotations
 
