@@ -1,4 +1,4 @@
-"""What transformers reports while it loads a model: one error of this project, or its own report."""
+"""Errors and reports of transformers while it loads a model: which of them a user sees, and in what words."""
 
 from __future__ import annotations
 
