@@ -49,7 +49,7 @@ PoolSlot = NewType("PoolSlot", int)  # number of a slot in a pool of slots of on
 TierSlot = NewType("TierSlot", int)  # number of a slot in a tier: of all its pools, in the order of their slots
 
 
-class BlockLayout(NamedTuple):
+class GgufBlock(NamedTuple):
     """Layout of a block of a GGUF file: consecutive weights of a row, with their scales."""
 
     weights: int  # number of weights in a block
@@ -61,13 +61,13 @@ class BlockLayout(NamedTuple):
 # The codings in which records keep a checkpoint's weights. ``runtime.kernels.codings.row_codings`` has compiled code
 # for each, and ``runtime.formats`` reads them from checkpoints.
 CODINGS: dict[str, Bits] = {"e2m1": 4, "int4": 4, "e4m3": 8}  # a dictionary from codings to their bits per weight
-BLOCKS: dict[str, BlockLayout] = {  # a dictionary from codings of GGUF files to their blocks
-    "q4_0": BlockLayout(32, 18, 4, 32),
-    "q8_0": BlockLayout(32, 34, 8, 32),
-    "q4_k": BlockLayout(256, 144, 4, 32),
-    "q5_k": BlockLayout(256, 176, 5, 32),
-    "q6_k": BlockLayout(256, 210, 6, 16),
-    "mxfp4": BlockLayout(32, 17, 4, 32),
+GGUF_BLOCKS: dict[str, GgufBlock] = {  # a dictionary from codings of GGUF files to their blocks
+    "q4_0": GgufBlock(32, 18, 4, 32),
+    "q8_0": GgufBlock(32, 34, 8, 32),
+    "q4_k": GgufBlock(256, 144, 4, 32),
+    "q5_k": GgufBlock(256, 176, 5, 32),
+    "q6_k": GgufBlock(256, 210, 6, 16),
+    "mxfp4": GgufBlock(32, 17, 4, 32),
 }
 CODING_GROUPS = (16, 32, 64, 128)  # supported group sizes of the codings in CODINGS that have 4 bits
 GLOBALS = ("multiply", "divide")  # what is done to scales with the number of their part
@@ -111,8 +111,8 @@ class Projection:
     With a ``coding``, the matrix is stored as in the checkpoint that it comes from: [rows, columns], row after row,
     without padding and without pairs. Each rectangle of ``block_rows`` rows and ``group`` columns shares a scale. A
     matrix may consist of ``parts`` of equal shape, one below the other, each with its own grid of scales. If the coding
-    is one of BLOCKS, a row is a run of the blocks of a GGUF file, which contain the scales, and the fields that follow
-    ``coding`` have their defaults. ``quant.codings`` decodes all codings.
+    is one of GGUF_BLOCKS, a row is a run of the blocks of a GGUF file, which contain the scales, and the fields that
+    follow ``coding`` have their defaults. ``quant.codings`` decodes all codings.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Projection:
     group: int = 0  # number of weights of a row that share a pair or a scale; 0 with 16 bits
     pairs: str = ""  # type of the stored pairs, one of PAIR_TYPES or ZERO_POINTS; "" with 16 bits, or with a coding
     # The fields below are left out of a manifest where they have these values.
-    coding: str = ""  # how the checkpoint stores weights, one of CODINGS or BLOCKS; "": as moetier quantises
+    coding: str = ""  # how the checkpoint stores weights, one of CODINGS or GGUF_BLOCKS; "": as moetier quantises
     scales: str = ""  # type of the scales of a coding in CODINGS, one of SCALE_TYPES
     block_rows: int = 1  # number of rows that share a scale
     parts: int = 1  # number of matrices of equal shape, one below the other, each with its own grid of scales
@@ -138,7 +138,7 @@ class Projection:
     @property
     def row_bytes(self) -> int:
         """Size of the codes of a row in bytes. Only for a projection with a coding."""
-        if (block := BLOCKS.get(self.coding)) is not None:
+        if (block := GGUF_BLOCKS.get(self.coding)) is not None:
             return self.columns // block.weights * block.nbytes
         return self.columns * self.bits // 8
 
@@ -173,7 +173,7 @@ class Bias:
 
 def _coded_pieces(p: Projection) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     yield f"{p.name}.codes", "uint8", (p.rows, p.row_bytes)
-    if p.coding in BLOCKS:
+    if p.coding in GGUF_BLOCKS:
         return
     down, across = p.grid
     yield f"{p.name}.scales", SCALE_TYPES[p.scales], (p.parts * down, across)
@@ -329,8 +329,8 @@ def _projection(value: Fields) -> Projection:
 
 def _coded(p: Projection, value: Fields) -> Projection:
     """Parse the fields of a projection that belong to its coding. Raises ValueError as ``_projection`` does."""
-    coding = value["coding"].among((*CODINGS, *BLOCKS))
-    if (block := BLOCKS.get(coding)) is not None:
+    coding = value["coding"].among((*CODINGS, *GGUF_BLOCKS))
+    if (block := GGUF_BLOCKS.get(coding)) is not None:
         value["bits"].among((block.bits,))
         value["group"].among((block.group,))
         value["pairs"].among(("",))

@@ -23,7 +23,7 @@ import torch
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tiers.layout import BLOCKS, Projection, RecordLayout
+from moetier.tiers.layout import GGUF_BLOCKS, Projection, RecordLayout
 
 from .scaled import TILE_WEIGHTS
 from .tensors import Runs, SourceTensor, StoredMatrix, StoredTensor
@@ -71,7 +71,9 @@ class GgufTensor(SourceTensor):
 
     def as_matrix(self) -> StoredMatrix | None:
         """Return the matrix as it lies in the file, in a coding of GGUF that kernels multiply with; else None."""
-        if (self.change is not None and self.order is None) or (block := BLOCKS.get(self.ggml_type.lower())) is None:
+        if (self.change is not None and self.order is None) or (
+            block := GGUF_BLOCKS.get(self.ggml_type.lower())
+        ) is None:
             return None
         rows, columns = self.shape
         p = Projection(WEIGHT, rows, columns, block.bits, self.dtype, group=block.group, coding=self.ggml_type.lower())
@@ -152,7 +154,7 @@ class GgufExperts(SourceTensor):
         ggml_type = " and ".join(sorted({tensor.ggml_type for tensor in self.tensors}))
         if ggml_type in FLOATS and not self.transposed:
             return replace(plain, dtype=FLOATS[ggml_type])
-        if (block := BLOCKS.get(coding := ggml_type.lower())) is None:
+        if (block := GGUF_BLOCKS.get(coding := ggml_type.lower())) is None:
             raise ValueError(f"{self.stored_name} is stored in {ggml_type}")
         return replace(plain, bits=block.bits, group=block.group, dtype=self.dtype, coding=coding)
 

@@ -26,7 +26,7 @@ from moetier.runtime.kernels.products.matmul import matmul_kernel
 from moetier.runtime.kernels.products.rounding import Rounding, rounding_kernel
 from moetier.tiers.extents.table import read_table
 from moetier.tiers.headers.gguf import SUFFIX, read_gguf
-from moetier.tiers.layout import BLOCKS, Projection
+from moetier.tiers.layout import GGUF_BLOCKS, Projection
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_json, read_manifest, store_folder
 from moetier.tiers.threads import start_thread
@@ -58,7 +58,7 @@ def _matrices(path: Path) -> set[Projection]:
     """Return projections like the matrices in a GGUF file that belong to the trunk."""
     projections = set()
     for entry in read_gguf(path).tensors.values():
-        stored = BLOCKS.get(coding := entry.ggml_type.lower())
+        stored = GGUF_BLOCKS.get(coding := entry.ggml_type.lower())
         if stored is not None and len(entry.shape) == 2:
             rows, columns = entry.shape
             projections.add(Projection("", rows, columns, stored.bits, group=stored.group, coding=coding))

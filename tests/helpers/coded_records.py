@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moetier.tiers.layout import BLOCKS, CODINGS, Bias, Projection, RecordLayout
+from moetier.tiers.layout import CODINGS, GGUF_BLOCKS, Bias, Projection, RecordLayout
 from moetier.tiers.quant.codec import sections
 
 
@@ -51,7 +51,7 @@ def coded(*projections: Projection, biases: tuple[Bias, ...] = (), seed: int = 0
 
 def blocks(coding: str, rows: int, columns: int, seed: int = 0) -> tuple[RecordLayout, Tensor]:
     """A record with one projection in the blocks of a GGUF file."""
-    block = BLOCKS[coding]
+    block = GGUF_BLOCKS[coding]
     p = Projection("up_proj", rows, columns, block.bits, group=block.group, coding=coding)
     layout = RecordLayout((p,))
     data = random_blocks(p.shape, coding.upper(), np.random.default_rng(seed)).reshape(-1)
@@ -62,7 +62,7 @@ def blocks(coding: str, rows: int, columns: int, seed: int = 0) -> tuple[RecordL
 
 def random_blocks(shape: tuple[int, ...], ggml_type: str, random: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Valid ones, whose weights have about the size of those of a model."""
-    block = BLOCKS[ggml_type.lower()]
+    block = GGUF_BLOCKS[ggml_type.lower()]
     rows = int(np.prod(shape[:-1]))
     blocks = random.integers(0, 256, (rows * shape[-1] // block.weights, block.nbytes), np.uint8)
     scale = random.uniform(0.5, 1, (len(blocks), 1)).astype(np.float16)

@@ -32,7 +32,7 @@ CHUNK_BYTES = 1 << 20  # bytes of a header that are read at first; each further 
 STRING, ARRAY = 8, 9  # types of values
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-BLOCKS = {  # by ggml's number of a type: its name, and the weights and bytes of a block
+GGML_TYPES = {  # by ggml's number of a type: its name, and the weights and bytes of a block
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66),
@@ -238,9 +238,9 @@ class _Cursor:
             raise ValueError(f"{shown(name)} has {dimensions:,} dimensions, not 1 to {MAX_DIMENSIONS}")
         shape = self.unpack(f"{dimensions}Q")[::-1]
         number, begin = self.unpack("IQ")
-        if number not in BLOCKS:
+        if number not in GGML_TYPES:
             raise ValueError(f"{shown(name)} has the unknown type {number}")
-        ggml_type, weights, size = BLOCKS[number]
+        ggml_type, weights, size = GGML_TYPES[number]
         if math.prod(shape) * size > MAX_BYTES * weights or begin > MAX_BYTES or min(shape) < 1:
             raise ValueError(f"{shown(name)} has the shape {list(shape)} and begins at {begin:,}")
         if shape[-1] % weights:

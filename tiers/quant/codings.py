@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moetier.tiers.layout import BLOCKS, Projection
+from moetier.tiers.layout import GGUF_BLOCKS, Projection
 
 from .gguf_blocks import decode_blocks
 
@@ -43,7 +43,7 @@ def decode_rows(views: Mapping[str, Tensor], p: Projection, start: int, stop: in
     ``views`` has the projection's sections by their names.
     """
     codes = views[f"{p.name}.codes"][start:stop]
-    if p.coding in BLOCKS:
+    if p.coding in GGUF_BLOCKS:
         return decode_blocks(codes, p.coding)
     scales = _scales(views, p, start, stop).repeat_interleave(p.group, 1)
     return _NUMBERS[p.coding](codes).mul_(scales[:, : p.columns])

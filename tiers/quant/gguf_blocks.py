@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moetier.tiers.layout import BLOCKS
+from moetier.tiers.layout import GGUF_BLOCKS
 
 DOUBLED_E2M1 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 
@@ -82,4 +82,4 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {  # by coding: uint8 [blocks
 
 def decode_blocks(rows: Tensor, coding: str) -> Tensor:
     """Return the weights of rows of blocks: uint8 [rows, bytes of a row] -> fp32 [rows, columns]."""
-    return _DECODERS[coding](rows.contiguous().view(-1, BLOCKS[coding].nbytes)).view(len(rows), -1)
+    return _DECODERS[coding](rows.contiguous().view(-1, GGUF_BLOCKS[coding].nbytes)).view(len(rows), -1)

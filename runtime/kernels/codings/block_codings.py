@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 from moetier.runtime.kernels.jit.emitter import F32, I8, I16, I32, Value, vector
-from moetier.tiers.layout import BLOCKS, Projection
+from moetier.tiers.layout import GGUF_BLOCKS, Projection
 
 from .row_emitter import BIASED_E2M1, UNIT, Coding, ColumnGroup, RowEmitter
 
@@ -70,8 +70,8 @@ class _Blocks(Coding):
 
     def __init__(self, p: Projection) -> None:
         super().__init__(p)
-        self.chunk = max(COLUMNS, BLOCKS[p.coding].weights) // p.group
-        self._p, self._block = p, BLOCKS[p.coding]
+        self.chunk = max(COLUMNS, GGUF_BLOCKS[p.coding].weights) // p.group
+        self._p, self._block = p, GGUF_BLOCKS[p.coding]
 
     @staticmethod
     def can_load(p: Projection) -> bool:

@@ -334,8 +334,8 @@ sys.exit(main(["generate", {str(path)!r}, "he"]))
 
 
 def test_the_types_are_those_of_gguf() -> None:
-    from moetier.tiers.headers.gguf import BLOCKS
+    from moetier.tiers.headers.gguf import GGML_TYPES
 
-    for number, (name, weights, size) in BLOCKS.items():
+    for number, (name, weights, size) in GGML_TYPES.items():
         kind = gguf.GGMLQuantizationType(number)
         assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (name, (weights, size))

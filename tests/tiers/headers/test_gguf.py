@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moetier.tiers.headers import gguf
-from moetier.tiers.headers.gguf import BLOCKS, digest_of, read_gguf
+from moetier.tiers.headers.gguf import GGML_TYPES, digest_of, read_gguf
 
 UINT32, FLOAT, BOOL, STRING, ARRAY, UINT64 = 4, 6, 7, 8, 9, 10
 
@@ -176,4 +176,4 @@ def test_fuzzed_headers_are_refused_or_lie_in_the_file(tmp_path: Path) -> None:
 
 
 def test_the_sizes_of_blocks_divide_a_row() -> None:
-    assert all(weights in (1, 32, 64, 256) and size > 0 for _, weights, size in BLOCKS.values())
+    assert all(weights in (1, 32, 64, 256) and size > 0 for _, weights, size in GGML_TYPES.values())

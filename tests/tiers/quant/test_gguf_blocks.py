@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from moetier.tiers.layout import BLOCKS
+from moetier.tiers.layout import GGUF_BLOCKS
 from moetier.tiers.quant.gguf_blocks import decode_blocks
 
 gguf = pytest.importorskip("gguf")
 
 
-@pytest.mark.parametrize("coding", BLOCKS)
+@pytest.mark.parametrize("coding", GGUF_BLOCKS)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_bytes_give_the_bits_of_gguf(coding: str, seed: int) -> None:
     """Scales that are no numbers too."""
-    form = BLOCKS[coding]
+    form = GGUF_BLOCKS[coding]
     rows = np.random.default_rng(seed).integers(0, 256, (37, 3 * form.nbytes), np.uint8)
     if coding == "mxfp4":  # gguf reads 0xFF as a number
         rows[:, :: form.nbytes] = np.minimum(rows[:, :: form.nbytes], 254)
@@ -40,5 +40,5 @@ def test_every_exponent_of_mxfp4() -> None:
 
 
 def test_the_sizes_are_those_of_gguf() -> None:
-    for coding, form in BLOCKS.items():
+    for coding, form in GGUF_BLOCKS.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[coding.upper()]] == (form.weights, form.nbytes)

@@ -12,15 +12,15 @@ from coded_records import before_a_fence, blocks
 from moetier.runtime.kernels.codings import row_emitter
 from moetier.runtime.kernels.jit.processor import Dot, Processor
 from moetier.runtime.kernels.products.packed import PackedKernels
-from moetier.tiers.layout import BLOCKS, RecordLayout
+from moetier.tiers.layout import GGUF_BLOCKS, RecordLayout
 from moetier.tiers.quant.codec import decode
 
 # a whole run of columns that are loaded together, and a rest: of one block, of two, or alone
 COLUMNS = {32: (288, 320, 96), 256: (512, 256)}
 CPUS = ["", "+avx2,+fma", "+avx2,+fma,+avxvnni", "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+avx2,+fma"]
-CASES = [(coding, columns) for coding, form in BLOCKS.items() for columns in COLUMNS[form.weights]]
+CASES = [(coding, columns) for coding, form in GGUF_BLOCKS.items() for columns in COLUMNS[form.weights]]
 FIRST_CASES = [  # with one number of columns of each coding; the others are slow
-    pytest.param(coding, columns, marks=[pytest.mark.slow] * (columns != COLUMNS[BLOCKS[coding].weights][0]))
+    pytest.param(coding, columns, marks=[pytest.mark.slow] * (columns != COLUMNS[GGUF_BLOCKS[coding].weights][0]))
     for coding, columns in CASES
 ]
 # one scale for a block, and scales of its parts; on another processor the other codings are slow
@@ -51,7 +51,7 @@ def ideal(x: torch.Tensor, record: torch.Tensor, layout: RecordLayout) -> torch.
     [
         pytest.param(*case.values, dtype, marks=[*case.marks, *[pytest.mark.slow] * ((coding == "q8_0") != is_short)])
         for dtype, is_short in ((torch.float32, False), (torch.bfloat16, True))
-        for coding in BLOCKS
+        for coding in GGUF_BLOCKS
         for case in FIRST_CASES
         if case.values[0] == coding
     ],
@@ -82,10 +82,12 @@ def test_every_processor_gives_the_same_bits(coding: str, columns: int) -> None:
                 assert torch.equal(kernels_for(cpu).project(rows, record, layout, "up_proj"), wanted), cpu
 
 
-@pytest.mark.parametrize("coding", [pytest.param(each, marks=[pytest.mark.slow] * (each != "q4_0")) for each in BLOCKS])
+@pytest.mark.parametrize(
+    "coding", [pytest.param(each, marks=[pytest.mark.slow] * (each != "q4_0")) for each in GGUF_BLOCKS]
+)
 def test_tiles_of_sixteen_rows_have_the_same_bits(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with registers of 512 bits, though without their instructions."""
-    columns = COLUMNS[BLOCKS[coding].weights][0]
+    columns = COLUMNS[GGUF_BLOCKS[coding].weights][0]
     layout, record = blocks(coding, 40, columns)
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(4))
     monkeypatch.setattr(row_emitter, "WIDE", frozenset({Dot.PLAIN}))
@@ -99,16 +101,16 @@ def test_tiles_of_sixteen_rows_have_the_same_bits(coding: str, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("coding", "cpu"),
     [
-        *((coding, None) for coding in BLOCKS),
-        *(pytest.param(coding, "", marks=[pytest.mark.slow] * (coding not in QUICK_CODINGS)) for coding in BLOCKS),
+        *((coding, None) for coding in GGUF_BLOCKS),
+        *(pytest.param(coding, "", marks=[pytest.mark.slow] * (coding not in QUICK_CODINGS)) for coding in GGUF_BLOCKS),
     ],
 )
 def test_sums_of_the_largest_codes_and_numbers_do_not_overflow(coding: str, cpu: str | None, byte: int) -> None:
-    columns = COLUMNS[BLOCKS[coding].weights][0]
+    columns = COLUMNS[GGUF_BLOCKS[coding].weights][0]
     layout, record = blocks(coding, 16, columns)
     heads = {"q4_0": (0, 2), "q8_0": (0, 2), "q4_k": (0, 16), "q5_k": (0, 16), "q6_k": (192, 210), "mxfp4": (0, 1)}
     first, last = heads[coding]
-    codes = record[: layout.payload_bytes].view(-1, BLOCKS[coding].nbytes)
+    codes = record[: layout.payload_bytes].view(-1, GGUF_BLOCKS[coding].nbytes)
     codes[:, :first], codes[:, last:] = byte, byte
     x = torch.ones(2, columns) * torch.tensor([[1.0], [-1.0]])  # all are rounded to 127 or -127
     y, wanted = kernels_for(cpu).project(x, record, layout, "up_proj"), ideal(x, record, layout)

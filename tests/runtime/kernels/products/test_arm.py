@@ -48,7 +48,7 @@ from moetier.runtime.kernels.products.gemv import GEMV, gemv_module
 from moetier.runtime.kernels.products.matmul import MATMUL, PADDING, matmul_module
 from moetier.runtime.kernels.products.rounding import ROUND, Rounding, rounding_module
 from moetier.runtime.kernels.products.words import WORD
-from moetier.tiers.layout import BLOCKS, Bits, RecordLayout
+from moetier.tiers.layout import GGUF_BLOCKS, Bits, RecordLayout
 
 FEATURES = {Dot.PLAIN: "", Dot.DOTPROD: "+dotprod", Dot.I8MM: "+dotprod,+i8mm"}
 Steps = list[tuple[str, Sequence[int]]]
@@ -128,9 +128,9 @@ def test_products_with_codings(tmp_path: Path, memory: SharedMemory, coding: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dot", FEATURES)
-@pytest.mark.parametrize("coding", BLOCKS)
+@pytest.mark.parametrize("coding", GGUF_BLOCKS)
 def test_products_with_blocks(tmp_path: Path, memory: SharedMemory, coding: str, dot: Dot) -> None:
-    products(tmp_path, memory, *blocks(coding, 70, 512 if BLOCKS[coding].weights == 256 else 288), dot)
+    products(tmp_path, memory, *blocks(coding, 70, 512 if GGUF_BLOCKS[coding].weights == 256 else 288), dot)
 
 
 def products(folder: Path, memory: SharedMemory, layout: RecordLayout, record: Tensor, dot: Dot) -> None:

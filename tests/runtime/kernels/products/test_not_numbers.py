@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetier.runtime.kernels.jit.processor import Processor
 from moetier.runtime.kernels.products.packed import PackedKernels
-from moetier.tiers.layout import BLOCKS, Projection, RecordLayout
+from moetier.tiers.layout import GGUF_BLOCKS, Projection, RecordLayout
 from moetier.tiers.quant.codec import TORCH_TYPES, decode, sections
 
 CPUS = [None, "+avx2,+fma", ""]  # features of LLVM; None: this processor
@@ -110,7 +110,7 @@ def _globals(coding: str, scales: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("coding", "cpu"), on_processors(("q4_0",), ("q8_0",), ("q6_k",), ("mxfp4",)))
 def test_every_scale_of_a_block(coding: str, cpu: str | None) -> None:
-    form = BLOCKS[coding]
+    form = GGUF_BLOCKS[coding]
     at, kind = {"q6_k": (208, torch.float16), "mxfp4": (0, torch.uint8)}.get(coding, (0, torch.float16))
     given = every(kind)
     layout, record = blocks(coding, len(given), form.weights)

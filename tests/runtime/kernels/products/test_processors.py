@@ -63,7 +63,7 @@ from coded_records import blocks, coded, projection
 from quantised_records import quantised
 from moetier.runtime.kernels.products.packed import PackedKernels
 from moetier.runtime.kernels.jit.processor import Processor
-from moetier.tiers.layout import BLOCKS
+from moetier.tiers.layout import GGUF_BLOCKS
 emulator = ctypes.CDLL(library)
 emulator.install()
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ here, there = PackedKernels(), PackedKernels(Processor(features))
 made = {bits: quantised(bits, 70, 256, 64, "bfloat16") for bits in (8, 4, 3, 2)}
 for coding, scales in (("e2m1", "e8m0"), ("int4", "bfloat16"), ("e4m3", "float32")):
     made[coding] = coded(projection(coding, 70, 256, group=32, scales=scales))
-made |= {coding: blocks(coding, 70, 256) for coding in BLOCKS}
+made |= {coding: blocks(coding, 70, 256) for coding in GGUF_BLOCKS}
 for form, (layout, record) in made.items():
     x = torch.randn(7, 256, generator=torch.Generator().manual_seed(1))
     x[1] = 1.0  # all are rounded to 127
