@@ -274,12 +274,12 @@ class Block(_message.Message):
     def __init__(self, ready: _Optional[_Iterable[int]] = ..., uses: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Tier(_message.Message):
-    __slots__ = ("name", "slots", "ready", "leased", "slot_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "saved_seconds", "warmed", "recalled", "evictions", "failures", "bytes_in", "load_bounds", "loads", "load_seconds", "waits", "wait_seconds", "wait_median", "wait_p99", "discarded")
+    __slots__ = ("name", "slots", "ready", "leased", "memory_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "dropped", "saved_seconds", "warmed", "recalled", "evictions", "failures", "bytes_in", "load_bounds", "loads", "load_seconds", "waits", "wait_seconds", "wait_median", "wait_p99", "discarded")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     LEASED_FIELD_NUMBER: _ClassVar[int]
-    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     MISSES_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +288,7 @@ class Tier(_message.Message):
     LATE_FIELD_NUMBER: _ClassVar[int]
     WASTED_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     SAVED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WARMED_FIELD_NUMBER: _ClassVar[int]
     RECALLED_FIELD_NUMBER: _ClassVar[int]
@@ -306,7 +307,7 @@ class Tier(_message.Message):
     slots: int
     ready: int
     leased: int
-    slot_bytes: int
+    memory_bytes: int
     hits: int
     misses: int
     joined: int
@@ -315,6 +316,7 @@ class Tier(_message.Message):
     late: int
     wasted: int
     cancelled: int
+    dropped: int
     saved_seconds: float
     warmed: int
     recalled: int
@@ -329,7 +331,7 @@ class Tier(_message.Message):
     wait_median: float
     wait_p99: float
     discarded: int
-    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., leased: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., warmed: _Optional[int] = ..., recalled: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., load_bounds: _Optional[_Iterable[float]] = ..., loads: _Optional[_Iterable[int]] = ..., load_seconds: _Optional[float] = ..., waits: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., leased: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., dropped: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., warmed: _Optional[int] = ..., recalled: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., load_bounds: _Optional[_Iterable[float]] = ..., loads: _Optional[_Iterable[int]] = ..., load_seconds: _Optional[float] = ..., waits: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("type", "cause", "fix")

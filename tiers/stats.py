@@ -64,7 +64,11 @@ class TierStats:
     # The record was evicted before any demand. If the tier above has an unused copy, the prefetch counts as wasted only
     # when this tier reads the record again.
     wasted: int = _outcome("wasted")
-    cancelled: int = _outcome("cancelled")  # requests that were replaced or got no slot, before their read or during it
+    cancelled: int = _outcome("cancelled")  # the read was stopped, because the record was no longer requested
+    dropped: int = _counter(
+        "prefetches_dropped",
+        "Prefetch requests that ended before their load: replaced by others, or without a slot.",
+    )
     # how much longer demands would have waited
     saved_seconds: float = _counter(
         "prefetch_saved_seconds", "Seconds that useful and late prefetches have saved, at most.", zero=0.0
@@ -89,7 +93,7 @@ class TierStats:
     ready: int = _gauge("ready_slots", "Slots that hold a record.")
     # of the READY slots; None in a daemon's client, which can't know it
     leased: int | None = _gauge("leased_slots", "Slots whose record is leased.", None)
-    slot_bytes: int = _gauge("slot_bytes", "Memory of all slots.")  # of all together, not of one slot
+    memory_bytes: int = _gauge("memory_bytes", "Memory of all slots.")
     load_bounds: tuple[float, ...] = LOAD_BOUNDS  # upper bounds of the bins of ``loads``, in seconds
     wait_median: float = 0.0  # median of the latest waits, in seconds
     wait_p99: float = 0.0  # 99th percentile of the latest waits, in seconds
@@ -138,7 +142,9 @@ class TierCounters:
         self._wait_seconds += seconds
         self._latest_waits.append(seconds)
 
-    def snapshot(self, *, slots: int = 0, ready: int = 0, leased: int | None = None, slot_bytes: int = 0) -> TierStats:
+    def snapshot(
+        self, *, slots: int = 0, ready: int = 0, leased: int | None = None, memory_bytes: int = 0
+    ) -> TierStats:
         """Return a copy of the counters, together with the given state of the slots.
 
         The caller holds the tier's lock. The only work that takes time is to sort the latest waits.
@@ -154,7 +160,7 @@ class TierCounters:
             slots=slots,
             ready=ready,
             leased=leased,
-            slot_bytes=slot_bytes,
+            memory_bytes=memory_bytes,
             wait_median=median(waits) if waits else 0.0,
             wait_p99=quantiles(waits, n=100)[98] if len(waits) > 1 else sum(waits),
         )

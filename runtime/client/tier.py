@@ -167,7 +167,7 @@ class DaemonTier(Closeable):
         self._fork_guard.check()
         layout, fallback = self._arena.layout, self._fallback.host
         ready = 0 if self._is_closed else self._arena.directory.ready
-        stats = self.uses.stats(slots=layout.slots, ready=ready, slot_bytes=layout.nbytes - layout.directory_bytes)
+        stats = self.uses.stats(slots=layout.slots, ready=ready, memory_bytes=layout.nbytes - layout.directory_bytes)
         if fallback is None:
             return stats
         reads = fallback.stats()

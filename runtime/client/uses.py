@@ -98,7 +98,7 @@ class ClientUses:
             if waited is not None:
                 self._counters.count_wait(waited)
 
-    def stats(self, *, slots: int, ready: int, slot_bytes: int) -> TierStats:
+    def stats(self, *, slots: int, ready: int, memory_bytes: int) -> TierStats:
         """Return the counters, with the present state of the slots."""
         with self._counting:
-            return self._counters.snapshot(slots=slots, ready=ready, leased=None, slot_bytes=slot_bytes)
+            return self._counters.snapshot(slots=slots, ready=ready, leased=None, memory_bytes=memory_bytes)

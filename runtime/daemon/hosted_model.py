@@ -60,7 +60,7 @@ class HostedModel(Closeable):
         self.host = host
         self.location = location
         self.slots = host.layout.slots_by_array
-        self.budget_bytes = host.stats().slot_bytes
+        self.budget_bytes = host.stats().memory_bytes
         self._timeout = timeout
         self._opening = threading.Lock()  # guards: ``_opener``
         self._opener: threading.Thread | None = None

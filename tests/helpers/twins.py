@@ -58,7 +58,7 @@ class OneSlot:
         raise AssertionError("no prefetch is requested")
 
     def stats(self) -> TierStats:
-        return TierCounters("one slot").snapshot(slots=1, ready=0, leased=0, slot_bytes=len(self.slot))
+        return TierCounters("one slot").snapshot(slots=1, ready=0, leased=0, memory_bytes=len(self.slot))
 
     def close(self) -> None:
         pass

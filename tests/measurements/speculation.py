@@ -119,7 +119,8 @@ def report(base: str, name: str, times: dict[str, list[float]], model: Any, befo
         f"{name:<11} {1e3 * statistics.median(times[name]):8.2f} ms a step, {math.exp(mean):.3f} times as fast as "
         f"{base} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}); hits {hits / (hits + misses):.1%}, "
         f"{format_bytes(host.bytes_in - before.bytes_in)} read, {host.useful} useful, {host.late} late, "
-        f"{host.wasted} wasted, {host.cancelled} cancelled; waited {1e3 * waited:.2f} ms a step",
+        f"{host.wasted} wasted, {host.cancelled} cancelled, {host.dropped} dropped; "
+        f"waited {1e3 * waited:.2f} ms a step",
         flush=True,
     )
     if model.tiers.speculation is not None:

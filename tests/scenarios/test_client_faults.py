@@ -72,7 +72,7 @@ def test_a_hundred_clients_that_are_killed_while_they_hold_leases(store: MappedS
         wait_until(lambda: census(daemon)[0] <= before[0] and census(daemon)[1] <= before[1] + 8)
         host = daemon.stats().host
         assert host.ready <= host.slots == 4
-        assert host.slot_bytes == 4 * store.slot_bytes
+        assert host.memory_bytes == 4 * store.slot_bytes
         assert sorted(nursery.do("take", 0, 0, 1, 2, 3, 4, 5)) == [0, 1, 2, 3, 4, 5]
 
 

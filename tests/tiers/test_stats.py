@@ -13,7 +13,7 @@ from moetier.tiers.stats import LOAD_BOUNDS, TierCounters, TierStats
 
 
 def stats_of(counters: TierCounters) -> TierStats:
-    return counters.snapshot(slots=2, ready=1, leased=1, slot_bytes=8)
+    return counters.snapshot(slots=2, ready=1, leased=1, memory_bytes=8)
 
 
 @given(st.lists(st.floats(0, 100)))

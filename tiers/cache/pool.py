@@ -282,5 +282,5 @@ def stats_of(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
         slots=sum(pool.slot_count for pool in pools),
         ready=sum(count.ready for count in counts),
         leased=sum(count.leased for count in counts),
-        slot_bytes=sum(pool.slot_count * pool.slot_bytes for pool in pools),
+        memory_bytes=sum(pool.slot_count * pool.slot_bytes for pool in pools),
     )

@@ -185,7 +185,7 @@ class DeviceFill:
             return None
         slot = pool.choose(key.block, keep=promoter.__contains__)
         if slot is None:
-            promoter.cancel(key)
+            promoter.drop(key)
             return False
         self._promotion = promotion
         self._begin_fill(promotion, slot, key, is_prefetch=True)

@@ -90,7 +90,7 @@ class Promoter(Closeable):
         """
         before = self._requests.pop(block, {})
         requests = dict.fromkeys(keys, False) | dict.fromkeys(absent, True)
-        self._counters.count(cancelled=sum([waits and key not in requests for key, waits in before.items()]))
+        self._counters.count(dropped=sum([waits and key not in requests for key, waits in before.items()]))
         if requests:
             self._requests[block] = requests
         if absent:
@@ -115,9 +115,9 @@ class Promoter(Closeable):
         self._counters.count(prefetched=1)
         self.outcomes.note_begun(key)
 
-    def cancel(self, key: ExpertKey) -> None:
-        """Cancel the request for a record, because no slot is available or the record can't be copied."""
-        self._counters.count(cancelled=self.remove(key))
+    def drop(self, key: ExpertKey) -> None:
+        """Drop the request for a record, because no slot is available or the record can't be copied."""
+        self._counters.count(dropped=self.remove(key))
 
     def remove(self, key: ExpertKey) -> bool:
         """Remove a record from those whose promotion is yet to begin. Return whether it was one of these."""
@@ -175,7 +175,7 @@ class Promoter(Closeable):
 
     @transition
     def _fail(self, key: ExpertKey) -> None:
-        self.cancel(key)
+        self.drop(key)
 
     def _bring(self, key: ExpertKey) -> bool:
         """Promote a record if it is READY in the source. Return False if it is not READY, so that it is tried again."""

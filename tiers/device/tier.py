@@ -204,7 +204,7 @@ class DeviceTier(Closeable):
         finally:
             self._complete_shrinking(caller)
         _log.warning(_SHRUNK, after.slots, before.slots)
-        return before.slot_bytes - after.slot_bytes
+        return before.memory_bytes - after.memory_bytes
 
     def close(self) -> None:
         """Close the tier, as ``ExpertSource`` specifies. The source stays open, and leased records stay usable.

@@ -68,7 +68,7 @@ class PrefetchQueue:
         """
         blocks, requested = self._requests.setdefault(caller, {}), frozenset(keys)
         if (before := blocks.pop(block, None)) is not None:
-            self._counters.count(cancelled=sum([key not in requested for key in before.unbegun]))
+            self._counters.count(dropped=sum([key not in requested for key in before.unbegun]))
         if not requested:
             return False
         absent = deque([key for key in keys if pool.slot_of(key) is None])
@@ -89,7 +89,7 @@ class PrefetchQueue:
     def cancel(self, caller: Caller) -> None:
         """Cancel all requests of a caller."""
         requests = self._requests.pop(caller, {}).values()
-        self._counters.count(cancelled=sum([len(request.unbegun) for request in requests]))
+        self._counters.count(dropped=sum([len(request.unbegun) for request in requests]))
 
     def queue_warmup(self, pool: Pool, keys: Iterable[ExpertKey]) -> None:
         """Queue records for the warm-up, behind all requests."""
@@ -120,7 +120,7 @@ class PrefetchQueue:
            scanned record of any partition. So all the slots that scans use serve the next block of a prompt;
         4. the slot of a record of its own partition that is neither pinned nor requested.
 
-        If there is no such slot, the request is cancelled. A record of the warm-up gets only an EMPTY slot. Nothing is
+        If there is no such slot, the request is dropped. A record of the warm-up gets only an EMPTY slot. Nothing is
         read into a pool in which a demand waits for a slot.
         """
         for caller, request, key in self._take_requests():
@@ -130,7 +130,7 @@ class PrefetchQueue:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.count(prefetched=1)
                     return NextRead(pool, key, slot, Purpose.PREFETCH_REQUEST, request.is_scan)
-                self._counters.count(cancelled=1)
+                self._counters.count(dropped=1)
         while self._warmup:
             pool, key = self._warmup.popleft()
             if pool.slot_of(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:

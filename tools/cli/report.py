@@ -175,8 +175,8 @@ def tokens_text(count: int) -> str:
 def prefetch_text(tier: TierStats | Tier) -> str:
     """Return the outcomes of a tier's prefetch requests as text."""
     return (
-        f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted; "
-        f"{tier.cancelled:,} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
+        f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted, "
+        f"{tier.cancelled:,} cancelled; {tier.dropped:,} dropped; up to {tier.saved_seconds:.2f} s of waiting saved"
     )
 
 
@@ -230,7 +230,7 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
         line("predicted", f"in {steps}, {state} at the end; {', '.join(rates) or 'nothing'}"),
         line("", f"predicting costs {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step"),
         # a daemon's prefetches are left out: they are for all its clients together (``moetier stats`` shows them)
-        *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
+        *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.dropped),
     ]
 
 

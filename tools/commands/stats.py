@@ -133,7 +133,7 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
         lines += [
             f"{plain(model.name)} ({plain(model.digest[:12])})",
             *([f"  fault     {plain(model.fault)}"] if model.fault else []),
-            f"  experts   {host.ready} in memory, with room for {host.slots} ({format_bytes(host.slot_bytes)}); "
+            f"  experts   {host.ready} in memory, with room for {host.slots} ({format_bytes(host.memory_bytes)}); "
             f"{model.recovered} kept from the previous daemon",
             f"  uses      {demands:,} of an expert: {host.hits:,} hits, in memory "
             f"({host.hits / demands if demands else 0:.1%}); {host.misses:,} misses, not in memory, of which "

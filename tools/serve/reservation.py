@@ -66,7 +66,7 @@ def reservation_of(location: Path, resources: Mapping[str, Any], available: Avai
 def reserved_bytes(model: Any) -> int:
     """Return how many bytes of host memory a loaded model takes, as ``Reservation`` counts them."""
     tiers = model.tiers
-    arena = 0 if tiers.origin.daemon is not None else tiers.host.stats().slot_bytes
+    arena = 0 if tiers.origin.daemon is not None else tiers.host.stats().memory_bytes
     if device_class(model.device.type).has_memory:
         return needed_bytes(arena)
     tensors = {

@@ -141,7 +141,12 @@ def tiers(model: ModelHistory) -> Table:
     ratio = None if last is None else last.hit_ratio
     share = host.ready / host.slots if host.slots else 0.0
     rows: list[tuple[str, str, str | Text, str]] = [
-        ("host", "slots", _bar([(share, BLUE)]), f"{host.ready:,} of {host.slots:,}, {format_bytes(host.slot_bytes)}"),
+        (
+            "host",
+            "slots",
+            _bar([(share, BLUE)]),
+            f"{host.ready:,} of {host.slots:,}, {format_bytes(host.memory_bytes)}",
+        ),
         ("", "hit ratio", "-" if ratio is None else f"{ratio:.1%}", f"{host.hits / demands:.1%}" if demands else "-"),
         ("", "hits", now("hits"), f"{host.hits:,}"),
         ("", "misses", now("misses"), f"{host.misses:,}, {host.joined:,} joined"),
@@ -265,7 +270,9 @@ def prefetches(host: Tier) -> Text:
     text.append("\n")
     for name, count, colour in outcomes:
         text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
-    text.append(f"\n{host.prefetched:,} read, {host.saved_seconds:.1f} s of waiting saved", "dim")
+    text.append(
+        f"\n{host.prefetched:,} read, {host.dropped:,} dropped, {host.saved_seconds:.1f} s of waiting saved", "dim"
+    )
     if host.warmed:
         text.append(f"\n{host.warmed:,} preloaded, {host.recalled:,} of them used", "dim")
     return text

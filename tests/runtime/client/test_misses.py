@@ -115,7 +115,7 @@ def test_a_record_that_another_daemon_has_replaced_is_asked_for_again(
             stream.grant(again.request, 3, slot=2, generation=arena.directory.generation(TierSlot(2)))
             lease = after.result()
             assert (lease.key.expert, lease.validate()) == (3, True)
-        assert context.uses.stats(slots=4, ready=0, slot_bytes=1).discarded == 1
+        assert context.uses.stats(slots=4, ready=0, memory_bytes=1).discarded == 1
 
 
 def test_what_a_full_daemon_refuses_is_read_from_the_store(

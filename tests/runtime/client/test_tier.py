@@ -48,7 +48,7 @@ def test_bytes_are_right_at_every_budget(store: MappedStore, tmp_path: Path, slo
             worker.hear()
         found = [worker.do("stats") for worker in workers]
         assert all(stats["used"] > 0 and not stats["wrong"] for stats in found)
-        assert all(stats["slots"] == slots and stats["slot_bytes"] == slots * store.slot_bytes for stats in found)
+        assert all(stats["slots"] == slots and stats["memory_bytes"] == slots * store.slot_bytes for stats in found)
         host = daemon.wait_for("leases == 0").host
         assert host.ready <= host.slots == slots
         if slots == 18:

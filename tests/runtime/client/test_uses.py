@@ -29,7 +29,7 @@ def uses_with(sent: Sent) -> ClientUses:
 
 
 def counted(uses: ClientUses) -> tuple[int, int]:
-    stats = uses.stats(slots=4, ready=2, slot_bytes=1)
+    stats = uses.stats(slots=4, ready=2, memory_bytes=1)
     return stats.hits, stats.misses
 
 
@@ -45,7 +45,7 @@ def test_a_demand_is_counted_and_its_hits_are_reported_the_first_last() -> None:
     assert counted(uses) == (3, 2)
     uses.touch(0, [1])
     assert counted(uses) == (3, 2)
-    assert uses.stats(slots=4, ready=2, slot_bytes=1).discarded == 2
+    assert uses.stats(slots=4, ready=2, memory_bytes=1).discarded == 2
     assert sent.used[2:] == [ExpertKey(0, 5), ExpertKey(0, 1)]
 
 

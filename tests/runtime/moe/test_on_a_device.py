@@ -246,7 +246,7 @@ def test_a_device_that_stays_without_memory_fails_with_the_numbers() -> None:
     ordinary, *_ = pair("mixtral", torch.bfloat16, bits=3)
     given = inputs(ordinary, torch.bfloat16, tokens=9)
     with full(3, fused=False, beside=0) as (twin, device, tier, kernels):
-        size, real = tier.stats().slot_bytes // 48, kernels._scratch
+        size, real = tier.stats().memory_bytes // 48, kernels._scratch
         kernels._scratch = lambda shape, dtype: device.allocate(1 << 30)  # type: ignore[method-assign]
         cause = f"ran out of memory, after its tier gave back {12 * size:,} bytes: .*Tried to allocate 1073741824 of "
         with pytest.raises(BudgetError, match=cause) as failed:

@@ -48,7 +48,7 @@ def test_it_gives_back_a_quarter_and_goes_on(host: HostTier, promotes: bool) -> 
             wait_until(lambda: has_arrived(tier))
             stats = tier.stats()
             sizes.append(stats.slots)
-            assert device.left == 12 * SIZE - stats.slot_bytes
+            assert device.left == 12 * SIZE - stats.memory_bytes
             assert freed > 0
             check_integrity(tier)
         assert sizes == [9, 6, 4, 3, 2]

@@ -298,7 +298,7 @@ def test_a_demand_of_the_block_drops_its_wishes(tier: DeviceTier, device: FakeDe
     reader.open()
     idle(tier)
     stats = tier.stats()
-    assert (stats.prefetched, stats.cancelled, stats.ready) == (0, 2, 1)
+    assert (stats.prefetched, stats.dropped, stats.ready) == (0, 2, 1)
 
 
 def test_the_latest_wishes_count(tier: DeviceTier, reader: GatedReader) -> None:
@@ -309,7 +309,7 @@ def test_the_latest_wishes_count(tier: DeviceTier, reader: GatedReader) -> None:
     promoted(tier, 2)
     idle(tier)
     assert tier.absent(keys(1, 0, 1, 2, 3)) == keys(1, 0, 3)
-    assert (tier.stats().prefetched, tier.stats().cancelled) == (2, 1)
+    assert (tier.stats().prefetched, tier.stats().dropped) == (2, 1)
 
 
 def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
@@ -360,7 +360,7 @@ def test_what_a_demand_has_brought_meanwhile_is_not_promoted(
     demand.result()
     idle(tier)
     stats = tier.stats()
-    assert (stats.prefetched, stats.cancelled, stats.bytes_in) == (0, 0, SIZE)
+    assert (stats.prefetched, stats.dropped, stats.bytes_in) == (0, 0, SIZE)
     assert consumer.wrong() == 0
 
 
@@ -463,7 +463,7 @@ def test_what_is_held_is_not_evicted_by_a_wish(host: HostTier, device: FakeDevic
     tier.prefetch(0, keys(0, 2, 3))
     idle(tier)
     stats = tier.stats()
-    assert (stats.prefetched, stats.evictions, stats.cancelled) == (0, 0, 2)
+    assert (stats.prefetched, stats.evictions, stats.dropped) == (0, 0, 2)
     device.compute(partial(consumer.look, lease))
     holder.close()
     assert consumer.wrong() == 0
@@ -536,7 +536,7 @@ def test_what_the_device_has_no_slot_for_is_useful_in_the_host(host: HostTier, d
         with contextlib.closing(tier.acquire(keys(0, 0, 1))) as leases:
             next(leases)
             tier.prefetch(1, keys(1, 0, 1))
-            wait_until(lambda: tier.stats().cancelled == 2)
+            wait_until(lambda: tier.stats().dropped == 2)
         hits = host.stats().hits
         consumer.run(1, [0, 1])
         assert guesses(host) == (2, 2, 0, 0, 0)
@@ -557,7 +557,7 @@ def test_what_the_host_reads_is_not_joined(tier: DeviceTier, host: HostTier, rea
     reader.open()
     wait_until(lambda: host.stats().cancelled == 1 or host.stats().ready == 5)
     assert guesses(host) == (1, 0, 0, 0, 1)
-    assert tier.stats().cancelled == 1
+    assert tier.stats().dropped == 1
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def test_the_thread_survives_whatever_the_source_raises(
     tier.prefetch(0, keys(0, 0, 1, 2))
     promoted(tier, 1)
     assert tier.absent(keys(0, 0, 1, 2)) == keys(0, 0, 1)
-    assert tier.stats().cancelled == 2, "they are given up"
+    assert tier.stats().dropped == 2, "they are given up"
     (record,) = caplog.records
     assert "OSError: no descriptor for 0" in record.getMessage()
     monkeypatch.undo()

@@ -263,7 +263,7 @@ def test_what_the_device_holds_is_not_asked_of_the_host(host: HostTier) -> None:
             consumer.run(block, [1, 3])
     stats = tier.stats()
     assert (stats.name, stats.slots, stats.ready, stats.hits, stats.misses) == ("device", 6, 6, 12, 6)
-    assert stats.bytes_in == stats.slot_bytes == 6 * PLAN.layouts["records"].slot_bytes
+    assert stats.bytes_in == stats.memory_bytes == 6 * PLAN.layouts["records"].slot_bytes
     assert stats.evictions == 0
     assert host.stats().misses == 6
     assert host.stats().hits == 0

@@ -345,7 +345,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         check_ledger(self.ledger)
         counters = self.ledger.stats()
-        assert counters.useful + counters.late + counters.wasted <= counters.prefetched
+        assert counters.useful + counters.late + counters.wasted + counters.cancelled <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
         is_for_demands = any(load.is_for_demands for load in self.ledger.loads)

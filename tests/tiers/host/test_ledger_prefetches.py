@@ -69,8 +69,8 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
 
     def counts() -> tuple[int, ...]:
         found = ledger.stats()
-        assert found.useful + found.late + found.wasted <= found.prefetched
-        return found.prefetched, found.useful, found.late, found.wasted, found.cancelled
+        assert found.useful + found.late + found.wasted + found.cancelled <= found.prefetched
+        return found.prefetched, found.useful, found.late, found.wasted, found.dropped
 
     ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
@@ -135,11 +135,11 @@ def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> Non
     ledger, _ = ledger_of(2)
     ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     assert [read_next(ledger) for _ in range(3)] == [ExpertKey(1, 0), ExpertKey(1, 1), None]
-    assert (ledger.stats().prefetched, ledger.stats().cancelled) == (2, 1), "two are requested still"
+    assert (ledger.stats().prefetched, ledger.stats().dropped) == (2, 1), "two are requested still"
     caller = AsyncCaller(lambda event: None, 1)
     ledger.prefetch(3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller)
     ledger.end_caller(caller)
-    assert (read_next(ledger), ledger.stats().cancelled) == (None, 3)
+    assert (read_next(ledger), ledger.stats().dropped) == (None, 3)
 
 
 def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -> None:

@@ -32,15 +32,15 @@ class Queue:
         self.pool = make_pool()
 
     def request(self, caller: AsyncCaller, block: int, wanted: list[ExpertKey], pool: Pool | None = None) -> int:
-        """Returns how many requests were cancelled."""
-        before = self.counters.snapshot().cancelled
+        """Returns how many requests were dropped."""
+        before = self.counters.snapshot().dropped
         self.queue.replace(pool or self.pool, block, wanted, caller)
-        return self.counters.snapshot().cancelled - before
+        return self.counters.snapshot().dropped - before
 
     def cancel(self, caller: AsyncCaller) -> int:
-        before = self.counters.snapshot().cancelled
+        before = self.counters.snapshot().dropped
         self.queue.cancel(caller)
-        return self.counters.snapshot().cancelled - before
+        return self.counters.snapshot().dropped - before
 
     def take(self, count: int = 100) -> list[ExpertKey]:
         found: list[ExpertKey] = []
@@ -91,13 +91,13 @@ def test_a_request_for_more_than_the_block_keeps_takes_scanned_records_of_all_bl
         queue.pool.begin_fill(slot, key, is_scan=key.expert == 2)
         queue.pool.complete_fill(slot)
     queue.request(FIRST, 1, keys(1, 0, 1, 2, 3, 4, 5))
-    assert queue.counters.snapshot().cancelled == 0
+    assert queue.counters.snapshot().dropped == 0
     read = queue.queue.next_read()
     assert read is not None
     assert (read.key, queue.pool.key(read.slot), read.is_scan) == (ExpertKey(1, 3), ExpertKey(0, 2), True)
     queue.pool.begin_fill(read.slot, read.key, is_scan=True, is_prefetch=True)
     assert queue.queue.next_read() is None, "the other records are in use, or will be"
-    assert queue.counters.snapshot().cancelled == 2
+    assert queue.counters.snapshot().dropped == 2
 
 
 def test_requests_of_a_scan_stay_those_of_a_scan_until_there_are_none() -> None:

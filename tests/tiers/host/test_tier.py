@@ -95,7 +95,7 @@ def test_two_record_sizes() -> None:
             assert stats.slots == stats.ready == sum(slots.values())
             assert sum(stats.loads) == stats.misses >= 12
             assert (stats.load_seconds > 0, stats.leased) == (True, 0)
-            assert stats.slot_bytes == sum(plan.layouts[name].slot_bytes * count for name, count in slots.items())
+            assert stats.memory_bytes == sum(plan.layouts[name].slot_bytes * count for name, count in slots.items())
             check_integrity(tier)
 
 

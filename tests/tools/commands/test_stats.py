@@ -233,7 +233,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
     }
     host = model["host"]
     assert (host["slots"], host["ready"], host["hits"], host["misses"]) == (12, 3, 1, 3)
-    assert (host["bytes_in"], host["slot_bytes"]) == (3 * SLOT, 12 * SLOT)
+    assert (host["bytes_in"], host["memory_bytes"]) == (3 * SLOT, 12 * SLOT)
     lines = text.splitlines()
     assert lines[0].startswith(f"{daemon.folder}: process {daemon.pid}, moetier {daemon.card.version}, up ")
     assert lines[1] == f"{store[1].model} ({store[1].digest[:12]})"
@@ -242,7 +242,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
         "experts 3 in memory, with room for 12 (192 KiB); 0 kept from the previous daemon",
         "uses 4 of an expert: 1 hits, in memory (25.0%); 3 misses, not in memory, of which 0 waited for a read already",
         "reads 48 KiB; 0 experts made room for others; 0 failures",
-        "prefetch 0 read, 0 useful, 0 late, 0 wasted; 0 cancelled; up to 0.00 s of waiting saved",
+        "prefetch 0 read, 0 useful, 0 late, 0 wasted, 0 cancelled; 0 dropped; up to 0.00 s of waiting saved",
         f"clients 1 (process {os.getpid()}), 1 of them connected; they use 2 experts now",
         "requests 2 for missing experts, ",
         "fetches 0 by other machines, 0 B sent",
@@ -258,7 +258,7 @@ def test_the_outcomes_of_prefetches(daemon: DaemonProcess, store: tuple[Path, Ma
         client.granted()
         client.release(1)
         daemon.wait_for("host.useful == 1")
-        assert "prefetch 2 read, 1 useful, 0 late, 0 wasted; 0 cancelled;" in " ".join(said(runtime, "stats").split())
+        assert "prefetch 2 read, 1 useful, 0 late, 0 wasted, 0 cancelled;" in " ".join(said(runtime, "stats").split())
 
 
 def test_experts_that_were_read_as_all_fit(store: tuple[Path, Manifest], runtime: Path) -> None:

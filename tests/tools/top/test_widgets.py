@@ -25,9 +25,10 @@ def test_large_numbers_fit_into_the_least_width() -> None:
     """Of a screen of 120 columns, or of 80."""
     many, seconds = 12_345_678, 0.1234
     host = pb.Tier(
-        slots=9_999, ready=9_999, slot_bytes=999 << 30, hits=10 * many, misses=many, joined=many // 20, evictions=many,
-        wait_median=seconds, wait_p99=seconds, bytes_in=9 << 50, prefetched=many,
-        useful=many // 20, late=9_999, wasted=9_999, cancelled=9_999, saved_seconds=many, warmed=many, recalled=many,
+        slots=9_999, ready=9_999, memory_bytes=999 << 30, hits=10 * many, misses=many, joined=many // 20,
+        evictions=many, wait_median=seconds, wait_p99=seconds, bytes_in=9 << 50, prefetched=many,
+        useful=many // 20, late=9_999, wasted=9_999, cancelled=9_999, dropped=many,
+        saved_seconds=many, warmed=many, recalled=many,
     )  # fmt: skip
     clients = [pb.Client(number=1, pid=4_194_303, connected_s=9e6, leases=64, reported_hits=many, requested=1)]
     history = History()
