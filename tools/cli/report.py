@@ -176,7 +176,7 @@ def prefetch_text(tier: TierStats | Tier) -> str:
     """Return the outcomes of a tier's prefetch requests as text."""
     return (
         f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted, "
-        f"{tier.cancelled:,} cancelled; {tier.dropped:,} dropped; up to {tier.saved_seconds:.2f} s of waiting saved"
+        f"{tier.cancelled:,} cancelled; {tier.dropped:,} dropped; saved up to {tier.saved_seconds:.2f} s"
     )
 
 

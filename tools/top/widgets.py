@@ -270,9 +270,7 @@ def prefetches(host: Tier) -> Text:
     text.append("\n")
     for name, count, colour in outcomes:
         text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
-    text.append(
-        f"\n{host.prefetched:,} read, {host.dropped:,} dropped, {host.saved_seconds:.1f} s of waiting saved", "dim"
-    )
+    text.append(f"\n{host.prefetched:,} read, {host.dropped:,} dropped, {host.saved_seconds:.1f} s saved", "dim")
     if host.warmed:
         text.append(f"\n{host.warmed:,} preloaded, {host.recalled:,} of them used", "dim")
     return text

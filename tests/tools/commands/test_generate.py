@@ -201,7 +201,8 @@ def test_the_outcomes_of_prefetches_are_reported_where_they_are_counted(
     assert main(["generate", *options, "--daemon", "none", "--ram", ram, "--verbose"]) == 0
     (own,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefetch")]
     assert re.match(
-        r"prefetch  host: [1-9]\d* read, \d+ useful, \d+ late, \d+ wasted, \d+ cancelled; \d+ dropped; up to ", own
+        r"prefetch  host: [1-9]\d* read, \d+ useful, \d+ late, \d+ wasted, \d+ cancelled; \d+ dropped; saved up to ",
+        own,
     )
     with running_daemon(tinymix_4bit, ram=ram, folder=tmp_path / "d") as daemon:
         assert main(["generate", *options, "--daemon", str(daemon.folder), "--verbose"]) == 0

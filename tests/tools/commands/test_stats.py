@@ -242,7 +242,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
         "experts 3 in memory, with room for 12 (192 KiB); 0 kept from the previous daemon",
         "uses 4 of an expert: 1 hits, in memory (25.0%); 3 misses, not in memory, of which 0 waited for a read already",
         "reads 48 KiB; 0 experts made room for others; 0 failures",
-        "prefetch 0 read, 0 useful, 0 late, 0 wasted, 0 cancelled; 0 dropped; up to 0.00 s of waiting saved",
+        "prefetch 0 read, 0 useful, 0 late, 0 wasted, 0 cancelled; 0 dropped; saved up to 0.00 s",
         f"clients 1 (process {os.getpid()}), 1 of them connected; they use 2 experts now",
         "requests 2 for missing experts, ",
         "fetches 0 by other machines, 0 B sent",
