@@ -125,7 +125,7 @@ class ArenaError(MoetierError):
 
 
 class ExhaustedError(MoetierError):
-    """A caller got no slot of the host tier within the time for which it may wait."""
+    """A caller got no slot of the host tier within the time for which it may wait, or the system gives no thread."""
 
 
 class DaemonError(MoetierError):

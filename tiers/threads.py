@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVarTuple
 
+from .errors import ExhaustedError
+
 Arguments = TypeVarTuple("Arguments")
 
 
@@ -14,8 +16,12 @@ def start_thread(
 ) -> threading.Thread:
     """Start a thread that calls ``run`` with ``arguments``, and return it.
 
-    With ``daemon``, the process can end without waiting for it. Raises RuntimeError if the system gives no thread.
+    With ``daemon``, the process can end without waiting for it. Raises ExhaustedError if the system gives no thread.
     """
     thread = threading.Thread(target=run, args=arguments, name=name, daemon=daemon)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        fix = "End other processes, or raise the limit of threads (ulimit -u)."
+        raise ExhaustedError(f"The system gives no thread {name}: {error}.", fix) from None
     return thread

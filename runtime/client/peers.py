@@ -22,7 +22,7 @@ from hashlib import blake2b
 
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.closeable import Closeable
-from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, RefusedError, UnavailableError
+from moetier.tiers.errors import ClosedError, ConfigError, ExhaustedError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share, ShareCounts
@@ -220,7 +220,7 @@ class Peers(Closeable):
             if self._watcher is None and not self._is_closed:
                 try:
                     self._watcher = start_thread("moetier-peers", self._watch)
-                except RuntimeError as error:  # the next failure of a peer tries it again
+                except ExhaustedError as error:  # the next failure of a peer tries it again
                     _log.warning("no thread can be started that checks daemons that are away: %s", error)
 
     def _watch(self) -> None:

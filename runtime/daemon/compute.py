@@ -37,7 +37,7 @@ from moetier.tiers.source import SLOT_TIMEOUT
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.threads import start_thread
 
-from .leases import CallLeases, OpenCalls, no_caller, no_thread, timeout_of
+from .leases import CallLeases, OpenCalls, no_caller, timeout_of
 
 _TYPES = {"bfloat16": BF16, "float32": FP32}
 
@@ -226,9 +226,9 @@ class ComputeCalls(Closeable):
 
         try:
             self._compilers.append(start_thread("moetier-compiler", work, daemon=False))
-        except RuntimeError as error:  # the system gives no thread: the next call tries again
+        except ExhaustedError:  # the system gives no thread: the next call tries again
             del self._products[variant]
-            raise no_thread(error) from None
+            raise
 
     def _compute(
         self, task: ComputeTask, leases: Sequence[Granted], outputs: npt.NDArray[Any], deadline: float

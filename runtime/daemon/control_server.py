@@ -19,7 +19,7 @@ from pathlib import Path
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import PACKET_SECONDS, PROTOCOL, answer, check_peer, error_json, parse
 from moetier.tiers.closeable import Closeable
-from moetier.tiers.errors import SAME_VERSION, MoetierError, ProtocolError, UnavailableError
+from moetier.tiers.errors import SAME_VERSION, ExhaustedError, MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.threads import start_thread
 
 from .log import RateLimitedLog
@@ -113,14 +113,10 @@ class ControlServer(Closeable):
                         raise self._full()
                     self._connections[end] = False
                 self._threads.add(start_thread("moetier-greeter", self._serve, end, pid))
+            except ExhaustedError as error:  # there is no thread for it: the client tries again, or another daemon
+                self._refuse(end, pid, UnavailableError(error.cause, error.fix))
             except MoetierError as error:
                 self._refuse(end, pid, error)
-            except RuntimeError as error:
-                full = UnavailableError(
-                    f"The daemon can't start another thread: {error}.",
-                    "Raise the daemon's limit of threads (ulimit -u).",
-                )
-                self._refuse(end, pid, full)
 
     def _serve(self, end: socket.socket, pid: int) -> None:
         """Answer a client's packet, and wait for the end of its connection. Any further packet ends it too."""

@@ -23,7 +23,6 @@ from moetier.tiers.threads import start_thread
 
 from .client_counts import ClientCounts
 from .fetch import FetchCalls
-from .leases import no_thread
 from .log import RateLimitedLog, log_event
 
 if TYPE_CHECKING:
@@ -86,10 +85,7 @@ class HostedModel(Closeable):
         """
         with self._opening:
             if self._opener is None and not self._closing.is_set():
-                try:
-                    self._opener = start_thread("moetier-opener", self._import_compiler, daemon=False)
-                except RuntimeError as error:
-                    raise no_thread(error) from None
+                self._opener = start_thread("moetier-opener", self._import_compiler, daemon=False)
         if not self._compute_calls.done():
             raise ExhaustedError("The daemon is still loading its compiler.", "Fetch records meanwhile.")
         if isinstance(refusal := self._compute_calls.exception(), MoetierError):

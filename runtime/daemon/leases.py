@@ -148,11 +148,6 @@ def no_caller() -> ClosedError:
     return ClosedError("The daemon is ending, or the call has ended.", "Ask another daemon.")
 
 
-def no_thread(error: RuntimeError) -> ExhaustedError:
-    """Return the error for a call whose thread the system does not give."""
-    return ExhaustedError(f"The daemon is short of threads ({error}).", "Fetch records, or try again later.")
-
-
 def timeout_of(context: grpc.ServicerContext, most: float, what: str) -> float:
     """Return for how many seconds a call waits for a slot: half of its time, and at most ``most``.
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from moetier.tiers.closeable import Closeable, descriptor_closed_on_error
-from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
+from moetier.tiers.errors import ArenaError, BudgetError, ClosedError, ExhaustedError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, TierSlot
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
@@ -66,7 +66,7 @@ class Arena(Closeable):
             directory = Directory.create(memoryview(mapping)[: layout.directory_bytes], layout)
             arena = cls(mapping, layout, directory, descriptor, allocated=first)
         if first < layout.nbytes:
-            with contextlib.suppress(RuntimeError):  # without a thread, slots are allocated when they are used
+            with contextlib.suppress(ExhaustedError):  # without a thread, slots are allocated when they are used
                 arena._allocator = start_thread("moetier-arena", arena._allocate_all)
         return arena
 

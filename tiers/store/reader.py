@@ -139,12 +139,7 @@ class ShardStore(DirectoryStore):
         """
         if self.manifest.record_checksums:
             return
-        try:
-            self._digest_check = start_thread("moetier-digest", self._compare_digest)
-        except RuntimeError as error:
-            raise StoreReadError(
-                f"The digest of {self.manifest.model} can't be checked: {error}.", "End other processes, and try again."
-            ) from error
+        self._digest_check = start_thread("moetier-digest", self._compare_digest)
         self._digest_check.join(DIGEST_SECONDS)
         if self._fault.done():
             raise self._fault.result()

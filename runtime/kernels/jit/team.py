@@ -32,6 +32,7 @@ from llvmlite import ir
 
 from moetier.runtime.machine.memory import mapped_files
 from moetier.runtime.machine.threads import usable_cpus
+from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.threads import start_thread
 
 from .emitter import once
@@ -208,7 +209,7 @@ class Team:
                 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FATAL)
                 while len(self._workers) < workers:
                     self._workers.append(start_thread(f"moetier-kernels-{len(self._workers) + 1}", self._serve))
-            except RuntimeError:  # the system gives no more threads
+            except ExhaustedError:  # the system gives no more threads
                 self._most = len(self._workers)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)

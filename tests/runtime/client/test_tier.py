@@ -27,7 +27,7 @@ from workers import WorkerError
 from moetier.runtime.client.mapped_arena import MappedArena
 from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.wire.control import ControlConnection
-from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
+from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
@@ -359,9 +359,9 @@ def test_without_a_thread_for_the_link_the_arena_is_unmapped(store: MappedStore,
 
     with store.daemon(2, tmp_path / "daemon") as daemon, without_thread("moetier-link"):
         before = mapped()
-        with pytest.raises(RuntimeError) as raised:  # its frames refer to what was opened
+        with pytest.raises(ExhaustedError) as raised:  # its frames refer to what was opened
             DaemonTier.open(daemon.folder, store.directory, store.manifest)
-        assert (mapped(), raised.type) == (before, RuntimeError)
+        assert (mapped(), raised.type) == (before, ExhaustedError)
 
 
 def test_what_is_granted_while_it_closes(store: MappedStore, tmp_path: Path) -> None:

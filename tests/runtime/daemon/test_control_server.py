@@ -262,7 +262,7 @@ def test_a_client_whose_answer_cannot_be_made_is_removed_and_the_arena_closed(fo
 def test_without_a_thread_a_client_is_refused_and_the_next_one_is_served(host: Host) -> None:
     with (
         without_thread("moetier-greeter"),
-        pytest.raises(UnavailableError, match="can't start another thread: can't start new thread") as caught,
+        pytest.raises(UnavailableError, match="no thread moetier-greeter: can't start new thread") as caught,
     ):
         ControlConnection.open(host.folder, DIGEST)
     assert "ulimit -u" in caught.value.fix

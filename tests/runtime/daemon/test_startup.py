@@ -18,7 +18,7 @@ from moetier.runtime.daemon.systemd import ServiceManager
 from moetier.runtime.machine.memory import Available
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.layout import ArenaLayout
-from moetier.tiers.errors import BudgetError
+from moetier.tiers.errors import BudgetError, ExhaustedError
 from moetier.tiers.manifest import Manifest
 
 SLOT = layout_of().slot_bytes
@@ -95,7 +95,7 @@ def start(folder: Path, ram: int, manager: ServiceManager) -> None:
 @pytest.mark.parametrize("name", ["moetier-loader-1", "moetier-learner", "moetier-fetches", "moetier-trunk"])
 def test_a_model_for_which_there_is_no_thread_leaves_none_behind(name: str, manifest: Manifest, tmp_path: Path) -> None:
     before = threads_named("moetier-")
-    with without_thread(name), pytest.raises(RuntimeError, match="new thread"):
+    with without_thread(name), pytest.raises(ExhaustedError, match="new thread"):
         start(tmp_path, manifest.stored_bytes, ServiceManager({}))
     assert threads_named("moetier-") == before
 

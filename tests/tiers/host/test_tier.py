@@ -159,6 +159,7 @@ def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() 
         from pathlib import Path
         from readers import RamReader
         from stores import make_plan, make_records
+        from moetier.tiers.errors import ExhaustedError
         from moetier.tiers.host.tier import HostTier
         from moetier.tiers.layout import ExpertKey
         plan = make_plan()
@@ -168,8 +169,8 @@ def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() 
             resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), limits[1]))  # a stack takes 8 MiB
             try:
                 tier.session(print)
-            except RuntimeError as error:
-                print(error)
+            except ExhaustedError as error:
+                print(error.cause)
             resource.setrlimit(resource.RLIMIT_AS, limits)
             events = SimpleQueue()
             first, second = tier.session(events.put), tier.session(events.put, timeout=0.01)
@@ -180,7 +181,7 @@ def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() 
             print(type(events.get(timeout=30).error).__name__)
         """
     )
-    assert output == "can't start new thread\nExhaustedError\n"
+    assert output == "The system gives no thread moetier-timekeeper: can't start new thread.\nExhaustedError\n"
 
 
 def in_child(code: str, timeout: float = PATIENCE) -> str:
