@@ -18,6 +18,7 @@ from moetier.runtime.config import DEFAULT_SHARE, Size
 from moetier.runtime.machine.memory import available_memory, budget_for
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import smallest_budget
+from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.threads import start_thread
 
 LINGER = 60.0  # seconds without a call after which the daemon ends
@@ -63,7 +64,7 @@ class Supervisor:
             self._fault = None
             try:
                 self._fault = self._run()
-            except (OSError, RuntimeError) as error:  # no descriptor, memory or thread is left
+            except (OSError, ExhaustedError) as error:  # no descriptor, memory or thread is left
                 self._fault = f"moetier daemon can't be started: {error}"
             if self._fault:
                 time.sleep(RETRY)
