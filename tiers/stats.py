@@ -167,7 +167,7 @@ class TierCounters:
 
 
 class PrefetchOutcomes:
-    """Follows each prefetch from the beginning of its read until its record is used or evicted, and counts its outcome.
+    """Counts prefetches: follows each from the beginning of its load until its record is used or evicted.
 
     Callers hold the tier's lock.
     """
@@ -185,8 +185,13 @@ class PrefetchOutcomes:
         """Keys of the prefetched records that have arrived and were not used yet, the oldest first."""
         return self._unused.keys()
 
+    def note_dropped(self, requests: int) -> None:
+        """Count requests that end before their load begins."""
+        self._counters.count(dropped=requests)
+
     def note_begun(self, key: ExpertKey) -> None:
-        """Note that the read of a prefetch begins now."""
+        """Count a prefetch, whose load begins now."""
+        self._counters.count(prefetched=1)
         self._began[key] = self._clock()
 
     def note_arrived(self, key: ExpertKey) -> None:

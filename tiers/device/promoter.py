@@ -59,7 +59,6 @@ class Promoter(Closeable):
         """
         self._source = source
         self._monitor = monitor
-        self._counters = counters
         self._promote = promote
         self._make_room = make_room
         self._yields = yields
@@ -90,7 +89,7 @@ class Promoter(Closeable):
         """
         before = self._requests.pop(block, {})
         requests = dict.fromkeys(keys, False) | dict.fromkeys(absent, True)
-        self._counters.count(dropped=sum([waits and key not in requests for key, waits in before.items()]))
+        self.outcomes.note_dropped(sum([waits and key not in requests for key, waits in before.items()]))
         if requests:
             self._requests[block] = requests
         if absent:
@@ -112,12 +111,11 @@ class Promoter(Closeable):
     def begin(self, key: ExpertKey) -> None:
         """Note that the promotion of a record begins."""
         self.remove(key)
-        self._counters.count(prefetched=1)
         self.outcomes.note_begun(key)
 
     def drop(self, key: ExpertKey) -> None:
         """Drop the request for a record, because no slot is available or the record can't be copied."""
-        self._counters.count(dropped=self.remove(key))
+        self.outcomes.note_dropped(self.remove(key))
 
     def remove(self, key: ExpertKey) -> bool:
         """Remove a record from those whose promotion is yet to begin. Return whether it was one of these."""

@@ -68,7 +68,7 @@ class PrefetchQueue:
         """
         blocks, requested = self._requests.setdefault(caller, {}), frozenset(keys)
         if (before := blocks.pop(block, None)) is not None:
-            self._counters.count(dropped=sum([key not in requested for key in before.unbegun]))
+            self._outcomes.note_dropped(sum([key not in requested for key in before.unbegun]))
         if not requested:
             return False
         absent = deque([key for key in keys if pool.slot_of(key) is None])
@@ -89,7 +89,7 @@ class PrefetchQueue:
     def cancel(self, caller: Caller) -> None:
         """Cancel all requests of a caller."""
         requests = self._requests.pop(caller, {}).values()
-        self._counters.count(dropped=sum([len(request.unbegun) for request in requests]))
+        self._outcomes.note_dropped(sum([len(request.unbegun) for request in requests]))
 
     def queue_warmup(self, pool: Pool, keys: Iterable[ExpertKey]) -> None:
         """Queue records for the warm-up, behind all requests."""
@@ -128,9 +128,8 @@ class PrefetchQueue:
             if pool.slot_of(key) is None:
                 if (slot := self._slot_for(request, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
-                    self._counters.count(prefetched=1)
                     return NextRead(pool, key, slot, Purpose.PREFETCH_REQUEST, request.is_scan)
-                self._counters.count(dropped=1)
+                self._outcomes.note_dropped(1)
         while self._warmup:
             pool, key = self._warmup.popleft()
             if pool.slot_of(key) is None and not pool.starved and (slot := pool.vacancy(key.block)) is not None:
