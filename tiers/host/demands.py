@@ -202,8 +202,8 @@ class Demand:
 
     @property
     def slots(self) -> list[PoolSlot]:
-        """The slots that the demand holds or claims."""
-        return [*self.leased, *self.ready, *(load.slot for load in self.loads)]
+        """The slots that the demand holds or claims, each once even if ``lease`` was interrupted."""
+        return list(dict.fromkeys([*self.leased, *self.ready, *(load.slot for load in self.loads)]))
 
     @property
     def ready(self) -> list[PoolSlot]:
@@ -254,8 +254,8 @@ class Demand:
         """Lease up to ``limit`` of the slots that are ready, and return these slots."""
         slots: list[PoolSlot] = []
         while (queue := self.hits or self.arrived) and len(slots) < limit:
-            slot = queue.popleft()
-            self.leased[slot] = None
+            self.leased[slot := queue[0]] = None  # before ``popleft``, so that an exception in between loses nothing
+            queue.popleft()
             slots.append(slot)
         return slots
 

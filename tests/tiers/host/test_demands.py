@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+from cuts import cut
 from ledgers import ledger_of
 
 from moetier.tiers.errors import ClosedError, StoreReadError
@@ -43,6 +46,21 @@ def test_hits_are_those_of_the_slots_that_are_ready_still() -> None:
     assert demand.ready == [1, 2]
     assert demand.lease(2) == [1, 2]
     assert demand.ready == []
+
+
+def test_an_exception_while_slots_are_leased_loses_none_of_them() -> None:
+    for number in itertools.count():
+        demand = a_demand()
+        for key, slot in zip((A, B, C), range(3), strict=True):
+            demand.hold(key, PoolSlot(slot), is_hit=key is not C)
+        has_been_cut = cut(lambda demand=demand: demand.lease(2), number) is not None
+        assert sorted(demand.slots) == [0, 1, 2]
+        demand.lease(5)
+        assert (sorted(demand.leased), demand.ready) == ([0, 1, 2], [])
+        assert sorted(demand.clear()[0]) == [0, 1, 2], "each once"
+        if not has_been_cut:
+            break
+    assert number > 4
 
 
 def test_the_first_error_stays_and_each_demand_gets_its_own() -> None:
