@@ -118,18 +118,20 @@ class SessionCall:
 
         Runs in a thread of its own.
         """
-        with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
-            for message in messages:
+        arriving = iter(messages)
+        while not self._is_over:
+            try:
+                message = next(arriving)
+            except Exception:  # the stream has ended, or gRPC says that the client or the connection is gone
+                self.end()
+                return
+            try:
                 self._count(bytes_in=len(message))
-                try:
-                    self._handle(pb.ClientMessage.FromString(message))
-                except DecodeError:
-                    self.end(ProtocolError("A message of the session can't be parsed.", SAME_VERSION))
-                except Exception as error:  # the client's error, or a bug of the daemon
-                    self.end(error)
-                if self._is_over:
-                    return
-        self.end()
+                self._handle(pb.ClientMessage.FromString(message))
+            except DecodeError:
+                self.end(ProtocolError("A message of the session can't be parsed.", SAME_VERSION))
+            except Exception as error:  # the client's error, or a bug of the daemon
+                self.end(error)
 
     def refuse(self, error: UnavailableError) -> None:
         """Let new requests fail with ``error``. Earlier requests are still answered."""
