@@ -32,22 +32,25 @@ from moetier.runtime.moe.quick import quick_activation
 from moetier.runtime.moe.routers import use_quick_routers
 from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
-from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
 
 from .budgets import Needs
 from .tiers import Tiers, close_later
 from .trunk_files import TrunkFiles, mapped_bytes
 
 
-def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, config: TierConfig) -> None:
+def attach_tiers(
+    model: PreTrainedModel, location: Path, manifest: Manifest, files: TrunkFiles, config: TierConfig
+) -> None:
     """Open the tiers of a model, and attach them as ``model.tiers``.
 
     Args:
         model: its trunk is loaded; its experts have no parameters.
         location: its model directory, checkpoint folder or GGUF file.
+        manifest: the manifest of its store.
         files: the trunk's files. They are closed if nothing in memory needs them.
         config: the options of the tiers.
 
@@ -56,10 +59,10 @@ def attach_tiers(model: PreTrainedModel, location: Path, files: TrunkFiles, conf
     torch has as many threads as before.
     """
     with threads_for(config.threads):
-        _attach(model, location, files, config)
+        _attach(model, location, manifest, files, config)
 
 
-def _attach(model: PreTrainedModel, location: Path, files: TrunkFiles, config: TierConfig) -> None:
+def _attach(model: PreTrainedModel, location: Path, manifest: Manifest, files: TrunkFiles, config: TierConfig) -> None:
     """As ``attach_tiers``, with the number of threads that it has set."""
     device = device_at(_device_of(model), config.device)
     kernels = device.kernels(exact=config.exact)
@@ -67,8 +70,9 @@ def _attach(model: PreTrainedModel, location: Path, files: TrunkFiles, config: T
     for linear in linears:
         linear.compute_with(kernels)
     shortcuts = _shortcuts(model, config)  # before the tiers, as this memory is then not free
-    of_experts = kernels if config.exact else _expert_kernels(model, location, device, kernels)
-    with closed_on_error(_open_tiers(model, location, files, config, device, of_experts, linears)) as tiers:
+    of_experts = kernels if config.exact else _expert_kernels(model, manifest, device, kernels)
+    tiers = _open_tiers(model, location, manifest, files, config, device, of_experts, linears)
+    with closed_on_error(tiers):
         files.finish_load(model, is_shared=tiers.origin.daemon is not None)
         if shortcuts is not None:
             _speculate(shortcuts, config, device, tiers, experts_modules(model))
@@ -91,13 +95,12 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     return devices.pop()
 
 
-def _expert_kernels(model: PreTrainedModel, location: Path, device: ComputeDevice, trunk: Kernels) -> Kernels:
+def _expert_kernels(model: PreTrainedModel, manifest: Manifest, device: ComputeDevice, trunk: Kernels) -> Kernels:
     """Return the device's kernels for experts in slots, if they know the activations of all blocks, else ``trunk``.
 
     Records are arranged for the kernels when they are copied, so this is decided before the tiers are opened.
     """
-    manifest, modules = read_manifest(location), experts_modules(model)
-    forms = list[Form]()
+    modules, forms = experts_modules(model), list[Form]()
     for number, block in enumerate(manifest.blocks):
         if (activation := activation_of(modules[block.path])) is None:
             return trunk
@@ -108,6 +111,7 @@ def _expert_kernels(model: PreTrainedModel, location: Path, device: ComputeDevic
 def _open_tiers(
     model: PreTrainedModel,
     location: Path,
+    manifest: Manifest,
     files: TrunkFiles,
     config: TierConfig,
     device: ComputeDevice,
@@ -117,14 +121,14 @@ def _open_tiers(
     """Open the tiers, which close when the model is garbage-collected. ``linears``: the trunk's quantised matrices."""
     needs = Needs.of(
         model,
-        read_manifest(location),
+        manifest,
         config,
         kernels,
         available=device.free_memory() if isinstance(device, MemoryDevice) else memory_for_model(),
         trunk=mapped_bytes(model),
         matrices=[linear.layout for linear in linears],
     )
-    tiers = Tiers.open(location, config, device, needs=needs, kernels=kernels, trunk_files=files)
+    tiers = Tiers.open(location, manifest, config, device, needs=needs, kernels=kernels, trunk_files=files)
     weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
     return tiers
 

@@ -63,6 +63,7 @@ class LoadArguments:
 
     config: TierConfig  # in place of the options in config.json
     location: Path  # its model directory, checkpoint folder or GGUF file
+    manifest: Manifest  # of its store, whose trunk was checked (``check_trunk``)
     files: TrunkFiles | None = None  # of a checkpoint, opened before anything was read from them
     trunk: Trunk | None = None  # given to from_pretrained as a state dict; None if it reads the files
 
@@ -174,12 +175,13 @@ class MoetierQuantizer(HfQuantizer):
 
     def _replace_modules(self, model: PreTrainedModel, arguments: LoadArguments | None) -> None:
         """Remove the experts' parameters, and give the trunk modules for its records. Raises StoreFormatError."""
-        modules = experts_modules(model)
-        manifest, records = read_manifest(self._location), dict[str, int]()
+        modules, records = experts_modules(model), dict[str, int]()
+        self._manifest = manifest = read_manifest(self._location) if arguments is None else arguments.manifest
         if is_checkpoint(self._location):
             _ignore_experts(model, modules)
         else:
-            check_trunk(self._location, manifest)
+            if arguments is None:
+                check_trunk(self._location, manifest)
             check_small(self._location, manifest)
             records = trunk_records(self._location, manifest)
         self._check(model, modules, manifest)
@@ -234,7 +236,7 @@ class MoetierQuantizer(HfQuantizer):
         arguments = _arguments.get()
         config = arguments.config if arguments else TierConfig.of(**(in_config | _options))
         with self._files.for_load():
-            attach_tiers(model, self._location, self._files, config)
+            attach_tiers(model, self._location, self._manifest, self._files, config)
         return model
 
     def is_serializable(self) -> NoReturn:

@@ -19,7 +19,6 @@ from moetier.runtime.machine.memory import memory_for_model
 from moetier.runtime.moe.block import refuse_copy
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
-from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews
@@ -47,6 +46,7 @@ class Tiers(Closeable):
     def open(
         cls,
         location: Path,
+        manifest: Manifest,
         config: TierConfig,
         device: ComputeDevice,
         *,
@@ -58,6 +58,7 @@ class Tiers(Closeable):
 
         Args:
             location: the model directory, checkpoint folder or GGUF file.
+            manifest: the manifest of its store.
             config: the options of the tiers.
             device: the device that computes.
             needs: memory to leave besides that of experts. If it is short, fewer tokens will be computed together.
@@ -72,7 +73,6 @@ class Tiers(Closeable):
                 "On a CPU there is no device memory: experts stay in host memory.",
                 "Leave out `device_memory`; `ram` is the memory for experts.",
             )
-        manifest = read_manifest(location)
         kernels = kernels or device.kernels(exact=config.exact)
         memory = ModelMemory(manifest, config, device, needs)
         with contextlib.ExitStack() as undo:

@@ -18,6 +18,7 @@ from moetier.runtime.model.budgets import Needs
 from moetier.runtime.model.kv_budget import KVBudget
 from moetier.runtime.model.tiers import Tiers
 from moetier.runtime.model.trunk_files import mapped_bytes
+from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
 
@@ -30,12 +31,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_by_default_everything_that_fits_is_held(directory: Path) -> None:
-    with Tiers.open(directory, TierConfig.of(), CPU) as tiers:
+    with Tiers.open(directory, read_manifest(directory), TierConfig.of(), CPU) as tiers:
         assert tiers.host.stats().slots == tiers.manifest.record_count == 24
 
 
 def test_the_snapshot_is_json_with_each_tier_by_name(directory: Path) -> None:
-    with Tiers.open(directory, TierConfig.of(ram=smallest_ram(directory)), CPU) as tiers:
+    with Tiers.open(directory, read_manifest(directory), TierConfig.of(ram=smallest_ram(directory)), CPU) as tiers:
         for lease in tiers.source.acquire([ExpertKey(1, 3), ExpertKey(1, 4)]):
             assert lease.record.dtype == torch.uint8
             assert len(lease.record) == tiers.manifest.layout(1).record_bytes
@@ -45,7 +46,7 @@ def test_the_snapshot_is_json_with_each_tier_by_name(directory: Path) -> None:
 
 
 def test_closing_ends_every_tier(directory: Path) -> None:
-    tiers = Tiers.open(directory, TierConfig.of(), CPU)
+    tiers = Tiers.open(directory, read_manifest(directory), TierConfig.of(), CPU)
     tiers.close()
     tiers.close()
     for source in (tiers.source, tiers.host):
@@ -59,7 +60,7 @@ def test_memory_that_is_spoken_for_is_no_budget(directory: Path, taken: str) -> 
     much = 2 * available_memory().bytes
     needs = Needs(trunk=much) if taken == "trunk" else Needs(kv=KVBudget(64, 1, much))
     with pytest.raises(BudgetError, match="The rest is less than"):
-        Tiers.open(directory, TierConfig.of(), CPU, needs=needs)
+        Tiers.open(directory, read_manifest(directory), TierConfig.of(), CPU, needs=needs)
 
 
 def test_the_trunk_counts_as_taken_where_it_lies_in_mapped_files(
