@@ -3,11 +3,12 @@
 Other packages use ``tier.HostTier``, ``warmup``, and the events in ``demands``. The package imports ``arena``,
 ``cache``, ``store`` and the top-level modules of ``tiers``. It does not import torch.
 
-The tier's state is the ledger (``ledger``, with its parts ``demands``, ``waiting``, ``slots``, ``loads`` and
-``prefetch``) and the arena's directory. One lock guards all of it: that of the tier's ``tiers.locks.Monitor``. Each
-change is a *transition*, a method with one of the decorators of ``tiers.locks``; ``tier``, ``disk_order``, ``loaders``
-and ``session`` have all of them. No transition waits for a read or for another transition; the first session starts a
-thread in one. Records are written into slots without the lock, by the one loader that has taken the load of the slot.
+The tier's state is the ledger (``ledger``, with its parts ``demands``, ``waiting``, ``slots``, ``loads``,
+``prefetch`` and ``uses``) and the arena's directory. One lock guards all of it: that of the tier's
+``tiers.locks.Monitor``. Each change is a *transition*, a method with one of the decorators of ``tiers.locks``;
+``tier``, ``disk_order``, ``loaders``, ``session`` and ``uses`` have all of them. No transition waits for a read or for
+another transition; the first session starts a thread in one. Records are written into slots without the lock, by the
+one loader that has taken the load of the slot.
 
     thread                  transitions
     any thread that demands HostTier._begin, _next_leases, which sleeps until a record arrives, and _end;

@@ -158,11 +158,11 @@ class AsyncCaller(Caller):
 
     def register(self, demand: Demand) -> None:
         """Note that a demand of the caller has begun."""
-        self.demands[demand.number] = demand
+        self.demands[demand.request] = demand
 
     def unregister(self, demand: Demand) -> None:
         """Note that a demand of the caller is over."""
-        self.demands.pop(demand.number, None)
+        self.demands.pop(demand.request, None)
 
 
 @dataclass(eq=False, slots=True)
@@ -178,7 +178,7 @@ class Demand:
     pool: Pool
     block: int
     caller: Caller  # loaders serve callers in turn
-    number: int = 0  # the number that an asynchronous caller has given to the demand
+    request: int = 0  # the number that an asynchronous caller has given to the demand
     timeout: float = 0.0  # seconds without a slot after which the demand of an asynchronous caller fails
     is_scan: bool = False  # the demand is for more records than its block can keep
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys for which the demand has no slot yet

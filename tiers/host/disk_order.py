@@ -26,29 +26,29 @@ class HostDiskOrder:
         """Wait for the turn to read a page, as ``DiskOrder`` specifies."""
         read = object()
         try:
-            self._begin_page(read)
+            self._begin_kv_read(read)
             self._may_read(time.monotonic() + PAGE_PATIENCE)
             yield
         finally:
-            self._end_page(read)
+            self._end_kv_read(read)
 
     def wait_to_write(self, is_urgent: Callable[[], bool]) -> None:
         """Wait for the turn to write a part of a page, as ``DiskOrder`` specifies."""
         self._may_write(is_urgent)
 
     @transition
-    def _begin_page(self, read: object) -> None:
-        self._loads.begin_page(read)
+    def _begin_kv_read(self, read: object) -> None:
+        self._loads.begin_kv_read(read)
 
     @waiting
     def _may_read(self, late: float) -> bool | None:
         return time.monotonic() > late or self._loads.closed_by is not None or not self._loads.has_demand_loads or None
 
     @posted
-    def _end_page(self, read: object) -> None:
-        self._loads.end_page(read)
+    def _end_kv_read(self, read: object) -> None:
+        self._loads.end_kv_read(read)
 
     @waiting
     def _may_write(self, is_urgent: Callable[[], bool]) -> bool | None:
-        is_idle = self._loads.closed_by is not None or not (self._loads.is_reading_pages or [*self._loads])
+        is_idle = self._loads.closed_by is not None or not (self._loads.is_reading_kv or [*self._loads])
         return is_urgent() or is_idle or None

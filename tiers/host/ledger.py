@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.layout import ArenaLayout
@@ -43,6 +44,13 @@ from .prefetch import PrefetchQueue
 from .slots import HostSlots
 from .uses import Uses
 from .waiting import Notifier, WaitingDemands
+
+
+class SlotBatch(NamedTuple):
+    """Slots of a demand that are leased at the same time."""
+
+    slots: list[PoolSlot]
+    is_last: bool  # whether the demand has no further ones
 
 
 class Ledger:
@@ -108,9 +116,9 @@ class Ledger:
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def new_demand(self, block: int, caller: Caller, number: int = 0, timeout: float = 0.0) -> Demand:
-        """Return a demand for records of ``block``, which has not begun. ``number`` and ``timeout`` are its fields."""
-        return Demand(self.slots.pool_of[block], block, caller, number, timeout)
+    def new_demand(self, block: int, caller: Caller, request: int = 0, timeout: float = 0.0) -> Demand:
+        """Return a demand for records of ``block``, which has not begun. ``request`` and ``timeout`` are its fields."""
+        return Demand(self.slots.pool_of[block], block, caller, request, timeout)
 
     def begin(self, demand: Demand, keys: Sequence[ExpertKey], of_total: int = 0) -> None:
         """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin other loads if possible.
@@ -141,16 +149,16 @@ class Ledger:
         pool.partitions.touch([key for key in reversed(distinct) if key not in demand.pending], is_scan=demand.is_scan)
         self.waiting.recheck(demand)
 
-    def next_leases(self, demand: Demand) -> tuple[list[PoolSlot], bool] | None:
+    def next_leases(self, demand: Demand) -> SlotBatch | None:
         """Release the demand's leases, and lease the slots that are ready for it.
 
-        Returns the leased slots, and whether they are the last of the demand; None if the caller has to wait. If the
-        demand has failed, there are no slots. Raises the same errors as ``begin``.
+        Returns None if the caller has to wait. If the demand has failed, there are no slots. Raises the same errors as
+        ``begin``.
         """
         self.release(demand)
         self.check_open()
         if demand.error is not None:
-            return [], True
+            return SlotBatch([], is_last=True)
         if demand.pending:
             self._advance(demand)
         is_last = not (demand.pending or demand.loads)
@@ -160,7 +168,7 @@ class Ledger:
         self._end_wait(demand)
         if demand.is_scan:  # one lease at a time, because the demand needs its slots for further records
             is_last = is_last and len(demand.ready) <= 1
-        return demand.lease(1 if demand.is_scan else len(demand.ready)), is_last
+        return SlotBatch(demand.lease(1 if demand.is_scan else len(demand.ready)), is_last)
 
     def _advance(self, demand: Demand) -> None:
         """Serve the demand's pending keys, as long as slots are available.
@@ -279,14 +287,14 @@ class Ledger:
             self._advance(demand)
         if demand.error is not None:
             self.end(demand)
-            caller.deliver(Failed(demand.number, demand.error))
+            caller.deliver(Failed(demand.request, demand.error))
             return
         if demand.hits or demand.arrived:
             self._end_wait(demand)
         while demand.hits or demand.arrived:
             (slot,) = demand.lease(1)
             number = demand.pool.number(slot)
-            caller.deliver(Granted(demand.number, demand.pool.key(slot), number, self._directory.generation(number)))
+            caller.deliver(Granted(demand.request, demand.pool.key(slot), number, self._directory.generation(number)))
         if demand.is_over:
             self.end(demand)
         elif not demand.leased:

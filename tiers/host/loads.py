@@ -124,7 +124,7 @@ class Loads:
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
         # reads of pages, in progress or waiting for reads for demands (``disk_order``); no prefetch begins meanwhile
-        self._pages = set[object]()
+        self._kv_reads = set[object]()
 
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
@@ -236,7 +236,7 @@ class Loads:
         """
         if load.waiters:
             return True
-        if self.closed_by is None and (self.has_demand_loads or self.is_reading_pages):
+        if self.closed_by is None and (self.has_demand_loads or self.is_reading_kv):
             load.has_yielded = True
             return None
         if load.purpose is Purpose.WARMUP:
@@ -254,7 +254,7 @@ class Loads:
         Returns None if there is no prefetch, if a record is being read for a demand, if pages are read, or if enough
         prefetches are being read.
         """
-        if self.has_demand_loads or self.is_reading_pages or self._prefetching >= self._limits.prefetches:
+        if self.has_demand_loads or self.is_reading_kv or self._prefetching >= self._limits.prefetches:
             return None
         if (read := self._prefetches.next_read()) is None:
             return None
@@ -262,7 +262,7 @@ class Loads:
 
     def wake_loaders_for_prefetches(self) -> None:
         """Wake as many loaders as there are prefetches that can now be read."""
-        if (unbegun := self._prefetches.unbegun) and not (self.has_demand_loads or self.is_reading_pages):
+        if (unbegun := self._prefetches.unbegun) and not (self.has_demand_loads or self.is_reading_kv):
             for _ in range(min(unbegun, self._limits.prefetches - self._prefetching)):
                 self._notifier.wake_loader()
 
@@ -279,17 +279,17 @@ class Loads:
     # -- pages --------------------------------------------------------------------------------------------------------
 
     @property
-    def is_reading_pages(self) -> bool:
+    def is_reading_kv(self) -> bool:
         """Whether pages are read, or their reads wait for reads for demands."""
-        return bool(self._pages)
+        return bool(self._kv_reads)
 
-    def begin_page(self, read: object) -> None:
+    def begin_kv_read(self, read: object) -> None:
         """Begin no prefetch until the read of a page has ended. ``read`` is its own object, which identifies it."""
-        self._pages.add(read)
+        self._kv_reads.add(read)
 
-    def end_page(self, read: object) -> None:
+    def end_kv_read(self, read: object) -> None:
         """Note that the read of a page has ended. Prefetches that yielded to it may go on. Idempotent."""
-        self._pages.discard(read)
+        self._kv_reads.discard(read)
         self._notifier.wake_sleepers()
         self.wake_loaders_for_prefetches()
 

@@ -51,18 +51,18 @@ class Session(AsyncCaller, Closeable):
         """Number of requests that are not over."""
         return len(self.demands)
 
-    def block_of(self, number: int) -> int | None:
-        """Return the block of the request ``number``; None once the request is over."""
-        return None if (demand := self.demands.get(number)) is None else demand.block
+    def block_of(self, request: int) -> int | None:
+        """Return the block of the request of this number; None once the request is over."""
+        return None if (demand := self.demands.get(request)) is None else demand.block
 
-    def acquire(self, number: int, keys: Sequence[ExpertKey], timeout: float | None = None, of_total: int = 0) -> None:
+    def acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float | None = None, of_total: int = 0) -> None:
         """Demand the records of ``keys``.
 
         A Granted event is delivered for each key. If the request fails, a Failed event is delivered instead of those
         that are missing.
 
         Args:
-            number: the number of the request. No other request that is not over may have it.
+            request: the number of the request. No other request that is not over may have it.
             keys: distinct keys of one block.
             timeout: seconds after which the request fails with ExhaustedError if during this time it holds no lease
                 and no record is read for it; None for the session's own value.
@@ -76,30 +76,30 @@ class Session(AsyncCaller, Closeable):
         """
         if keys:
             self._manifest.check_keys(keys[0].block, keys)
-            self._acquire(number, keys, self._timeout if timeout is None else timeout, of_total)
+            self._acquire(request, keys, self._timeout if timeout is None else timeout, of_total)
 
     @transition
-    def _acquire(self, number: int, keys: Sequence[ExpertKey], timeout: float, of_total: int) -> None:
+    def _acquire(self, request: int, keys: Sequence[ExpertKey], timeout: float, of_total: int) -> None:
         self._check_open()
-        if number in self.demands:
+        if request in self.demands:
             raise ProtocolError(
-                f"A request with the number {number} is not over yet.", "Give each request a number of its own."
+                f"A request with the number {request} is not over yet.", "Give each request a number of its own."
             )
-        self._ledger.begin(self._ledger.new_demand(keys[0].block, self, number, timeout), keys, of_total)
+        self._ledger.begin(self._ledger.new_demand(keys[0].block, self, request, timeout), keys, of_total)
 
     @transition
-    def release(self, number: int, keys: Sequence[ExpertKey]) -> None:
-        """Release the leases of ``keys`` that the request ``number`` holds.
+    def release(self, request: int, keys: Sequence[ExpertKey]) -> None:
+        """Release the leases of ``keys`` that the request of this number holds.
 
         Keys without a lease are ignored, because the request may have failed since the caller decided to release them.
         """
-        if (demand := self.demands.get(number)) is not None:
+        if (demand := self.demands.get(request)) is not None:
             self._ledger.release(demand, keys)
 
     @transition
-    def end(self, number: int) -> None:
-        """End the request ``number``: release its leases, and cancel what it waits for. No effect once it is over."""
-        if (demand := self.demands.get(number)) is not None:
+    def end(self, request: int) -> None:
+        """End the request of this number: release its leases, and cancel its loads. No effect once it is over."""
+        if (demand := self.demands.get(request)) is not None:
             self._ledger.end(demand)
 
     def note_uses(self, keys: Sequence[ExpertKey]) -> int:

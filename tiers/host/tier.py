@@ -183,8 +183,8 @@ class HostTier(Closeable):
         self._ledger.end(demand)
 
     def _ready(self, demand: Demand) -> LeaseBatch | None:
-        ready = self._ledger.next_leases(demand)
-        return None if ready is None else LeaseBatch(self._leases(demand, ready[0]), ready[1])
+        batch = self._ledger.next_leases(demand)
+        return None if batch is None else LeaseBatch(self._leases(demand, batch.slots), batch.is_last)
 
     def _leases(self, demand: Demand, slots: Sequence[PoolSlot]) -> deque[Lease[memoryview]]:
         pool, leases = demand.pool, deque[Lease[memoryview]]()
