@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -30,7 +30,7 @@ from moetier.tools.cli.progress import ByteProgress
 from moetier.tools.cli.report import table
 
 from .conversion_plan import ConversionPlan, Stage, stages
-from .encoder import INTERPRETER_BYTES, Encoder
+from .encoder import INTERPRETER_BYTES, EncodedRecord, Encoder
 from .model_card import CARD, write_card
 from .model_files import free_bytes, nearest_folder
 from .options import CONVERT_OPTIONS, NATIVE, Options
@@ -325,16 +325,28 @@ class Conversion:
             for stage in readable:
                 with closing(self.encoder.records(stage.blocks)) as records:
                     for block in stage.blocks:
-                        entry, deviation = manifest.blocks[block], WeightDeviation()
-                        with writer.block(block) as shard:
-                            for record, of_record in islice(records, entry.experts):
-                                shard.write(record)
-                                deviation += of_record
-                                progress.advance(manifest.layout(block).slot_bytes)
-                            errors[block] = deviation.relative
-                            self.target.write_journal(self.command, errors)  # before the shard is complete
-                        if not sys.stderr.isatty():
-                            self.say(f"{entry.path}: {entry.experts} experts, relative error {deviation.relative:.4f}")
+                        self._write_block(writer, block, records, errors, progress)
+
+    def _write_block(
+        self,
+        writer: StoreWriter,
+        number: int,
+        records: Iterator[EncodedRecord],
+        errors: dict[int, float],
+        progress: ByteProgress,
+    ) -> None:
+        """Write the shard of a block, with the next of ``records``. Set the block's error in ``errors``."""
+        manifest = self.target.manifest
+        block, deviation = manifest.blocks[number], WeightDeviation()
+        with writer.block(number) as shard:
+            for record, of_record in islice(records, block.experts):
+                shard.write(record)
+                deviation += of_record
+                progress.advance(manifest.layout(number).slot_bytes)
+            errors[number] = deviation.relative
+            self.target.write_journal(self.command, errors)  # before the shard is complete
+        if not sys.stderr.isatty():
+            self.say(f"{block.path}: {block.experts} experts, relative error {deviation.relative:.4f}")
 
     @property
     def _weights(self) -> int:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
 
@@ -35,6 +36,13 @@ from .options import Options
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
 QUEUED_BYTES, MAX_QUEUED = 64 << 20, 32  # of finished records that wait for the disk; one may always wait
+
+
+class EncodedRecord(NamedTuple):
+    """A record as it is stored, without its checksum, and how far its weights deviate from those of the checkpoint."""
+
+    data: Bytes  # uint8 [record_bytes]
+    deviation: WeightDeviation
 
 
 @contextlib.contextmanager
@@ -108,7 +116,7 @@ class Encoder:
         """
         return max((8 * layout.weights for layout in self.manifest.layouts.values()), default=0) + (1 << 30)
 
-    def records(self, blocks: Sequence[int]) -> Generator[tuple[Bytes, WeightDeviation]]:
+    def records(self, blocks: Sequence[int]) -> Generator[EncodedRecord]:
         """Yield the record of each expert of ``blocks`` (numbers, in order), and how far its weights deviate.
 
         A record is valid until the next one is asked for. Close the generator to stop early.
@@ -132,7 +140,7 @@ class Encoder:
                 record, deviation = future.result()
                 if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
                     merging.release()  # all experts of the block are encoded
-                yield record[: self.manifest.layout(key.block).record_bytes], deviation
+                yield EncodedRecord(record[: self.manifest.layout(key.block).record_bytes], deviation)
                 free.put(record)
 
     def _buffers(self, record_bytes: int) -> int:
