@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -258,8 +258,9 @@ class Scaled(Format):
         """Yield all weights by name: first those that have scales, and then the others."""
         taken: set[str] = set()
         for name, tensor in self.tensors.items():
-            weight, scales, globals_, globals_as = _belonging(name)
-            scale = next((candidate for candidate in scales if candidate in self.tensors), None)
+            coded = _names_of_coded(name)
+            weight, globals_ = coded.weight, coded.number
+            scale = next((candidate for candidate in coded.scales if candidate in self.tensors), None)
             if scale is None or (tensor.shape and tensor.spelling not in CODES):
                 continue
             taken |= {name, scale, globals_}
@@ -269,7 +270,7 @@ class Scaled(Format):
             fused = name.endswith("_blocks")
             if fused:  # gpt-oss: [experts, rows, groups, 16]
                 tensor = replace(tensor, shape=(*tensor.shape[:-2], math.prod(tensor.shape[-2:])))
-            given = {"dtype": dtype, "globals_as": globals_as}
+            given = {"dtype": dtype, "globals_as": coded.globals}
             yield (
                 weight,
                 ScaledTensor.of(
@@ -292,21 +293,26 @@ class Scaled(Format):
         yield name, tensor
 
 
-def _belonging(name: str) -> tuple[str, list[str], str, str]:
-    """Return what belongs to the codes ``name``, if they are codes.
+class _CodedNames(NamedTuple):
+    """Names of the tensors that belong to the tensor of a weight's codes."""
 
-    These are the name of the weight, the names that its scales may have, and the name of the number for all scales,
-    with what is done with it (``Projection.globals``).
-    """
+    weight: str
+    scales: list[str]  # names that the scales may have
+    number: str  # name of the number for all scales, or ""
+    globals: str  # what is done with this number, as in ``Projection.globals``
+
+
+def _names_of_coded(name: str) -> _CodedNames:
+    """Return the names of the tensors that belong to the codes ``name``, if ``name`` has codes."""
     stem, _, leaf = name.rpartition(".")
     if leaf == "weight":
-        return name, [f"{stem}.{scale}" for scale in SCALES], f"{stem}.weight_scale_2", "multiply"
+        return _CodedNames(name, [f"{stem}.{scale}" for scale in SCALES], f"{stem}.weight_scale_2", "multiply")
     if leaf == "weight_packed":
-        return f"{stem}.weight", [f"{stem}.weight_scale"], f"{stem}.weight_global_scale", "divide"
+        return _CodedNames(f"{stem}.weight", [f"{stem}.weight_scale"], f"{stem}.weight_global_scale", "divide")
     if name.endswith("_blocks"):
         weight = name.removesuffix("_blocks")
-        return weight, [f"{weight}_scales"], "", ""
-    return name, [f"{name}_scale_inv"], "", ""
+        return _CodedNames(weight, [f"{weight}_scales"], "", "")
+    return _CodedNames(name, [f"{name}_scale_inv"], "", "")
 
 
 def pair_of_sizes(value: object) -> tuple[int, int] | None:
