@@ -145,7 +145,7 @@ class GrammarCompiler:
         return compiled
 
     def marks(self) -> dict[str, int]:
-        """Return the ids of added tokens, by their texts, that do not match their texts: grammars name them by id."""
+        """Return the ids of special tokens by their texts. Grammars name them by id, as no text matches them."""
         tokenizer, _ = self._tokenizer()
         added = self._source.added_tokens_decoder
         return {token.content: number for number, token in added.items() if tokenizer.is_special_token(number)}

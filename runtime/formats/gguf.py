@@ -237,8 +237,8 @@ def _check(
     for name, tensor in sources.items():
         if name in state and tensor.shape != tuple(state[name].shape):
             raise CheckpointError(
-                f"{checkpoint.folder}: {tensor.parts[0].name} has the shape {list(tensor.shape)}, and {name} "
-                f"{list(state[name].shape)}.",
+                f"{checkpoint.folder}: {tensor.parts[0].name} has the shape {list(tensor.shape)}, but "
+                f"{name} of the model has {list(state[name].shape)}.",
                 DAMAGED,
             )
 

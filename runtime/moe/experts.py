@@ -1,4 +1,4 @@
-"""Forward pass of all Experts modules, with experts that are leased from a device tier.
+"""Forward pass of all Experts modules, with experts of a device tier: leased, or found in their slots by compiled code.
 
 transformers decorates each architecture's Experts class with ``use_experts_implementation``. It gives the class the
 flags has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier removes the

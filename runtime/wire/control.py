@@ -93,7 +93,7 @@ class ControlConnection(Closeable):
             if "error" in reply:
                 raise error_from(reply["error"])
             if len(descriptors) != (digest is not None):
-                raise ProtocolError(f"The daemon in {folder} passed no arena.", SAME_VERSION)
+                raise ProtocolError(f"The daemon in {folder} did not pass its shared memory.", SAME_VERSION)
             return cls(end, reply, descriptors[0] if descriptors else None)
         except BaseException:
             end.close()

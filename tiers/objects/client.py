@@ -326,7 +326,7 @@ class Objects(Closeable):
 
 
 def until_right(read: Callable[[bool], Result]) -> Result:
-    """Call ``read(False)``. If its data is damaged, call ``read(True)``, which asks past caches, up to RETRIES times.
+    """Call ``read(False)``. If its data is damaged, call ``read(True)``, which bypasses caches, up to RETRIES times.
 
     Raises as ``read``: ChecksumError or StoreFormatError at the last time.
     """

@@ -134,7 +134,7 @@ def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[i
     if group not in GROUPS[pairs]:
         supported = [f"{', '.join(map(str, groups))} with pairs of {name}" for name, groups in GROUPS.items()]
         raise ConfigError(
-            f"Groups of {group} weights are not supported with scales and offsets in {pairs}.",
+            f"Groups of {group} weights are not supported with pairs of {pairs}.",
             f"Choose among {'; or '.join(supported)}.",
         )
     return group, pairs

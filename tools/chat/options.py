@@ -77,7 +77,7 @@ class AnswerOptions:
     def _others(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the values, by name, of options of sampling that are not given and have an effect.
 
-        The first dictionary has those of the model's generation_config.json, the second one those that it lacks.
+        The first dictionary has those of the model's generation_config.json, the second one the defaults of the others.
         """
         names = [name for name in SAMPLING if self._values[name] is None]
         of_model = {name: value for name in names if (value := getattr(self._of_model, name, None)) is not None}

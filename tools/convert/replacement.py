@@ -181,7 +181,7 @@ def replace_model(conversion: Conversion) -> ConversionReport:
     )
     if has_manifest(new) and not (new / JOURNAL).exists():
         raise TargetExistsError(
-            f"{new} holds another model. A model that is to replace {folder} is first written to {new}.",
+            f"{new} holds another model, but what is to replace {folder} is written there first.",
             f"Move {new} elsewhere.",
         )
     try:

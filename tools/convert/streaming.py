@@ -253,7 +253,7 @@ class Download:
         return ranges
 
     def _has_copy(self, path: Path) -> bool:
-        """Return whether a sparse copy is at ``path``, with the byte ranges that this version of moetier keeps."""
+        """Return whether ``path`` is a sparse copy with the byte ranges of ``_ranges``."""
         if path.is_symlink() or not path.exists():
             return False
         try:

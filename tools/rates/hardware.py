@@ -89,7 +89,7 @@ class CpuTimes:
         return cls(time.monotonic(), work, sum(os.times()[:4]))
 
     def used_by_others(self) -> float:
-        """Return how many CPUs other processes have used since, on average."""
+        """Return how many CPUs other processes have used, on average, since these times were read."""
         end = CpuTimes.read()
         others = (end.work - self.work) - (end.own - self.own)
         return max(others, 0.0) / max(end.now - self.now, 1e-3)

@@ -249,7 +249,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
 def _missed(tier: SimulatedTier, demands: Sequence[SimulatedDemand], count: Count) -> list[SimulatedDemand]:
     """Apply ``demands`` to ``tier``, and return its misses, which are the demands on the tier below.
 
-    The hits and lookups in decoding are added to ``count``.
+    The keys demanded in decoding, and those of them that missed, are added to ``count``.
     """
     below = []
     for demand in demands:

@@ -190,7 +190,7 @@ class PageWriter:
             return bool(self._waiting) or self._is_busy
 
     def close(self, seconds: float) -> bool:
-        """Write what is left, for so many seconds. Return whether the thread has ended after twice as many."""
+        """Write what is left for ``seconds``. Return whether the thread has ended, for which it has twice this time."""
         with self._changed:
             self._closes_at = time.monotonic() + seconds
             self._changed.notify_all()

@@ -122,8 +122,15 @@ class ExpertProducts:
     ) -> list[KernelTask]:
         """Return the tasks of ``compute_at``, in order: round x, multiply, activate, multiply, and place the outputs.
 
-        The context of the first still lacks the address of x [own, hidden]. ``starts`` are those of ``scratch_starts``,
-        in the memory at ``scratch``; ``outputs`` is the address of the outputs.
+        The address of x [own, hidden] is not in the first context yet: ``compute_at`` sets it.
+
+        Args:
+            own: as in ``compute_at``, like ``jobs``, ``places`` and ``outputs``.
+            jobs: may be filled later if each expert has one row.
+            places: [R].
+            scratch: address of the memory for intermediate results.
+            starts: where its parts begin, in bytes, from ``scratch_starts``.
+            outputs: address.
         """
         up, down, rows, count = self._up, self._down, len(places), len(jobs) // JOB
         taken, inner, activated, part = (scratch + start for start in starts[:4])

@@ -33,8 +33,8 @@ def lies_in_rows(weight: Tensor) -> bool:
 def gemv_task(weight: Tensor, given: torch.dtype, output: torch.dtype | None = None) -> KernelTask:
     """Return a task that multiplies ``weight`` [rows, columns] with a row of type ``given``.
 
-    Its context still lacks the addresses X, W and Y: of x [columns], of the weight, and of y [rows], which is of type
-    ``output``, or else of the weight's.
+    The caller sets three addresses in its context, at the indices X, W and Y: those of x [columns], of the weight, and
+    of y [rows], which is of type ``output``, or of the weight's type if that is None.
     """
     rows, columns = weight.shape
     items = -(-rows // ROWS)

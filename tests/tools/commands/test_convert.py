@@ -249,7 +249,7 @@ def test_a_mistake_is_two_lines(source: Path, tmp_path: Path, capsys: pytest.Cap
     [
         (
             ("--group-size", "16"),
-            "Groups of 16 weights are not supported with scales and offsets in bfloat16.",
+            "Groups of 16 weights are not supported with pairs of bfloat16.",
             "256 with pairs of uint8.",
         ),
         (

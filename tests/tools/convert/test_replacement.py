@@ -359,7 +359,7 @@ def test_a_users_folder_beside_it_is_not_touched(both: Path, tmp_path: Path) -> 
 def test_another_model_beside_it_is_not_touched(both: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "new", replacement_folder(tmp_path / "old"))
     before = tree(tmp_path)
-    with pytest.raises(TargetExistsError, match=r"old~new holds another model\. A model that is to replace "):
+    with pytest.raises(TargetExistsError, match=r"old~new holds another model, but what is to replace "):
         convert(both, tmp_path / "old", fast=True, overwrite=True)
     assert tree(tmp_path) == before
 

@@ -257,7 +257,7 @@ class MessagesProtocol(ApiProtocol):
         return event(refusal.body(self.path), "error")
 
     def alive(self, progress: str) -> str:
-        """Return a ping."""
+        """Return a comment with the progress, and a ping."""
         return f": {progress}\n" + event({"type": "ping"}, "ping")
 
 
