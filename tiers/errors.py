@@ -19,7 +19,7 @@ MoetierError
 │   └── DiskSpaceError         the disk has too little free space
 ├── BudgetError                a memory budget that can't work
 ├── ArenaError                 shared memory that can't be used
-├── ExhaustedError             no slot became free while a caller waited
+├── ExhaustedError             no slot became free while a caller waited, or there is no thread
 ├── DaemonError                the daemon, or the connection to it
 │   ├── UnavailableError       the daemon does not answer, or no longer does
 │   │   └── NoDaemonError      no daemon runs in this folder

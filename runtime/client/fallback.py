@@ -9,7 +9,7 @@ from pathlib import Path
 from moetier.runtime.stores.registry import open_store
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.closeable import Closeable
-from moetier.tiers.errors import BudgetError, CheckpointError, ClosedError, StoreError
+from moetier.tiers.errors import BudgetError, CheckpointError, ClosedError, ExhaustedError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
@@ -35,8 +35,8 @@ class Fallback(Closeable):
     def open(self) -> HostTier | None:
         """Return the host tier, and open it first if it is not open yet.
 
-        Returns None if the store can't be opened or the memory is too small; ``error`` then says why. Raises
-        ClosedError after ``close``.
+        Returns None if the store can't be opened, or there is too little memory or no thread; ``error`` then says why.
+        Raises ClosedError after ``close``.
         """
         self._fork_guard.check()
         with self._lock:
@@ -53,7 +53,7 @@ class Fallback(Closeable):
                             )
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
                         host = undo.enter_context(HostTier(store, slots=slots, loads_rest=store.is_local))
-                    except (StoreError, CheckpointError, BudgetError) as error:
+                    except (StoreError, CheckpointError, BudgetError, ExhaustedError) as error:
                         self.error = error.cause
                     else:
                         self._closing = undo.pop_all()

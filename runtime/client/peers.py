@@ -221,7 +221,7 @@ class Peers(Closeable):
                 try:
                     self._watcher = start_thread("moetier-peers", self._watch)
                 except ExhaustedError as error:  # the next failure of a peer tries it again
-                    _log.warning("no thread can be started that checks daemons that are away: %s", error)
+                    _log.warning("no thread can be started that checks daemons that are away: %s", error.cause)
 
     def _watch(self) -> None:
         """Check peers that are away, at growing intervals, and resolve DNS names, until the store is closed."""

@@ -18,7 +18,7 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
 from moetier.runtime.wire.channel import SERVICE
 from moetier.runtime.wire.request import RemoteRequest, decode_request
 from moetier.runtime.wire.status_codes import abort
-from moetier.tiers.errors import ArenaError, MoetierError
+from moetier.tiers.errors import ArenaError, ExhaustedError, MoetierError
 from moetier.tiers.threads import start_thread
 
 from .clients import Clients
@@ -58,7 +58,11 @@ class Service(ExpertStoreServicer):
                 )
             with self._clients.stream(bearer_of(context.invocation_metadata()) or "") as call:
                 if context.add_callback(call.end):
-                    start_thread("moetier-session", call.read, request_iterator)
+                    try:
+                        start_thread("moetier-session", call.read, request_iterator)
+                    except ExhaustedError as error:
+                        _log.warning("A client is refused: %s %s", error.cause, error.fix)
+                        raise
                 else:  # the call has ended already
                     call.end()
                 yield from call.answers()

@@ -34,7 +34,6 @@ from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.closeable import closed_on_error
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.fields import shown
-from moetier.tiers.manifest import Manifest
 from moetier.tiers.options import declare_keywords, read_all
 from moetier.tiers.store.folder import check_directory, parse_json, remaking
 from moetier.tiers.store.trunk import check_trunk
@@ -114,7 +113,7 @@ def load(
 
 def _load(location: Path, tier_config: TierConfig, dtype: str | torch.dtype, attention: str | None) -> LoadedModel:
     """Load the model and the tokenizer at ``location``, with checked options. Raises MoetierError."""
-    manifest, config_json, model_class = _checked_config(location)
+    config_json, model_class = _checked_config(location)
     device = chosen_device(tier_config.device)
     install()
     tokenizer = container_of(location).tokenizer(location)
@@ -129,7 +128,6 @@ def _load(location: Path, tier_config: TierConfig, dtype: str | torch.dtype, att
     with load_errors(location), report_held_back(), bar_only_on_a_terminal():
         model = model_of(
             location,
-            manifest,
             config,
             tier_config,
             dtype,
@@ -145,8 +143,8 @@ def _load(location: Path, tier_config: TierConfig, dtype: str | torch.dtype, att
     return LoadedModel(model, tokenizer)
 
 
-def _checked_config(location: Path) -> tuple[Manifest, dict[str, Any], Any]:
-    """Return the manifest, config.json and class of a model, once the files are checked. Raises MoetierError."""
+def _checked_config(location: Path) -> tuple[dict[str, Any], Any]:
+    """Return the config.json of a model and its class, once the files are checked. Raises MoetierError."""
     check_directory(location)
     manifest, config_json = read_manifest(location), config_of(location)
     texts = {name: value for name, value in config_json.items() if isinstance(value, str)}
@@ -158,7 +156,7 @@ def _checked_config(location: Path) -> tuple[Manifest, dict[str, Any], Any]:
         check_shards(location)
     else:
         check_trunk(location, manifest)
-    return manifest, config_json, model_class
+    return config_json, model_class
 
 
 def _check_generation_config(path: Path) -> None:
@@ -186,7 +184,6 @@ def _check_token_ids(values: Mapping[str, Any], path: Path, fix: str) -> None:
 
 def model_of(
     location: Path,
-    manifest: Manifest,
     config: Any,
     tier_config: TierConfig,
     dtype: Any,
@@ -198,7 +195,6 @@ def model_of(
 
     Args:
         location: its model directory, checkpoint folder or GGUF file.
-        manifest: the manifest of its store, whose trunk was checked (``check_trunk``).
         tier_config: the options of its tiers.
         config: transformers' config, made of ``config_of(location)``.
         dtype: the type in which the trunk is computed, or "auto".
@@ -217,7 +213,7 @@ def model_of(
         wants_info = named.get("output_loading_info", False)
         named = named | {"config": config, "dtype": chosen, "use_safetensors": True} | source
         named["output_loading_info"] = True
-        with loading(LoadArguments(tier_config, location, manifest, files, trunk)):
+        with loading(LoadArguments(tier_config, location, files, trunk)):
             model, info = load(location if trunk is None else None, *arguments, **named)
         with closed_on_error(model.tiers):
             if lacking := info["missing_keys"]:

@@ -63,7 +63,6 @@ class LoadArguments:
 
     config: TierConfig  # in place of the options in config.json
     location: Path  # its model directory, checkpoint folder or GGUF file
-    manifest: Manifest  # of its store, whose trunk was checked (``check_trunk``)
     files: TrunkFiles | None = None  # of a checkpoint, opened before anything was read from them
     trunk: Trunk | None = None  # given to from_pretrained as a state dict; None if it reads the files
 
@@ -176,12 +175,12 @@ class MoetierQuantizer(HfQuantizer):
     def _replace_modules(self, model: PreTrainedModel, arguments: LoadArguments | None) -> None:
         """Remove the experts' parameters, and give the trunk modules for its records. Raises StoreFormatError."""
         modules, records = experts_modules(model), dict[str, int]()
-        self._manifest = manifest = read_manifest(self._location) if arguments is None else arguments.manifest
+        # only now that the trunk's files are open: if the directory is replaced from now on, ``TrunkFiles`` notices
+        self._manifest = manifest = read_manifest(self._location)
         if is_checkpoint(self._location):
             _ignore_experts(model, modules)
         else:
-            if arguments is None:
-                check_trunk(self._location, manifest)
+            check_trunk(self._location, manifest)
             check_small(self._location, manifest)
             records = trunk_records(self._location, manifest)
         self._check(model, modules, manifest)

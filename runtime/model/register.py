@@ -20,7 +20,6 @@ from moetier.runtime.libraries.transformers_internals import experts_function_of
 from moetier.runtime.stores.checkpoint_store import check_shards
 from moetier.runtime.stores.registry import read_manifest
 from moetier.tiers.errors import MoetierError
-from moetier.tiers.manifest import Manifest
 
 from . import quantizer
 from .load import model_of
@@ -59,21 +58,20 @@ def _serve_checkpoints() -> None:
 
         @functools.wraps(ordinary, assigned=("__name__", "__qualname__", "__doc__"))
         def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **named: Any) -> Any:
-            if (found := _checkpoint_of(cls, name, named)) is None:
+            location = _checkpoint_of(cls, name, named)
+            if location is None:
                 return ordinary(cls, name, *arguments, **named)
-            location, manifest = found
             dtype = named.pop("dtype", None) or named.pop("torch_dtype", None) or "auto"
             config = _config(cls, location, named.pop("config", None))
             named.pop("gguf_file", None)
             tier_config = TierConfig.of(**quantizer.options())
-            load = functools.partial(ordinary, cls)
-            return model_of(location, manifest, config, tier_config, dtype, load, *arguments, **named)
+            return model_of(location, config, tier_config, dtype, functools.partial(ordinary, cls), *arguments, **named)
 
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 
 
-def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> tuple[Path, Manifest] | None:
-    """Return the checkpoint whose experts come from the tiers in a call of from_pretrained, and its manifest.
+def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> Path | None:
+    """Return the checkpoint that a call of from_pretrained loads, if its experts are to come from the tiers.
 
     Return None for any other model. If it has experts, and the options of ``register`` have no effect, warn.
     """
@@ -92,13 +90,13 @@ def _checkpoint_of(cls: Any, name: Any, named: dict[str, Any]) -> tuple[Path, Ma
             return None
         if not is_checkpoint(location):
             return None
-        manifest = read_manifest(location)
+        read_manifest(location)
         config_of(location)
         check_shards(location)
     except MoetierError as error:
         _warn(error.cause, error.fix)
         return None
-    return location, manifest
+    return location
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from moetier.runtime.config import RemoteComputeMode, TierConfig
 from moetier.runtime.stores.registry import open_store
 from moetier.runtime.wire.address import Address
 from moetier.tiers.disk_order import DiskOrder
-from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
+from moetier.tiers.errors import ExhaustedError, MoetierError, NoDaemonError, StoreFormatError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
@@ -55,7 +55,8 @@ def open_origin(
     there will be such a tier, and may raise BudgetError. ``computes``: whether compiled code of this machine computes
     experts, so that daemons of other hosts may do it, too.
 
-    Raises StoreError if the store can't be opened, and DaemonError if ``config`` names a daemon that can't be used.
+    Raises StoreError if the store can't be opened or was replaced, DaemonError if ``config`` names a daemon that can't
+    be used, and ExhaustedError if the system gives no thread.
     """
     if config.mapped is not None:
         return _mapped(config.mapped, location, manifest)
@@ -68,6 +69,8 @@ def open_origin(
                 origin = _mapped(daemon, location, manifest)
             except (NoDaemonError, UnknownModelError) as error:  # the daemon has ended without removing its card
                 _log.info("The daemon %s is not used: %s", daemon, error.cause)
+            except ExhaustedError:  # the system gives no thread: a tier of this process would need more of them
+                raise
             except MoetierError as error:  # the daemon is full, or has another version
                 refusals[daemon] = error
             else:
@@ -106,6 +109,8 @@ def _own(location: Path, manifest: Manifest, slots: Mapping[str, int], config: T
             store = open_store(location)
             where = f"this process, from {store.where}" if store.where else "this process"
         closing.enter_context(store)
+        if store.manifest != manifest:
+            raise StoreFormatError(f"{location} was replaced while it was loaded.", "Load the model again.")
         host = closing.enter_context(
             HostTier(store, slots=slots, loaders=config.loaders, policy=config.policy, loads_rest=store.is_local)
         )

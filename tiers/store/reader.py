@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moetier.tiers.closeable import closed_on_error
-from moetier.tiers.errors import ChecksumError, IncompleteStoreError, StoreError, StoreReadError
+from moetier.tiers.errors import ChecksumError, ExhaustedError, IncompleteStoreError, StoreError, StoreReadError
 from moetier.tiers.layout import PAGE_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
@@ -139,7 +139,10 @@ class ShardStore(DirectoryStore):
         """
         if self.manifest.record_checksums:
             return
-        self._digest_check = start_thread("moetier-digest", self._compare_digest)
+        try:
+            self._digest_check = start_thread("moetier-digest", self._compare_digest)
+        except ExhaustedError as error:
+            raise StoreReadError(error.cause, error.fix) from error
         self._digest_check.join(DIGEST_SECONDS)
         if self._fault.done():
             raise self._fault.result()

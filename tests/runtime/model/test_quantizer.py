@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from pkgutil import resolve_name
 from shutil import copytree
 from typing import Any
 
@@ -43,6 +44,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tiers.store.reader import ShardStore
+from moetier.tools.convert.api import convert
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 
@@ -547,3 +549,34 @@ def test_the_version() -> None:
 def test_a_gpu_that_is_not_there(tiny: tuple[Any, Path]) -> None:
     with pytest.raises(ConfigError, match="no CUDA device"):
         moetier.load(tiny[1], device="cuda")
+
+
+@pytest.mark.parametrize("moment", ["load.chosen_device", "sources.open_store"])
+def test_a_directory_that_is_replaced_while_it_is_loaded_is_the_new_one_or_an_error(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``convert --overwrite`` replaces it by another one with records of another size."""
+    _, old = convert_tiny("mixtral", torch.bfloat16, tmp_path, bits=8)
+    new = tmp_path / "new"
+    convert(tmp_path / "source", new, bits=4)
+    model, _ = moetier.load(new, daemon=None)
+    with model.tiers:
+        expected = logits(model)
+    place = f"moetier.runtime.model.{moment}"
+    ordinary = resolve_name(place)
+
+    def replace(*arguments: Any, **named: Any) -> Any:
+        if new.exists():
+            old.rename(tmp_path / "was")
+            new.rename(old)
+        return ordinary(*arguments, **named)
+
+    monkeypatch.setattr(place, replace)
+    if moment == "sources.open_store":  # the trunk's files are open, and so not the new ones
+        with pytest.raises(StoreFormatError, match="was replaced while it was loaded"):
+            moetier.load(old, daemon=None)
+    else:
+        model, _ = moetier.load(old, daemon=None)
+        with model.tiers:
+            assert model.tiers.manifest.layout(0).projections[0].bits == 4
+            assert torch.equal(logits(model), expected)

@@ -18,7 +18,7 @@ from stores import (
 )
 from threads import without_thread
 
-from moetier.tiers.errors import ChecksumError, ExhaustedError
+from moetier.tiers.errors import ChecksumError, StoreReadError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ShardStore
@@ -74,7 +74,7 @@ def test_the_table_is_that_of_the_digest(tmp_path: Path) -> None:
 def test_an_older_store_cannot_be_opened_without_a_thread_for_the_check(tmp_path: Path) -> None:
     make_store(tmp_path)
     without_table(tmp_path)
-    with without_thread("moetier-digest"), pytest.raises(ExhaustedError, match="can't start new thread"):
+    with without_thread("moetier-digest"), pytest.raises(StoreReadError, match="can't start new thread"):
         ShardStore.open(tmp_path)
 
 
