@@ -144,9 +144,11 @@ class SessionCall:
                 return
             self._is_over = True
             self._error = error
-        self._session.close()
-        self._events.put(None)
-        self._on_ended()
+        try:
+            self._session.close()
+        finally:  # whatever it raises, ``answers`` must end
+            self._events.put(None)
+            self._on_ended()
 
     def _handle(self, message: pb.ClientMessage) -> None:
         match message.WhichOneof("message"):

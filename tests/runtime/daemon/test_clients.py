@@ -20,6 +20,7 @@ from moetier.runtime.daemon.clients import MAX_REQUESTS, Clients, SessionCall
 from moetier.runtime.daemon.hosted_model import HostedModel
 from moetier.runtime.wire.status_codes import error_from_message
 from moetier.tiers.errors import ProtocolError, RefusedError, UnavailableError, UnknownModelError
+from moetier.tiers.host.session import Session
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
@@ -184,6 +185,16 @@ def test_bytes_that_are_no_message_end_the_stream(clients: Clients) -> None:
     with streaming(clients, "a") as stream:
         stream.messages.put(b"\xff\xff")
         assert isinstance(stream.answer(), ProtocolError)
+
+
+def test_a_stream_ends_even_if_its_session_cannot_be_closed(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(clients, "a")
+    with streaming(clients, "a") as stream, monkeypatch.context() as patch:
+        patch.setattr(Session, "close", Mock(side_effect=OSError("lost")))
+        with pytest.raises(OSError, match="lost"):
+            stream.call.end()
+        assert stream.answer() is None
+    assert clients.stats()[0].sessions == 0
 
 
 def test_a_daemon_that_ends_answers_what_it_was_asked_and_refuses_the_rest(clients: Clients, gate: GatedReader) -> None:
