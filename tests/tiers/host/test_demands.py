@@ -63,6 +63,15 @@ def test_an_exception_while_slots_are_leased_loses_none_of_them() -> None:
     assert number > 4
 
 
+def test_a_slot_that_an_interrupted_lease_has_left_in_two_places_is_held_once() -> None:
+    demand = a_demand()
+    demand.hold(A, PoolSlot(3))
+    demand.leased[PoolSlot(3)] = None  # and ``popleft`` was not reached
+    assert demand.slots == [3]
+    assert demand.lease(1) == [3]
+    assert demand.clear() == ([3], [])
+
+
 def test_the_first_error_stays_and_each_demand_gets_its_own() -> None:
     demand, error = a_demand(), StoreReadError("The disk has failed.", "Replace it.")
     load = Load(demand.pool, A, PoolSlot(0))
