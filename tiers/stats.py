@@ -67,7 +67,7 @@ class TierStats:
     cancelled: int = _outcome("cancelled")  # the read was stopped, because the record was no longer requested
     dropped: int = _counter(
         "prefetches_dropped",
-        "Prefetch requests that ended before their load: replaced by others, or without a slot.",
+        "Prefetch requests that ended before their load: replaced, demanded first, or without a slot.",
     )
     # how much longer demands would have waited
     saved_seconds: float = _counter(

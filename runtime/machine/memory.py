@@ -64,7 +64,7 @@ MARGIN_SHARE = 1 / 64  # share of the free memory: page tables and the kernel's 
 MARGIN_BYTES = 16 << 20  # for memory that the kernel charges in batches for each core, and stacks of loader threads
 # anonymous memory of a command: Python, torch, transformers, a tokenizer and compiled products, without a model
 PROCESS_BYTES = 250 << 20
-MIN_BYTES = 10_000  # a smaller budget was probably given without its unit: "6" for "6GiB"
+MIN_BYTES = 1024  # a smaller budget was probably given without its unit: "6" for "6GiB"
 # what libraries and Python say when memory, address space or a thread can't be allocated
 _ALLOCATES = re.compile(
     r"allocate memory|failed to map segment|start new thread|std::bad_alloc|out of memory", re.IGNORECASE

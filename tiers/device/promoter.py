@@ -126,7 +126,7 @@ class Promoter(Closeable):
         return waits
 
     def repair(self, slot_of: Callable[[ExpertKey], int | None]) -> None:
-        """Make the state consistent again after an interrupted transition. All requests are dropped.
+        """Make the state consistent again after an interrupted transition. All requests are removed.
 
         ``slot_of`` returns the slot of a key, or None.
         """

@@ -117,9 +117,11 @@ def details(timing: Timing, tiers: Tiers) -> str:
     stats = tiers.stats()
     lines = [line("experts", f"of {tiers.where}"), tier_table(timing, stats)]
     if tiers.speculation is not None:
-        lines += _predictions(tiers.speculation.stats(), stats)
-    if tiers.origin.learner is not None:
-        host = stats[0]
+        lines += _predictions(tiers.speculation.stats())
+    # a daemon's prefetches are left out: they are for all its clients together (``moetier stats`` shows them)
+    lines += [line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in stats if t.prefetched or t.dropped]
+    host = stats[0]
+    if host.warmed or tiers.origin.learner is not None:
         lines.append(line("preloaded", f"{host.warmed} experts, {host.recalled} of them used"))
     return "\n".join(lines)
 
@@ -215,22 +217,20 @@ def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
     return lines
 
 
-def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
-    """Return lines about how often predictions were right, their cost, and the outcomes of prefetch requests."""
+def _predictions(stats: SpeculationStats) -> list[str]:
+    """Return lines about how often predictions were right, and their cost."""
     further = [f"{distance} layers ahead" for distance in range(2, len(stats.guesses))]
     names = ["at the layer itself", "one layer ahead", *further]
-    rates = [
+    rates = ", ".join(
         f"{right / count:.1%} right {name}"
         for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
         if count
-    ]
+    )
     steps = f"{stats.steps_on} of {stats.steps_on + stats.steps_off} steps"
     state = "on" if stats.is_on else "off"
     return [
-        line("predicted", f"in {steps}, {state} at the end; {', '.join(rates) or 'nothing'}"),
+        line("predicted", f"in {steps}, now {state}" + (f"; {rates}" if rates else "")),
         line("", f"predicting costs {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step"),
-        # a daemon's prefetches are left out: they are for all its clients together (``moetier stats`` shows them)
-        *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.dropped),
     ]
 
 

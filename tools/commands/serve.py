@@ -133,7 +133,7 @@ def first_lines(models: Models, parallel: int, *, shares: bool) -> tuple[str, li
         held = f"the experts are held by {tiers.where}"
         if tiers.origin.daemon is not None:
             host = tiers.host.stats()
-            held += f", with room for {host.slots} of {tiers.manifest.record_count}: --ram has no effect here (with "
+            held += f", with room for {host.slots} of {tiers.manifest.record_count}, as its --ram says (with "
             held += "--daemon none, this process would hold them)"
         elif shares:
             held += "; to share them with other processes, start a daemon first"

@@ -270,7 +270,7 @@ def prefetches(host: Tier) -> Text:
     text.append("\n")
     for name, count, colour in outcomes:
         text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
-    text.append(f"\n{host.prefetched:,} read, {host.dropped:,} dropped, {host.saved_seconds:.1f} s saved", "dim")
+    text.append(f"\n{host.prefetched:,} read, {host.dropped:,} dropped, saved up to {host.saved_seconds:.1f} s", "dim")
     if host.warmed:
         text.append(f"\n{host.warmed:,} preloaded, {host.recalled:,} of them used", "dim")
     return text

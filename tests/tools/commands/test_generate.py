@@ -57,9 +57,10 @@ LONG = r"""
 experts   of this process
 tier +slots +hits +misses +hit ratio +read +a token +evictions +wait p50 +p99 +of time
 host .*
-predicted in \d+ of \d+ steps, (on|off) at the end; .*
+predicted in \d+ of \d+ steps, now (on|off)(; .*)?
           predicting costs [\d.]+ ms a step
 (prefetch  host: .*
+)?(preloaded .*
 )?"""
 
 

@@ -96,7 +96,7 @@ def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, tog
     assert experts == "  the experts are held by this process"
     assert "requests" in bits
     assert kept.startswith("  keys and values are kept in memory only; with --kv-cache-dir FOLDER, on disk too: ")
-    held = r"\n  the experts are held by the daemon \S+, with room for \d+ of 64: --ram has no effect here "
+    held = r"\n  the experts are held by the daemon \S+, with room for \d+ of 64, as its --ram says "
     assert re.search(held, together.said)
 
 
