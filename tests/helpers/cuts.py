@@ -51,5 +51,7 @@ def cut(work: Callable[[], object], number: int) -> Cut | None:
 @functools.cache
 def _points(code: CodeType) -> frozenset[int]:
     instructions = list(dis.get_instructions(code))
-    offsets = {after.offset for one, after in pairwise(instructions) if one.opname in AFTER}
+    # A call before SWAP is the value of a return in a ``with``. Python raises at the call, inside the block. At SWAP
+    # the exception would come outside of it, and leave the lock of a ``with`` locked.
+    offsets = {after.offset for one, after in pairwise(instructions) if one.opname in AFTER and after.opname != "SWAP"}
     return frozenset(offsets | {one.argval for one in instructions if one.opname == "JUMP_BACKWARD"})
