@@ -167,7 +167,8 @@ def measure(arguments: argparse.Namespace, work: Work) -> None:
         ways[limits] = partial(fresh, feed | {"ram": limits.ram}, limit=limits.limit, files=files)
     seconds = len(several) * (time.monotonic() - start) + 2 * KERNEL_SECONDS + DISK_SECONDS
     whole = format_seconds(arguments.rounds * seconds)
-    _say(f"{arguments.rounds} rounds take about {whole}; Ctrl-C prints what was measured until then")
+    rounds = "1 round takes" if arguments.rounds == 1 else f"{arguments.rounds} rounds take"
+    _say(f"{rounds} about {whole}; Ctrl-C prints what was measured until then")
     measured, interrupted_in = _run_rounds(arguments.rounds, ways, several)
     several = [limits for limits in several if measured[limits]]
     page_cache = measured[several[0]][-1]["page_cache"]

@@ -61,6 +61,8 @@ class AnswerOptions:
             self._values[name] = numbers(text) if text else self._first[name]
         except ValueError:
             raise ConfigError(f"{name} is {text!r}, which is not a number.", numbers.fix) from None
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error.cause}", error.fix) from None
         if name == "seed":
             self._seeds = itertools.count(self._values["seed"])
 

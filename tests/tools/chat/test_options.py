@@ -59,7 +59,7 @@ def test_each_answer_has_another_seed() -> None:
 def test_what_is_no_value_changes_nothing(name: str, text: str) -> None:
     options = AnswerOptions({})
     before = str(options)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=f"^{name}\\b"):
         options.set(name, text)
     assert str(options) == before
 
